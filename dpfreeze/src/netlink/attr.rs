@@ -1,0 +1,151 @@
+//! Netlink attributes (`struct nlattr`, include/uapi/linux/netlink.h): read without losing any, written aligned.
+
+use crate::error::{Error, Result};
+
+/// `NLA_F_NESTED`
+pub const NLA_F_NESTED: u16 = 1 << 15;
+/// `NLA_TYPE_MASK`: the type without the flag bits.
+pub const NLA_TYPE_MASK: u16 = !(3 << 14);
+const HEADER: usize = 4;
+
+/// One attribute of a message, borrowed from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr<'a> {
+    /// Type, without the flag bits.
+    pub kind: u16,
+    /// Type as it was sent, with the flag bits.
+    pub raw_kind: u16,
+    /// What the attribute carries, without header and padding.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Attr<'a> {
+    /// The payload as a host-order u32.
+    pub fn u32(&self) -> Result<u32> {
+        let bytes: [u8; 4] = self.fixed()?;
+        Ok(u32::from_ne_bytes(bytes))
+    }
+
+    /// The payload as a host-order u16.
+    pub fn u16(&self) -> Result<u16> {
+        Ok(u16::from_ne_bytes(self.fixed()?))
+    }
+
+    /// The payload as one byte.
+    pub fn u8(&self) -> Result<u8> {
+        let [byte] = self.fixed()?;
+        Ok(byte)
+    }
+
+    /// The payload as an array of exactly `N` bytes.
+    pub fn fixed<const N: usize>(&self) -> Result<[u8; N]> {
+        self.payload.try_into().map_err(|_| {
+            Error::malformed(
+                format!("attribute {}", self.kind),
+                format!("{} bytes where {N} belong", self.payload.len()),
+            )
+        })
+    }
+
+    /// The payload as a string, up to its NUL.
+    pub fn string(&self) -> String {
+        let end = self.payload.iter().position(|b| *b == 0).unwrap_or(self.payload.len());
+        String::from_utf8_lossy(&self.payload[..end]).into_owned()
+    }
+
+    /// The attributes nested in this one.
+    pub fn nested(&self) -> Attrs<'a> {
+        Attrs(self.payload)
+    }
+}
+
+/// The attributes in a run of bytes, in order, unknown ones included.
+#[derive(Clone, Copy, Debug)]
+pub struct Attrs<'a>(pub &'a [u8]);
+
+impl<'a> Attrs<'a> {
+    /// The first attribute of type `kind`, or None; an error if the run is malformed before it.
+    pub fn find(self, kind: u16) -> Result<Option<Attr<'a>>> {
+        for attr in self {
+            let attr = attr?;
+            if attr.kind == kind {
+                return Ok(Some(attr));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl<'a> Iterator for Attrs<'a> {
+    type Item = Result<Attr<'a>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let bytes = self.0;
+        if bytes.is_empty() {
+            return None;
+        }
+        if bytes.len() < HEADER {
+            self.0 = &[];
+            return Some(Err(Error::malformed("attributes", format!("{} bytes after the last one", bytes.len()))));
+        }
+        let len = u16::from_ne_bytes([bytes[0], bytes[1]]) as usize;
+        let raw_kind = u16::from_ne_bytes([bytes[2], bytes[3]]);
+        if len < HEADER || len > bytes.len() {
+            self.0 = &[];
+            return Some(Err(Error::malformed(
+                format!("attribute {}", raw_kind & NLA_TYPE_MASK),
+                format!("says {len} bytes, {} are there", bytes.len()),
+            )));
+        }
+        self.0 = &bytes[align(len).min(bytes.len())..];
+        Some(Ok(Attr { kind: raw_kind & NLA_TYPE_MASK, raw_kind, payload: &bytes[HEADER..len] }))
+    }
+}
+
+/// Writes attributes one after the other.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AttrBuf(Vec<u8>);
+
+impl AttrBuf {
+    /// An empty run.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Appends one attribute; `kind` may carry flag bits.
+    pub fn push(&mut self, kind: u16, payload: &[u8]) -> &mut Self {
+        let len = HEADER + payload.len();
+        debug_assert!(len <= usize::from(u16::MAX));
+        self.0.extend_from_slice(&(len as u16).to_ne_bytes());
+        self.0.extend_from_slice(&kind.to_ne_bytes());
+        self.0.extend_from_slice(payload);
+        self.0.resize(align(self.0.len()), 0);
+        self
+    }
+
+    /// Appends a host-order u32.
+    pub fn push_u32(&mut self, kind: u16, value: u32) -> &mut Self {
+        self.push(kind, &value.to_ne_bytes())
+    }
+
+    /// Appends a NUL-terminated string.
+    pub fn push_str(&mut self, kind: u16, value: &str) -> &mut Self {
+        let mut bytes = value.as_bytes().to_vec();
+        bytes.push(0);
+        self.push(kind, &bytes)
+    }
+
+    /// Appends a nest that holds `inner`, with `NLA_F_NESTED`.
+    pub fn push_nested(&mut self, kind: u16, inner: &AttrBuf) -> &mut Self {
+        self.push(kind | NLA_F_NESTED, &inner.0)
+    }
+
+    /// The bytes written so far, always aligned to 4.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+fn align(len: usize) -> usize {
+    (len + 3) & !3
+}

@@ -1,0 +1,3 @@
+//! Netlink: socket, attributes, families. Nothing here knows what Open vSwitch is.
+
+pub mod attr;

@@ -1,0 +1,1 @@
+//! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
