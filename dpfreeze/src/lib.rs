@@ -1,6 +1,8 @@
 //! The datapath side of ovs-graceful: knows the kernel; nothing about daemons, systemd or OVSDB.
 
+mod bytes;
 pub mod error;
 pub mod netlink;
+pub mod ovs;
 
 pub use error::{Error, Result};

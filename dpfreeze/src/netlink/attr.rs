@@ -7,6 +7,8 @@ pub const NLA_F_NESTED: u16 = 1 << 15;
 /// `NLA_TYPE_MASK`: the type without the flag bits.
 pub const NLA_TYPE_MASK: u16 = !(3 << 14);
 const HEADER: usize = 4;
+/// The longest payload of one attribute: its length, header included, is a u16.
+pub const MAX_PAYLOAD: usize = u16::MAX as usize - HEADER;
 
 /// One attribute of a message, borrowed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +26,48 @@ impl<'a> Attr<'a> {
     pub fn u32(&self) -> Result<u32> {
         let bytes: [u8; 4] = self.fixed()?;
         Ok(u32::from_ne_bytes(bytes))
+    }
+
+    /// The payload as a host-order u64.
+    pub fn u64(&self) -> Result<u64> {
+        Ok(u64::from_ne_bytes(self.fixed()?))
+    }
+
+    /// The first `N` host-order u64 of the payload: structures of the kernel may grow at their end.
+    pub fn u64s<const N: usize>(&self) -> Result<[u64; N]> {
+        let mut values = [0; N];
+        let mut chunks = self.payload.chunks_exact(8);
+        for value in &mut values {
+            let chunk = chunks.next().and_then(|c| c.first_chunk::<8>()).ok_or_else(|| {
+                Error::malformed(
+                    format!("attribute {}", self.kind),
+                    format!("{} bytes where {} belong", self.payload.len(), 8 * N),
+                )
+            })?;
+            *value = u64::from_ne_bytes(*chunk);
+        }
+        Ok(values)
+    }
+
+    /// The payload as a run of host-order u32; an error if its length is no multiple of four.
+    pub fn u32s(&self) -> Result<Vec<u32>> {
+        if !self.payload.len().is_multiple_of(4) {
+            return Err(Error::malformed(
+                format!("attribute {}", self.kind),
+                format!("{} bytes are no array of u32", self.payload.len()),
+            ));
+        }
+        Ok(self.payload.chunks_exact(4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
+    }
+
+    /// The payload as a big-endian u32, as nfnetlink sends them.
+    pub fn be32(&self) -> Result<u32> {
+        Ok(u32::from_be_bytes(self.fixed()?))
+    }
+
+    /// The payload as a big-endian u16, as nfnetlink sends them.
+    pub fn be16(&self) -> Result<u16> {
+        Ok(u16::from_be_bytes(self.fixed()?))
     }
 
     /// The payload as a host-order u16.
@@ -112,15 +156,32 @@ impl AttrBuf {
         Self::default()
     }
 
-    /// Appends one attribute; `kind` may carry flag bits.
+    /// Appends one attribute; `kind` may carry flag bits. `payload` has at most [`MAX_PAYLOAD`] bytes: whoever has
+    /// longer ones (packets) uses [`AttrBuf::try_push`].
     pub fn push(&mut self, kind: u16, payload: &[u8]) -> &mut Self {
         let len = HEADER + payload.len();
-        debug_assert!(len <= usize::from(u16::MAX));
+        debug_assert!(payload.len() <= MAX_PAYLOAD);
         self.0.extend_from_slice(&(len as u16).to_ne_bytes());
         self.0.extend_from_slice(&kind.to_ne_bytes());
         self.0.extend_from_slice(payload);
         self.0.resize(align(self.0.len()), 0);
         self
+    }
+
+    /// Appends one attribute whose length is not known to fit; an error leaves the run as it was.
+    pub fn try_push(&mut self, kind: u16, payload: &[u8]) -> Result<&mut Self> {
+        if payload.len() > MAX_PAYLOAD {
+            return Err(Error::malformed(
+                format!("attribute {}", kind & NLA_TYPE_MASK),
+                format!("{} bytes, at most {MAX_PAYLOAD} fit", payload.len()),
+            ));
+        }
+        Ok(self.push(kind, payload))
+    }
+
+    /// Appends `attr` as it was read, flag bits included.
+    pub fn push_attr(&mut self, attr: &Attr<'_>) -> &mut Self {
+        self.push(attr.raw_kind, attr.payload)
     }
 
     /// Appends a host-order u32.
@@ -140,12 +201,18 @@ impl AttrBuf {
         self.push(kind | NLA_F_NESTED, &inner.0)
     }
 
+    /// The bytes written so far, always aligned to 4, given away.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.0
+    }
+
     /// The bytes written so far, always aligned to 4.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }
 
-fn align(len: usize) -> usize {
+/// `NLMSG_ALIGN` and `NLA_ALIGN`: the next multiple of four.
+pub(crate) fn align(len: usize) -> usize {
     (len + 3) & !3
 }

@@ -1,0 +1,135 @@
+//! Datapaths: family `ovs_datapath`.
+
+use bitflags::bitflags;
+use serde::{Deserialize, Serialize};
+
+use super::header;
+use crate::bytes::hex;
+use crate::error::{Error, Result};
+use crate::netlink::attr::{Attr, AttrBuf};
+
+// enum ovs_datapath_cmd
+pub(crate) const VERSION: u8 = 2; // OVS_DATAPATH_VERSION
+pub(crate) const CMD_GET: u8 = 3;
+pub(crate) const CMD_SET: u8 = 4;
+// enum ovs_datapath_attr
+pub(crate) const ATTR_NAME: u16 = 1;
+const ATTR_STATS: u16 = 3;
+const ATTR_MEGAFLOW_STATS: u16 = 4;
+pub(crate) const ATTR_USER_FEATURES: u16 = 5;
+const ATTR_PAD: u16 = 6;
+const ATTR_MASKS_CACHE_SIZE: u16 = 7;
+pub(crate) const ATTR_PER_CPU_PIDS: u16 = 8;
+
+bitflags! {
+    /// `OVS_DP_F_*` of linux/openvswitch.h. Bits that are not named here are kept.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Features: u32 {
+        /// `OVS_DP_F_UNALIGNED`: the last attribute of an upcall may be unpadded.
+        const UNALIGNED = 1 << 0;
+        /// `OVS_DP_F_VPORT_PIDS`: a port may have several port ids for its upcalls.
+        const VPORT_PIDS = 1 << 1;
+        /// `OVS_DP_F_TC_RECIRC_SHARING`: recirculation ids are shared with tc.
+        const TC_RECIRC_SHARING = 1 << 2;
+        /// `OVS_DP_F_DISPATCH_UPCALL_PER_CPU`: upcalls go to the port id of the CPU they happen on.
+        const DISPATCH_UPCALL_PER_CPU = 1 << 3;
+        const _ = !0;
+    }
+}
+
+/// How the kernel chooses the socket that an upcall is sent to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dispatch {
+    /// One port id for each CPU, set on the datapath (kernel 5.15 and OVS 2.16, or later).
+    PerCpu,
+    /// Port ids set on each port, chosen among by the packet's hash.
+    PerVport,
+}
+
+/// `struct ovs_dp_stats`: counts since the datapath was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatapathStats {
+    /// Packets that matched a flow.
+    pub hit: u64,
+    /// Packets that matched none and became upcalls.
+    pub missed: u64,
+    /// Upcalls that could not be delivered.
+    pub lost: u64,
+    /// Flows that are there now.
+    pub flows: u64,
+}
+
+/// A datapath of the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datapath {
+    /// Interface index of the local port: what messages name the datapath by.
+    pub ifindex: u32,
+    /// Name, for example `ovs-system`.
+    pub name: String,
+    /// `OVS_DP_F_*` as they are set; see [`Datapath::features`].
+    pub user_features: u32,
+    /// Port ids that upcalls go to, by CPU. Empty in per-vport mode, and on kernels (5.15) that do not tell.
+    pub per_cpu_pids: Vec<u32>,
+    /// Counters.
+    pub stats: DatapathStats,
+    /// `struct ovs_dp_megaflow_stats` as sent; counters only.
+    #[serde(with = "hex")]
+    pub megaflow_stats: Vec<u8>,
+    /// `OVS_DP_ATTR_MASKS_CACHE_SIZE`, entries (kernel 5.9 or later).
+    pub masks_cache_size: Option<u32>,
+    /// Attributes this library does not know, as sent.
+    #[serde(with = "hex")]
+    pub unknown: Vec<u8>,
+}
+
+impl Datapath {
+    /// Reads an `OVS_DP_CMD_NEW` message, `payload` being what follows the nlmsghdr.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if the message is cut off or has no name.
+    pub fn parse(payload: &[u8]) -> Result<Self> {
+        let message = header::parse("ovs_datapath", payload)?;
+        let mut datapath = Datapath { ifindex: message.ifindex, ..Default::default() };
+        let mut unknown = AttrBuf::new();
+        for attr in message.attrs {
+            let attr = attr?;
+            match attr.kind {
+                ATTR_NAME => datapath.name = attr.string(),
+                ATTR_STATS => datapath.stats = stats(&attr)?,
+                ATTR_MEGAFLOW_STATS => datapath.megaflow_stats = attr.payload.to_vec(),
+                ATTR_USER_FEATURES => datapath.user_features = attr.u32()?,
+                ATTR_PAD => {}
+                ATTR_MASKS_CACHE_SIZE => datapath.masks_cache_size = Some(attr.u32()?),
+                ATTR_PER_CPU_PIDS => datapath.per_cpu_pids = attr.u32s()?,
+                _ => {
+                    unknown.push_attr(&attr);
+                }
+            }
+        }
+        if datapath.name.is_empty() {
+            return Err(Error::malformed("ovs_datapath", "no name"));
+        }
+        datapath.unknown = unknown.into_bytes();
+        Ok(datapath)
+    }
+
+    /// The features as flags; unnamed bits are kept.
+    pub fn features(&self) -> Features {
+        Features::from_bits_retain(self.user_features)
+    }
+
+    /// How the upcalls of this datapath are dispatched.
+    pub fn dispatch(&self) -> Dispatch {
+        if self.features().contains(Features::DISPATCH_UPCALL_PER_CPU) {
+            Dispatch::PerCpu
+        } else {
+            Dispatch::PerVport
+        }
+    }
+}
+
+fn stats(attr: &Attr<'_>) -> Result<DatapathStats> {
+    let [hit, missed, lost, flows] = attr.u64s()?;
+    Ok(DatapathStats { hit, missed, lost, flows })
+}

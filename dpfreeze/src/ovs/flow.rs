@@ -1,0 +1,101 @@
+//! Flows of a datapath: family `ovs_flow`.
+
+use serde::{Deserialize, Serialize};
+
+use super::header;
+use crate::bytes::hex;
+use crate::error::Result;
+use crate::netlink::attr::{AttrBuf, NLA_F_NESTED};
+
+// enum ovs_flow_cmd
+pub(crate) const VERSION: u8 = 1; // OVS_FLOW_VERSION
+pub(crate) const CMD_DEL: u8 = 2;
+pub(crate) const CMD_GET: u8 = 3;
+// enum ovs_flow_attr
+const ATTR_KEY: u16 = 1;
+const ATTR_ACTIONS: u16 = 2;
+const ATTR_STATS: u16 = 3;
+const ATTR_TCP_FLAGS: u16 = 4;
+const ATTR_USED: u16 = 5;
+const ATTR_MASK: u16 = 7;
+const ATTR_UFID: u16 = 9;
+const ATTR_UFID_FLAGS: u16 = 10;
+const ATTR_PAD: u16 = 11;
+// OVS_UFID_F_OMIT_KEY | OVS_UFID_F_OMIT_MASK | OVS_UFID_F_OMIT_ACTIONS: the answer need not repeat them.
+const UFID_OMIT_ALL: u32 = 7;
+
+/// A flow (megaflow) of a datapath.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// Unique identifier. None for a flow that was made without one, and for one that has not 16 octets (which is
+    /// then in `unknown`); such flows are named by their key.
+    #[serde(with = "crate::bytes::hex_ufid")]
+    pub ufid: Option<[u8; 16]>,
+    /// `OVS_KEY_ATTR_*` run, as sent.
+    #[serde(with = "hex")]
+    pub key: Vec<u8>,
+    /// `OVS_KEY_ATTR_*` run, as sent; a missing attribute is wildcarded. Empty too if the flow has no mask at all.
+    #[serde(with = "hex")]
+    pub mask: Vec<u8>,
+    /// `OVS_ACTION_ATTR_*` run, as sent; empty drops.
+    #[serde(with = "hex")]
+    pub actions: Vec<u8>,
+    /// Packets that matched.
+    pub packets: u64,
+    /// Bytes that matched.
+    pub bytes: u64,
+    /// When a packet last matched, milliseconds of the system's monotonic clock; None if none did.
+    pub used_ms: Option<u64>,
+    /// Every TCP flag seen, or'd.
+    pub tcp_flags: u8,
+    /// Attributes this library does not know, as sent.
+    #[serde(with = "hex")]
+    pub unknown: Vec<u8>,
+}
+
+impl Flow {
+    /// Reads an `OVS_FLOW_CMD_NEW` message, `payload` being what follows the nlmsghdr.
+    ///
+    /// # Errors
+    /// [`crate::Error::Malformed`] if the message is cut off.
+    pub fn parse(payload: &[u8]) -> Result<Self> {
+        let mut flow = Flow::default();
+        let mut unknown = AttrBuf::new();
+        for attr in header::parse("ovs_flow", payload)?.attrs {
+            let attr = attr?;
+            match attr.kind {
+                ATTR_KEY => flow.key = attr.payload.to_vec(),
+                ATTR_ACTIONS => flow.actions = attr.payload.to_vec(),
+                ATTR_STATS => [flow.packets, flow.bytes] = attr.u64s()?,
+                ATTR_TCP_FLAGS => flow.tcp_flags = attr.u8()?,
+                ATTR_USED => flow.used_ms = Some(attr.u64()?),
+                ATTR_MASK => flow.mask = attr.payload.to_vec(),
+                ATTR_PAD => {}
+                ATTR_UFID if attr.payload.len() == 16 => flow.ufid = Some(attr.fixed()?),
+                _ => {
+                    unknown.push_attr(&attr);
+                }
+            }
+        }
+        flow.unknown = unknown.into_bytes();
+        Ok(flow)
+    }
+}
+
+/// `OVS_FLOW_CMD_DEL` of one flow by its UFID; the answer need not repeat the flow.
+pub(crate) fn delete_ufid(ifindex: u32, ufid: &[u8; 16]) -> Vec<u8> {
+    let mut attrs = AttrBuf::new();
+    // The freeze and OVS look at the first attribute only: it is the UFID (dpif-netlink.c does the same).
+    attrs.push(ATTR_UFID, ufid).push_u32(ATTR_UFID_FLAGS, UFID_OMIT_ALL);
+    header::build(CMD_DEL, VERSION, ifindex, attrs.as_bytes())
+}
+
+/// `OVS_FLOW_CMD_DEL` of one flow by its key, for flows without a UFID.
+///
+/// The key attribute is always there, even if it is empty (which the kernel refuses): a DEL that names no flow at
+/// all would empty the whole table.
+pub(crate) fn delete_key(ifindex: u32, key: &[u8]) -> Result<Vec<u8>> {
+    let mut attrs = AttrBuf::new();
+    attrs.try_push(ATTR_KEY | NLA_F_NESTED, key)?;
+    Ok(header::build(CMD_DEL, VERSION, ifindex, attrs.as_bytes()))
+}

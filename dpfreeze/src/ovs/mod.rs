@@ -1,0 +1,15 @@
+//! The generic netlink families of the Open vSwitch kernel datapath (include/uapi/linux/openvswitch.h).
+//!
+//! Keys, masks and actions stay runs of attributes, byte for byte as the kernel sent them: this module knows the
+//! messages, [`crate::flow_key`] knows what is in them. An attribute that is not known here is kept in `unknown`.
+
+mod datapath;
+mod flow;
+mod header;
+mod packet;
+mod vport;
+
+pub use datapath::{Datapath, DatapathStats, Dispatch, Features};
+pub use flow::Flow;
+pub use packet::{Execute, Upcall, UpcallKind};
+pub use vport::{Vport, VportKind, VportStats};
