@@ -1,1 +1,3 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
+
+pub mod host;

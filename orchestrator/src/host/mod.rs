@@ -1,0 +1,290 @@
+//! The host as the steps see it: its daemons, its database, its bridges and its service manager.
+//!
+//! Everything here blocks and takes its deadline as an [`Instant`]; nothing waits longer. The traits are what a step
+//! may ask for; [`real`] asks the machine we run on.
+
+pub mod error;
+pub mod real;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+pub use error::{Context, HostError, Result};
+
+/// A process that no later process can be mistaken for: its number and when it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The process id in our pid namespace.
+    pub pid: i32,
+    /// Field 22 of `/proc/PID/stat`: clock ticks after boot.
+    pub start_time: u64,
+}
+
+/// The two daemons of Open vSwitch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DaemonKind {
+    /// The switch.
+    OvsVswitchd,
+    /// The database server.
+    OvsdbServer,
+}
+
+impl DaemonKind {
+    /// The program's name, as in its PID file, control socket and unit.
+    pub fn program(self) -> &'static str {
+        match self {
+            DaemonKind::OvsVswitchd => "ovs-vswitchd",
+            DaemonKind::OvsdbServer => "ovsdb-server",
+        }
+    }
+}
+
+/// A soft and a hard limit of a process, as `/proc/PID/limits` shows them; `None` is unlimited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// The name in `/proc/PID/limits`, for example `Max open files`.
+    pub name: String,
+    /// The soft limit.
+    pub soft: Option<u64>,
+    /// The hard limit.
+    pub hard: Option<u64>,
+}
+
+/// A running daemon and all that makes a second start of it the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Daemon {
+    /// Which daemon.
+    pub kind: DaemonKind,
+    /// Its process.
+    pub id: ProcessId,
+    /// The executable, without the kernel's ` (deleted)`.
+    pub exe: PathBuf,
+    /// True where the package has replaced or removed that file since the start.
+    pub exe_deleted: bool,
+    /// The command line.
+    pub argv: Vec<String>,
+    /// The environment, as bytes made readable.
+    pub environment: Vec<(String, String)>,
+    /// The working directory.
+    pub cwd: PathBuf,
+    /// `/proc/PID/comm`.
+    pub comm: String,
+    /// The nice value.
+    pub nice: i32,
+    /// The resource limits.
+    pub limits: Vec<Limit>,
+    /// `/proc/PID/oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// The effective user.
+    pub uid: u32,
+    /// The effective group.
+    pub gid: u32,
+    /// The cgroup-v2 path (or the systemd hierarchy's on v1), for example `/system.slice/ovs-vswitchd.service`.
+    pub cgroup: String,
+    /// The process that started it with `--monitor` and would start it again, if any.
+    pub monitor: Option<ProcessId>,
+    /// Its PID file.
+    pub pid_file: PathBuf,
+    /// Its control socket.
+    pub control: PathBuf,
+    /// Its log file, where it has one.
+    pub log_file: Option<PathBuf>,
+}
+
+/// What a daemon says it is, and what a start now would give.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Versions {
+    /// Of the running daemon (`version` through its control socket).
+    pub running: String,
+    /// Of the program on disk (`--version`).
+    pub installed: String,
+}
+
+/// Which signal to send. Only what a run needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGSTOP.
+    Stop,
+    /// SIGCONT.
+    Continue,
+    /// SIGTERM.
+    Terminate,
+    /// SIGKILL.
+    Kill,
+}
+
+/// The daemons of the host.
+pub trait Daemons {
+    /// The ovs-vswitchd that owns the upcall port ids which the datapath is bound to. Never looked up by PID file.
+    fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
+    /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
+    fn find_ovsdb_server(&self) -> Result<Daemon>;
+    /// All that is known of the process `pid`, held from now on.
+    fn describe(&self, kind: DaemonKind, pid: i32) -> Result<Daemon>;
+    /// Is this very process alive (a zombie is not)?
+    fn is_alive(&self, id: ProcessId) -> bool;
+    /// Signals this very process, never a later one with its number. A process that has ended is an error.
+    fn signal(&self, id: ProcessId, signal: Signal) -> Result<()>;
+    /// Waits until the process has ended; false where `until` passes first.
+    fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool>;
+    /// What runs and what is installed.
+    fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions>;
+    /// A unixctl command to this daemon.
+    fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String>;
+    /// Puts the old daemon's PID file aside, so that a second daemon can be started under the same name.
+    fn set_aside_pid_file(&self, old: &Daemon) -> Result<()>;
+    /// Waits for the new daemon's PID file and describes the process in it, which must be `old`'s program.
+    fn wait_pid_file(&self, old: &Daemon, until: Instant) -> Result<Daemon>;
+    /// Gives the name back to the old daemon, keeping the new one's file beside it.
+    fn swap_pid_file(&self, old: &Daemon, new: &Daemon) -> Result<()>;
+    /// Makes the name `owner`'s (the one daemon that goes on living) and removes what lies beside it. May be run
+    /// twice, from any state that a crash can leave.
+    fn settle_pid_file(&self, owner: &Daemon) -> Result<()>;
+    /// Waits until a standby has read the database and waits for its lock.
+    fn wait_standby(&self, standby: &Daemon, until: Instant) -> Result<()>;
+    /// Starts a daemon as `model` was started, where no service manager owns it. Returns once the command has been
+    /// started: an ovs-vswitchd that finds the lock taken lets its starter wait.
+    fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>>;
+}
+
+/// A start under way.
+pub trait Starting: Send {
+    /// Waits for the starting command to end well (the daemon has detached); false where `until` passes first.
+    fn wait(&mut self, until: Instant) -> Result<bool>;
+    /// Ends the starting command; the daemon that it may have started is another matter.
+    fn cancel(&mut self);
+}
+
+/// An interface of a port.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its type; empty for a system device.
+    pub kind: String,
+    /// Its OpenFlow port number, where it has one.
+    pub ofport: Option<i64>,
+    /// True where BFD is enabled on it.
+    pub bfd: bool,
+    /// True where CFM is enabled on it.
+    pub cfm: bool,
+}
+
+/// A port of a bridge.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Port {
+    /// Its name.
+    pub name: String,
+    /// Access VLAN, where it has one.
+    pub tag: Option<i64>,
+    /// Trunked VLANs; empty is all of them.
+    pub trunks: Vec<i64>,
+    /// `access`, `trunk`, `native-tagged`, `native-untagged`, `dot1q-tunnel`, where set.
+    pub vlan_mode: Option<String>,
+    /// `active` or `passive` where LACP is on.
+    pub lacp: Option<String>,
+    /// Its interfaces; more than one is a bond.
+    pub interfaces: Vec<Interface>,
+}
+
+/// A bridge, as the database has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bridge {
+    /// Its name.
+    pub name: String,
+    /// `system` (or empty) for the kernel's datapath, `netdev` for userspace.
+    pub datapath_type: String,
+    /// The OpenFlow versions it is limited to; empty is the default set.
+    pub protocols: Vec<String>,
+    /// `standalone`, `secure` or empty.
+    pub fail_mode: String,
+    /// Targets of its controllers. A bridge with one loses its rules when flow-restore-wait is removed.
+    pub controllers: Vec<String>,
+    /// STP is on.
+    pub stp: bool,
+    /// RSTP is on.
+    pub rstp: bool,
+    /// How many mirrors it has.
+    pub mirrors: usize,
+    /// It exports NetFlow.
+    pub netflow: bool,
+    /// It exports sFlow.
+    pub sflow: bool,
+    /// It exports IPFIX.
+    pub ipfix: bool,
+    /// Its ports.
+    pub ports: Vec<Port>,
+}
+
+/// What the database says about this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseFacts {
+    /// `other_config` of Open_vSwitch.
+    pub other_config: BTreeMap<String, String>,
+    /// `external_ids` of Open_vSwitch.
+    pub external_ids: BTreeMap<String, String>,
+    /// `ovs_version` column.
+    pub ovs_version: String,
+    /// Version of the schema that the server serves, for example `8.3.1`.
+    pub schema_version: String,
+    /// `dpdk_initialized` column.
+    pub dpdk_initialized: bool,
+    /// What the configuration's writers ask for.
+    pub next_cfg: i64,
+    /// What ovs-vswitchd has carried out.
+    pub cur_cfg: i64,
+    /// The bridges, by name.
+    pub bridges: Vec<Bridge>,
+}
+
+impl DatabaseFacts {
+    /// Whether a boolean in `other_config` is on (`smap_get_bool`: only `true` is).
+    pub fn is_on(&self, key: &str) -> bool {
+        self.other_config.get(key).is_some_and(|v| v == "true")
+    }
+}
+
+/// What became of a request to remove flow-restore-wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cleared {
+    /// It was ours and is gone; `next_cfg` to wait for.
+    Removed {
+        /// Wait for `cur_cfg` to reach this.
+        next_cfg: i64,
+    },
+    /// Our mark was there, but somebody else had removed the flag (hazards 23).
+    AlreadyGone,
+    /// The flag, if it is there, is not ours: left alone.
+    NotOurs,
+}
+
+/// The database.
+pub trait Database {
+    /// Everything Check and the report want to know.
+    fn facts(&self, until: Instant) -> Result<DatabaseFacts>;
+    /// Sets `other_config:flow-restore-wait=true` and our mark of run `run`, and increments `next_cfg`, in one
+    /// transaction. Fails, and changes nothing, where the flag is set already. Returns `next_cfg`.
+    fn set_restore_wait(&self, run: &str, until: Instant) -> Result<i64>;
+    /// Removes the flag where our mark of run `run` stands beside it, and increments `next_cfg`. May be run twice.
+    fn clear_restore_wait(&self, run: &str, until: Instant) -> Result<Cleared>;
+    /// Increments `next_cfg` alone, as `ovs-vsctl` without `--no-wait` would. Returns it.
+    fn bump(&self, until: Instant) -> Result<i64>;
+    /// Waits until ovs-vswitchd has carried out `next_cfg`.
+    fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()>;
+    /// Runs operations (RFC 7047, 5.2) on database Open_vSwitch; any that fails is an error and nothing is done.
+    fn transact(&self, operations: Vec<serde_json::Value>, until: Instant) -> Result<Vec<serde_json::Value>>;
+    /// Watches flow-restore-wait from now on.
+    fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>>;
+}
+
+/// Notices that somebody else removes flow-restore-wait (hazards 23).
+pub trait RestoreWaitWatch: Send {
+    /// The flag as of now; looks at what has arrived and does not wait.
+    fn is_set(&mut self) -> Result<bool>;
+    /// Waits for the flag to go; false where `until` passes first.
+    fn wait_cleared(&mut self, until: Instant) -> Result<bool>;
+}

@@ -1,0 +1,419 @@
+//! The database through `db.sock` (RFC 7047).
+//!
+//! Every call has a connection of its own: nothing is lost when ovsdb-server is replaced in between.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::{json, Map, Value};
+
+use super::jsonrpc::Connection;
+use crate::host::{Bridge, Cleared, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result};
+
+/// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
+const FLAG: &str = "flow-restore-wait";
+/// The key of `external_ids` that says which run set the flag, so that a later one knows whether it may remove it.
+const MARK: &str = "ovs-graceful-run";
+/// The database.
+const DATABASE: &str = "Open_vSwitch";
+
+/// The database server of this host.
+#[derive(Debug, Clone)]
+pub struct Ovsdb {
+    socket: PathBuf,
+}
+
+impl Ovsdb {
+    /// The server behind `socket`, usually `/run/openvswitch/db.sock`. Connects only when asked something.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Ovsdb { socket: socket.into() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn connect(&self) -> Result<Connection> {
+        Connection::connect(&self.socket)
+    }
+
+    fn object(&self) -> String {
+        format!("database {}", self.socket.display())
+    }
+
+    /// The two operations every configuring transaction ends with.
+    fn increment() -> [Value; 2] {
+        [
+            json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [["next_cfg", "+=", 1]]}),
+            json!({"op": "select", "table": DATABASE, "where": [], "columns": ["next_cfg"]}),
+        ]
+    }
+
+    /// `next_cfg` in the result of [`Self::increment`].
+    fn incremented(&self, results: &[Value]) -> Result<i64> {
+        let number = results.last().and_then(|r| r["rows"][0]["next_cfg"].as_i64());
+        number.ok_or_else(|| {
+            HostError::new(self.object(), "it has no row in table Open_vSwitch")
+                .remedy("was it initialised (ovs-vsctl init)?")
+        })
+    }
+}
+
+impl Database for Ovsdb {
+    fn facts(&self, until: Instant) -> Result<DatabaseFacts> {
+        let mut connection = self.connect()?;
+        let schema = connection.call("get_schema", json!([DATABASE]), until)?;
+        let tables = Tables::select(&mut connection, &schema, until)?;
+        let root = tables
+            .rows("Open_vSwitch")
+            .next()
+            .ok_or_else(|| HostError::new(self.object(), "it has no row in table Open_vSwitch"))?;
+        let mut bridges: Vec<Bridge> = tables.rows("Bridge").map(|row| tables.bridge(row)).collect();
+        bridges.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(DatabaseFacts {
+            other_config: map(&root["other_config"]),
+            external_ids: map(&root["external_ids"]),
+            ovs_version: string(&root["ovs_version"]),
+            schema_version: string(&schema["version"]),
+            dpdk_initialized: root["dpdk_initialized"] == json!(true),
+            next_cfg: root["next_cfg"].as_i64().unwrap_or_default(),
+            cur_cfg: root["cur_cfg"].as_i64().unwrap_or_default(),
+            bridges,
+        })
+    }
+
+    fn set_restore_wait(&self, run: &str, until: Instant) -> Result<i64> {
+        let set = json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [
+            ["other_config", "insert", ["map", [[FLAG, "true"]]]],
+            ["external_ids", "insert", ["map", [[MARK, run]]]],
+        ]});
+        // A flag set to something else than true would survive "insert": take that away first.
+        let drop = json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [
+            ["other_config", "delete", ["set", [FLAG]]],
+            ["external_ids", "delete", ["set", [MARK]]],
+        ]});
+        let [mutate, select] = Self::increment();
+        let results = self.transact(vec![flag_is(false), drop, set, mutate, select], until).map_err(|e| {
+            match e.cause.contains("timed out") {
+                true => HostError::new(self.object(), "flow-restore-wait is set already").remedy(format!(
+                    "find out who set it; if nobody is restoring flows: ovs-vsctl remove open_vswitch . other_config {FLAG}"
+                )),
+                false => e,
+            }
+        })?;
+        self.incremented(&results)
+    }
+
+    fn clear_restore_wait(&self, run: &str, until: Instant) -> Result<Cleared> {
+        let ours = json!([["external_ids", "includes", ["map", [[MARK, run]]]]]);
+        let flagged = json!([
+            ["external_ids", "includes", ["map", [[MARK, run]]]],
+            ["other_config", "includes", ["map", [[FLAG, "true"]]]]
+        ]);
+        let operations = vec![
+            json!({"op": "mutate", "table": DATABASE, "where": flagged, "mutations": [
+                ["other_config", "delete", ["set", [FLAG]]], ["next_cfg", "+=", 1]]}),
+            json!({"op": "mutate", "table": DATABASE, "where": ours, "mutations": [
+                ["external_ids", "delete", ["set", [MARK]]]]}),
+            json!({"op": "select", "table": DATABASE, "where": [], "columns": ["next_cfg"]}),
+        ];
+        let results = self.transact(operations, until)?;
+        Ok(match (results[0]["count"].as_i64(), results[1]["count"].as_i64()) {
+            (Some(1), _) => Cleared::Removed { next_cfg: self.incremented(&results)? },
+            (_, Some(1)) => Cleared::AlreadyGone,
+            _ => Cleared::NotOurs,
+        })
+    }
+
+    fn bump(&self, until: Instant) -> Result<i64> {
+        let results = self.transact(Self::increment().to_vec(), until)?;
+        self.incremented(&results)
+    }
+
+    fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()> {
+        let mut monitor = Monitor::start(self.connect()?, &["cur_cfg"], until)?;
+        while monitor.row["cur_cfg"].as_i64().is_none_or(|cur| cur < next_cfg) {
+            if !monitor.next(until)? {
+                return Err(HostError::timeout(
+                    "ovs-vswitchd",
+                    format_args!("waiting for cur_cfg {} to reach next_cfg {next_cfg}", monitor.row["cur_cfg"]),
+                )
+                .remedy("see its log; it may be stopped, or busy configuring"));
+            }
+        }
+        Ok(())
+    }
+
+    fn transact(&self, operations: Vec<Value>, until: Instant) -> Result<Vec<Value>> {
+        transact(&mut self.connect()?, operations, until)
+    }
+
+    fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
+        Ok(Box::new(FlagWatch(Monitor::start(self.connect()?, &["other_config"], until)?)))
+    }
+}
+
+/// Runs `operations`; the results have one element each.
+fn transact(connection: &mut Connection, operations: Vec<Value>, until: Instant) -> Result<Vec<Value>> {
+    let count = operations.len();
+    let mut params = vec![json!(DATABASE)];
+    params.extend(operations);
+    let Value::Array(results) = connection.call("transact", Value::Array(params), until)? else {
+        return Err(HostError::new("database", "transact: the answer is not an array"));
+    };
+    // RFC 7047, 4.1.3: the failed operation holds an error object, those after it null; a commit error comes extra.
+    if let Some(failed) = results.iter().find(|r| r.get("error").is_some()) {
+        let text = |key| failed.get(key).and_then(Value::as_str).unwrap_or_default();
+        return Err(HostError::new("database", format!("transaction refused: {} {}", text("error"), text("details"))));
+    }
+    if results.len() < count {
+        return Err(HostError::new("database", "transact: the answer is too short"));
+    }
+    Ok(results)
+}
+
+/// The operation that lets a transaction fail unless the flag is (or is not) `true`.
+fn flag_is(set: bool) -> Value {
+    json!({"op": "wait", "timeout": 0, "table": DATABASE, "columns": ["other_config"], "rows": [],
+        "where": [["other_config", "includes", ["map", [[FLAG, "true"]]]]],
+        "until": if set { "!=" } else { "==" }})
+}
+
+/// A monitor (RFC 7047, 4.1.5) of the one row of table Open_vSwitch.
+struct Monitor {
+    connection: Connection,
+    row: Map<String, Value>,
+    empty: Value,
+}
+
+impl std::ops::Index<&str> for Monitor {
+    type Output = Value;
+
+    fn index(&self, column: &str) -> &Value {
+        self.row.get(column).unwrap_or(&self.empty)
+    }
+}
+
+impl Monitor {
+    fn start(mut connection: Connection, columns: &[&str], until: Instant) -> Result<Self> {
+        let initial = connection.call("monitor", json!([DATABASE, null, {DATABASE: {"columns": columns}}]), until)?;
+        let mut monitor = Monitor { connection, row: Map::new(), empty: Value::Null };
+        monitor.take(&initial);
+        Ok(monitor)
+    }
+
+    fn take(&mut self, updates: &Value) {
+        let rows = updates[DATABASE].as_object().into_iter().flat_map(|rows| rows.values());
+        for new in rows.filter_map(|row| row["new"].as_object()) {
+            self.row.extend(new.clone());
+        }
+    }
+
+    /// Takes in the next update; false where `until` passes first.
+    fn next(&mut self, until: Instant) -> Result<bool> {
+        while let Some(message) = self.connection.notification(until)? {
+            if message["method"] == json!("update") {
+                self.take(&message["params"][1]);
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// [`RestoreWaitWatch`] on a monitor.
+struct FlagWatch(Monitor);
+
+impl FlagWatch {
+    fn flag(&self) -> bool {
+        map(&self.0["other_config"]).get(FLAG).is_some_and(|v| v == "true")
+    }
+}
+
+impl RestoreWaitWatch for FlagWatch {
+    fn is_set(&mut self) -> Result<bool> {
+        while self.0.next(Instant::now())? {}
+        Ok(self.flag())
+    }
+
+    fn wait_cleared(&mut self, until: Instant) -> Result<bool> {
+        while self.flag() {
+            if !self.0.next(until)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The rows that [`DatabaseFacts`] is made of, by table and UUID.
+struct Tables(BTreeMap<&'static str, BTreeMap<String, Value>>);
+
+/// Tables and the columns we want of them, where the schema has them.
+const WANTED: &[(&str, &[&str])] = &[
+    ("Open_vSwitch", &["other_config", "external_ids", "ovs_version", "dpdk_initialized", "next_cfg", "cur_cfg"]),
+    (
+        "Bridge",
+        &[
+            "name",
+            "datapath_type",
+            "protocols",
+            "fail_mode",
+            "controller",
+            "stp_enable",
+            "rstp_enable",
+            "mirrors",
+            "netflow",
+            "sflow",
+            "ipfix",
+            "ports",
+        ],
+    ),
+    ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
+    ("Interface", &["name", "type", "ofport", "bfd", "cfm_mpid"]),
+    ("Controller", &["target"]),
+];
+
+impl Tables {
+    fn select(connection: &mut Connection, schema: &Value, until: Instant) -> Result<Self> {
+        let operations = WANTED.iter().map(|(table, columns)| {
+            let known = |column: &&&str| schema["tables"][table]["columns"].get(column).is_some();
+            let mut columns: Vec<&str> = columns.iter().filter(known).copied().collect();
+            columns.push("_uuid");
+            json!({"op": "select", "table": table, "where": [], "columns": columns})
+        });
+        let results = transact(connection, operations.collect(), until)?;
+        let mut tables = BTreeMap::new();
+        for ((table, _), result) in WANTED.iter().zip(results) {
+            let rows = result["rows"].as_array().cloned().unwrap_or_default();
+            tables.insert(*table, rows.into_iter().map(|row| (string(&row["_uuid"][1]), row)).collect());
+        }
+        Ok(Tables(tables))
+    }
+
+    fn rows(&self, table: &str) -> impl Iterator<Item = &Value> {
+        self.0.get(table).into_iter().flat_map(|rows| rows.values())
+    }
+
+    /// The rows of `table` that a column refers to.
+    fn referred<'a>(&'a self, table: &str, column: &'a Value) -> impl Iterator<Item = &'a Value> {
+        let rows = self.0.get(table);
+        set(column).into_iter().filter_map(move |uuid| rows?.get(uuid[1].as_str()?))
+    }
+
+    fn bridge(&self, row: &Value) -> Bridge {
+        Bridge {
+            name: string(&row["name"]),
+            datapath_type: string(&row["datapath_type"]),
+            protocols: set(&row["protocols"]).into_iter().map(string).collect(),
+            fail_mode: string(&row["fail_mode"]),
+            controllers: self.referred("Controller", &row["controller"]).map(|c| string(&c["target"])).collect(),
+            stp: row["stp_enable"] == json!(true),
+            rstp: row["rstp_enable"] == json!(true),
+            mirrors: set(&row["mirrors"]).len(),
+            netflow: !set(&row["netflow"]).is_empty(),
+            sflow: !set(&row["sflow"]).is_empty(),
+            ipfix: !set(&row["ipfix"]).is_empty(),
+            ports: self.referred("Port", &row["ports"]).map(|port| self.port(port)).collect(),
+        }
+    }
+
+    fn port(&self, row: &Value) -> Port {
+        let word = |column: &str| Some(string(&row[column])).filter(|s| !s.is_empty());
+        Port {
+            name: string(&row["name"]),
+            tag: row["tag"].as_i64(),
+            trunks: set(&row["trunks"]).into_iter().filter_map(Value::as_i64).collect(),
+            vlan_mode: word("vlan_mode"),
+            lacp: word("lacp").filter(|mode| mode != "off"),
+            interfaces: self.referred("Interface", &row["interfaces"]).map(interface).collect(),
+        }
+    }
+}
+
+fn interface(row: &Value) -> Interface {
+    Interface {
+        name: string(&row["name"]),
+        kind: string(&row["type"]),
+        ofport: row["ofport"].as_i64(),
+        bfd: map(&row["bfd"]).get("enable").is_some_and(|v| v == "true"),
+        cfm: row["cfm_mpid"].is_i64(),
+    }
+}
+
+/// The elements of a column: an atom and a UUID stand for the set of themselves (RFC 7047, 5.1).
+fn set(value: &Value) -> Vec<&Value> {
+    match value.as_array().map(Vec::as_slice) {
+        Some([tag, Value::Array(elements)]) if tag == "set" => elements.iter().collect(),
+        _ if value.is_null() => Vec::new(),
+        _ => vec![value],
+    }
+}
+
+/// An optional string: the atom, or empty.
+fn string(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// A map of strings.
+fn map(value: &Value) -> BTreeMap<String, String> {
+    match value.as_array().map(Vec::as_slice) {
+        Some([tag, Value::Array(pairs)]) if tag == "map" => {
+            pairs.iter().map(|pair| (string(&pair[0]), string(&pair[1]))).collect()
+        }
+        _ => BTreeMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_as_rfc_7047_writes_them() {
+        assert_eq!(set(&json!(["set", ["a", "b"]])), [&json!("a"), &json!("b")]);
+        assert_eq!(set(&json!("a")), [&json!("a")]);
+        assert_eq!(set(&json!(["uuid", "1-2"])), [&json!(["uuid", "1-2"])]);
+        assert!(set(&json!(["set", []])).is_empty());
+        assert_eq!(map(&json!(["map", [["k", "v"]]])), BTreeMap::from([("k".into(), "v".into())]));
+        assert!(map(&json!("x")).is_empty());
+        assert_eq!(string(&json!(["set", []])), "");
+    }
+
+    #[test]
+    fn a_bridge_is_put_together_from_its_rows() {
+        let row = |uuid: &str, mut value: Value| {
+            value["_uuid"] = json!(["uuid", uuid]);
+            (uuid.to_owned(), value)
+        };
+        let tables = Tables(BTreeMap::from([
+            ("Controller", BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4"}))])),
+            (
+                "Port",
+                BTreeMap::from([row(
+                    "p",
+                    json!({"name": "bond0", "lacp": "active", "tag": 5, "trunks": ["set", []],
+                        "interfaces": ["set", [["uuid", "i"], ["uuid", "j"], ["uuid", "gone"]]]}),
+                )]),
+            ),
+            (
+                "Interface",
+                BTreeMap::from([
+                    row("i", json!({"name": "e0", "type": "", "ofport": 1, "bfd": ["map", [["enable", "true"]]]})),
+                    row("j", json!({"name": "e1", "type": "", "ofport": ["set", []], "cfm_mpid": 7})),
+                ]),
+            ),
+        ]));
+        let bridge = tables.bridge(&json!({"name": "br0", "datapath_type": "netdev", "protocols": "OpenFlow13",
+            "controller": ["uuid", "c"], "ports": ["uuid", "p"], "stp_enable": true, "fail_mode": ["set", []]}));
+        assert_eq!(bridge.controllers, ["tcp:1.2.3.4"]);
+        assert_eq!(bridge.protocols, ["OpenFlow13"]);
+        assert!(bridge.stp && !bridge.rstp && bridge.fail_mode.is_empty());
+        let port = &bridge.ports[0];
+        assert_eq!((port.tag, port.lacp.as_deref(), port.interfaces.len()), (Some(5), Some("active"), 2));
+        assert!(port.interfaces[0].bfd && !port.interfaces[0].cfm && port.interfaces[1].cfm);
+        assert_eq!((port.interfaces[0].ofport, port.interfaces[1].ofport), (Some(1), None));
+    }
+}
