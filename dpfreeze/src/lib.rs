@@ -2,6 +2,7 @@
 
 mod bytes;
 pub mod error;
+pub mod flow_key;
 pub mod netlink;
 pub mod ovs;
 
