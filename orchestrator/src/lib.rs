@@ -1,3 +1,4 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
 
 pub mod host;
+pub mod machine;
