@@ -1,0 +1,147 @@
+//! Meters of a datapath: family `ovs_meter`.
+
+use serde::{Deserialize, Serialize};
+
+use super::header;
+use crate::bytes::hex;
+use crate::error::{Error, Result};
+use crate::netlink::attr::{Attr, AttrBuf, Attrs};
+
+// enum ovs_meter_cmd
+const VERSION: u8 = 1; // OVS_METER_VERSION
+const CMD_FEATURES: u8 = 1;
+const CMD_GET: u8 = 4;
+// enum ovs_meter_attr
+const ATTR_ID: u16 = 1;
+const ATTR_KBPS: u16 = 2;
+const ATTR_STATS: u16 = 3;
+const ATTR_BANDS: u16 = 4;
+const ATTR_USED: u16 = 5;
+const ATTR_MAX_METERS: u16 = 7;
+const ATTR_MAX_BANDS: u16 = 8;
+const ATTR_PAD: u16 = 9;
+// enum ovs_band_attr
+const BAND_TYPE: u16 = 1;
+const BAND_RATE: u16 = 2;
+const BAND_BURST: u16 = 3;
+const BAND_STATS: u16 = 4;
+
+/// A band of a meter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Band {
+    /// `OVS_METER_BAND_TYPE_*`; 1 drops what exceeds the rate.
+    #[serde(rename = "type")]
+    pub kind: u32,
+    /// In kilobits or packets a second, see [`Meter::kbps`].
+    pub rate: u32,
+    /// In kilobits or packets.
+    pub burst: u32,
+    /// Packets that exceeded the rate.
+    pub packets: u64,
+    /// Bytes that exceeded the rate.
+    pub bytes: u64,
+}
+
+/// A meter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meter {
+    /// Number in the datapath.
+    pub id: u32,
+    /// Rates are in kilobits a second; else in packets.
+    pub kbps: bool,
+    /// Packets that went through.
+    pub packets: u64,
+    /// Bytes that went through.
+    pub bytes: u64,
+    /// When it was last used, milliseconds of the monotonic clock.
+    pub used_ms: Option<u64>,
+    /// The bands, in order.
+    pub bands: Vec<Band>,
+    /// Attributes this library does not know, as sent.
+    #[serde(with = "hex")]
+    pub unknown: Vec<u8>,
+}
+
+/// What a datapath can do with meters (`OVS_METER_CMD_FEATURES`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeterFeatures {
+    /// Highest number of meters; ids are below it (kernel 5.8 or later; before, any u32).
+    pub max_meters: u32,
+    /// Highest number of bands of one meter.
+    pub max_bands: u32,
+}
+
+impl Meter {
+    /// Reads an answer to `OVS_METER_CMD_GET`, `payload` being what follows the nlmsghdr.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if the message is cut off or has no id.
+    pub fn parse(payload: &[u8]) -> Result<Self> {
+        let mut meter = Meter::default();
+        let mut id = None;
+        let mut unknown = AttrBuf::new();
+        for attr in header::parse("ovs_meter", payload)?.attrs {
+            let attr = attr?;
+            match attr.kind {
+                ATTR_ID => id = Some(attr.u32()?),
+                ATTR_KBPS => meter.kbps = true,
+                ATTR_STATS => [meter.packets, meter.bytes] = attr.u64s()?,
+                ATTR_BANDS => {
+                    meter.bands = attr.nested().map(|band| parse_band(band?.nested())).collect::<Result<_>>()?
+                }
+                ATTR_USED => meter.used_ms = Some(attr.u64()?),
+                ATTR_PAD => {}
+                _ => {
+                    unknown.push_attr(&attr);
+                }
+            }
+        }
+        meter.id = id.ok_or_else(|| Error::malformed("ovs_meter", "no id"))?;
+        meter.unknown = unknown.into_bytes();
+        Ok(meter)
+    }
+
+    /// Whether `other` limits the same in the same way; counters do not matter.
+    pub fn same_limits(&self, other: &Meter) -> bool {
+        let limits = |meter: &Meter| meter.bands.iter().map(|b| (b.kind, b.rate, b.burst)).collect::<Vec<_>>();
+        self.kbps == other.kbps && limits(self) == limits(other)
+    }
+}
+
+fn parse_band(attrs: Attrs<'_>) -> Result<Band> {
+    let mut band = Band::default();
+    for attr in attrs {
+        let attr: Attr<'_> = attr?;
+        match attr.kind {
+            BAND_TYPE => band.kind = attr.u32()?,
+            BAND_RATE => band.rate = attr.u32()?,
+            BAND_BURST => band.burst = attr.u32()?,
+            BAND_STATS => [band.packets, band.bytes] = attr.u64s()?,
+            _ => {}
+        }
+    }
+    Ok(band)
+}
+
+pub(crate) fn parse_features(payload: &[u8]) -> Result<MeterFeatures> {
+    let mut features = MeterFeatures::default();
+    for attr in header::parse("ovs_meter", payload)?.attrs {
+        let attr = attr?;
+        match attr.kind {
+            ATTR_MAX_METERS => features.max_meters = attr.u32()?,
+            ATTR_MAX_BANDS => features.max_bands = attr.u32()?,
+            _ => {}
+        }
+    }
+    Ok(features)
+}
+
+pub(crate) fn ask_features(ifindex: u32) -> Vec<u8> {
+    header::build(CMD_FEATURES, VERSION, ifindex, &[])
+}
+
+pub(crate) fn ask(ifindex: u32, id: u32) -> Vec<u8> {
+    let mut attrs = AttrBuf::new();
+    attrs.push_u32(ATTR_ID, id);
+    header::build(CMD_GET, VERSION, ifindex, attrs.as_bytes())
+}
