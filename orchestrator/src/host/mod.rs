@@ -79,6 +79,8 @@ pub struct Daemon {
     pub limits: Vec<Limit>,
     /// `/proc/PID/oom_score_adj`.
     pub oom_score_adj: i32,
+    /// The file mode creation mask.
+    pub umask: u32,
     /// The effective user.
     pub uid: u32,
     /// The effective group.
@@ -123,6 +125,9 @@ pub trait Daemons {
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
     /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
     fn find_ovsdb_server(&self) -> Result<Daemon>;
+    /// Every running daemon of a kind, whatever it is bound to: those with a control socket of their own, so neither
+    /// monitors nor starters that wait for their child.
+    fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>>;
     /// All that is known of the process `pid`, held from now on.
     fn describe(&self, kind: DaemonKind, pid: i32) -> Result<Daemon>;
     /// Is this very process alive (a zombie is not)?

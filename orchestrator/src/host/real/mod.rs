@@ -1,5 +1,13 @@
 //! The machine we run on.
 
+pub mod command;
+pub mod daemons;
 pub mod jsonrpc;
 pub mod ovsdb;
+pub mod pid_file;
+pub mod procfs;
+mod spawn;
 pub mod unixctl;
+
+pub use daemons::RealDaemons;
+pub use ovsdb::Ovsdb;

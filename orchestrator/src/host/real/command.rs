@@ -1,0 +1,183 @@
+//! Runs a program with a deadline and bounded output: argv only, never a shell.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{killpg, Signal};
+use nix::unistd::Pid;
+
+use super::jsonrpc::remaining;
+use crate::host::{Context, HostError, Result};
+
+/// More output than this is an error, bytes: 20,000 rules are about 3 MB.
+const OUTPUT_MAX: usize = 256 << 20;
+
+/// What a program said.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+/// Runs `program` with `arguments` until it ends or `until` passes, feeding it `input`. The environment is ours with
+/// `LC_ALL=C`. A program that does not end well is no error here: see [`run_well`].
+pub fn run<S: AsRef<OsStr>>(program: &str, arguments: &[S], input: Option<&[u8]>, until: Instant) -> Result<Output> {
+    let mut command = Command::new(program);
+    command.args(arguments).env("LC_ALL", "C").stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    // A Ctrl-C at the terminal is for us, not for what we run.
+    command.process_group(0);
+    let mut child = command.spawn().map_err(|e| HostError::new(program, format!("cannot be run: {e}")))?;
+    let result = converse(&mut child, program, input, until);
+    if result.is_err() {
+        // The whole group: a script may have started what holds our pipes open.
+        let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+        let _ = child.wait();
+    }
+    result
+}
+
+/// [`run`], and an error with the program's own words where it does not end with status 0.
+pub fn run_well<S: AsRef<OsStr>>(
+    program: &str,
+    arguments: &[S],
+    input: Option<&[u8]>,
+    until: Instant,
+) -> Result<String> {
+    let output = run(program, arguments, input, until)?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let words: Vec<OsString> = arguments.iter().map(|a| a.as_ref().to_owned()).collect();
+    let said = output.stderr.trim();
+    let said = if said.is_empty() { output.stdout.trim() } else { said };
+    let said: String = said.chars().take(2000).collect();
+    let words = words.join(OsStr::new(" "));
+    Err(HostError::new(format!("{program} {}", words.to_string_lossy()), format!("{}: {said}", output.status)))
+}
+
+/// Feeds the program and reads both outputs as they come, so that no pipe fills up.
+fn converse(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
+    let (mut stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let mut input = input.unwrap_or_default();
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    while stdout.is_some() || stderr.is_some() {
+        if input.is_empty() {
+            stdin = None;
+        }
+        let ready = wait_ready(&stdin, &stdout, &stderr, until).about(program)?;
+        let Some((write, read_out, read_err)) = ready else {
+            return Err(HostError::timeout(program, "waiting for it to end"));
+        };
+        if write {
+            match stdin.as_mut().map(|pipe| pipe.write(&input[..input.len().min(4096)])) {
+                Some(Ok(n)) => input = &input[n..],
+                _ => input = &[],
+            }
+        }
+        if read_out && !take(&mut stdout, &mut out).about(program)? {
+            stdout = None;
+        }
+        if read_err && !take(&mut stderr, &mut err).about(program)? {
+            stderr = None;
+        }
+        if out.len() + err.len() > OUTPUT_MAX {
+            return Err(HostError::new(program, format!("it printed more than {OUTPUT_MAX} bytes")));
+        }
+    }
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let status = wait_child(child, program, until)?;
+    Ok(Output { status, stdout: text(&out), stderr: text(&err) })
+}
+
+/// Waits for the child itself: outputs may close before it ends.
+fn wait_child(child: &mut Child, program: &str, until: Instant) -> Result<ExitStatus> {
+    loop {
+        if let Some(status) = child.try_wait().about(program)? {
+            return Ok(status);
+        }
+        if remaining(until).is_none() {
+            return Err(HostError::timeout(program, "waiting for it to end"));
+        }
+        std::thread::sleep(std::time::Duration::from_micros(500));
+    }
+}
+
+/// Which of the three pipes can be used now; `None` where `until` passes first.
+fn wait_ready(
+    stdin: &Option<impl AsFd>,
+    stdout: &Option<impl AsFd>,
+    stderr: &Option<impl AsFd>,
+    until: Instant,
+) -> nix::Result<Option<(bool, bool, bool)>> {
+    let mut fds = Vec::new();
+    fds.extend(stdin.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLOUT)));
+    fds.extend(stdout.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    fds.extend(stderr.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
+    let Some(left) = remaining(until) else { return Ok(None) };
+    // Rounded up: a time limit of 0 ms would spin through the last millisecond.
+    let left = PollTimeout::try_from(left + std::time::Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, left) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(e) => return Err(e),
+    }
+    let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
+    let mut next = |present: bool| present && ready.next().unwrap_or(false);
+    Ok(Some((next(stdin.is_some()), next(stdout.is_some()), next(stderr.is_some()))))
+}
+
+/// Reads once; false at the end.
+fn take(pipe: &mut Option<impl Read>, into: &mut Vec<u8>) -> std::io::Result<bool> {
+    let mut chunk = [0; 65536];
+    let n = match pipe.as_mut() {
+        Some(pipe) => pipe.read(&mut chunk)?,
+        None => 0,
+    };
+    into.extend_from_slice(&chunk[..n]);
+    Ok(n > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(20)
+    }
+
+    #[test]
+    fn large_input_and_output_do_not_deadlock() {
+        let text = "0123456789abcde\n".repeat(100_000);
+        assert_eq!(run_well("cat", &[] as &[&str], Some(text.as_bytes()), soon()).unwrap(), text);
+    }
+
+    #[test]
+    fn failures_carry_the_words_of_the_program() {
+        let error = run_well("ls", &["/nonexistent-x"], None, soon()).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent-x") && error.contains("exit status: 2"), "{error}");
+        let error = run_well("no-such-program-x", &["a"], None, soon()).unwrap_err().to_string();
+        assert!(error.contains("cannot be run"), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_hangs_is_ended_at_the_deadline() {
+        let begin = Instant::now();
+        let error = run("sleep", &["30"], None, begin + Duration::from_millis(100)).unwrap_err();
+        assert!(error.timed_out && begin.elapsed() < Duration::from_secs(5), "{error}");
+    }
+
+    #[test]
+    fn a_program_that_ignores_its_input_is_no_error() {
+        assert_eq!(run_well("true", &[] as &[&str], Some(&vec![b'x'; 1 << 20]), soon()).unwrap(), "");
+    }
+}

@@ -1,0 +1,389 @@
+//! The daemons of this host, found by what they own and held by pidfd.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
+use super::jsonrpc::{remaining, Connection};
+use super::pid_file::PidFile;
+use super::{command, procfs, spawn, unixctl};
+use crate::host::{Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, Signal, Starting, Versions};
+
+/// Where a program is looked for after the daemon's own PATH (`ovs-ctl` does so too).
+const PROGRAM_DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin";
+/// Between two looks at a file or a socket that somebody else makes.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// The daemons of this host.
+#[derive(Debug)]
+pub struct RealDaemons {
+    database_socket: PathBuf,
+    held: Mutex<BTreeMap<ProcessId, Arc<OwnedFd>>>,
+}
+
+impl RealDaemons {
+    /// The daemons around the database socket `database_socket`, usually `/run/openvswitch/db.sock`.
+    pub fn new(database_socket: impl Into<PathBuf>) -> Self {
+        RealDaemons { database_socket: database_socket.into(), held: Mutex::default() }
+    }
+
+    /// The pidfd of this very process, opened now where it is not held yet.
+    fn hold(&self, id: ProcessId) -> Result<Arc<OwnedFd>> {
+        let object = format!("process {}", id.pid);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fd) = held.get(&id) {
+            return Ok(fd.clone());
+        }
+        let fd = Arc::new(pidfd_open(id.pid).about(&object)?);
+        // Looked at after the open: from here on the number cannot pass to another process unseen.
+        if procfs::identity(id.pid).about(&object)? != id {
+            return Err(HostError::new(object, "it has ended, and its number belongs to another process"));
+        }
+        held.insert(id, fd.clone());
+        Ok(fd)
+    }
+
+    /// The process behind the database socket, by its credentials.
+    fn database_listener(&self) -> Result<i32> {
+        let object = self.database_socket.display().to_string();
+        let connection = Connection::connect(&self.database_socket)?;
+        Ok(getsockopt(connection.stream(), PeerCredentials).about(object)?.pid())
+    }
+}
+
+impl Daemons for RealDaemons {
+    fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon> {
+        let object = "ovs-vswitchd";
+        let inodes = upcall_socket_inodes(upcall_port_ids).about("/proc/net/netlink")?;
+        let owns = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
+        let candidates = procfs::pids().about("/proc")?.into_iter();
+        // Our own parked duplicates share the sockets: only the program itself counts.
+        let owners: Vec<i32> =
+            candidates.filter(|pid| procfs::runs(*pid, DaemonKind::OvsVswitchd.program())).filter(owns).collect();
+        match owners.as_slice() {
+            [pid] => self.describe(DaemonKind::OvsVswitchd, *pid),
+            [] => Err(HostError::new(object, "no process of it owns the upcall sockets of the datapath")
+                .remedy("start it; `ovs-graceful recover` if a run was interrupted")),
+            many => Err(HostError::new(object, format!("processes {many:?} all own upcall sockets of the datapath"))
+                .remedy("only one may run: stop the one that systemd or the PID file does not know")),
+        }
+    }
+
+    fn find_ovsdb_server(&self) -> Result<Daemon> {
+        let pid = self.database_listener()?;
+        let kind = DaemonKind::OvsdbServer;
+        if !procfs::runs(pid, kind.program()) {
+            return Err(HostError::new(
+                self.database_socket.display().to_string(),
+                format!("process {pid} listens, which is not an {}", kind.program()),
+            ));
+        }
+        self.describe(kind, pid)
+    }
+
+    fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>> {
+        let pids = procfs::pids().about("/proc")?.into_iter().filter(|pid| procfs::runs(*pid, kind.program()));
+        // One that ends while we look is no daemon any more.
+        Ok(pids.filter_map(|pid| self.describe(kind, pid).ok()).filter(|daemon| daemon.control.exists()).collect())
+    }
+
+    fn describe(&self, kind: DaemonKind, pid: i32) -> Result<Daemon> {
+        let object = format!("{} (pid {pid})", kind.program());
+        let id = procfs::identity(pid).about(&object)?;
+        self.hold(id)?;
+        describe(kind, id).about(object)
+    }
+
+    fn is_alive(&self, id: ProcessId) -> bool {
+        self.wait_end(id, Instant::now()).is_ok_and(|ended| !ended)
+    }
+
+    fn signal(&self, id: ProcessId, signal: Signal) -> Result<()> {
+        let number = match signal {
+            Signal::Stop => libc::SIGSTOP,
+            Signal::Continue => libc::SIGCONT,
+            Signal::Terminate => libc::SIGTERM,
+            Signal::Kill => libc::SIGKILL,
+        };
+        pidfd_send_signal(&*self.hold(id)?, number).about(format!("process {}: {signal:?}", id.pid))
+    }
+
+    fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool> {
+        let fd = match self.hold(id) {
+            Ok(fd) => fd,
+            Err(_) if procfs::identity(id.pid).ok() != Some(id) => return Ok(true),
+            Err(error) => return Err(error),
+        };
+        readable(&*fd, until).about(format!("process {}", id.pid))
+    }
+
+    fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions> {
+        let object = format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
+        let unreadable = |text: &str| HostError::new(&object, format!("cannot read a version out of {text:?}"));
+        let text = self.command(daemon, "version", &[], until)?;
+        let running = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
+        let program = installed_program(daemon)?;
+        let text = command::run_well(&program.to_string_lossy(), &["--version"], None, until)?;
+        let installed = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
+        Ok(Versions { running, installed })
+    }
+
+    fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
+        unixctl::command(&daemon.control, command, arguments, until)
+    }
+
+    fn set_aside_pid_file(&self, old: &Daemon) -> Result<()> {
+        PidFile::new(&old.pid_file).set_aside(old.id.pid)
+    }
+
+    fn wait_pid_file(&self, old: &Daemon, until: Instant) -> Result<Daemon> {
+        let file = PidFile::new(&old.pid_file);
+        loop {
+            if let Some(pid) = file.pid()?.filter(|pid| *pid != old.id.pid) {
+                if procfs::runs(pid, old.kind.program()) {
+                    return self.describe(old.kind, pid);
+                }
+                return Err(HostError::new(
+                    old.pid_file.display().to_string(),
+                    format!("it names process {pid}, which is not an {}", old.kind.program()),
+                ));
+            }
+            pause(until, old.pid_file.display(), "waiting for the new daemon's PID file")?;
+        }
+    }
+
+    fn swap_pid_file(&self, old: &Daemon, new: &Daemon) -> Result<()> {
+        PidFile::new(&old.pid_file).swap(old.id.pid, new.id.pid)
+    }
+
+    fn settle_pid_file(&self, owner: &Daemon) -> Result<()> {
+        PidFile::new(&owner.pid_file).settle(owner.id.pid)
+    }
+
+    fn wait_standby(&self, standby: &Daemon, until: Instant) -> Result<()> {
+        let object = format!("standby {} (pid {})", standby.kind.program(), standby.id.pid);
+        loop {
+            if !self.is_alive(standby.id) {
+                return Err(HostError::new(object, "it ended").remedy(match &standby.log_file {
+                    Some(log) => format!("see {}", log.display()),
+                    None => String::new(),
+                }));
+            }
+            // Until its control socket is there the answer is an error; that is part of starting.
+            let memory = self.command(standby, "memory/show", &[], until).unwrap_or_default();
+            match unixctl::parse_memory(&memory, "idl-cells") {
+                Some(cells) if cells > 0 => return Ok(()),
+                // Before 2.17 memory/show does not tell: the line of bridge_run() does.
+                None if !memory.is_empty() && says_it_waits(standby) => return Ok(()),
+                _ => pause(until, &object, "waiting until it has read the database")?,
+            }
+        }
+    }
+
+    fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>> {
+        spawn::start_like(model, &installed_program(model)?)
+    }
+}
+
+/// Sleeps a moment, or fails with a time-out of `object` where `until` has passed.
+fn pause(until: Instant, object: impl ToString, doing: &str) -> Result<()> {
+    match remaining(until) {
+        Some(left) => std::thread::sleep(left.min(LOOK_AGAIN)),
+        None => return Err(HostError::timeout(object.to_string(), doing)),
+    }
+    Ok(())
+}
+
+/// Reads all of [`Daemon`] from /proc.
+fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemon> {
+    let pid = id.pid;
+    let argv = procfs::words(pid, "cmdline")?;
+    let environment: Vec<(String, String)> = procfs::words(pid, "environ")?
+        .into_iter()
+        .filter_map(|word| word.split_once('=').map(|(k, v)| (k.to_owned(), v.to_owned())))
+        .collect();
+    let stat = procfs::stat(pid)?;
+    let (exe, exe_deleted) = procfs::exe(pid)?;
+    let (uid, gid) = procfs::owner(pid)?;
+    let monitored = argv.iter().any(|a| a == "--monitor") && procfs::runs(stat.parent, kind.program());
+    Ok(Daemon {
+        kind,
+        id,
+        exe,
+        exe_deleted,
+        pid_file: run_path(&argv, &environment, "--pidfile", &format!("{}.pid", kind.program())),
+        control: run_path(&argv, &environment, "--unixctl", &format!("{}.{pid}.ctl", kind.program())),
+        log_file: log_file(&argv, &environment, kind),
+        cwd: procfs::cwd(pid)?,
+        comm: stat.comm,
+        nice: stat.nice,
+        limits: procfs::limits(pid)?,
+        oom_score_adj: procfs::number(pid, "oom_score_adj")?,
+        umask: procfs::umask(pid)?,
+        uid,
+        gid,
+        cgroup: procfs::cgroup(pid)?,
+        monitor: monitored.then(|| procfs::identity(stat.parent).ok()).flatten(),
+        argv,
+        environment,
+    })
+}
+
+/// The value of option `name` in `argv`: `Some(None)` where it stands without one.
+fn option<'a>(argv: &'a [String], name: &str) -> Option<Option<&'a str>> {
+    argv.iter().rev().find_map(|word| match word.strip_prefix(name)? {
+        "" => Some(None),
+        rest => rest.strip_prefix('=').map(Some),
+    })
+}
+
+fn variable<'a>(environment: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    environment.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+}
+
+/// A file of the run directory that `option` may name (`abs_file_name` in `lib/util.c`), in canonical form: /var/run
+/// is a link to /run.
+fn run_path(argv: &[String], environment: &[(String, String)], name: &str, default: &str) -> PathBuf {
+    let directory = Path::new(variable(environment, "OVS_RUNDIR").unwrap_or("/run/openvswitch"));
+    let path = directory.join(option(argv, name).flatten().unwrap_or(default));
+    match (path.parent().and_then(|parent| parent.canonicalize().ok()), path.file_name()) {
+        (Some(parent), Some(file)) => parent.join(file),
+        _ => path,
+    }
+}
+
+fn log_file(argv: &[String], environment: &[(String, String)], kind: DaemonKind) -> Option<PathBuf> {
+    let directory = Path::new(variable(environment, "OVS_LOGDIR").unwrap_or("/var/log/openvswitch"));
+    let named = option(argv, "--log-file")?;
+    Some(directory.join(named.map_or_else(|| format!("{}.log", kind.program()), str::to_owned)))
+}
+
+/// The program that a start would run now: `argv[0]` as the daemon's PATH finds it.
+fn installed_program(daemon: &Daemon) -> Result<PathBuf> {
+    let name = daemon.argv.first().map_or(daemon.kind.program(), String::as_str);
+    if name.contains('/') {
+        return Ok(PathBuf::from(name));
+    }
+    let own = variable(&daemon.environment, "PATH").unwrap_or_default();
+    let directories = own.split(':').chain(PROGRAM_DIRECTORIES.split(':')).filter(|d| !d.is_empty());
+    let mut programs = directories.map(|directory| Path::new(directory).join(name));
+    programs
+        .find(|path| path.is_file())
+        .ok_or_else(|| HostError::new(name, "it is not installed").remedy("install the openvswitch package again"))
+}
+
+/// The inodes of the generic netlink sockets with these port ids.
+fn upcall_socket_inodes(port_ids: &[u32]) -> std::io::Result<std::collections::BTreeSet<u64>> {
+    let text = fs::read_to_string("/proc/net/netlink")?;
+    Ok(parse_netlink_table(&text)
+        .filter(|(protocol, port, _)| *protocol == 16 && port_ids.contains(port))
+        .map(|row| row.2)
+        .collect())
+}
+
+/// Protocol, port id and inode of each row: `sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode`.
+fn parse_netlink_table(text: &str) -> impl Iterator<Item = (u32, u32, u64)> + '_ {
+    text.lines().skip(1).filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        Some((fields.get(1)?.parse().ok()?, fields.get(2)?.parse().ok()?, fields.get(9)?.parse().ok()?))
+    })
+}
+
+/// Does the end of the standby's log say that it waits for the lock (`bridge_run` in `vswitchd/bridge.c`)?
+fn says_it_waits(standby: &Daemon) -> bool {
+    let line = format!("disabling this process (pid {})", standby.id.pid);
+    let end = standby.log_file.as_deref().and_then(|path| tail(path, 256 << 10).ok());
+    end.is_some_and(|text| text.contains(&line))
+}
+
+/// The last `length` bytes of a file.
+fn tail(path: &Path, length: u64) -> std::io::Result<String> {
+    let mut file = fs::File::open(path)?;
+    let size = file.metadata()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(length)))?;
+    let mut bytes = Vec::new();
+    file.take(length).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// `pidfd_open(2)`; the descriptor is close-on-exec.
+fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes two integers and returns a new descriptor or -1.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// `pidfd_send_signal(2)`.
+fn pidfd_send_signal(fd: &impl AsRawFd, signal: i32) -> nix::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: a null siginfo is what the call documents for "as kill(2) would".
+    Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), signal, no_info, 0) }).map(drop)
+}
+
+/// Waits until `fd` is readable; a pidfd is when its process has ended.
+fn readable(fd: &impl AsFd, until: Instant) -> nix::Result<bool> {
+    loop {
+        let left = remaining(until).map_or(Duration::ZERO, |left| left + Duration::from_millis(1));
+        let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) if remaining(until).is_none() => return Ok(false),
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split(' ').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn files_of_a_daemon_follow_its_options() {
+        let argv =
+            words("ovs-vswitchd unix:/x --log-file=/var/log/openvswitch/v.log --pidfile=/nonexistent/v.pid --detach");
+        assert_eq!(run_path(&argv, &[], "--pidfile", "ovs-vswitchd.pid"), Path::new("/nonexistent/v.pid"));
+        let environment = [("OVS_RUNDIR".to_owned(), "/nonexistent-run".to_owned())];
+        let control = run_path(&argv, &environment, "--unixctl", "ovs-vswitchd.7.ctl");
+        assert_eq!(control, Path::new("/nonexistent-run/ovs-vswitchd.7.ctl"));
+        assert_eq!(log_file(&argv, &[], DaemonKind::OvsVswitchd).unwrap(), Path::new("/var/log/openvswitch/v.log"));
+        assert_eq!(option(&words("a --pidfile b"), "--pidfile"), Some(None));
+        assert_eq!(option(&words("a --pidfilex=1"), "--pidfile"), None);
+    }
+
+    #[test]
+    fn a_process_is_held_signalled_and_seen_to_end() {
+        let daemons = RealDaemons::new("/nonexistent/db.sock");
+        let mut child = std::process::Command::new("sleep").arg("30").spawn().unwrap();
+        let id = procfs::identity(child.id() as i32).unwrap();
+        assert!(daemons.is_alive(id));
+        let other = ProcessId { start_time: id.start_time + 1, ..id };
+        assert!(!daemons.is_alive(other) && daemons.signal(other, Signal::Kill).is_err());
+        assert!(!daemons.wait_end(id, Instant::now() + Duration::from_millis(20)).unwrap());
+        daemons.signal(id, Signal::Terminate).unwrap();
+        assert!(daemons.wait_end(id, Instant::now() + Duration::from_secs(5)).unwrap());
+        child.wait().unwrap();
+        assert!(!daemons.is_alive(id) && daemons.signal(id, Signal::Kill).is_err());
+    }
+
+    #[test]
+    fn the_netlink_table_is_read_by_column() {
+        let text = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
+                    0000000012f9e2b6 16  3204448594 00000000 0        0        0     2        0        9217\n\
+                    0000000012f9e2b7 0   355        00000440 0        0        0     2        0        9211\n";
+        assert_eq!(parse_netlink_table(text).collect::<Vec<_>>(), [(16, 3204448594, 9217), (0, 355, 9211)]);
+    }
+}
