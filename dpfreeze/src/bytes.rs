@@ -2,7 +2,8 @@
 
 use serde::{de::Error as _, Deserialize, Deserializer, Serializer};
 
-fn encode(bytes: &[u8]) -> String {
+/// `bytes` in hexadecimal.
+pub(crate) fn encode(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes.iter().flat_map(|b| [b >> 4, b & 15]).map(|n| char::from(DIGITS[usize::from(n)])).collect()
 }

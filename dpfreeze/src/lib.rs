@@ -1,9 +1,11 @@
 //! The datapath side of ovs-graceful: knows the kernel; nothing about daemons, systemd or OVSDB.
 
 mod bytes;
+pub mod conntrack;
 pub mod error;
 pub mod flow_key;
 pub mod netlink;
 pub mod ovs;
+pub mod snapshot;
 
 pub use error::{Error, Result};
