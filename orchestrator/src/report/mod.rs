@@ -1,0 +1,303 @@
+//! The report of a run: JSON, schema 1 (design.md, "The report"). Keys are stable: they may be added to, never
+//! renamed or removed. What is unknown is `null` or empty, so that every key is always there.
+
+mod check;
+mod summary;
+#[cfg(test)]
+mod tests;
+
+pub use check::{CheckReport, Finding, Severity};
+pub use summary::summary;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::str::FromStr;
+
+use anyhow::Context;
+use atomic_write_file::unix::OpenOptionsExt as _;
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{ExitCode, Outcome, Phase};
+
+/// The schema that [`Report`] is.
+pub const SCHEMA: u32 = 1;
+
+/// How much of the promise this host can keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Level {
+    /// Freeze and park.
+    Full,
+    /// No usable BPF: the flush happens, misses are parked.
+    Park,
+    /// Neither: a run refuses unless forced.
+    None,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Level::Full => "full",
+            Level::Park => "park",
+            Level::None => "none",
+        })
+    }
+}
+
+/// How the new daemon comes to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Started beside the old one, waiting for the database's lock.
+    Standby,
+    /// Started after the old one's end.
+    StopStart,
+}
+
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Strategy::Standby => "standby",
+            Strategy::StopStart => "stop-start",
+        })
+    }
+}
+
+impl FromStr for Strategy {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Strategy, String> {
+        let known = [Strategy::Standby, Strategy::StopStart].into_iter().find(|known| known.to_string() == text);
+        known.ok_or_else(|| format!("`{text}` is neither `standby` nor `stop-start`"))
+    }
+}
+
+/// A version of the daemons.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Of ovs-vswitchd, for example `3.1.0`.
+    pub ovs: Option<String>,
+}
+
+/// When a phase ran.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// [`Phase::name`], or `back`.
+    pub name: String,
+    /// Milliseconds from the start of the run.
+    pub start_ms: u64,
+    /// Milliseconds it took.
+    pub duration_ms: u64,
+}
+
+/// What became of the packets that nobody could answer for a while.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Parked {
+    /// Upcalls taken in.
+    pub packets: u64,
+    /// Given back to the datapath.
+    pub replayed: u64,
+    /// Not taken in: the park or its sockets were full.
+    pub overflowed: u64,
+    /// Taken in, not given back, by reason.
+    pub unreplayable: BTreeMap<String, u64>,
+    /// The longest time that a packet was parked, in milliseconds.
+    pub longest_ms: f64,
+    /// The 99th percentile of that time, in milliseconds.
+    pub p99_ms: f64,
+}
+
+/// A datapath, before against after.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatapathReport {
+    /// Its name.
+    pub name: String,
+    /// Kernel flows in the snapshot.
+    pub flows_before: u64,
+    /// Of these, still there at the end, under their UFID.
+    pub flows_kept: u64,
+    /// Of these, removed by the run, by reason.
+    pub flows_removed: BTreeMap<String, u64>,
+    /// The rise of the kernel's `n_lost`.
+    pub lost_delta: i64,
+    /// The rise of the kernel's `n_missed`.
+    pub missed_delta: i64,
+}
+
+/// Netlink messages that the freeze refused, by class.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// OVS_FLOW_CMD_DEL without a key or UFID.
+    pub flow_flush: u64,
+    /// OVS_FLOW_CMD_DEL of one flow.
+    pub flow_del: u64,
+    /// OVS_FLOW_CMD_SET.
+    pub flow_set: u64,
+    /// OVS_DP_CMD_DEL.
+    pub dp_del: u64,
+    /// OVS_VPORT_CMD_DEL.
+    pub vport_del: u64,
+    /// OVS_METER_CMD_DEL.
+    pub meter_del: u64,
+    /// IPCTNL_MSG_TIMEOUT_DELETE.
+    pub ct_timeout_del: u64,
+    /// OVS_DP_CMD_SET with PER_CPU_PIDS or OVS_VPORT_CMD_SET with UPCALL_PID.
+    pub upcall_bind: u64,
+}
+
+/// What conntrack was told, before against after.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConntrackReport {
+    /// Timeout policies in the snapshot.
+    pub timeout_policies_before: u64,
+    /// Of these, guarded because connections live under them.
+    pub timeout_policies_guarded: u64,
+    /// Zone limits in the snapshot.
+    pub zone_limits_before: u64,
+    /// Of these, set again because they were lost.
+    pub zone_limits_restored: u64,
+}
+
+/// A bridge's OpenFlow state, before against after.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenFlowReport {
+    /// Its name.
+    pub bridge: String,
+    /// Flows before.
+    pub flows_before: u64,
+    /// Flows after.
+    pub flows_after: u64,
+    /// Groups before.
+    pub groups_before: u64,
+    /// Groups after.
+    pub groups_after: u64,
+    /// Meters before.
+    pub meters_before: u64,
+    /// Meters after.
+    pub meters_after: u64,
+    /// True where the restore could not be one bundle.
+    pub not_atomic: bool,
+}
+
+/// The report of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Always [`SCHEMA`].
+    pub schema: u32,
+    /// The run's id.
+    pub id: String,
+    /// [`ExitCode::result`].
+    pub result: String,
+    /// What the command exits with.
+    pub exit_code: ExitCode,
+    /// One sentence: why it ended as it did.
+    pub reason: String,
+    /// Start of the run, milliseconds since 1970-01-01 UTC.
+    pub started_ms: u64,
+    /// Milliseconds from start to end.
+    pub duration_ms: u64,
+    /// What ran before.
+    pub from: Version,
+    /// What runs now.
+    pub to: Version,
+    /// What the host could do; `null` where the run ended before that was known.
+    pub level: Option<Level>,
+    /// How the new daemon came to be.
+    pub strategy: Strategy,
+    /// The phases that were begun.
+    pub phases: Vec<PhaseTime>,
+    /// How long no daemon was bound to the upcalls, in milliseconds; `null` where one always was.
+    pub gap_ms: Option<f64>,
+    /// The packets nobody could answer for a while.
+    pub parked: Parked,
+    /// The datapaths.
+    pub datapaths: Vec<DatapathReport>,
+    /// What the freeze refused.
+    pub refused: Refused,
+    /// What conntrack was told.
+    pub conntrack: ConntrackReport,
+    /// The bridges.
+    pub openflow: Vec<OpenFlowReport>,
+    /// What is not as it was.
+    pub differences: Vec<String>,
+    /// What went wrong without ending the run, and the errors that did.
+    pub warnings: Vec<String>,
+    /// Whatever else a step measured, by name. Not part of the schema.
+    #[serde(default)]
+    pub details: BTreeMap<String, serde_json::Value>,
+}
+
+impl Report {
+    /// The report of a run that has just started. Its result is "needs a person" until [`Report::finish`], so that
+    /// one that was cut off does not look well.
+    pub fn new(id: &str, strategy: Strategy, started_ms: u64) -> Report {
+        Report {
+            schema: SCHEMA,
+            id: id.to_string(),
+            result: ExitCode::NeedsPerson.result().to_string(),
+            exit_code: ExitCode::NeedsPerson,
+            reason: "the run has not ended".to_string(),
+            started_ms,
+            duration_ms: 0,
+            from: Version::default(),
+            to: Version::default(),
+            level: None,
+            strategy,
+            phases: Vec::new(),
+            gap_ms: None,
+            parked: Parked::default(),
+            datapaths: Vec::new(),
+            refused: Refused::default(),
+            conntrack: ConntrackReport::default(),
+            openflow: Vec::new(),
+            differences: Vec::new(),
+            warnings: Vec::new(),
+            details: BTreeMap::new(),
+        }
+    }
+
+    /// Notes that `phase` ran. A phase that ran again, or the second half of Switch, makes the first entry longer.
+    pub fn phase(&mut self, phase: Phase, start_ms: u64, duration_ms: u64) {
+        self.phase_named(phase.name(), start_ms, duration_ms);
+    }
+
+    /// The same for what is no phase of its own: `back`.
+    pub fn phase_named(&mut self, name: &str, start_ms: u64, duration_ms: u64) {
+        let end = start_ms.saturating_add(duration_ms);
+        match self.phases.last_mut() {
+            Some(last) if last.name == name => last.duration_ms = end.saturating_sub(last.start_ms),
+            _ => self.phases.push(PhaseTime { name: name.to_string(), start_ms, duration_ms }),
+        }
+    }
+
+    /// Notes the end of the run.
+    pub fn finish(&mut self, outcome: &Outcome, duration_ms: u64) {
+        self.result = outcome.exit_code.result().to_string();
+        self.exit_code = outcome.exit_code;
+        self.reason = outcome.reason.clone();
+        self.duration_ms = duration_ms;
+    }
+
+    /// Writes the report to `path`, readable by its owner only: the old file or the whole new one, never half of it.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        write_private_json(path, self).with_context(|| format!("cannot write the report {}", path.display()))
+    }
+
+    /// Reads a report.
+    pub fn read(path: &Path) -> anyhow::Result<Report> {
+        let text = std::fs::read(path).with_context(|| format!("cannot read the report {}", path.display()))?;
+        serde_json::from_slice(&text).with_context(|| format!("{} is not a report of schema {SCHEMA}", path.display()))
+    }
+}
+
+/// Writes `value` as JSON to `path` atomically, mode 0600.
+pub fn write_private_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
+    let mut file = atomic_write_file::OpenOptions::new().preserve_mode(false).mode(0o600).open(path)?;
+    serde_json::to_writer_pretty(&mut file, value)?;
+    file.write_all(b"\n")?;
+    file.commit()?;
+    Ok(())
+}

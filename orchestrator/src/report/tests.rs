@@ -1,0 +1,133 @@
+//! The keys, the file and the screen.
+
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+
+fn sample() -> Report {
+    let mut report = Report::new("20261120-121700-42", Strategy::Standby, 1_795_177_020_000);
+    report.level = Some(Level::Full);
+    report.from.ovs = Some("3.1.0".into());
+    report.to.ovs = Some("3.1.0".into());
+    report.phase(Phase::Standby, 100, 20);
+    report.phase(Phase::SwitchPrepare, 120, 10);
+    report.phase(Phase::SwitchCommit, 131, 9);
+    report.gap_ms = Some(45.25);
+    report.parked.packets = 250;
+    report.parked.replayed = 247;
+    report.parked.unreplayable.insert("sampled".into(), 3);
+    report.datapaths.push(DatapathReport { name: "ovs-system".into(), flows_before: 1520, ..Default::default() });
+    report.openflow.push(OpenFlowReport {
+        bridge: "br0".into(),
+        flows_before: 4,
+        flows_after: 4,
+        ..Default::default()
+    });
+    report.finish(&Outcome { exit_code: ExitCode::Done, reason: "done".into() }, 1234);
+    report
+}
+
+/// The paths of every key, arrays as `[]`.
+fn keys(value: &serde_json::Value, prefix: &str, into: &mut Vec<String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (key, value) in map {
+                into.push(format!("{prefix}{key}"));
+                keys(value, &format!("{prefix}{key}."), into);
+            }
+        }
+        serde_json::Value::Array(values) => {
+            if let Some(first) = values.first() {
+                keys(first, prefix, into);
+            }
+        }
+        _ => {}
+    }
+}
+
+#[test]
+fn every_key_of_the_design_is_there() {
+    let design = "schema id result exit_code from.ovs to.ovs level strategy \
+        phases phases.name phases.start_ms phases.duration_ms gap_ms \
+        parked.packets parked.replayed parked.overflowed parked.unreplayable parked.longest_ms parked.p99_ms \
+        datapaths.name datapaths.flows_before datapaths.flows_kept datapaths.flows_removed datapaths.lost_delta \
+        datapaths.missed_delta refused.flow_flush refused.flow_del refused.flow_set refused.dp_del refused.vport_del \
+        refused.meter_del refused.ct_timeout_del refused.upcall_bind conntrack.timeout_policies_before \
+        conntrack.timeout_policies_guarded conntrack.zone_limits_before conntrack.zone_limits_restored \
+        openflow.bridge openflow.flows_before openflow.flows_after openflow.groups_before openflow.groups_after \
+        openflow.meters_before openflow.meters_after openflow.not_atomic differences";
+    let value = serde_json::to_value(sample()).unwrap();
+    let mut found = Vec::new();
+    keys(&value, "", &mut found);
+    for key in design.split_whitespace() {
+        assert!(found.iter().any(|known| known == key), "{key} is missing of {found:?}");
+    }
+    assert_eq!(value["schema"], 1);
+    assert_eq!(value["exit_code"], 0);
+    assert_eq!(value["level"], "full");
+    assert_eq!(value["parked"]["unreplayable"]["sampled"], 3);
+}
+
+#[test]
+fn a_report_that_was_never_finished_does_not_look_well() {
+    let report = Report::new("x", Strategy::StopStart, 0);
+    assert_eq!(report.exit_code, ExitCode::NeedsPerson);
+    assert_eq!(report.result, "needs-person");
+}
+
+#[test]
+fn both_halves_of_switch_are_one_phase() {
+    let report = sample();
+    let switch = PhaseTime { name: "switch".into(), start_ms: 120, duration_ms: 20 };
+    assert_eq!(report.phases[1..], [switch]);
+}
+
+#[test]
+fn the_file_is_private_and_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("report.json");
+    std::fs::write(&path, "old").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    sample().write(&path).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(Report::read(&path).unwrap(), sample());
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_says_where() {
+    let error = sample().write(Path::new("/nonexistent/report.json")).unwrap_err();
+    assert!(format!("{error:#}").contains("/nonexistent/report.json"), "{error:#}");
+}
+
+#[test]
+fn the_summary_fits_a_screen_and_names_the_numbers() {
+    let mut report = sample();
+    report.differences = (0..40).map(|n| format!("difference {n}")).collect();
+    report.warnings = (0..40).map(|n| format!("warning {n}")).collect();
+    report.openflow = (0..40).map(|n| OpenFlowReport { bridge: format!("br{n}"), ..Default::default() }).collect();
+    let text = summary(&report, false);
+    assert!(text.lines().count() <= 40, "{text}");
+    for part in ["45.2 ms", "250 packets", "247", "sampled 3", "1520 kernel flows", "br0", "difference 0", "(exit 0)"] {
+        assert!(text.contains(part), "{part} missing in\n{text}");
+    }
+    assert!(!text.contains('\u{1b}'));
+    assert!(summary(&report, true).contains('\u{1b}'));
+}
+
+#[test]
+fn a_refusal_makes_check_end_with_10_and_says_what_to_do() {
+    let finding = |severity| Finding {
+        name: "hw-offload".into(),
+        severity,
+        object: "Open_vSwitch other_config".into(),
+        cause: "hw-offload is on".into(),
+        remedy: "switch it off".into(),
+    };
+    let mut check = CheckReport { level: Level::Full, findings: vec![finding(Severity::Warning)] };
+    assert_eq!(check.exit_code(), ExitCode::Done);
+    check.findings.push(finding(Severity::Refused));
+    check.findings.push(finding(Severity::Ok));
+    assert_eq!(check.exit_code(), ExitCode::Refused);
+    assert!(check.to_string().contains("remedy: switch it off"));
+}
