@@ -4,6 +4,7 @@ mod bytes;
 pub mod conntrack;
 pub mod error;
 pub mod flow_key;
+pub mod freeze;
 pub mod netlink;
 pub mod ovs;
 pub mod snapshot;

@@ -1,0 +1,579 @@
+// SPDX-License-Identifier: (BSD-2-Clause OR GPL-2.0-only)
+/*
+ * Refuses, while a lease lasts, the netlink messages that would destroy what the openvswitch datapath and the
+ * conntrack timeout policies know: of one network namespace, of listed datapaths, from everybody but one process.
+ *
+ * security_netlink_send() runs in netlink_sendmsg() after the copy and before delivery: the skb is linear and holds
+ * all messages of the sendmsg. A non-zero answer fails the sendmsg as a whole, with nothing delivered.
+ *
+ * The answer is EBUSY throughout. Never EAGAIN, ENOBUFS or EINTR: the OVS daemons repeat on those for ever.
+ */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+#include <bpf/bpf_core_read.h>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define EBUSY 16
+#define CAP_NET_ADMIN_BIT 12 /* linux/capability.h */
+#define NETLINK_NETFILTER 12 /* linux/netlink.h */
+#define NETLINK_GENERIC 16
+#define NLM_F_REQUEST 1
+#define NLA_TYPE_MASK 0x3fff
+#define NLMSG_HDRLEN 16
+#define NLA_HDRLEN 4
+#define OVS_HDRLEN (NLMSG_HDRLEN + 4 + 4) /* + struct genlmsghdr + struct ovs_header */
+#define NFNL_HDRLEN (NLMSG_HDRLEN + 4)	  /* + struct nfgenmsg */
+
+/* linux/openvswitch.h; DEL and SET are the same for datapath, vport and flow */
+#define OVS_CMD_DEL 2
+#define OVS_CMD_SET 4
+#define OVS_METER_CMD_DEL 3
+#define OVS_DP_ATTR_NAME 1
+#define OVS_DP_ATTR_USER_FEATURES 5
+#define OVS_DP_ATTR_PER_CPU_PIDS 8
+#define OVS_VPORT_ATTR_PORT_NO 1
+#define OVS_VPORT_ATTR_NAME 3
+#define OVS_FLOW_ATTR_KEY 1
+#define OVS_METER_ATTR_ID 1
+/* lib/dpif-netlink.c, probe_broken_meters__(): left undeleted, these two would stay in the datapath for ever */
+#define PROBE_METER_1 54545401
+#define PROBE_METER_2 54545402
+
+/* linux/netfilter/nfnetlink.h, nfnetlink_cttimeout.h */
+#define NFNL_MSG_BATCH_BEGIN 16
+#define CTTIMEOUT_DELETE ((8 << 8) | 2)
+#define CTA_TIMEOUT_NAME 1
+
+#define MAX_MESSAGES 64 /* OVS batches at most 50 operations */
+#define MAX_ATTRS 16
+#define MAX_PIDS 4096
+#define MAX_USERNS_DEPTH 33
+#define IFNAMSIZ 16
+#define TIMEOUT_NAME_LEN 32	     /* CTNL_TIMEOUT_NAME_MAX */
+#define NSEC_PER_CLOCK_TICK 10000000 /* USER_HZ is 100: the unit of starttime in /proc/PID/stat */
+
+/* What may be refused: bit numbers of config.classes, indices of `refused`. Same order as Classes in Rust. */
+enum class {
+	FLOW_FLUSH,
+	FLOW_DEL,
+	FLOW_SET,
+	DP_DEL,
+	VPORT_DEL,
+	METER_DEL,
+	CT_TIMEOUT_DEL,
+	UPCALL_BIND,
+	/*
+	 * Kept for per-vport upcalls: VPORT_SET that carries OVS_VPORT_ATTR_UPCALL_PID, refused from Switch on from the
+	 * old daemon and the new one alike (hazard 16). Nothing is classed so yet.
+	 */
+	VPORT_UPCALL_BIND,
+	/* More than MAX_MESSAGES in one sendmsg: refused unseen whatever the classes; only counted under this index. */
+	TOO_MANY,
+	CLASSES,
+	NONE = 0xffff,
+};
+
+enum event_kind {
+	EVENT_VPORT_DEL_REFUSED = 1, /* port_no or name says which */
+	EVENT_BOUND_BY_OTHER = 2,    /* count = port ids in the message, which has passed */
+	EVENT_TOO_MANY = 3,	     /* count = bytes of the sendmsg */
+	EVENT_CAPTURED = 4,	     /* count = port ids captured */
+};
+
+/* All words, so that user space needs no layout rules; each is read once. */
+struct config {
+	u64 classes;	   /* 1 << enum class */
+	u64 lease_ns;	   /* CLOCK_BOOTTIME; moved by renewals */
+	u64 end_ns;	   /* CLOCK_BOOTTIME; moved by nothing */
+	u64 netns;	   /* inode of the network namespace */
+	u64 exempt_tgid;   /* the supervisor, numbers of the initial pid namespace */
+	u64 exempt_start;  /* its start, clock ticks since boot as in /proc/PID/stat */
+	u64 standby_tgid;  /* whose upcall binding is captured; 0 = nobody's */
+	u64 standby_start;
+	u64 fam_datapath;  /* generic netlink family ids; 0 = family absent */
+	u64 fam_vport;
+	u64 fam_flow;
+	u64 fam_meter;
+	u64 timeout_names; /* how many names `timeouts` holds */
+	u64 armed_ns;	   /* CLOCK_BOOTTIME of the arming, for reports */
+};
+
+struct captured {
+	u64 sequence; /* odd while the program writes */
+	u64 count;    /* how often the standby tried */
+	u64 tgid;
+	u64 start;
+	u64 at_ns;
+	u64 dp_ifindex;
+	u64 has_features;
+	u64 features;
+	u64 pids_wanted; /* as the message has them; more than MAX_PIDS: none kept */
+	u32 pids[MAX_PIDS];
+};
+
+struct event {
+	u64 kind;
+	u64 at_ns;
+	u64 tgid;
+	u64 start;
+	u64 dp_ifindex;
+	u64 port_no; /* ~0: the message names the port instead */
+	u64 count;
+	char name[IFNAMSIZ];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct config);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CLASSES);
+	__type(key, u32);
+	__type(value, u64);
+} refused SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct captured);
+} captured SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, u32);
+	__type(value, u32);
+} datapaths SEC(".maps");
+
+/* The kernel prefers OVS_DP_ATTR_NAME to dp_ifindex where a message has both. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, char[IFNAMSIZ]);
+	__type(value, u32);
+} dp_names SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, char[TIMEOUT_NAME_LEN]);
+	__type(value, u32);
+} timeouts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 65536);
+} events SEC(".maps");
+
+/* Kernel structures, only the members that are read; offsets come from the running kernel's BTF. */
+#define CORE __attribute__((preserve_access_index))
+struct ns_common {
+	u32 inum;
+} CORE;
+struct user_namespace {
+	struct user_namespace *parent;
+} CORE;
+struct net {
+	struct ns_common ns;
+	struct user_namespace *user_ns;
+} CORE;
+typedef struct {
+	struct net *net;
+} CORE possible_net_t;
+struct sock_common {
+	possible_net_t skc_net;
+} CORE;
+struct sock {
+	struct sock_common __sk_common;
+	u16 sk_protocol;
+} CORE;
+struct sk_buff {
+	u32 len;
+	unsigned char *data;
+} CORE;
+struct caps {
+	u32 low;
+} CORE;
+struct cred {
+	struct caps cap_effective; /* kernel_cap_t: two u32 to 6.2, one u64 since; the low half is first in both */
+	struct user_namespace *user_ns;
+} CORE;
+struct task_struct {
+	struct task_struct *group_leader;
+	const struct cred *cred;
+	u64 start_boottime;
+} CORE;
+
+struct nlmsg {
+	u32 len;
+	u16 type;
+	u16 flags;
+	u32 seq;
+	u32 pid;
+};
+struct genl {
+	u8 cmd;
+	u8 version;
+	u16 reserved;
+	u32 dp_ifindex;
+};
+struct nlattr_head {
+	u16 len;
+	u16 type;
+};
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+static __always_inline struct config *get_config(void)
+{
+	u32 zero = 0;
+
+	return bpf_map_lookup_elem(&config, &zero);
+}
+
+static __always_inline u64 current_tgid(void)
+{
+	return bpf_get_current_pid_tgid() >> 32;
+}
+
+static __always_inline u64 current_start(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+
+	return BPF_CORE_READ(task, group_leader, start_boottime) / NSEC_PER_CLOCK_TICK;
+}
+
+/*
+ * Has the sender CAP_NET_ADMIN over this namespace? The kernel asks only after this hook, so without the question a
+ * local user could make the counters lie. Without the capability a message is let by: it will be refused anyway.
+ */
+static __always_inline int capable(struct net *net)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	const struct cred *cred = BPF_CORE_READ(task, cred);
+	struct user_namespace *own = BPF_CORE_READ(cred, user_ns);
+	struct user_namespace *target = BPF_CORE_READ(net, user_ns);
+	u32 effective = 0;
+
+	bpf_core_read(&effective, sizeof(effective), &cred->cap_effective);
+	if (!(effective & (1u << CAP_NET_ADMIN_BIT)))
+		return 0;
+	for (int i = 0; i < MAX_USERNS_DEPTH; i++) {
+		if (!target)
+			return 0;
+		if (target == own)
+			return 1;
+		target = BPF_CORE_READ(target, parent);
+	}
+	return 0;
+}
+
+static __always_inline void count(u32 class)
+{
+	u64 *counter = bpf_map_lookup_elem(&refused, &class);
+
+	if (counter)
+		__sync_fetch_and_add(counter, 1);
+}
+
+static __always_inline struct event *new_event(u64 kind, u32 dp_ifindex)
+{
+	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+
+	if (!event)
+		return 0;
+	event->kind = kind;
+	event->at_ns = bpf_ktime_get_boot_ns();
+	event->tgid = current_tgid();
+	event->start = current_start();
+	event->dp_ifindex = dp_ifindex;
+	event->port_no = ~0ull;
+	event->count = 0;
+	__builtin_memset(event->name, 0, sizeof(event->name));
+	return event;
+}
+
+static __always_inline void tell(u64 kind, u32 dp_ifindex, u64 n)
+{
+	struct event *event = new_event(kind, dp_ifindex);
+
+	if (event) {
+		event->count = n;
+		bpf_ringbuf_submit(event, 0);
+	}
+}
+
+/* Global functions are verified once, on their own: that keeps 64 messages times 16 attributes within 5.10's limit. */
+
+/* Offset of the first attribute of this type between off and end, or 0. */
+__attribute__((noinline)) int find_attr(u64 data, u32 off, u32 end, u32 type)
+{
+	struct nlattr_head attr;
+
+	for (int i = 0; i < MAX_ATTRS; i++) {
+		if (off > end || end - off < NLA_HDRLEN)
+			return 0;
+		if (bpf_probe_read_kernel(&attr, sizeof(attr), (void *)(data + off)))
+			return 0;
+		if (attr.len < NLA_HDRLEN || attr.len > end - off)
+			return 0;
+		if ((attr.type & NLA_TYPE_MASK) == type)
+			return off;
+		off += ((u32)attr.len + 3) & ~3u;
+	}
+	return 0;
+}
+
+static __always_inline u32 attr_u32(u64 data, u32 at)
+{
+	u32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)(data + at + NLA_HDRLEN));
+	return value;
+}
+
+/* Is this OVS_DP message about a listed datapath? By name where it has one, as get_dp() in the kernel does. */
+__attribute__((noinline)) int dp_in_scope(u64 data, u32 off, u32 end, u32 dp_ifindex)
+{
+	char name[IFNAMSIZ] = {};
+	u32 at = find_attr(data, off, end, OVS_DP_ATTR_NAME);
+
+	if (!at)
+		return bpf_map_lookup_elem(&datapaths, &dp_ifindex) != 0;
+	bpf_probe_read_kernel_str(name, sizeof(name), (void *)(data + at + NLA_HDRLEN));
+	return bpf_map_lookup_elem(&dp_names, name) != 0;
+}
+
+/* Keeps what the standby wanted to bind: port ids and features. */
+__attribute__((noinline)) int capture(u64 data, u32 off, u32 end, u32 dp_ifindex, u32 at)
+{
+	u32 zero = 0, features, bytes;
+	struct nlattr_head attr = {};
+	struct captured *to = bpf_map_lookup_elem(&captured, &zero);
+
+	if (!to || bpf_probe_read_kernel(&attr, sizeof(attr), (void *)(data + at)) || attr.len < NLA_HDRLEN)
+		return 0;
+	bytes = (u32)attr.len - NLA_HDRLEN;
+	__sync_fetch_and_add(&to->sequence, 1);
+	to->tgid = current_tgid();
+	to->start = current_start();
+	to->at_ns = bpf_ktime_get_boot_ns();
+	to->dp_ifindex = dp_ifindex;
+	features = find_attr(data, off, end, OVS_DP_ATTR_USER_FEATURES);
+	to->has_features = features != 0;
+	to->features = features ? attr_u32(data, features) : 0;
+	to->pids_wanted = bytes >> 2;
+	if (bytes <= sizeof(to->pids))
+		bpf_probe_read_kernel(to->pids, bytes, (void *)(data + at + NLA_HDRLEN));
+	__sync_fetch_and_add(&to->count, 1);
+	__sync_fetch_and_add(&to->sequence, 1);
+	tell(EVENT_CAPTURED, dp_ifindex, bytes >> 2);
+	return 0;
+}
+
+__attribute__((noinline)) int classify_datapath(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
+{
+	struct config *conf = get_config();
+	struct nlattr_head attr = {};
+	u32 at;
+
+	if (!conf || (cmd != OVS_CMD_DEL && cmd != OVS_CMD_SET))
+		return NONE;
+	if (!dp_in_scope(data, off, end, dp_ifindex))
+		return NONE;
+	if (cmd == OVS_CMD_DEL)
+		return DP_DEL;
+	/* A DP_SET without port ids is a feature probe: any refusal of it is fatal to the daemon. */
+	at = find_attr(data, off, end, OVS_DP_ATTR_PER_CPU_PIDS);
+	if (!at)
+		return NONE;
+	if (conf->classes & (1 << UPCALL_BIND) && conf->standby_tgid && current_tgid() == conf->standby_tgid &&
+	    current_start() == conf->standby_start) {
+		capture(data, off, end, dp_ifindex, at);
+		return UPCALL_BIND;
+	}
+	/* Anybody else must be able to bind: a respawned daemon that cannot brings no bridge up (hazard 1). */
+	bpf_probe_read_kernel(&attr, sizeof(attr), (void *)(data + at));
+	tell(EVENT_BOUND_BY_OTHER, dp_ifindex, ((u32)attr.len - NLA_HDRLEN) >> 2);
+	return NONE;
+}
+
+__attribute__((noinline)) int classify_vport(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
+{
+	struct config *conf = get_config();
+	struct event *event;
+	u32 name;
+
+	if (!conf || cmd != OVS_CMD_DEL)
+		return NONE;
+	name = find_attr(data, off, end, OVS_VPORT_ATTR_NAME);
+	/* With a name the kernel takes dp_ifindex 0 for "any datapath". */
+	if (!bpf_map_lookup_elem(&datapaths, &dp_ifindex) && !(name && !dp_ifindex))
+		return NONE;
+	if (!(conf->classes & (1 << VPORT_DEL)))
+		return NONE;
+	/* The daemon does not try again: whoever thaws has to (hazard 7). */
+	event = new_event(EVENT_VPORT_DEL_REFUSED, dp_ifindex);
+	if (event) {
+		u32 port_no = find_attr(data, off, end, OVS_VPORT_ATTR_PORT_NO);
+
+		if (name)
+			bpf_probe_read_kernel_str(event->name, sizeof(event->name), (void *)(data + name + NLA_HDRLEN));
+		else if (port_no)
+			event->port_no = attr_u32(data, port_no);
+		bpf_ringbuf_submit(event, 0);
+	}
+	return VPORT_DEL;
+}
+
+__attribute__((noinline)) int classify_flow(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
+{
+	if (cmd != OVS_CMD_DEL && cmd != OVS_CMD_SET)
+		return NONE;
+	if (!bpf_map_lookup_elem(&datapaths, &dp_ifindex))
+		return NONE;
+	if (cmd == OVS_CMD_SET)
+		return FLOW_SET;
+	if (off >= end)
+		return FLOW_FLUSH;
+	/* Deletions by key are the feature probes tidying up (hazard 6). */
+	return find_attr(data, off, end, OVS_FLOW_ATTR_KEY) ? NONE : FLOW_DEL;
+}
+
+__attribute__((noinline)) int classify_meter(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
+{
+	u32 at, id;
+
+	if (cmd != OVS_METER_CMD_DEL || !bpf_map_lookup_elem(&datapaths, &dp_ifindex))
+		return NONE;
+	at = find_attr(data, off, end, OVS_METER_ATTR_ID);
+	id = at ? attr_u32(data, at) : 0;
+	return id == PROBE_METER_1 || id == PROBE_METER_2 ? NONE : METER_DEL;
+}
+
+/* nfnetlink_cttimeout DELETE: with a name that one policy, without every policy that is not in use. */
+__attribute__((noinline)) int classify_timeout(u64 data, u32 off, u32 end)
+{
+	char name[TIMEOUT_NAME_LEN] = {};
+	struct config *conf = get_config();
+	u32 at;
+
+	if (!conf || !conf->timeout_names)
+		return NONE;
+	at = find_attr(data, off, end, CTA_TIMEOUT_NAME);
+	if (!at)
+		return CT_TIMEOUT_DEL;
+	bpf_probe_read_kernel_str(name, sizeof(name), (void *)(data + at + NLA_HDRLEN));
+	return bpf_map_lookup_elem(&timeouts, name) ? CT_TIMEOUT_DEL : NONE;
+}
+
+__attribute__((noinline)) int classify_generic(u64 data, u32 off, u32 end, u32 type)
+{
+	struct config *conf = get_config();
+	struct genl genl;
+	u32 attrs = off + OVS_HDRLEN;
+
+	if (!conf || end - off < OVS_HDRLEN)
+		return NONE;
+	if (bpf_probe_read_kernel(&genl, sizeof(genl), (void *)(data + off + NLMSG_HDRLEN)))
+		return NONE;
+	if (type == conf->fam_flow)
+		return classify_flow(data, attrs, end, genl.cmd, genl.dp_ifindex);
+	if (type == conf->fam_vport)
+		return classify_vport(data, attrs, end, genl.cmd, genl.dp_ifindex);
+	if (type == conf->fam_datapath)
+		return classify_datapath(data, attrs, end, genl.cmd, genl.dp_ifindex);
+	if (type == conf->fam_meter)
+		return classify_meter(data, attrs, end, genl.cmd, genl.dp_ifindex);
+	return NONE;
+}
+
+static __always_inline int walk(struct config *conf, u64 data, u32 len, u16 protocol)
+{
+	struct nlmsg head;
+	u32 off = 0, class, step;
+
+	for (int i = 0; i < MAX_MESSAGES; i++) {
+		/* The walk of netlink_rcv_skb(): it stops at the first malformed length. */
+		if (off > len || len - off < NLMSG_HDRLEN)
+			return 0;
+		if (bpf_probe_read_kernel(&head, sizeof(head), (void *)(data + off)))
+			return 0;
+		if (head.len < NLMSG_HDRLEN || head.len > len - off)
+			return 0;
+		class = NONE;
+		if (protocol == NETLINK_NETFILTER) {
+			/* A batch goes to one subsystem that takes batches; that of timeout policies does not. */
+			if (i == 0 && head.type == NFNL_MSG_BATCH_BEGIN)
+				return 0;
+			if (head.type == CTTIMEOUT_DELETE && head.flags & NLM_F_REQUEST)
+				class = classify_timeout(data, off + NFNL_HDRLEN, off + head.len);
+		} else if (head.flags & NLM_F_REQUEST) {
+			class = classify_generic(data, off, off + head.len, head.type);
+		}
+		if (class < VPORT_UPCALL_BIND && conf->classes & (1ull << class)) {
+			count(class);
+			return -EBUSY;
+		}
+		step = (head.len + 3) & ~3u;
+		if (step > len - off)
+			return 0;
+		off += step;
+	}
+	if (len - off < NLMSG_HDRLEN)
+		return 0;
+	count(TOO_MANY);
+	tell(EVENT_TOO_MANY, 0, len);
+	return -EBUSY;
+}
+
+static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
+{
+	struct config *conf = get_config();
+	u16 protocol = sk->sk_protocol;
+	struct net *net;
+	u64 now;
+
+	if (protocol != NETLINK_GENERIC && protocol != NETLINK_NETFILTER)
+		return 0;
+	if (!conf || !conf->classes)
+		return 0;
+	now = bpf_ktime_get_boot_ns();
+	if (now >= conf->lease_ns || now >= conf->end_ns)
+		return 0;
+	net = sk->__sk_common.skc_net.net;
+	if (net->ns.inum != conf->netns)
+		return 0;
+	if (current_tgid() == conf->exempt_tgid && current_start() == conf->exempt_start)
+		return 0;
+	if (!capable(net))
+		return 0;
+	return walk(conf, (u64)skb->data, skb->len, protocol);
+}
+
+/*
+ * Needs no `bpf` in the boot-time list of LSMs. `ret` is what programs before this one said; the trampoline does not
+ * come here unless that was 0.
+ */
+SEC("fmod_ret/security_netlink_send")
+int BPF_PROG(freeze_fmod_ret, struct sock *sk, struct sk_buff *skb, int ret)
+{
+	return decide(sk, skb);
+}
+
+SEC("lsm/netlink_send")
+int BPF_PROG(freeze_lsm, struct sock *sk, struct sk_buff *skb, int ret)
+{
+	return decide(sk, skb);
+}

@@ -1,0 +1,123 @@
+//! Loading the program and attaching it to a hook.
+
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use libbpf_rs::skel::{OpenSkel, SkelBuilder};
+use libbpf_rs::{Link, MapMut, PrintLevel};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::freeze::{environment, pins};
+
+/// The generated skeleton of `bpf/freeze.bpf.c`.
+#[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+mod skeleton {
+    include!(concat!(env!("OUT_DIR"), "/freeze.skel.rs"));
+}
+
+/// Where in the kernel the program sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Hook {
+    /// `fmod_ret/security_netlink_send`: kernel 5.7 (x86-64; arm64 about 6.4), any list of LSMs.
+    FmodRet,
+    /// `lsm/netlink_send`: loads everywhere, but refuses nothing unless `bpf` is in the boot-time list of LSMs.
+    Lsm,
+}
+
+impl Hook {
+    /// In the order in which they are tried.
+    pub const ALL: [Hook; 2] = [Hook::FmodRet, Hook::Lsm];
+}
+
+impl fmt::Display for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Hook::FmodRet => "fmod_ret/security_netlink_send",
+            Hook::Lsm => "lsm/netlink_send",
+        })
+    }
+}
+
+/// What libbpf said since the last [`said`]; it reports causes only through its global print function.
+static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// The verifier's log can be megabytes; its end holds the cause.
+const SAID_LINES: usize = 12;
+
+fn listen(_: PrintLevel, message: String) {
+    tracing::debug!(target: "libbpf", "{}", message.trim_end());
+    SAID.lock().unwrap_or_else(PoisonError::into_inner).push(message);
+}
+
+fn said() -> String {
+    let all = std::mem::take(&mut *SAID.lock().unwrap_or_else(PoisonError::into_inner)).concat();
+    let lines: Vec<&str> = all.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(SAID_LINES)..].join(" | ")
+}
+
+/// Loads, attaches and pins the program on the first of `hooks` that takes it.
+pub fn load_and_pin(hooks: &[Hook]) -> Result<Hook> {
+    first_that_takes_it(hooks, Some(pins::path("")).as_deref())
+}
+
+/// Which hook takes the program? Nothing is pinned: it is gone again on return.
+pub fn try_hooks(hooks: &[Hook]) -> Result<Hook> {
+    first_that_takes_it(hooks, None)
+}
+
+fn first_that_takes_it(hooks: &[Hook], pin_dir: Option<&Path>) -> Result<Hook> {
+    environment::require_bpf()?;
+    libbpf_rs::set_print(Some((PrintLevel::Info, listen)));
+    let mut failures = Vec::new();
+    for hook in hooks {
+        said();
+        match attach(*hook, pin_dir) {
+            Ok(()) => return Ok(*hook),
+            Err(error) => {
+                failures.push(format!("{hook}: {error:#} ({})", said()));
+                if pin_dir.is_some() {
+                    pins::remove()?;
+                    pins::prepare()?;
+                }
+            }
+        }
+    }
+    Err(Error::Unsupported {
+        what: "BPF program of the freeze".into(),
+        why: format!("the kernel takes it on no hook: {}", failures.join("; ")),
+        remedy: "use a kernel of 5.8 or later with CONFIG_DEBUG_INFO_BTF and CONFIG_BPF_LSM or fmod_ret, or run at \
+                 level park, without a freeze"
+            .into(),
+    })
+}
+
+fn attach(hook: Hook, pin_dir: Option<&Path>) -> libbpf_rs::Result<()> {
+    let mut object = MaybeUninit::uninit();
+    let mut open = skeleton::FreezeSkelBuilder::default().open(&mut object)?;
+    open.progs.freeze_fmod_ret.set_autoload(hook == Hook::FmodRet);
+    open.progs.freeze_lsm.set_autoload(hook == Hook::Lsm);
+    let mut loaded = open.load()?;
+    if let Some(dir) = pin_dir {
+        let maps = &mut loaded.maps;
+        let pin = |map: &mut MapMut<'_>, name: &str| map.pin(dir.join(name));
+        pin(&mut maps.config, "config")?;
+        pin(&mut maps.refused, "refused")?;
+        pin(&mut maps.captured, "captured")?;
+        pin(&mut maps.datapaths, "datapaths")?;
+        pin(&mut maps.dp_names, "dp_names")?;
+        pin(&mut maps.timeouts, "timeouts")?;
+        pin(&mut maps.events, "events")?;
+    }
+    let mut link: Link = match hook {
+        Hook::FmodRet => loaded.progs.freeze_fmod_ret.attach()?,
+        Hook::Lsm => loaded.progs.freeze_lsm.attach()?,
+    };
+    // The link last: its pin says that everything else is in place.
+    match pin_dir {
+        Some(dir) => link.pin(dir.join(pins::LINK)),
+        None => Ok(()),
+    }
+}

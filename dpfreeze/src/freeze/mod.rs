@@ -1,0 +1,341 @@
+//! The freeze: a BPF program on `security_netlink_send` refuses, while a lease lasts, the netlink messages that would
+//! destroy what the datapath and the conntrack timeout policies know (`bpf/freeze.bpf.c`).
+//!
+//! * **Scope**: one network namespace, listed datapaths, listed timeout policies; everybody else passes.
+//! * **Exempt**: the process that armed it, known by thread group id *and* start time.
+//! * **Lease**: the program itself compares the clock (CLOCK_BOOTTIME, suspended time counts) with the lease and with
+//!   an absolute end; whatever dies or hangs, the freeze ends by itself.
+//! * **Pins**: link and maps lie under [`PIN_DIR`], so the freeze outlives a crash of its loader and any root process
+//!   can look at it ([`state`]) or lift it ([`thaw`]).
+
+mod abi;
+mod canary;
+mod environment;
+mod event;
+mod hook;
+mod pins;
+mod process;
+mod scope;
+mod state;
+
+use std::time::Duration;
+
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+pub use canary::{canary_main, CanaryCommand, CanaryReport};
+pub use environment::{environment, Environment, Fact, ModuleState};
+pub use event::{Event, EventKind, Port};
+pub use hook::Hook;
+pub use pins::PIN_DIR;
+pub use process::{start_time, ProcessId};
+pub use scope::{Families, Scope};
+pub use state::{state, Refused, State};
+
+use crate::error::{Error, Result};
+use abi::Config;
+
+bitflags::bitflags! {
+    /// The classes of messages that can be refused. The bit numbers are those of `enum class` in the BPF program.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+    pub struct Classes: u64 {
+        /// `OVS_FLOW_CMD_DEL` without attributes: deletes every flow of the datapath.
+        const FLOW_FLUSH = 1 << 0;
+        /// `OVS_FLOW_CMD_DEL` by UFID. Deletions that carry the key are feature probes and pass (hazard 6).
+        const FLOW_DEL = 1 << 1;
+        /// `OVS_FLOW_CMD_SET`: replaces the actions of a flow.
+        const FLOW_SET = 1 << 2;
+        /// `OVS_DP_CMD_DEL`.
+        const DP_DEL = 1 << 3;
+        /// `OVS_VPORT_CMD_DEL`. Each refusal is an [`Event`], because the daemon does not try again (hazard 7).
+        const VPORT_DEL = 1 << 4;
+        /// `OVS_METER_CMD_DEL`, but for the two meter ids that the daemon's feature probe uses.
+        const METER_DEL = 1 << 5;
+        /// `IPCTNL_MSG_TIMEOUT_DELETE` of a name in the scope, or of all unused policies at once.
+        const CT_TIMEOUT_DEL = 1 << 6;
+        /// `OVS_DP_CMD_SET` with `OVS_DP_ATTR_PER_CPU_PIDS`, sent by the process given to
+        /// [`Freeze::watch_standby`]: captured, then refused. From anybody else it passes and is an [`Event`].
+        const UPCALL_BIND = 1 << 7;
+        // 1 << 8 is kept for OVS_VPORT_CMD_SET with OVS_VPORT_ATTR_UPCALL_PID (per-vport upcalls, hazard 16).
+    }
+}
+
+/// What came of a renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a lost lease means that messages got through"]
+pub enum Renewal {
+    /// The freeze has held without a gap and holds on for this long.
+    Held(Duration),
+    /// The lease had run out: messages may have passed. It stays thawed.
+    Expired,
+    /// The absolute end has come. It stays thawed.
+    Ended,
+    /// Somebody thawed it: the pins are gone.
+    Thawed,
+}
+
+/// What the standby wanted to bind when it was refused, every port id proved to be its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Captured {
+    /// The process that sent it.
+    pub process: ProcessId,
+    /// The datapath.
+    pub ifindex: u32,
+    /// `OVS_DP_ATTR_USER_FEATURES` of the message, where it had them.
+    pub features: Option<u32>,
+    /// `OVS_DP_ATTR_PER_CPU_PIDS`, one netlink port id for each CPU.
+    pub port_ids: Vec<u32>,
+    /// How often the standby has tried since the arming.
+    pub count: u64,
+}
+
+/// A loaded freeze: frozen or not as [`Freeze::arm`] says. Dropping it lifts nothing: the pins keep it, the lease ends it.
+#[derive(Debug)]
+pub struct Freeze {
+    hook: Hook,
+    config: MapHandle,
+    refused: MapHandle,
+    captured: MapHandle,
+    datapaths: MapHandle,
+    dp_names: MapHandle,
+    timeouts: MapHandle,
+    events: MapHandle,
+}
+
+impl Freeze {
+    /// Loads and pins the program on the first hook that takes it. Left-over pins of a dead process are replaced.
+    ///
+    /// # Errors
+    /// Where a living process holds a freeze, or no hook takes the program: the error says what is missing (capability,
+    /// kernel version, BTF, lockdown) and the remedy.
+    pub fn load() -> Result<Freeze> {
+        Self::load_from(&Hook::ALL)
+    }
+
+    /// Like [`Freeze::load`], but proves the hook with a canary and goes on to the next hook where that one loads
+    /// without refusing anything (`lsm/` without `bpf` in the boot-time list of LSMs).
+    pub fn load_proven(canary: &CanaryCommand, families: Families) -> Result<(Freeze, CanaryReport)> {
+        let mut failures = Vec::new();
+        for hook in Hook::ALL {
+            let proof = Self::load_from(&[hook]).and_then(|mut freeze| match freeze.canary(canary, families) {
+                Ok(report) => Ok((freeze, report)),
+                Err(error) => {
+                    freeze.thaw()?;
+                    Err(error)
+                }
+            });
+            match proof {
+                Ok(proof) => return Ok(proof),
+                Err(error) => failures.push(format!("{hook}: {error}")),
+            }
+        }
+        Err(Error::Unsupported {
+            what: "freeze".into(),
+            why: failures.join("; "),
+            remedy: "run at level park, without a freeze".into(),
+        })
+    }
+
+    /// The freeze that is pinned, left by another process (after a crash, for `thaw`), or None.
+    pub fn open() -> Result<Option<Freeze>> {
+        let Some(hook) = pins::pinned_hook()? else { return Ok(None) };
+        Ok(Some(Freeze {
+            hook,
+            config: pins::open_map("config")?,
+            refused: pins::open_map("refused")?,
+            captured: pins::open_map("captured")?,
+            datapaths: pins::open_map("datapaths")?,
+            dp_names: pins::open_map("dp_names")?,
+            timeouts: pins::open_map("timeouts")?,
+            events: pins::open_map("events")?,
+        }))
+    }
+
+    fn load_from(hooks: &[Hook]) -> Result<Freeze> {
+        process::require_initial_pid_namespace()?;
+        refuse_if_held()?;
+        thaw()?;
+        pins::prepare()?;
+        hook::load_and_pin(hooks)?;
+        Self::open()?.ok_or_else(|| Error::io(format!("link in {PIN_DIR}"), nix::errno::Errno::ENOENT))
+    }
+
+    /// The hook that the program is attached to.
+    pub fn hook(&self) -> Hook {
+        self.hook
+    }
+
+    /// Freezes: `classes` are refused in `scope` from now on, to everybody but this process, for `lease`, and for
+    /// `end` at the most however often it is renewed. Counters and the capture start at zero.
+    pub fn arm(&mut self, scope: &Scope, classes: Classes, lease: Duration, end: Duration) -> Result<()> {
+        // Off while the maps change: half a scope is none.
+        self.write_config(&Config::default())?;
+        scope::fill(&self.datapaths, scope.ifindexes.iter().map(|index| index.to_ne_bytes().to_vec()))?;
+        scope::fill(&self.dp_names, scope.names.iter().map(|name| scope::padded(name, abi::IFNAMSIZ)))?;
+        self.fill_timeouts(&scope.timeout_names)?;
+        self.reset_counters()?;
+        let now = process::boottime()?;
+        let own = ProcessId::current()?;
+        let config = Config {
+            classes: classes.bits(),
+            lease_ns: after(now, lease),
+            end_ns: after(now, end),
+            netns: scope.netns_inode,
+            exempt_tgid: own.tgid.into(),
+            exempt_start: own.start_time,
+            fam_datapath: scope.families.datapath.into(),
+            fam_vport: scope.families.vport.into(),
+            fam_flow: scope.families.flow.into(),
+            fam_meter: scope.families.meter.into(),
+            timeout_names: scope.timeout_names.len() as u64,
+            armed_ns: nanos(now),
+            ..Config::default()
+        };
+        self.write_config(&config)
+    }
+
+    /// Changes what is refused; scope, lease and counters stay.
+    pub fn set_classes(&mut self, classes: Classes) -> Result<()> {
+        let config = self.read_config()?;
+        self.write_config(&Config { classes: classes.bits(), ..config })
+    }
+
+    /// Replaces the names of the guarded timeout policies.
+    pub fn set_timeout_names(&mut self, names: &[String]) -> Result<()> {
+        // The count first where names come, last where they go: never "guarded" with a count of 0.
+        let config = self.read_config()?;
+        let count = names.len() as u64;
+        self.write_config(&Config { timeout_names: config.timeout_names.max(count), ..config })?;
+        self.fill_timeouts(names)?;
+        self.write_config(&Config { timeout_names: count, ..config })
+    }
+
+    /// Moves the lease to `lease` from now, never beyond the absolute end. To be called by the step that makes
+    /// progress, never by a thread of its own (hazard 5).
+    pub fn renew(&mut self, lease: Duration) -> Result<Renewal> {
+        if pins::pinned_hook()?.is_none() {
+            return Ok(Renewal::Thawed);
+        }
+        let config = self.read_config()?;
+        let now = process::boottime()?;
+        let lease_ns = after(now, lease).min(config.end_ns);
+        self.write_config(&Config { lease_ns, ..config })?;
+        // Asked after the write: a lease that ran out in between has let messages through all the same.
+        let now = nanos(process::boottime()?);
+        if now < config.lease_ns && now < config.end_ns {
+            return Ok(Renewal::Held(Duration::from_nanos(lease_ns.saturating_sub(now))));
+        }
+        self.write_config(&Config { classes: 0, ..config })?;
+        Ok(if now >= config.end_ns { Renewal::Ended } else { Renewal::Expired })
+    }
+
+    /// Makes this process the exempt one, in place of the dead one that armed the freeze.
+    pub fn take_over(&mut self) -> Result<()> {
+        let own = ProcessId::current()?;
+        let config = self.read_config()?;
+        self.write_config(&Config { exempt_tgid: own.tgid.into(), exempt_start: own.start_time, ..config })
+    }
+
+    /// From now on the upcall binding of this process, and of no other, is captured and refused, while
+    /// [`Classes::UPCALL_BIND`] is among the classes. `start_time` as in `/proc/PID/stat` ([`start_time`]).
+    pub fn watch_standby(&mut self, pid: Pid, start_time: u64) -> Result<()> {
+        let config = self.read_config()?;
+        let standby_tgid = u64::try_from(pid.as_raw()).unwrap_or_default();
+        self.write_config(&Config { standby_tgid, standby_start: start_time, ..config })
+    }
+
+    /// What the standby wanted to bind, or None where it has not tried yet.
+    ///
+    /// # Errors
+    /// Where a captured port id is not provably a socket of that very process (hazard 2): such a capture must never
+    /// be bound.
+    pub fn captured(&self) -> Result<Option<Captured>> {
+        let Some(raw) = abi::read_captured(&self.captured)? else { return Ok(None) };
+        let process = ProcessId { tgid: raw.tgid, start_time: raw.start };
+        process::prove_port_ids(process, &raw.port_ids)?;
+        Ok(Some(Captured {
+            process,
+            ifindex: raw.ifindex,
+            features: raw.features,
+            port_ids: raw.port_ids,
+            count: raw.count,
+        }))
+    }
+
+    /// How many messages of each class were refused since the arming.
+    pub fn refused(&self) -> Result<Refused> {
+        Refused::read(&self.refused)
+    }
+
+    /// The events since the last call, oldest first; never waits.
+    pub fn events(&self) -> Result<Vec<Event>> {
+        event::drain(&self.events)
+    }
+
+    /// What `status` shows.
+    pub fn state(&self) -> Result<State> {
+        State::read(self)
+    }
+
+    /// Lifts the freeze at once and removes program and pins.
+    pub fn thaw(self) -> Result<()> {
+        thaw()
+    }
+
+    fn read_config(&self) -> Result<Config> {
+        Config::decode(&abi::lookup(&self.config, "config", 0)?)
+    }
+
+    fn write_config(&self, config: &Config) -> Result<()> {
+        abi::update(&self.config, "config", 0, &config.encode())
+    }
+
+    fn fill_timeouts(&self, names: &[String]) -> Result<()> {
+        scope::fill(&self.timeouts, names.iter().map(|name| scope::padded(name, abi::TIMEOUT_NAME_LEN)))
+    }
+
+    fn reset_counters(&self) -> Result<()> {
+        let zero = 0u64.to_ne_bytes();
+        for class in 0..self.refused.max_entries() {
+            abi::update(&self.refused, "refused", class, &zero)?;
+        }
+        let empty = vec![0; self.captured.value_size() as usize];
+        abi::update(&self.captured, "captured", 0, &empty)?;
+        self.events().map(drop)
+    }
+}
+
+/// Lifts whatever freeze is pinned, armed by whomever, and removes program and pins. Done twice it does nothing.
+pub fn thaw() -> Result<()> {
+    // The classes first: with the pin gone, the program may live on until the kernel's deferred release.
+    if let Ok(config) = pins::open_map("config") {
+        let off = Config::default().encode();
+        config
+            .update(&0u32.to_ne_bytes(), &off, MapFlags::ANY)
+            .map_err(|error| abi::bpf_error(format!("map config in {PIN_DIR}"), &error))?;
+    }
+    pins::remove()
+}
+
+/// Another process's freeze is not ours to replace, unless that process is dead or holds nothing.
+fn refuse_if_held() -> Result<()> {
+    let Some(state) = state()? else { return Ok(()) };
+    let own = ProcessId::current()?;
+    if state.armed && state.exempt_alive && state.exempt != own {
+        return Err(Error::Unsupported {
+            what: format!("freeze in {PIN_DIR}"),
+            why: format!("process {} holds it", state.exempt.tgid),
+            remedy: "wait for that run to end, or lift it with `ovs-graceful thaw`".into(),
+        });
+    }
+    Ok(())
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn after(now: Duration, wait: Duration) -> u64 {
+    nanos(now).saturating_add(nanos(wait))
+}
