@@ -1,2 +1,111 @@
-#![allow(missing_docs)]
-fn main() {}
+//! The lab: boots Debian in a VM, runs one scenario under traffic in it, and brings back what was measured.
+//!
+//! The same binary is the host's command line and, statically linked, the agent in the guest.
+
+mod apt_sources;
+mod bench;
+mod command;
+mod guest;
+mod image;
+mod outcome;
+mod places;
+mod scenarios;
+mod vm;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use outcome::Action;
+
+#[derive(Parser)]
+#[command(about = "The test bench: scenarios under traffic in a throw-away VM", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Run one scenario once. Exit 0: every assertion held; 1: one did not; 3: the lab itself failed.
+    Run {
+        /// Name (see `lab list`)
+        scenario: String,
+        /// What replaces the daemons
+        #[arg(long, value_enum, default_value = "ours")]
+        action: Action,
+        /// Where the results go [default: target/lab/out/SCENARIO-ACTION]
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Debian suite of the image
+        #[arg(long, default_value = "bookworm")]
+        suite: String,
+        /// More arguments for `ovs-graceful restart`
+        #[arg(last = true)]
+        extra: Vec<String>,
+    },
+    /// List the scenarios
+    List,
+    /// Build the image if the cache has none
+    Image {
+        /// Debian suite
+        #[arg(default_value = "bookworm")]
+        suite: String,
+    },
+    /// Build the static binaries and say where they are
+    Binaries,
+    /// What runs in the guest
+    #[command(hide = true)]
+    Guest {
+        #[command(subcommand)]
+        command: GuestCmd,
+    },
+}
+
+#[derive(Subcommand)]
+enum GuestCmd {
+    /// Do what JOB says and leave the result in OUT
+    Agent {
+        /// Written by the host
+        job: PathBuf,
+        /// Folder
+        out: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::from(3)
+        }
+    }
+}
+
+fn dispatch(command: Cmd) -> anyhow::Result<bool> {
+    match command {
+        Cmd::Run { scenario, action, out, suite, extra } => {
+            let request = bench::Request { scenario, action, suite, out, extra_args: extra };
+            let (outcome, folder) = bench::one(&request)?;
+            bench::print(&outcome, &folder);
+            Ok(outcome.passed)
+        }
+        Cmd::List => {
+            for scenario in scenarios::ALL {
+                println!("{:16} {}", scenario.name(), scenario.about());
+            }
+            Ok(true)
+        }
+        Cmd::Image { suite } => {
+            println!("{}", image::ensure(&suite)?.disk.display());
+            Ok(true)
+        }
+        Cmd::Binaries => {
+            println!("{}", bench::binaries(true)?.display());
+            Ok(true)
+        }
+        Cmd::Guest { command: GuestCmd::Agent { job, out } } => guest::agent(&job, &out).map(|()| true),
+    }
+}

@@ -1,0 +1,167 @@
+//! One run, seen from the host: builds what goes in, boots, judges what comes out, prints it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{bail, Context, Result};
+
+use crate::command::run;
+use crate::image;
+use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
+use crate::places;
+use crate::scenarios;
+use crate::vm;
+
+/// Where statically linked binaries are taken from instead of being built.
+const BIN_DIR: &str = "LAB_BIN_DIR";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+const PRODUCT: [&str; 2] = ["ovs-graceful", "dpfreeze"];
+/// A scenario takes about a minute; TCG on a busy machine much more.
+const LIMIT: Duration = Duration::from_secs(420);
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Scenario.
+    pub scenario: String,
+    /// Action.
+    pub action: Action,
+    /// Debian suite of the image.
+    pub suite: String,
+    /// Where the results go; a folder under `target/lab/out` if none is named.
+    pub out: Option<PathBuf>,
+    /// More arguments for `ovs-graceful restart`.
+    pub extra_args: Vec<String>,
+}
+
+/// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them.
+pub fn binaries(product: bool) -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os(BIN_DIR) {
+        let folder = PathBuf::from(folder);
+        let mut wanted = vec!["lab"];
+        wanted.extend(PRODUCT.iter().filter(|_| product));
+        for name in wanted {
+            if !folder.join(name).is_file() {
+                bail!("{BIN_DIR} is {}, which has no {name}: put it there, or unset {BIN_DIR}", folder.display());
+            }
+        }
+        return Ok(folder);
+    }
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(places::workspace());
+    command.args(["build", "--quiet", "--release", "--target", TARGET, "-p", "lab"]);
+    if product {
+        command.args(["-p", "orchestrator", "-p", "dpfreeze"]);
+    }
+    command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    run(&mut command).context("building the static binaries")?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| places::workspace().join("target"), PathBuf::from);
+    Ok(target.join(TARGET).join("release"))
+}
+
+/// Makes one run. An error is a lab error; a failed assertion is an outcome.
+pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
+    let scenario = scenarios::find(&request.scenario)?;
+    let out = match &request.out {
+        Some(out) => {
+            fs::create_dir_all(out)?;
+            fs::canonicalize(out)?
+        }
+        None => vm::fresh_output(&format!("{}-{}", request.scenario, request.action.name()))?,
+    };
+    let image = image::ensure(&request.suite)?;
+    let input = tempfile::tempdir()?;
+    let product = request.action.needs_product();
+    let bin = binaries(product)?;
+    fs::copy(bin.join("lab"), input.path().join("lab"))?;
+    if product {
+        let folder = input.path().join("bin");
+        fs::create_dir(&folder)?;
+        for name in PRODUCT {
+            fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
+        }
+    }
+    let job = Job {
+        scenario: request.scenario.clone(),
+        action: request.action,
+        before_s: 5.0,
+        after_s: 15.0,
+        extra_args: request.extra_args.clone(),
+    };
+    fs::write(input.path().join("job.json"), serde_json::to_string_pretty(&job)?)?;
+    let boot = vm::Boot {
+        image: &image,
+        input: input.path(),
+        output: &out,
+        kernel_args: scenario.kernel_args(),
+        limit: LIMIT,
+    };
+    let ran = vm::boot(&boot)?;
+    let path = out.join("result.json");
+    let text = fs::read_to_string(&path)
+        .with_context(|| format!("the guest left no result (a lab error): see {}", out.join("console").display()))?;
+    let mut outcome: Outcome = serde_json::from_str(&text).context("the guest's result is not readable")?;
+    outcome.versions.insert("qemu".to_owned(), ran.qemu);
+    outcome.versions.insert("suite".to_owned(), image.suite.clone());
+    outcome.note("vm_seconds", ran.seconds);
+    fs::write(&path, serde_json::to_string_pretty(&outcome)?)?;
+    Ok((outcome, out))
+}
+
+/// Prints one outcome: probes, then assertions (failed ones with what was found).
+pub fn print(outcome: &Outcome, out: &Path) {
+    println!("{} / {}: {}", outcome.scenario, outcome.action.name(), if outcome.passed { "passed" } else { "FAILED" });
+    if let Some(error) = &outcome.error {
+        println!("  error: {error}");
+    }
+    let exit = outcome.action_exit.map_or("none".to_owned(), |c| c.to_string());
+    println!("  action: exit {exit}, {:.0} ms", outcome.action_ms);
+    for (name, probe) in &outcome.probes {
+        println!("  {}", probe_line(name, probe));
+    }
+    let held = outcome.checks.iter().filter(|c| c.pass).count();
+    println!("  {held} of {} assertions held", outcome.checks.len());
+    for check in outcome.checks.iter().filter(|c| !c.pass) {
+        let value = check.value.to_string();
+        let short: String = value.chars().take(600).collect();
+        println!("  FAILED: {}: {short}", check.name);
+    }
+    println!("  all of it: {}", out.display());
+}
+
+fn probe_line(name: &str, probe: &ProbeOutcome) -> String {
+    match probe {
+        ProbeOutcome::Udp(u) => {
+            let side = |d: &crate::outcome::Direction| {
+                format!(
+                    "lost {} dup {} reord {} gap {:.0} ms lat p50 {:.1} p99 {:.1} max {:.0} worst {:.0} ms",
+                    d.lost, d.duplicated, d.reordered, d.longest_lost_ms, d.p50_ms, d.p99_ms, d.max_ms, d.worst_ms
+                )
+            };
+            format!(
+                "{name}: sent {} of {} (late {:.0} ms); there: {}; back: {}",
+                u.sent,
+                u.due,
+                u.sender_late_ms,
+                side(&u.requests),
+                side(&u.replies)
+            )
+        }
+        ProbeOutcome::Tcp(t) => format!(
+            "{name}: {:.0} s, verified {:?} of {:?}, retransmitted {}, time-outs {}, longest gap {:.0} ms{}",
+            t.seconds,
+            t.verified,
+            t.written,
+            t.retransmitted,
+            t.timeouts,
+            t.longest_gap_ms,
+            t.error.as_ref().map_or(String::new(), |e| format!(", {e}"))
+        ),
+        ProbeOutcome::Silent(s) => format!(
+            "{name}: unicast {} quiet, {} later; broadcast {} quiet, {} later",
+            s.quiet_unicast, s.later_unicast, s.quiet_broadcast, s.later_broadcast
+        ),
+    }
+}

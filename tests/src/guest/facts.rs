@@ -1,0 +1,201 @@
+//! What is true in the guest at one moment: daemons, units, datapath counters and flows, OpenFlow, conntrack.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::command::{shell, shell_lenient};
+
+/// One of the two daemons, found by its name in /proc, never by its PID file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Daemon {
+    /// Process.
+    pub pid: u32,
+    /// Field 22 of /proc/PID/stat, clock ticks since boot.
+    pub start_time: u64,
+    /// Target of /proc/PID/exe.
+    pub executable: String,
+    /// Path of the cgroup v2.
+    pub cgroup: String,
+}
+
+/// The two daemons' names.
+pub const DAEMONS: [&str; 2] = ["ovsdb-server", "ovs-vswitchd"];
+
+/// Every live process of that name.
+pub fn daemons(name: &str) -> Vec<Daemon> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut found: Vec<Daemon> = entries.filter_map(|e| daemon(e.file_name().to_str()?.parse().ok()?, name)).collect();
+    found.sort_by_key(|d| d.pid);
+    found
+}
+
+fn daemon(pid: u32, name: &str) -> Option<Daemon> {
+    let base = format!("/proc/{pid}");
+    if fs::read_to_string(format!("{base}/comm")).ok()?.trim() != name {
+        return None;
+    }
+    let stat = fs::read_to_string(format!("{base}/stat")).ok()?;
+    let after_name = stat.rsplit_once(") ")?.1;
+    let fields: Vec<&str> = after_name.split(' ').collect();
+    if fields.first() == Some(&"Z") {
+        return None;
+    }
+    let executable = fs::read_link(format!("{base}/exe")).ok()?.to_string_lossy().into_owned();
+    let cgroup = fs::read_to_string(format!("{base}/cgroup")).ok()?;
+    let cgroup = cgroup.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or_default().to_owned();
+    Some(Daemon { pid, start_time: fields.get(19)?.parse().ok()?, executable, cgroup })
+}
+
+/// Counters of the kernel datapath (`ovs-dpctl show`, which asks the kernel itself).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Packets that found a flow.
+    pub hit: u64,
+    /// Packets that found none.
+    pub missed: u64,
+    /// Upcalls that nobody took.
+    pub lost: u64,
+    /// Flows present.
+    pub flows: u64,
+}
+
+/// Reads the counters of the only kernel datapath.
+pub fn counters() -> Result<Counters> {
+    parse_counters(&shell("ovs-dpctl show")?).context("`ovs-dpctl show` has no counters: no datapath?")
+}
+
+fn parse_counters(text: &str) -> Option<Counters> {
+    let line = text.lines().find(|l| l.trim_start().starts_with("lookups:"))?;
+    let field = |name: &str| -> Option<u64> { line.split(&format!("{name}:")).nth(1)?.split(' ').next()?.parse().ok() };
+    let flows = text.lines().find_map(|l| l.trim_start().strip_prefix("flows: "))?.trim().parse().ok()?;
+    Some(Counters { hit: field("hit")?, missed: field("missed")?, lost: field("lost")?, flows })
+}
+
+/// A flow of the kernel datapath, as `ovs-dpctl dump-flows -m` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Flow {
+    /// Key and mask.
+    pub key: String,
+    /// Actions.
+    pub actions: String,
+    /// Packet count.
+    pub packets: u64,
+}
+
+impl Flow {
+    /// Whether a restart may keep it: nothing in it belongs to the old process.
+    ///
+    /// Recirculation ids, slow-path and controller cookies, and meters do (design, idea 5).
+    pub fn may_be_kept(&self) -> bool {
+        let recirculated = self.key.contains("recirc_id(") && !self.key.contains("recirc_id(0)");
+        let bound = ["recirc(", "userspace(", "meter("].iter().any(|w| self.actions.contains(w));
+        !recirculated && !bound
+    }
+}
+
+/// Flows by UFID.
+pub type Flows = BTreeMap<String, Flow>;
+
+/// Asks the kernel for its flows, not the daemon; the text goes to `file`.
+pub fn flows(file: &Path) -> Result<Flows> {
+    let text = shell("ovs-dpctl dump-flows -m")?;
+    fs::write(file, &text)?;
+    Ok(text.lines().filter_map(parse_flow).collect())
+}
+
+fn parse_flow(line: &str) -> Option<(String, Flow)> {
+    let (ufid, rest) = line.trim().strip_prefix("ufid:")?.split_once(", ")?;
+    let (key, rest) = rest.split_once(", packets:")?;
+    let packets = rest.split(',').next()?.parse().ok()?;
+    let actions = rest.split_once("actions:")?.1.to_owned();
+    Some((ufid.to_owned(), Flow { key: key.to_owned(), actions, packets }))
+}
+
+/// What the lab wants to be the same after a restart, by name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Promised(pub BTreeMap<String, String>);
+
+/// OpenFlow flows, groups, meters of each bridge; datapath ports; conntrack limits and timeout policies.
+pub fn promised(bridges: &[String]) -> Promised {
+    let mut all = BTreeMap::new();
+    for bridge in bridges {
+        all.insert(
+            format!("flows of {bridge}"),
+            shell_lenient(&format!("ovs-ofctl --no-stats dump-flows {bridge} | sort")),
+        );
+        for kind in ["groups", "meters"] {
+            let script = format!("ovs-ofctl -O OpenFlow14 dump-{kind} {bridge} | grep -v xid=");
+            all.insert(format!("{kind} of {bridge}"), shell_lenient(&script));
+        }
+    }
+    all.insert("datapath ports".to_owned(), shell_lenient("ovs-dpctl show | grep '^ *port '"));
+    let limits = shell_lenient("ovs-dpctl ct-get-limits | sed 's/,count=[0-9]*//'");
+    all.insert("conntrack limits".to_owned(), limits);
+    all.insert("zone policies".to_owned(), shell_lenient("ovs-vsctl list-zone-tp system 2>&1"));
+    Promised(all)
+}
+
+/// One property of a unit (`systemctl show`).
+pub fn unit_property(unit: &str, property: &str) -> String {
+    shell_lenient(&format!("systemctl show --value -p {property} {unit}")).trim().to_owned()
+}
+
+/// Failed units, one a line.
+pub fn failed_units() -> String {
+    shell_lenient("systemctl list-units --failed --plain --no-legend | cut -d' ' -f1").trim().to_owned()
+}
+
+/// Leaves everything a reader wants to see after a failure in `folder`.
+pub fn save_everything(folder: &Path, bridges: &[String]) {
+    if fs::create_dir_all(folder).is_err() {
+        return;
+    }
+    let mut wanted = vec![
+        ("dpctl-show".to_owned(), "ovs-dpctl -s show".to_owned()),
+        ("vsctl-show".to_owned(), "ovs-vsctl show; ovs-vsctl list open_vswitch".to_owned()),
+        ("conntrack".to_owned(), "conntrack -L 2>&1".to_owned()),
+        ("ct-limits".to_owned(), "ovs-dpctl ct-get-limits".to_owned()),
+        ("netlink-sockets".to_owned(), "cat /proc/net/netlink".to_owned()),
+        ("processes".to_owned(), "ps -eo pid,ppid,lstart,stat,cgroup:60,args".to_owned()),
+        ("units".to_owned(), "systemctl --no-pager status 'ovs*' openvswitch-switch; systemctl --failed".to_owned()),
+        ("upcall-show".to_owned(), "ovs-appctl upcall/show".to_owned()),
+        ("links".to_owned(), "ip -s link; ip addr".to_owned()),
+    ];
+    for bridge in bridges {
+        let flows = format!("ovs-ofctl dump-flows {bridge}; ovs-ofctl dump-ports {bridge}");
+        wanted.push((format!("openflow-{bridge}"), flows));
+        wanted.push((format!("fdb-{bridge}"), format!("ovs-appctl fdb/show {bridge}")));
+    }
+    for (name, script) in wanted {
+        let _ = fs::write(folder.join(name), shell_lenient(&format!("timeout 20 sh -c \"{script}\"")));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_of_dpctl_show() {
+        let text = "system@ovs-system:\n  lookups: hit:7034 missed:412 lost:3\n  flows: 17\n  masks: hit:9 total:2 hit/pkt:1.2\n  port 0: ovs-system (internal)\n";
+        assert_eq!(parse_counters(text), Some(Counters { hit: 7034, missed: 412, lost: 3, flows: 17 }));
+        assert_eq!(parse_counters(""), None);
+    }
+
+    #[test]
+    fn flows_and_what_may_be_kept() {
+        let line = "ufid:0000-1, recirc_id(0),dp_hash(0/0),in_port(v1),eth_type(0x0800),ipv4(src=1.2.3.4/0.0.0.0,frag=no), packets:50, bytes:4600, used:0.010s, dp:ovs, actions:v2";
+        let (ufid, flow) = parse_flow(line).unwrap();
+        assert_eq!((ufid.as_str(), flow.packets, flow.actions.as_str()), ("0000-1", 50, "v2"));
+        assert!(flow.may_be_kept());
+        let recirculating = line.replace("actions:v2", "actions:ct(zone=5),recirc(0x1)");
+        assert!(!parse_flow(&recirculating).unwrap().1.may_be_kept());
+        let child = line.replace("recirc_id(0)", "recirc_id(0x1)");
+        assert!(!parse_flow(&child).unwrap().1.may_be_kept());
+        assert_eq!(parse_flow("garbage"), None);
+    }
+}

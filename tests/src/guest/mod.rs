@@ -1,0 +1,282 @@
+//! The guest agent: makes the scenario's network, runs traffic through it, replaces the daemons, judges.
+
+pub mod facts;
+pub mod probe;
+mod verdict;
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, Context, Result};
+
+use crate::command::{shell, shell_lenient, wait_until};
+use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
+use crate::scenarios::{self, Scenario, Traffic};
+use nix::sys::resource::{setrlimit, Resource};
+
+use facts::{Counters, Daemon, Flows, Promised};
+use probe::Running;
+
+/// Where `ovs-graceful restart` leaves its report.
+const REPORT: &str = "report.json";
+const VSWITCHD_LOG: &str = "/var/log/openvswitch/ovs-vswitchd.log";
+
+/// Everything the assertions look at.
+pub struct Evidence {
+    /// What was asked.
+    pub job: Job,
+    /// Bridges of the scenario.
+    pub bridges: Vec<String>,
+    /// Both daemons before, in the order of [`facts::DAEMONS`].
+    pub daemons_before: [Vec<Daemon>; 2],
+    /// Both daemons after.
+    pub daemons_after: [Vec<Daemon>; 2],
+    /// Flows about a second before the action.
+    pub flows_earlier: Flows,
+    /// Flows just before the action.
+    pub flows_before: Flows,
+    /// Flows just after the action.
+    pub flows_after: Flows,
+    /// Counters just before the action.
+    pub counters_before: Counters,
+    /// Counters when the traffic had ended.
+    pub counters_after: Counters,
+    /// New flows begun between the two.
+    pub flows_begun: u64,
+    /// What should not change.
+    pub promised_before: Promised,
+    /// The same afterwards.
+    pub promised_after: Promised,
+    /// Failed units before.
+    pub failed_before: String,
+    /// What ovs-vswitchd logged since the action's start.
+    pub log: String,
+    /// Exit code of the action.
+    pub exit: Option<i32>,
+    /// The report of our restart.
+    pub report: Option<serde_json::Value>,
+}
+
+/// Entry of `lab guest agent JOB OUT`: the result is written in any case.
+pub fn agent(job: &Path, out: &Path) -> Result<()> {
+    let text = fs::read_to_string(job).with_context(|| format!("cannot read {}", job.display()))?;
+    let job: Job = serde_json::from_str(&text).context("the job is not what this agent understands")?;
+    let mut outcome = Outcome::new(&job.scenario, job.action);
+    // The stream of new flows keeps a socket a packet.
+    setrlimit(Resource::RLIMIT_NOFILE, 65_536, 65_536)?;
+    if let Err(error) = run_job(&job, out, &mut outcome) {
+        outcome.error = Some(format!("{error:#}"));
+        say(&format!("error: {error:#}"));
+    }
+    outcome.passed = outcome.error.is_none() && !outcome.checks.is_empty() && outcome.checks.iter().all(|c| c.pass);
+    fs::write(out.join("result.json"), serde_json::to_string_pretty(&outcome)?)?;
+    collect_logs(out);
+    Ok(())
+}
+
+/// A line on the console.
+pub fn say(line: &str) {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let uptime = uptime.split(' ').next().unwrap_or_default().to_owned();
+    let _ = writeln!(std::io::stdout(), "[lab {uptime}] {line}\r");
+}
+
+fn run_job(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    versions(outcome);
+    wait_for_ovs()?;
+    if job.action.needs_product() {
+        install_product()?;
+    }
+    match scenarios::find(&job.scenario)? {
+        Scenario::Traffic(traffic) => run_traffic(job, traffic, out, outcome),
+        Scenario::Custom(custom) => custom.run(job, out, outcome),
+    }
+}
+
+fn versions(outcome: &mut Outcome) {
+    for (name, script) in [
+        ("kernel", "uname -rv"),
+        ("ovs", "ovs-vswitchd --version | head -1"),
+        ("systemd", "systemctl --version | head -1"),
+        ("ovs-graceful", "[ -x /lab/bin/ovs-graceful ] && /lab/bin/ovs-graceful --version"),
+    ] {
+        outcome.versions.insert(name.to_owned(), shell_lenient(script).trim().to_owned());
+    }
+}
+
+/// Waits until systemd has started both daemons and the database answers.
+pub fn wait_for_ovs() -> Result<()> {
+    let ready = || {
+        shell("systemctl is-active -q ovsdb-server ovs-vswitchd && timeout 5 ovs-vsctl show").is_ok()
+            && facts::DAEMONS.iter().all(|name| !facts::daemons(name).is_empty())
+    };
+    wait_until("both OVS daemons run", Duration::from_secs(90), Duration::from_millis(300), ready)?;
+    outlive_the_first_seconds()?;
+    wait_until("both OVS daemons run again", Duration::from_secs(90), Duration::from_millis(300), ready)
+}
+
+/// Starts OVS anew once the guest is older than 10 s.
+///
+/// `count_cpu_cores` (lib/ovs-thread.c of OVS 3.1) answers 0 in the first 10 s after boot; a daemon started then has
+/// no upcall sockets and loses every new flow. Hosts do not boot that fast, VMs of a lab do.
+fn outlive_the_first_seconds() -> Result<()> {
+    let uptime = || fs::read_to_string("/proc/uptime").ok()?.split('.').next()?.parse::<u32>().ok();
+    let old = || uptime().is_some_and(|s| s >= 11);
+    wait_until("the guest is 11 s old", Duration::from_secs(30), Duration::from_millis(100), old)?;
+    shell("systemctl restart openvswitch-switch").map(drop)
+}
+
+/// Puts our binaries where a package would.
+pub fn install_product() -> Result<()> {
+    for entry in fs::read_dir("/lab/bin").context("this action needs the product, and the input has no bin/")?.flatten()
+    {
+        let target = Path::new("/usr/bin").join(entry.file_name());
+        fs::copy(entry.path(), &target)?;
+        fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}
+
+struct Live {
+    name: String,
+    probe: Box<dyn Running>,
+}
+
+fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    say(&format!("{}: setting up", scenario.name()));
+    let bridges = scenario.bridges();
+    if let Err(error) = scenario.set_up() {
+        facts::save_everything(&out.join("before"), &bridges);
+        let _ = facts::flows(&out.join("flows-before"));
+        return Err(error.context(format!("setting up {}", scenario.name())));
+    }
+    let mut live = Vec::new();
+    for (name, spec) in scenario.probes() {
+        let probe = spec.start().with_context(|| format!("starting probe {name}"))?;
+        live.push(Live { name, probe });
+    }
+    say("traffic runs");
+    std::thread::sleep(Duration::from_secs_f64(job.before_s));
+    let mut evidence = before(job, &bridges, out)?;
+    scenario.before_action(outcome)?;
+    std::thread::sleep(Duration::from_secs(1));
+    evidence.flows_before = facts::flows(&out.join("flows-before"))?;
+    evidence.counters_before = facts::counters()?;
+    let begun_before: u64 = live.iter().map(|l| l.probe.flows_begun()).sum();
+    let log_from = fs::metadata(VSWITCHD_LOG).map(|m| m.len()).unwrap_or(0);
+    live.iter().for_each(|l| l.probe.action_begins());
+
+    act(job, out, outcome)?;
+    evidence.exit = outcome.action_exit;
+    evidence.flows_after = facts::flows(&out.join("flows-after")).unwrap_or_default();
+    std::thread::sleep(Duration::from_secs_f64(job.after_s));
+    evidence.flows_begun = live.iter().map(|l| l.probe.flows_begun()).sum::<u64>() - begun_before;
+    outcome.probes = finish_all(live)?;
+    say("traffic ended");
+    after(&mut evidence, log_from, out)?;
+    verdict::judge(&evidence, &scenario.expect(), outcome);
+    scenario.judge(&evidence, outcome);
+    facts::save_everything(&out.join("after"), &bridges);
+    if job.action.judged_as_ours() {
+        verdict::judge_thawed(outcome);
+    }
+    Ok(())
+}
+
+fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
+    facts::save_everything(&out.join("before"), bridges);
+    Ok(Evidence {
+        job: job.clone(),
+        bridges: bridges.to_vec(),
+        daemons_before: facts::DAEMONS.map(facts::daemons),
+        daemons_after: [Vec::new(), Vec::new()],
+        promised_before: facts::promised(bridges),
+        promised_after: Promised::default(),
+        failed_before: facts::failed_units(),
+        flows_earlier: facts::flows(&out.join("flows-earlier"))?,
+        flows_before: Flows::new(),
+        flows_after: Flows::new(),
+        counters_before: Counters::default(),
+        counters_after: Counters::default(),
+        flows_begun: 0,
+        log: String::new(),
+        exit: None,
+        report: None,
+    })
+}
+
+fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
+    evidence.counters_after = facts::counters()?;
+    evidence.daemons_after = facts::DAEMONS.map(facts::daemons);
+    evidence.promised_after = facts::promised(&evidence.bridges);
+    let log = fs::read(VSWITCHD_LOG).unwrap_or_default();
+    let from = usize::try_from(log_from).unwrap_or(0).min(log.len());
+    evidence.log = String::from_utf8_lossy(log.get(from..).unwrap_or_default()).into_owned();
+    let report = fs::read_to_string(out.join(REPORT)).ok();
+    evidence.report = report.and_then(|text| serde_json::from_str(&text).ok());
+    Ok(())
+}
+
+fn finish_all(live: Vec<Live>) -> Result<std::collections::BTreeMap<String, ProbeOutcome>> {
+    let joins: Vec<_> =
+        live.into_iter().map(|Live { name, probe }| (name, std::thread::spawn(move || probe.finish()))).collect();
+    let mut results = std::collections::BTreeMap::new();
+    for (name, join) in joins {
+        let result = join.join().map_err(|_| anyhow!("probe {name} panicked"))?;
+        results.insert(name.clone(), result.with_context(|| format!("probe {name}"))?);
+    }
+    Ok(results)
+}
+
+/// Runs the action, keeping its words, exit code and duration.
+pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let report: PathBuf = out.join(REPORT);
+    let mut command = match job.action {
+        Action::StockReload => words("systemctl", &["reload", "openvswitch-switch"]),
+        Action::StockRestart => words("systemctl", &["restart", "openvswitch-switch"]),
+        Action::Nothing => words("true", &[]),
+        Action::Ours => {
+            let mut command = words("ovs-graceful", &["restart", "--report"]);
+            command.arg(&report).args(&job.extra_args);
+            command
+        }
+    };
+    say(&format!("action: {}", job.action.name()));
+    let started = Instant::now();
+    let status = command
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(out.join("action-stdout"))?)
+        .stderr(fs::File::create(out.join("action-stderr"))?)
+        .status()
+        .with_context(|| format!("cannot start the action {}", job.action.name()))?;
+    outcome.action_ms = started.elapsed().as_secs_f64() * 1e3;
+    outcome.action_exit = status.code();
+    say(&format!("action ended with {status} after {:.0} ms", outcome.action_ms));
+    Ok(())
+}
+
+fn words(program: &str, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.args(args);
+    command
+}
+
+fn collect_logs(out: &Path) {
+    for script in [
+        "journalctl -b --no-pager -o short-monotonic",
+        "dmesg",
+        "cat /var/lib/ovs-graceful/runs/*/report.json 2>/dev/null",
+    ] {
+        let name = script.split([' ', '/']).next().unwrap_or("log");
+        let name = if name == "cat" { "all-reports.json" } else { name };
+        let _ = fs::write(out.join(name), shell_lenient(script));
+    }
+    let _ = shell(&format!(
+        "cp -r /var/log/openvswitch {0}/; cp -r /var/lib/ovs-graceful {0}/state 2>/dev/null || true",
+        out.display()
+    ));
+}

@@ -1,0 +1,118 @@
+//! The traffic probes: threads that live in network namespaces and count what arrives.
+
+pub mod silent;
+pub mod stats;
+pub mod tcp;
+pub mod udp;
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use anyhow::{Context, Result};
+use nix::sched::{setns, CloneFlags};
+
+use crate::outcome::ProbeOutcome;
+
+/// Where a probe's end lives: a named network namespace, or the host's own.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// `ip netns` name.
+    Namespace(String),
+    /// The initial namespace.
+    Host,
+}
+
+impl Place {
+    /// A named namespace.
+    pub fn named(name: &str) -> Self {
+        Place::Namespace(name.to_owned())
+    }
+
+    /// Moves the calling thread there.
+    pub fn enter(&self) -> Result<()> {
+        let Place::Namespace(name) = self else { return Ok(()) };
+        let path = format!("/run/netns/{name}");
+        let file = File::open(&path).with_context(|| format!("cannot open the namespace {path}"))?;
+        setns(file, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter the namespace {path}"))
+    }
+}
+
+/// What a UDP probe varies from packet to packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ports {
+    /// One flow.
+    Constant,
+    /// Every packet from a new source port.
+    EachNew,
+}
+
+/// A probe to run.
+#[derive(Debug, Clone)]
+pub enum Spec {
+    /// Numbered requests and their echoes.
+    Udp {
+        /// Where requests come from.
+        from: Place,
+        /// Where they are answered.
+        to: Place,
+        /// The address they are sent to.
+        address: Ipv4Addr,
+        /// Destination port.
+        port: u16,
+        /// Time between two requests, µs.
+        interval_us: u64,
+        /// One flow or many.
+        ports: Ports,
+    },
+    /// One long-lived connection with checked payload both ways.
+    Tcp {
+        /// The client.
+        from: Place,
+        /// The server.
+        to: Place,
+        /// The server's address.
+        address: Ipv4Addr,
+        /// The server's port.
+        port: u16,
+    },
+    /// Counts frames on a device that nobody talks to.
+    Silent {
+        /// Where it is.
+        place: Place,
+        /// Its name there.
+        device: String,
+    },
+}
+
+/// A probe under way.
+pub trait Running: Send {
+    /// New flows begun so far.
+    fn flows_begun(&self) -> u64 {
+        0
+    }
+    /// The quiet window has ended, the action begins.
+    fn action_begins(&self) {}
+    /// Stops sending, waits for what is on its way, and judges.
+    fn finish(self: Box<Self>) -> Result<ProbeOutcome>;
+}
+
+impl Spec {
+    /// Starts it.
+    pub fn start(&self) -> Result<Box<dyn Running>> {
+        Ok(match self {
+            Spec::Udp { from, to, address, port, interval_us, ports } => {
+                Box::new(udp::start(from, to, SocketAddrV4::new(*address, *port), *interval_us, *ports)?)
+            }
+            Spec::Tcp { from, to, address, port } => {
+                Box::new(tcp::start(from, to, SocketAddrV4::new(*address, *port))?)
+            }
+            Spec::Silent { place, device } => Box::new(silent::start(place, device)?),
+        })
+    }
+}
+
+/// The monotonic clock, ns: the same in every namespace of the guest.
+pub fn now() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    time.map(|t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64).unwrap_or(0)
+}

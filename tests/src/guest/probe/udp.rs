@@ -1,0 +1,293 @@
+//! Numbered UDP requests from A, echoed by B; arrivals counted at both ends.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{SocketAddr, SocketAddrV4, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{anyhow, Context, Result};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::stats::{judge, Arrival};
+use super::{now, Place, Ports, Running};
+use crate::outcome::{ProbeOutcome, UdpOutcome};
+
+/// Bytes of a probe packet.
+const LENGTH: usize = 64;
+/// Source sockets kept open for replies: 20 s of the new-flow stream at 10 ms.
+const KEPT_SOCKETS: usize = 2048;
+const FIRST_PORT: u16 = 10_000;
+const PORTS: u32 = 50_000;
+/// How long arrivals are waited for once sending has stopped.
+const GRACE: Duration = Duration::from_secs(4);
+/// Receive buffers that a burst of replayed packets does not fill, bytes.
+const RECEIVE_BUFFER: usize = 8 << 20;
+
+/// Builds packet `sequence`: number, filling that depends on it, checksum.
+fn packet(sequence: u32) -> [u8; LENGTH] {
+    let mut bytes = [0u8; LENGTH];
+    bytes[..4].copy_from_slice(&sequence.to_be_bytes());
+    let mut filling = sequence.wrapping_mul(2_654_435_761);
+    for byte in &mut bytes[4..LENGTH - 4] {
+        filling = filling.rotate_left(5).wrapping_add(0x9e37_79b9);
+        *byte = filling as u8;
+    }
+    let sum = checksum(&bytes[..LENGTH - 4]);
+    bytes[LENGTH - 4..].copy_from_slice(&sum.to_be_bytes());
+    bytes
+}
+
+/// FNV-1a: enough to see a damaged payload that UDP's own checksum let through.
+fn checksum(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+/// The number of a whole packet; None for a damaged one.
+fn sequence_of(bytes: &[u8]) -> Option<u32> {
+    let (body, sum) = bytes.split_at_checked(LENGTH - 4)?;
+    if bytes.len() != LENGTH || checksum(body).to_be_bytes() != sum {
+        return None;
+    }
+    Some(u32::from_be_bytes(body.get(..4)?.try_into().ok()?))
+}
+
+#[derive(Default)]
+struct Log {
+    arrivals: Vec<Arrival>,
+    corrupted: u64,
+    wrong_source: u64,
+}
+
+#[derive(Default)]
+struct Flags {
+    stop_sending: AtomicBool,
+    stop_listening: AtomicBool,
+    sent: AtomicU64,
+}
+
+struct Sent {
+    at: Vec<u64>,
+    late_ns: u64,
+    due: u64,
+    errors: BTreeMap<String, u64>,
+}
+
+/// A UDP probe under way.
+pub struct UdpProbe {
+    flags: Arc<Flags>,
+    interval_ns: u64,
+    ports: Ports,
+    sender: JoinHandle<Result<Sent>>,
+    echo: JoinHandle<Result<Log>>,
+    collector: JoinHandle<Result<Log>>,
+}
+
+/// Starts requests from `from` to `target`, answered in `to`.
+pub fn start(from: &Place, to: &Place, target: SocketAddrV4, interval_us: u64, ports: Ports) -> Result<UdpProbe> {
+    let flags = Arc::new(Flags::default());
+    let interval_ns = interval_us * 1000;
+    let (ready, is_ready) = channel();
+    let echo = {
+        let (flags, to) = (flags.clone(), to.clone());
+        std::thread::spawn(move || echo(&to, target, &flags, &ready))
+    };
+    if is_ready.recv().is_err() {
+        return Err(echo.join().map_err(|_| anyhow!("the echo thread panicked"))?.err().unwrap_or(anyhow!("no echo")));
+    }
+    let (hand_over, sockets) = channel();
+    let collector = {
+        let flags = flags.clone();
+        std::thread::spawn(move || collect(target, &flags, &sockets))
+    };
+    let sender = {
+        let (flags, from) = (flags.clone(), from.clone());
+        std::thread::spawn(move || send(&from, target, interval_ns, ports, &flags, &hand_over))
+    };
+    Ok(UdpProbe { flags, interval_ns, ports, sender, echo, collector })
+}
+
+fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
+    place.enter()?;
+    let socket = UdpSocket::bind(("0.0.0.0", target.port())).context("cannot bind the echo socket")?;
+    setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+    socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let _ = ready.send(());
+    let mut log = Log::default();
+    let mut buffer = [0u8; 2048];
+    while !flags.stop_listening.load(Ordering::Relaxed) {
+        let Ok((length, sender)) = socket.recv_from(&mut buffer) else { continue };
+        let bytes = buffer.get(..length).unwrap_or_default();
+        match sequence_of(bytes) {
+            None => log.corrupted += 1,
+            Some(sequence) => {
+                log.arrivals.push(Arrival { sequence, at: now() });
+                // A reply that the kernel refuses shows as a lost reply.
+                let _ = socket.send_to(bytes, sender);
+            }
+        }
+    }
+    Ok(log)
+}
+
+fn collect(target: SocketAddrV4, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let mut open: VecDeque<(u64, UdpSocket)> = VecDeque::new();
+    let mut next_id = 0u64;
+    let mut log = Log::default();
+    let mut events = [EpollEvent::empty(); 128];
+    while !flags.stop_listening.load(Ordering::Relaxed) {
+        while let Ok(socket) = sockets.try_recv() {
+            epoll.add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, next_id))?;
+            open.push_back((next_id, socket));
+            next_id += 1;
+            if open.len() > KEPT_SOCKETS {
+                open.pop_front();
+            }
+        }
+        let count = epoll.wait(&mut events, EpollTimeout::from(5u8))?;
+        let oldest = open.front().map_or(0, |(id, _)| *id);
+        for event in events.iter().take(count) {
+            let index = event.data().checked_sub(oldest).and_then(|i| usize::try_from(i).ok());
+            if let Some((_, socket)) = index.and_then(|i| open.get(i)) {
+                receive_all(socket, target, &mut log);
+            }
+        }
+    }
+    Ok(log)
+}
+
+fn receive_all(socket: &UdpSocket, target: SocketAddrV4, log: &mut Log) {
+    let mut buffer = [0u8; 2048];
+    while let Ok((length, sender)) = socket.recv_from(&mut buffer) {
+        if sender != SocketAddr::V4(target) {
+            log.wrong_source += 1;
+            continue;
+        }
+        match sequence_of(buffer.get(..length).unwrap_or_default()) {
+            None => log.corrupted += 1,
+            Some(sequence) => log.arrivals.push(Arrival { sequence, at: now() }),
+        }
+    }
+}
+
+fn source_socket(port: u16) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind(("0.0.0.0", port)).with_context(|| format!("cannot bind source port {port}"))?;
+    socket.set_nonblocking(true)?;
+    setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+    Ok(socket)
+}
+
+fn send(
+    place: &Place,
+    target: SocketAddrV4,
+    interval_ns: u64,
+    ports: Ports,
+    flags: &Flags,
+    hand_over: &Sender<UdpSocket>,
+) -> Result<Sent> {
+    place.enter()?;
+    let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
+    let constant = source_socket(0)?;
+    hand_over.send(constant.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
+    let begin = now();
+    let mut sequence = 0u32;
+    while !flags.stop_sending.load(Ordering::Relaxed) {
+        let due_at = begin + u64::from(sequence) * interval_ns;
+        let early = due_at.saturating_sub(now());
+        if early > 0 {
+            std::thread::sleep(Duration::from_nanos(early));
+        }
+        let result = match ports {
+            Ports::Constant => transmit(&constant, sequence, target, &mut sent),
+            Ports::EachNew => {
+                let socket = source_socket(FIRST_PORT + (sequence % PORTS) as u16)?;
+                // The collector must know the socket before a reply can come.
+                hand_over.send(socket.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
+                transmit(&socket, sequence, target, &mut sent)
+            }
+        };
+        if let Err(error) = result {
+            *sent.errors.entry(error.to_string()).or_default() += 1;
+        }
+        sent.late_ns = sent.late_ns.max(sent.at.last().copied().unwrap_or(due_at).saturating_sub(due_at));
+        sequence += 1;
+        flags.sent.store(u64::from(sequence), Ordering::Relaxed);
+    }
+    sent.due = (now() - begin) / interval_ns;
+    Ok(sent)
+}
+
+fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut Sent) -> std::io::Result<()> {
+    sent.at.push(now());
+    socket.send_to(&packet(sequence), target).map(drop)
+}
+
+impl Running for UdpProbe {
+    fn flows_begun(&self) -> u64 {
+        match self.ports {
+            Ports::Constant => 0,
+            Ports::EachNew => self.flags.sent.load(Ordering::Relaxed),
+        }
+    }
+
+    fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
+        self.flags.stop_sending.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
+        std::thread::sleep(GRACE);
+        self.flags.stop_listening.store(true, Ordering::Relaxed);
+        let there = self.echo.join().map_err(|_| anyhow!("the echo panicked"))??;
+        let back = self.collector.join().map_err(|_| anyhow!("the collector panicked"))??;
+        let mut answered = vec![false; sent.at.len()];
+        for arrival in &there.arrivals {
+            if let Some(slot) = answered.get_mut(arrival.sequence as usize) {
+                *slot = true;
+            }
+        }
+        let all = vec![true; sent.at.len()];
+        Ok(ProbeOutcome::Udp(UdpOutcome {
+            due: sent.due,
+            sent: sent.at.len() as u64,
+            sender_late_ms: sent.late_ns as f64 / 1e6,
+            send_errors: sent.errors,
+            requests: judge(&sent.at, &all, &there.arrivals, there.corrupted, self.interval_ns),
+            replies: judge(&sent.at, &answered, &back.arrivals, back.corrupted, self.interval_ns),
+            wrong_source: back.wrong_source,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_knows_its_number_and_its_damage() {
+        let mut bytes = packet(70_000);
+        assert_eq!(sequence_of(&bytes), Some(70_000));
+        assert_ne!(packet(1)[4..20], packet(2)[4..20]);
+        bytes[17] ^= 1;
+        assert_eq!(sequence_of(&bytes), None);
+        assert_eq!(sequence_of(&bytes[..40]), None);
+        assert_eq!(sequence_of(&[]), None);
+    }
+
+    #[test]
+    fn over_loopback_everything_arrives() {
+        let target = "127.0.0.1:39001".parse().unwrap();
+        // RcvBufForce needs CAP_NET_ADMIN.
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let probe = start(&Place::Host, &Place::Host, target, 5000, Ports::EachNew).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        let ProbeOutcome::Udp(outcome) = Box::new(probe).finish().unwrap() else { panic!() };
+        assert!(outcome.sent > 20, "{outcome:?}");
+        assert_eq!((outcome.requests.lost, outcome.replies.lost, outcome.replies.duplicated), (0, 0, 0));
+        assert_eq!(outcome.replies.received, outcome.sent);
+    }
+}

@@ -1,0 +1,253 @@
+//! The assertions of "A run that did nothing must not pass" (design.md). Each is named and shows what it found.
+
+use serde_json::{json, Value};
+
+use super::facts::{self, Daemon, Flow};
+use super::Evidence;
+use crate::command::shell_lenient;
+use crate::outcome::{Action, Outcome, ProbeOutcome, UdpOutcome};
+use crate::scenarios::Expect;
+
+/// Share of the packets due that a probe must have sent: the rest is TCG being slow, not our business.
+const SENT_SHARE: f64 = 0.97;
+
+/// Words in ovs-vswitchd's log that mean that a packet met state of the old process.
+const FORBIDDEN_LOG: [&str; 2] = ["could not find ofproto", "No recirculation context"];
+
+/// Judges a run. Stock runs are not asked what only ours can fulfil.
+pub fn judge(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
+    daemons(evidence, outcome);
+    units(evidence, outcome);
+    probes_sent(outcome);
+    let before = evidence.counters_before;
+    let after = evidence.counters_after;
+    outcome.note("counters", json!({ "before": before, "after": after, "flows_begun": evidence.flows_begun }));
+    outcome.note("kept_flows", kept_flows(evidence));
+    let restarts_stock = evidence.job.action == Action::StockRestart;
+    if !restarts_stock && evidence.flows_begun > 0 {
+        let missed = after.missed.saturating_sub(before.missed);
+        let found = json!({ "missed": missed, "flows_begun": evidence.flows_begun });
+        outcome.check("kernel missed rose by the new flows", missed >= evidence.flows_begun, found);
+    }
+    if evidence.job.action.judged_as_ours() {
+        report(evidence, expect, outcome);
+        no_losses(expect, outcome);
+        state_kept(evidence, expect, outcome);
+        let lost = after.lost.saturating_sub(before.lost);
+        outcome.check("kernel lost 0", lost == 0 || expect.overflow, lost);
+    }
+}
+
+fn daemons(evidence: &Evidence, outcome: &mut Outcome) {
+    let keeps_database = evidence.job.extra_args.iter().any(|a| a == "--no-ovsdb");
+    for (i, name) in facts::DAEMONS.iter().enumerate() {
+        let (Some(before), Some(after)) = (evidence.daemons_before.get(i), evidence.daemons_after.get(i)) else {
+            continue;
+        };
+        let found = json!({ "before": before, "after": after });
+        let [old] = before.as_slice() else {
+            outcome.check(format!("one {name} before"), false, found);
+            continue;
+        };
+        let [new] = after.as_slice() else {
+            outcome.check(format!("one {name} after"), false, found);
+            continue;
+        };
+        let replaced = new.pid != old.pid && new.start_time > old.start_time;
+        if *name == "ovsdb-server" && keeps_database {
+            outcome.check(format!("{name} left alone"), new == old, found);
+            continue;
+        }
+        outcome.check(format!("{name} is another process"), replaced, found);
+        let package = shell_lenient(&format!("dpkg -S '{}'", new.executable));
+        let ours = package.starts_with("openvswitch-");
+        outcome.check(
+            format!("{name} is the package's"),
+            ours,
+            json!({ "exe": new.executable, "dpkg": package.trim() }),
+        );
+        in_its_unit(name, new, outcome);
+    }
+}
+
+fn in_its_unit(name: &str, daemon: &Daemon, outcome: &mut Outcome) {
+    let unit = format!("{name}.service");
+    let state = facts::unit_property(&unit, "ActiveState");
+    let main = facts::unit_property(&unit, "MainPID");
+    let cgroup = facts::unit_property(&unit, "ControlGroup");
+    let right = state == "active" && main == daemon.pid.to_string() && cgroup == daemon.cgroup;
+    let found = json!({ "state": state, "main_pid": main, "control_group": cgroup, "daemon": daemon });
+    outcome.check(format!("{unit} owns it"), right, found);
+}
+
+fn units(evidence: &Evidence, outcome: &mut Outcome) {
+    let failed = facts::failed_units();
+    let system = shell_lenient("systemctl is-system-running");
+    let found = json!({ "before": evidence.failed_before, "after": failed, "system": system.trim() });
+    outcome.check("no unit failed by it", failed == evidence.failed_before, found);
+}
+
+fn probes_sent(outcome: &mut Outcome) {
+    let mut checks = Vec::new();
+    for (name, probe) in &outcome.probes {
+        match probe {
+            ProbeOutcome::Udp(udp) => {
+                let share = udp.sent as f64 / udp.due.max(1) as f64;
+                let found = json!({ "sent": udp.sent, "due": udp.due, "errors": udp.send_errors });
+                checks.push((format!("{name} sent all it should"), udp.sent > 0 && share >= SENT_SHARE, found));
+            }
+            ProbeOutcome::Tcp(tcp) => {
+                let alive = tcp.error.is_none() && tcp.written.iter().all(|w| *w > 0);
+                checks.push((format!("{name} ran to its end"), alive, json!(tcp)));
+            }
+            ProbeOutcome::Silent(_) => {}
+        }
+    }
+    for (name, pass, found) in checks {
+        outcome.check(name, pass, found);
+    }
+}
+
+fn no_losses(expect: &Expect, outcome: &mut Outcome) {
+    let mut checks = Vec::new();
+    for (name, probe) in &outcome.probes {
+        match probe {
+            ProbeOutcome::Udp(udp) => {
+                let lossless = udp.requests.lost == 0 && udp.replies.lost == 0;
+                if !expect.overflow {
+                    checks.push((format!("{name} lost 0"), lossless, losses(udp)));
+                }
+                let clean = [&udp.requests, &udp.replies].iter().all(|d| d.duplicated == 0 && d.corrupted == 0);
+                checks.push((format!("{name} duplicated 0, corrupted 0"), clean, losses(udp)));
+                checks.push((
+                    format!("{name} no reply from a wrong address"),
+                    udp.wrong_source == 0,
+                    json!(udp.wrong_source),
+                ));
+            }
+            ProbeOutcome::Tcp(tcp) => {
+                let whole = tcp.written == tcp.verified && tcp.corrupted == 0;
+                checks.push((format!("{name} arrived whole"), whole, json!(tcp)));
+                if expect.no_timeouts {
+                    checks.push((
+                        format!("{name} no retransmission time-out"),
+                        tcp.timeouts == 0 && tcp.backoff == 0,
+                        json!(tcp),
+                    ));
+                }
+            }
+            ProbeOutcome::Silent(silent) => {
+                let quiet = silent.later_unicast <= silent.quiet_unicast;
+                checks.push((format!("{name} saw nothing flooded"), quiet, json!(silent)));
+            }
+        }
+    }
+    for (name, pass, found) in checks {
+        outcome.check(name, pass, found);
+    }
+}
+
+fn losses(udp: &UdpOutcome) -> Value {
+    let side = |d: &crate::outcome::Direction| {
+        json!({ "sent": d.sent, "lost": d.lost, "duplicated": d.duplicated, "corrupted": d.corrupted,
+                "first_lost_ms": d.first_lost_ms, "last_lost_ms": d.last_lost_ms })
+    };
+    json!({ "requests": side(&udp.requests), "replies": side(&udp.replies) })
+}
+
+/// Flows that were in use before and hold nothing of the old process: present afterwards? Counts never fell?
+fn kept_flows(evidence: &Evidence) -> Value {
+    let in_use = |ufid: &String, flow: &Flow| {
+        flow.may_be_kept() && evidence.flows_earlier.get(ufid).is_some_and(|earlier| flow.packets > earlier.packets)
+    };
+    let mut kept = 0;
+    let (mut missing, mut fallen) = (Vec::new(), Vec::new());
+    for (ufid, before) in evidence.flows_before.iter().filter(|(u, f)| in_use(u, f)) {
+        match evidence.flows_after.get(ufid) {
+            None => missing.push(json!({ "ufid": ufid, "key": before.key, "actions": before.actions })),
+            Some(after) if after.packets < before.packets => {
+                fallen.push(json!({ "ufid": ufid, "before": before.packets, "after": after.packets }));
+            }
+            Some(_) => kept += 1,
+        }
+    }
+    missing.truncate(5);
+    json!({ "before": evidence.flows_before.len(), "after": evidence.flows_after.len(),
+            "kept": kept, "missing": missing, "fallen": fallen })
+}
+
+fn state_kept(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
+    for (name, before) in &evidence.promised_before.0 {
+        let after = evidence.promised_after.0.get(name).cloned().unwrap_or_default();
+        let same = *before == after;
+        let found = if same { json!(before.lines().count()) } else { json!({ "before": before, "after": after }) };
+        outcome.check(format!("{name} as before"), same, found);
+    }
+    if expect.keeps_flows {
+        let kept = kept_flows(evidence);
+        let none_missing = kept["missing"].as_array().is_some_and(Vec::is_empty);
+        let none_fallen = kept["fallen"].as_array().is_some_and(Vec::is_empty);
+        outcome.check("kernel flows kept under their UFIDs", kept["kept"] != 0 && none_missing && none_fallen, kept);
+    }
+    let bad: Vec<&str> =
+        evidence.log.lines().filter(|l| FORBIDDEN_LOG.iter().any(|word| l.contains(word))).take(5).collect();
+    outcome.check("log free of lost contexts", bad.is_empty(), bad);
+    let waiting = shell_lenient("ovs-vsctl --if-exists get open_vswitch . other_config:flow-restore-wait");
+    outcome.check("flow-restore-wait is gone", waiting.trim().is_empty(), waiting.trim());
+}
+
+/// The report of our restart (design.md, "The report").
+fn report(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
+    outcome.check("exit code 0", evidence.exit == Some(0), evidence.exit);
+    let Some(report) = &evidence.report else {
+        outcome.check("a report was written", false, Value::Null);
+        return;
+    };
+    outcome.note("report", report);
+    outcome.check("report schema 1", report["schema"] == 1, &report["schema"]);
+    outcome.check("report exit code 0", report["exit_code"] == 0, &report["exit_code"]);
+    outcome.check("level as asked", report["level"] == expect.level, &report["level"]);
+    let strategy = match evidence.job.extra_args.iter().position(|a| a == "--strategy") {
+        Some(i) => evidence.job.extra_args.get(i + 1).map_or("", String::as_str),
+        None => "standby",
+    };
+    outcome.check("strategy as asked", report["strategy"] == strategy, &report["strategy"]);
+    if expect.level == "full" {
+        for class in expect.refused {
+            let count = &report["refused"][class];
+            outcome.check(format!("refused {class}"), count.as_u64().unwrap_or(0) > 0, count);
+        }
+    }
+    let parked = &report["parked"];
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let unreplayable = match &parked["unreplayable"] {
+        Value::Object(reasons) => reasons.values().map(number).sum(),
+        other => number(other),
+    };
+    let packets = number(&parked["packets"]);
+    let sum = number(&parked["replayed"]) + number(&parked["overflowed"]) + unreplayable;
+    outcome.check("packets were parked", packets > 0, parked);
+    outcome.check("parked = replayed + overflowed + unreplayable", packets == sum, parked);
+    if !expect.overflow {
+        outcome.check("all parked were replayed", number(&parked["replayed"]) == packets, parked);
+    }
+    let empty = Vec::new();
+    let datapaths = report["datapaths"].as_array().unwrap_or(&empty);
+    outcome.check("report names a datapath", !datapaths.is_empty(), datapaths.len());
+    for datapath in datapaths.iter().filter(|_| !expect.overflow) {
+        outcome.check("report lost_delta 0", datapath["lost_delta"] == 0, &datapath["lost_delta"]);
+    }
+    let differences = report["differences"].as_array().map_or(0, Vec::len);
+    outcome.check("report has no differences", differences == 0, &report["differences"]);
+}
+
+/// Nothing is frozen any more: our tool says so, and the kernel takes a flush again. Ends the run: flows are gone.
+pub fn judge_thawed(outcome: &mut Outcome) {
+    if outcome.action == Action::Ours {
+        let text = shell_lenient("dpfreeze status --json");
+        let status: Value = serde_json::from_str(&text).unwrap_or(Value::Null);
+        outcome.check("dpfreeze says: not frozen", status["frozen"] == false, &text);
+    }
+    let flush = shell_lenient("ovs-dpctl del-flows && echo flushed");
+    outcome.check("the kernel takes a flush again", flush.contains("flushed"), flush.trim());
+}

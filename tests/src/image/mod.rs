@@ -1,0 +1,222 @@
+//! The disk image: Debian from the machine's own mirror, cached by the hash of what it is made of.
+
+mod cpio;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+
+use crate::apt_sources;
+use crate::command::{capture, run};
+use crate::places;
+
+/// What debootstrap adds to a minimal Debian. Scenarios need no more than this; none of our own files is among it.
+const PACKAGES: &[&str] = &[
+    "linux-image-cloud-amd64",
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "kmod",
+    "procps",
+    "iproute2",
+    "iputils-ping",
+    "conntrack",
+    "ethtool",
+    "logrotate",
+    "openvswitch-switch",
+    "busybox-static",
+    "strace",
+    "tcpdump",
+    "bpftool",
+];
+
+/// Kernel modules of the initramfs, in loading order (see `init.sh`).
+const INITRAMFS_MODULES: &[&str] =
+    &["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+
+/// Units that would only make noise, use the network, or hang up the console that the lab prints to.
+const MASKED: &[&str] = &[
+    "serial-getty@ttyS0.service",
+    "getty@tty1.service",
+    "systemd-timesyncd.service",
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "dpkg-db-backup.timer",
+];
+
+const INIT: &str = include_str!("init.sh");
+const SERVICE: &str = include_str!("lab.service");
+const RUN: &str = include_str!("lab-run.sh");
+/// Raise when the way of building changes in a manner that the hashed inputs do not show.
+const RECIPE: u32 = 1;
+
+/// A bootable image: three files in one cached folder.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Raw ext4 file system, booted with a throw-away snapshot.
+    pub disk: PathBuf,
+    /// The package's kernel.
+    pub kernel: PathBuf,
+    /// Busybox and the virtio modules.
+    pub initrd: PathBuf,
+    /// Suite, such as `bookworm`.
+    pub suite: String,
+}
+
+/// Gives the image of `suite`, building it when the cache has none (about two minutes).
+pub fn ensure(suite: &str) -> Result<Image> {
+    let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
+    let tree_hash = hash(&(RECIPE, suite, &mirror, PACKAGES));
+    let image_hash = hash(&(tree_hash.as_str(), INIT, SERVICE, RUN, MASKED, INITRAMFS_MODULES));
+    let cache = places::cache()?;
+    let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
+    let folder = cache.join(format!("image-{suite}-{image_hash}"));
+    let image = Image {
+        disk: folder.join("disk.ext4"),
+        kernel: folder.join("vmlinuz"),
+        initrd: folder.join("initrd.cpio"),
+        suite: suite.to_owned(),
+    };
+    if folder.join("complete").exists() {
+        return Ok(image);
+    }
+    let tree = ensure_tree(&cache.join(format!("tree-{suite}-{tree_hash}")), suite, &mirror)?;
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    println!("lab: making the image {}", folder.display());
+    prepare_tree(&tree)?;
+    fs::write(&image.initrd, initramfs(&tree)?)?;
+    fs::copy(kernel_of(&tree)?, &image.kernel)?;
+    fs::File::create(&image.disk)?.set_len(3 << 30)?;
+    let args: [&OsStr; 6] =
+        ["-q".as_ref(), "-t".as_ref(), "ext4".as_ref(), "-d".as_ref(), tree.as_os_str(), image.disk.as_os_str()];
+    run(Command::new("mke2fs").args(args).env("PATH", admin_path()))?;
+    fs::write(folder.join("complete"), "")?;
+    Ok(image)
+}
+
+fn hash(value: &impl Hash) -> String {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+fn admin_path() -> String {
+    format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
+}
+
+fn ensure_tree(tree: &Path, suite: &str, mirror: &str) -> Result<PathBuf> {
+    let complete = tree.with_extension("complete");
+    if complete.exists() {
+        return Ok(tree.to_owned());
+    }
+    if !nix::unistd::geteuid().is_root() {
+        bail!("building the image needs root, because debootstrap makes devices and owners: run the lab as root");
+    }
+    if tree.exists() {
+        fs::remove_dir_all(tree)?;
+    }
+    println!("lab: debootstrap {suite} (about a minute)");
+    let log = tree.with_extension("log");
+    let out = fs::File::create(&log)?;
+    let mut command = Command::new("debootstrap");
+    command.args(["--variant=minbase", &format!("--include={}", PACKAGES.join(","))]);
+    command.arg(suite).arg(tree).arg(mirror).env("PATH", admin_path());
+    command.stdout(out.try_clone()?).stderr(out);
+    if let Some(proxy) = apt_proxy() {
+        command.env("http_proxy", proxy);
+    }
+    run(&mut command).with_context(|| format!("debootstrap failed, its words are in {}", log.display()))?;
+    fs::write(&complete, "")?;
+    Ok(tree.to_owned())
+}
+
+/// apt's proxy, which debootstrap does not read by itself.
+fn apt_proxy() -> Option<String> {
+    let text = capture(Command::new("apt-config").args(["shell", "P", "Acquire::http::Proxy"])).ok()?;
+    let value = text.trim().strip_prefix("P=")?.trim_matches('\'').to_owned();
+    (!value.is_empty()).then_some(value)
+}
+
+/// Puts the lab's unit in and takes what is local to this machine out.
+fn prepare_tree(tree: &Path) -> Result<()> {
+    let systemd = tree.join("etc/systemd/system");
+    fs::create_dir_all(systemd.join("multi-user.target.wants"))?;
+    fs::write(systemd.join("lab.service"), SERVICE)?;
+    let wanted = systemd.join("multi-user.target.wants/lab.service");
+    if wanted.symlink_metadata().is_err() {
+        symlink("../lab.service", wanted)?;
+    }
+    let script = tree.join("usr/local/sbin/lab-run");
+    fs::write(&script, RUN)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    for unit in MASKED {
+        let path = systemd.join(unit);
+        if path.symlink_metadata().is_err() {
+            symlink("/dev/null", path)?;
+        }
+    }
+    fs::write(tree.join("etc/hostname"), "lab\n")?;
+    fs::write(tree.join("etc/hosts"), "127.0.0.1 localhost lab\n")?;
+    fs::write(tree.join("etc/fstab"), "")?;
+    fs::write(tree.join("etc/resolv.conf"), "")?;
+    let archives = tree.join("var/cache/apt/archives");
+    for entry in fs::read_dir(archives)?.flatten() {
+        if entry.path().extension() == Some(OsStr::new("deb")) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn kernel_of(tree: &Path) -> Result<PathBuf> {
+    let mut kernels: Vec<PathBuf> = fs::read_dir(tree.join("boot"))?
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.file_name().and_then(OsStr::to_str).is_some_and(|n| n.starts_with("vmlinuz-")))
+        .collect();
+    kernels.sort();
+    kernels.pop().with_context(|| format!("{} has no kernel in /boot", tree.display()))
+}
+
+fn initramfs(tree: &Path) -> Result<Vec<u8>> {
+    let mut cpio = cpio::Cpio::default();
+    for directory in ["bin", "mod", "proc", "sys", "dev", "root"] {
+        cpio.directory(directory);
+    }
+    let busybox = tree.join("bin/busybox");
+    cpio.file("bin/busybox", &fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?);
+    cpio.file("init", INIT.as_bytes());
+    let modules = tree.join("lib/modules");
+    let listing = capture(Command::new("find").arg(&modules).args(["-name", "virtio*.ko*"]))?;
+    for name in INITRAMFS_MODULES {
+        let plain = format!("/{name}.ko");
+        let packed = format!("/{name}.ko.xz");
+        let Some(path) = listing.lines().find(|l| l.ends_with(&plain) || l.ends_with(&packed)) else {
+            // Older kernels have no module of its own for the legacy and modern halves.
+            continue;
+        };
+        cpio.file(&format!("mod/{name}.ko"), &module_bytes(Path::new(path))?);
+    }
+    Ok(cpio.finish())
+}
+
+fn module_bytes(path: &Path) -> Result<Vec<u8>> {
+    if path.extension() != Some(OsStr::new("xz")) {
+        return fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    }
+    let output = Command::new("xz").arg("-dc").arg(path).output().context("cannot start xz")?;
+    if !output.status.success() {
+        bail!("xz -dc {}: {}", path.display(), output.status);
+    }
+    Ok(output.stdout)
+}

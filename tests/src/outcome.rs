@@ -1,0 +1,225 @@
+//! What a run is asked and what it answers: the JSON between host and guest, and the result that is kept.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What replaces the daemons in a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// `ovs-graceful restart`, put in through the input disk.
+    Ours,
+    /// `systemctl reload openvswitch-switch`: stock's own graceful way.
+    StockReload,
+    /// `systemctl restart openvswitch-switch`: what a package upgrade does.
+    StockRestart,
+    /// Nothing at all, judged like ours: a run that did nothing must not pass.
+    Nothing,
+}
+
+impl Action {
+    /// The name on the command line and in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Action::Ours => "ours",
+            Action::StockReload => "stock-reload",
+            Action::StockRestart => "stock-restart",
+            Action::Nothing => "nothing",
+        }
+    }
+
+    /// Whether what only our restart can fulfil is asked of this run.
+    pub fn judged_as_ours(self) -> bool {
+        matches!(self, Action::Ours | Action::Nothing)
+    }
+
+    /// Whether the run needs our product in the VM.
+    pub fn needs_product(self) -> bool {
+        self == Action::Ours
+    }
+}
+
+/// What the guest agent finds in `/lab/job.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// Name of the scenario.
+    pub scenario: String,
+    /// What replaces the daemons.
+    pub action: Action,
+    /// Seconds of traffic before the action.
+    pub before_s: f64,
+    /// Seconds of traffic after its end.
+    pub after_s: f64,
+    /// More arguments for `ovs-graceful restart`.
+    pub extra_args: Vec<String>,
+}
+
+/// One named assertion.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Check {
+    /// Short and stable.
+    pub name: String,
+    /// Did it hold?
+    pub pass: bool,
+    /// What was found, so that a failure explains itself.
+    pub value: Value,
+}
+
+/// One direction of a UDP probe.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Direction {
+    /// Packets that set out in this direction.
+    pub sent: u64,
+    /// Different packets that arrived.
+    pub received: u64,
+    /// Packets that never arrived.
+    pub lost: u64,
+    /// Arrivals of a packet that had arrived before.
+    pub duplicated: u64,
+    /// Arrivals after a packet that was sent later.
+    pub reordered: u64,
+    /// Arrivals whose checksum was wrong.
+    pub corrupted: u64,
+    /// Longest row of lost packets, times the interval, ms.
+    pub longest_lost_ms: f64,
+    /// Longest time between two arrivals, ms.
+    pub longest_gap_ms: f64,
+    /// Median time since the request was sent, ms.
+    pub p50_ms: f64,
+    /// 99th percentile, ms.
+    pub p99_ms: f64,
+    /// Highest, ms.
+    pub max_ms: f64,
+    /// Highest where a lost packet counts as the time to the next one received, ms.
+    pub worst_ms: f64,
+    /// When the first lost packet was sent, ms since the probe began.
+    pub first_lost_ms: Option<f64>,
+    /// When the last lost packet was sent, ms since the probe began.
+    pub last_lost_ms: Option<f64>,
+}
+
+/// A UDP probe.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct UdpOutcome {
+    /// Packets that its rate and time ask for.
+    pub due: u64,
+    /// Packets it sent.
+    pub sent: u64,
+    /// How late the sender itself was at worst, ms: the measurement's own error.
+    pub sender_late_ms: f64,
+    /// Packets that the kernel did not take, by error.
+    pub send_errors: BTreeMap<String, u64>,
+    /// There.
+    pub requests: Direction,
+    /// And back.
+    pub replies: Direction,
+    /// Replies that came from another address than the request went to.
+    pub wrong_source: u64,
+}
+
+/// A long-lived TCP connection.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct TcpOutcome {
+    /// Bytes written by the client and by the server.
+    pub written: [u64; 2],
+    /// Bytes that arrived in order with the right content, at the server and at the client.
+    pub verified: [u64; 2],
+    /// Wrong bytes.
+    pub corrupted: u64,
+    /// Retransmitted segments, both ends (TCP_INFO).
+    pub retransmitted: u64,
+    /// Highest back-off of the retransmission timer seen (TCP_INFO, sampled).
+    pub backoff: u64,
+    /// Retransmission time-outs of the two namespaces while the probe ran (TcpExt TCPTimeouts).
+    pub timeouts: u64,
+    /// Longest time between two arrivals, ms.
+    pub longest_gap_ms: f64,
+    /// How long the connection lived, s.
+    pub seconds: f64,
+    /// What broke it.
+    pub error: Option<String>,
+}
+
+/// Frames seen by a port that nobody talks to.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SilentOutcome {
+    /// Unicast frames for others in the quiet window before the action.
+    pub quiet_unicast: u64,
+    /// The same from the action's start to the end of the traffic.
+    pub later_unicast: u64,
+    /// Broadcast and multicast frames in the quiet window.
+    pub quiet_broadcast: u64,
+    /// The same from the action's start to the end of the traffic.
+    pub later_broadcast: u64,
+}
+
+/// Any probe.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum ProbeOutcome {
+    /// UDP.
+    Udp(UdpOutcome),
+    /// TCP.
+    Tcp(TcpOutcome),
+    /// A silent port.
+    Silent(SilentOutcome),
+}
+
+/// The result of one run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Outcome {
+    /// 1.
+    pub schema: u32,
+    /// Name of the scenario.
+    pub scenario: String,
+    /// What replaced the daemons.
+    pub action: Action,
+    /// Did every assertion hold?
+    pub passed: bool,
+    /// Why the run could not be made (a lab error), if so.
+    pub error: Option<String>,
+    /// Kernel, OVS and other versions; filled by guest and host.
+    pub versions: BTreeMap<String, String>,
+    /// Exit code of the action.
+    pub action_exit: Option<i32>,
+    /// How long the action took, ms.
+    pub action_ms: f64,
+    /// Every probe by name.
+    pub probes: BTreeMap<String, ProbeOutcome>,
+    /// Every assertion.
+    pub checks: Vec<Check>,
+    /// Numbers worth keeping that are not assertions.
+    pub notes: BTreeMap<String, Value>,
+}
+
+impl Outcome {
+    /// An outcome with nothing measured yet.
+    pub fn new(scenario: &str, action: Action) -> Self {
+        Outcome {
+            schema: 1,
+            scenario: scenario.to_owned(),
+            action,
+            passed: false,
+            error: None,
+            versions: BTreeMap::new(),
+            action_exit: None,
+            action_ms: 0.0,
+            probes: BTreeMap::new(),
+            checks: Vec::new(),
+            notes: BTreeMap::new(),
+        }
+    }
+
+    /// Writes down an assertion.
+    pub fn check(&mut self, name: impl Into<String>, pass: bool, value: impl Serialize) {
+        let value = serde_json::to_value(value).unwrap_or(Value::Null);
+        self.checks.push(Check { name: name.into(), pass, value });
+    }
+
+    /// Writes down a number.
+    pub fn note(&mut self, name: impl Into<String>, value: impl Serialize) {
+        self.notes.insert(name.into(), serde_json::to_value(value).unwrap_or(Value::Null));
+    }
+}

@@ -1,0 +1,130 @@
+//! The scenarios, one file each.
+
+pub mod network;
+mod plain;
+
+use std::path::Path;
+
+use anyhow::{bail, Result};
+
+use crate::guest::probe::Spec;
+use crate::guest::Evidence;
+use crate::outcome::{Job, Outcome};
+
+/// What our restart has to fulfil in a scenario, beyond what holds everywhere.
+#[derive(Debug, Clone)]
+pub struct Expect {
+    /// `full`, `park` or `none`.
+    pub level: &'static str,
+    /// Classes of messages that must have been refused at least once.
+    pub refused: &'static [&'static str],
+    /// Whether flows are in use that hold nothing of the old process.
+    pub keeps_flows: bool,
+    /// Whether the park is meant to overflow.
+    pub overflow: bool,
+    /// Whether TCP must come through without a retransmission time-out.
+    pub no_timeouts: bool,
+}
+
+impl Default for Expect {
+    fn default() -> Self {
+        Expect {
+            level: "full",
+            refused: &["flow_flush", "upcall_bind"],
+            keeps_flows: true,
+            overflow: false,
+            no_timeouts: false,
+        }
+    }
+}
+
+/// A scenario with traffic through a restart.
+pub trait Traffic: Sync {
+    /// Name on the command line.
+    fn name(&self) -> &'static str;
+    /// One line for the list.
+    fn about(&self) -> &'static str;
+    /// More words for the kernel's command line.
+    fn kernel_args(&self) -> &'static str {
+        ""
+    }
+    /// Makes the network.
+    fn set_up(&self) -> Result<()>;
+    /// Its bridges.
+    fn bridges(&self) -> Vec<String>;
+    /// Its traffic.
+    fn probes(&self) -> Vec<(String, Spec)>;
+    /// What is asked of our restart.
+    fn expect(&self) -> Expect {
+        Expect::default()
+    }
+    /// Looks at something just before the action.
+    fn before_action(&self, _outcome: &mut Outcome) -> Result<()> {
+        Ok(())
+    }
+    /// Assertions of its own.
+    fn judge(&self, _evidence: &Evidence, _outcome: &mut Outcome) {}
+}
+
+/// A scenario that is not traffic through one restart.
+pub trait Custom: Sync {
+    /// Name on the command line.
+    fn name(&self) -> &'static str;
+    /// One line for the list.
+    fn about(&self) -> &'static str;
+    /// More words for the kernel's command line.
+    fn kernel_args(&self) -> &'static str {
+        ""
+    }
+    /// Does everything.
+    fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()>;
+}
+
+/// Either kind.
+#[derive(Clone, Copy)]
+pub enum Scenario {
+    /// Traffic through a restart.
+    Traffic(&'static dyn Traffic),
+    /// Anything else; only meaningful with our product.
+    Custom(&'static dyn Custom),
+}
+
+impl Scenario {
+    /// Name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Scenario::Traffic(s) => s.name(),
+            Scenario::Custom(s) => s.name(),
+        }
+    }
+
+    /// One line for the list.
+    pub fn about(self) -> &'static str {
+        match self {
+            Scenario::Traffic(s) => s.about(),
+            Scenario::Custom(s) => s.about(),
+        }
+    }
+
+    /// More words for the kernel's command line.
+    pub fn kernel_args(self) -> &'static str {
+        match self {
+            Scenario::Traffic(s) => s.kernel_args(),
+            Scenario::Custom(s) => s.kernel_args(),
+        }
+    }
+}
+
+/// Every scenario, in the order of `tests/all`.
+pub const ALL: &[Scenario] = &[Scenario::Traffic(&plain::Plain)];
+
+/// The scenario of that name.
+pub fn find(name: &str) -> Result<Scenario> {
+    match ALL.iter().find(|s| s.name() == name) {
+        Some(scenario) => Ok(*scenario),
+        None => {
+            let names: Vec<&str> = ALL.iter().map(|s| s.name()).collect();
+            bail!("no scenario {name}: there are {}", names.join(", "))
+        }
+    }
+}

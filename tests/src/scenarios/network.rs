@@ -1,0 +1,72 @@
+//! What most scenarios' networks have in common.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::command::{shell, wait_until};
+use crate::guest::probe::{Place, Ports, Spec};
+
+/// The constant flow: a packet every 2 ms.
+pub const CONSTANT_US: u64 = 2000;
+/// The stream of new flows: a packet every 10 ms.
+pub const EACH_NEW_US: u64 = 10_000;
+/// Port of the constant flow.
+pub const CONSTANT_PORT: u16 = 9000;
+/// Port of the stream of new flows; rules make it need an upcall a packet.
+pub const EACH_NEW_PORT: u16 = 9001;
+/// Port of the TCP connection.
+pub const TCP_PORT: u16 = 9002;
+
+/// Actions that make every source port a megaflow of its own: what is copied must be matched exactly.
+pub const UNWILDCARD: &str = "move:NXM_OF_UDP_SRC[]->NXM_NX_REG0[0..15]";
+
+/// Makes namespace `ns`, whose device `e-ns` is the other end of port `v-ns` of `bridge`.
+///
+/// IPv6 is off, so that a silent port hears nothing but what the switch sends it.
+pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Result<()> {
+    let address = if address.is_empty() { String::new() } else { format!("ip -n {ns} addr add {address} dev e-{ns}") };
+    shell(&format!(
+        "ip netns add {ns}
+         ip netns exec {ns} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+         sysctl -qw net.ipv6.conf.default.disable_ipv6=1
+         ip link add v-{ns} type veth peer name e-{ns}
+         ip link set e-{ns} netns {ns}
+         ip link set v-{ns} up
+         ip -n {ns} link set lo up
+         ip -n {ns} link set e-{ns} up
+         {address}
+         ovs-vsctl add-port {bridge} v-{ns} {port_options}"
+    ))?;
+    Ok(())
+}
+
+/// Replaces a bridge's rules.
+pub fn rules(bridge: &str, flows: &str) -> Result<()> {
+    let file = format!("/run/lab-rules-{bridge}");
+    std::fs::write(&file, flows)?;
+    shell(&format!("ovs-ofctl del-flows {bridge} && ovs-ofctl add-flows {bridge} {file}")).map(drop)
+}
+
+/// Waits until `address` answers a ping from `ns`.
+pub fn ping(ns: &str, address: &str) -> Result<()> {
+    let answers = || shell(&format!("ip netns exec {ns} ping -q -c 1 -W 1 {address}")).is_ok();
+    wait_until(&format!("{address} answers {ns}"), Duration::from_secs(20), Duration::from_millis(100), answers)
+}
+
+/// The usual probes: `e`, `n` and `tcp`, from one place to another.
+pub fn usual_probes(from: Place, to: Place, address: Ipv4Addr) -> Vec<(String, Spec)> {
+    let udp =
+        |port, interval_us, ports| Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports };
+    vec![
+        ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US, Ports::Constant)),
+        ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US, Ports::EachNew)),
+        ("tcp".to_owned(), Spec::Tcp { from: from.clone(), to: to.clone(), address, port: TCP_PORT }),
+    ]
+}
+
+/// The silent port in namespace `ns`.
+pub fn silent(ns: &str) -> (String, Spec) {
+    ("silent".to_owned(), Spec::Silent { place: Place::named(ns), device: format!("e-{ns}") })
+}

@@ -1,0 +1,166 @@
+//! One VM from boot to power-off: input as a tar on the second disk, output as a tar on the third.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+use crate::command::{capture, run};
+use crate::image::Image;
+use crate::places;
+
+const QEMU: &str = "qemu-system-x86_64";
+/// Room for what a scenario brings back.
+const OUTPUT_BYTES: u64 = 512 << 20;
+
+/// What is asked of a VM.
+#[derive(Debug)]
+pub struct Boot<'a> {
+    /// What to boot.
+    pub image: &'a Image,
+    /// Folder that the guest finds as `/lab`.
+    pub input: &'a Path,
+    /// Folder that receives what the guest leaves in `/out`, and `console`.
+    pub output: &'a Path,
+    /// More words for the kernel's command line.
+    pub kernel_args: &'a str,
+    /// When to give up.
+    pub limit: Duration,
+}
+
+/// How a VM ended that did not fail as a machine.
+#[derive(Debug)]
+pub struct Ran {
+    /// `qemu-system-x86_64 --version`, first line.
+    pub qemu: String,
+    /// From power-on to power-off.
+    pub seconds: f64,
+}
+
+/// The machine itself failed: never a pass and never a loss.
+#[derive(Debug)]
+pub struct Panic(String);
+
+impl std::fmt::Display for Panic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the guest's kernel panicked (a lab error, neither pass nor loss): {}", self.0)
+    }
+}
+
+impl std::error::Error for Panic {}
+
+/// The version line of qemu, and its major number.
+pub fn qemu_version() -> Result<(String, u32)> {
+    let text = capture(Command::new(QEMU).arg("--version"))
+        .context("no usable qemu: install qemu-system-x86 (tests/demo and tests/all do)")?;
+    let line = text.lines().next().unwrap_or_default().to_owned();
+    let digits = line.split("version ").nth(1).unwrap_or_default();
+    let major = digits.split('.').next().and_then(|d| d.parse().ok()).unwrap_or(0);
+    Ok((line, major))
+}
+
+/// Boots, waits for the end, unpacks the output. A kernel panic is tried once more.
+pub fn boot(job: &Boot) -> Result<Ran> {
+    let first = boot_once(job);
+    match first {
+        Err(error) if error.is::<Panic>() => {
+            eprintln!("lab: {error:#}; once more");
+            fs::rename(job.output.join("console"), job.output.join("console-of-the-panic"))?;
+            boot_once(job)
+        }
+        other => other,
+    }
+}
+
+fn boot_once(job: &Boot) -> Result<Ran> {
+    let (qemu, major) = qemu_version()?;
+    if major < 10 {
+        eprintln!("lab: {qemu}: older than 10, newer guest kernels may panic under it");
+    }
+    fs::create_dir_all(job.output)?;
+    let scratch = tempfile::tempdir().context("cannot make a scratch folder")?;
+    let input = scratch.path().join("in.tar");
+    let output = scratch.path().join("out.raw");
+    run(Command::new("tar").arg("cf").arg(&input).arg("-C").arg(job.input).arg("."))?;
+    pad_to_sectors(&input)?;
+    File::create(&output)?.set_len(OUTPUT_BYTES)?;
+    let console = job.output.join("console");
+    let _lock = places::vm_lock()?;
+    let started = Instant::now();
+    let mut child = start(job, &input, &output, &console)?;
+    let end = wait(&mut child, &console, job.limit);
+    let seconds = started.elapsed().as_secs_f64();
+    end?;
+    run(Command::new("tar").arg("xf").arg(&output).arg("-C").arg(job.output))
+        .with_context(|| format!("the guest left no output; its console is {}", console.display()))?;
+    Ok(Ran { qemu, seconds })
+}
+
+fn pad_to_sectors(path: &Path) -> Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let length = file.metadata()?.len();
+    file.set_len(length.div_ceil(1 << 20) << 20)?;
+    Ok(())
+}
+
+fn start(job: &Boot, input: &Path, output: &Path, console: &Path) -> Result<Child> {
+    let drive = |path: &Path, extra: &str| format!("file={},if=virtio,format=raw,{extra}", path.display());
+    let mut command = Command::new(QEMU);
+    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
+    command.args(["-display", "none", "-monitor", "none", "-no-reboot", "-nic", "none"]);
+    command.arg("-serial").arg(format!("file:{}", console.display()));
+    command.arg("-kernel").arg(&job.image.kernel).arg("-initrd").arg(&job.image.initrd);
+    command.arg("-append").arg(format!("console=ttyS0 root=/dev/vda rw quiet panic=-1 {}", job.kernel_args));
+    command.arg("-drive").arg(drive(&job.image.disk, "snapshot=on,cache=unsafe"));
+    command.arg("-drive").arg(drive(input, "readonly=on"));
+    command.arg("-drive").arg(drive(output, "cache=unsafe"));
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stderr(File::create(job.output.join("qemu-stderr"))?);
+    command.spawn().with_context(|| format!("cannot start {QEMU}"))
+}
+
+fn wait(child: &mut Child, console: &Path, limit: Duration) -> Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            if let Some(line) = panic_line(console) {
+                return Err(Panic(line).into());
+            }
+            if !status.success() {
+                bail!("{QEMU} ended with {status}; see qemu-stderr beside {}", console.display());
+            }
+            return Ok(());
+        }
+        if Instant::now() >= end {
+            let _ = child.kill();
+            let _ = child.wait();
+            if let Some(line) = panic_line(console) {
+                return Err(Panic(line).into());
+            }
+            bail!(
+                "the VM did not end within {} s (a lab error); its console is {}",
+                limit.as_secs(),
+                console.display()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn panic_line(console: &Path) -> Option<String> {
+    let text = fs::read(console).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    text.lines().find(|l| l.contains("Kernel panic") || l.contains("BUG: unable to handle")).map(str::to_owned)
+}
+
+/// A fresh folder for the results of one run: `target/lab/out/NAME`.
+pub fn fresh_output(name: &str) -> Result<PathBuf> {
+    let folder = places::workspace().join("target/lab/out").join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
