@@ -1,0 +1,187 @@
+//! Server and client over a real socket.
+
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::machine::Phase;
+use crate::report::{Report, Strategy};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(5)
+}
+
+struct Run {
+    _dir: tempfile::TempDir,
+    path: std::path::PathBuf,
+    server: Server,
+}
+
+fn run() -> Run {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run/run.sock");
+    let server = Server::bind(&path, "run-1").unwrap();
+    Run { _dir: dir, path, server }
+}
+
+impl Run {
+    fn client(&self) -> Connection {
+        Connection::open(&self.path).unwrap().unwrap()
+    }
+}
+
+#[test]
+fn socket_and_directory_are_private() {
+    let run = run();
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&run.path), 0o600);
+    assert_eq!(mode(run.path.parent().unwrap()), 0o700);
+}
+
+#[test]
+fn nobody_listening_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run.sock");
+    assert!(Connection::open(&path).unwrap().is_none());
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(Connection::open(&path).unwrap().is_none(), "a socket that a dead supervisor left");
+    let server = Server::bind(&path, "next").unwrap();
+    assert_eq!(Connection::open(&path).unwrap().unwrap().status().unwrap().id, "next");
+    drop(server);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_late_subscriber_hears_everything_and_the_end() {
+    let run = run();
+    run.server.tell(&Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 });
+    let mut late = run.client().subscribe().unwrap();
+    assert!(matches!(late.next_event().unwrap(), Some(Progress::Hello { id, .. }) if id == "run-1"));
+    assert_eq!(late.next_event().unwrap(), Some(Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 }));
+    let report = Box::new(Report::new("run-1", Strategy::Standby, 0));
+    let finished = Progress::Finished { exit_code: 40, report };
+    run.server.tell(&finished);
+    run.server.close(Duration::from_secs(5));
+    assert_eq!(late.next_event().unwrap(), Some(finished));
+    assert_eq!(late.next_event().unwrap(), None);
+}
+
+#[test]
+fn a_subscriber_that_does_not_read_does_not_hold_the_run_up() {
+    let run = run();
+    let _deaf = run.client().subscribe().unwrap();
+    let began = Instant::now();
+    for _ in 0..5000 {
+        run.server.tell(&Progress::Note { text: "x".repeat(1000) });
+    }
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert_eq!(run.client().status().unwrap().id, "run-1", "others are still served");
+}
+
+#[test]
+fn status_says_the_phase_and_whether_abort_is_possible() {
+    let run = run();
+    run.server.tell(&Progress::PhaseBegun { phase: Phase::Arm, at_ms: 3 });
+    run.server.update_status(|status| status.parked = 7);
+    let status = run.client().status().unwrap();
+    assert_eq!((status.phase, status.parked, status.can_abort), (Some(Phase::Arm), 7, true));
+    run.server.gate().commit().unwrap();
+    assert!(!run.client().status().unwrap().can_abort);
+}
+
+#[test]
+fn abort_is_accepted_before_and_refused_after_the_point_of_no_return() {
+    let first = run();
+    assert_eq!(first.client().abort().unwrap(), AbortAnswer::Accepted);
+    assert_eq!(first.client().abort().unwrap(), AbortAnswer::Accepted);
+    assert!(first.server.gate().abort_requested());
+    assert_eq!(first.server.gate().commit(), Err(TooLate));
+    let second = run();
+    second.server.gate().commit().unwrap();
+    assert!(matches!(second.client().abort().unwrap(), AbortAnswer::Refused { .. }));
+    assert!(!second.server.gate().abort_requested());
+}
+
+#[test]
+fn abort_and_point_of_no_return_never_both_win() {
+    for _ in 0..200 {
+        let gate = AbortGate::new();
+        let (aborted, committed) = std::thread::scope(|scope| {
+            let abort = scope.spawn(|| gate.request_abort().is_ok());
+            let commit = scope.spawn(|| gate.commit().is_ok());
+            (abort.join().unwrap(), commit.join().unwrap())
+        });
+        assert!(aborted != committed);
+    }
+}
+
+#[test]
+fn thaw_reaches_the_supervisor() {
+    let run = run();
+    assert!(!run.server.gate().thaw_requested());
+    run.client().thaw().unwrap();
+    assert!(run.server.gate().thaw_requested());
+}
+
+#[test]
+fn the_hook_connects_starts_and_finishes() {
+    let run = run();
+    assert!(run.server.wait_hook(Instant::now()).is_none());
+    let mut hook = HookClient::open(&run.path).unwrap().unwrap();
+    let mut link = run.server.wait_hook(soon()).unwrap();
+    assert_eq!(link.recv(soon()), Some(HookEvent::Connected { pid: std::process::id() as i32 }));
+    assert_eq!(link.recv(Instant::now()), None);
+    link.send(HookCommand::Start).unwrap();
+    assert_eq!(hook.next_command().unwrap(), Some(HookCommand::Start));
+    let mut reporter = hook.reporter().unwrap();
+    reporter.spawned(4711).unwrap();
+    reporter.child_exited(0).unwrap();
+    assert_eq!(link.recv(soon()), Some(HookEvent::Spawned { pid: 4711 }));
+    assert_eq!(link.recv(soon()), Some(HookEvent::ChildExited { status: 0 }));
+    link.send(HookCommand::Finish).unwrap();
+    assert_eq!(hook.next_command().unwrap(), Some(HookCommand::Finish));
+    drop((hook, reporter));
+    assert_eq!(link.recv(soon()), Some(HookEvent::Closed));
+}
+
+#[test]
+fn a_hook_whose_run_lets_go_sees_the_end() {
+    let run = run();
+    let mut hook = HookClient::open(&run.path).unwrap().unwrap();
+    drop(run.server.wait_hook(soon()).unwrap());
+    assert_eq!(hook.next_command().unwrap(), None);
+}
+
+#[test]
+fn garbage_and_endless_lines_only_cost_their_sender_the_connection() {
+    let run = run();
+    for garbage in
+        [b"{\"op\":\"explode\"}\n".to_vec(), b"{\"op\":\"spawned\",\"pid\":1}\n".to_vec(), vec![b'x'; 200_000]]
+    {
+        let mut stream = UnixStream::connect(&run.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        // The server may hang up before all of it is written.
+        let _ = stream.write_all(&garbage);
+        let end = std::io::Read::read(&mut stream, &mut [0; 16]);
+        assert!(matches!(end, Ok(0)) || end.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
+    }
+    assert_eq!(run.client().status().unwrap().id, "run-1");
+}
+
+#[test]
+fn the_lock_names_its_holder_and_goes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("run/lock");
+    assert_eq!(RunLock::holder(&path).unwrap(), None);
+    let me = Holder { id: "run-1".into(), pid: 42 };
+    let held = RunLock::acquire(&path, &me).unwrap();
+    assert_eq!(RunLock::holder(&path).unwrap(), Some(me.clone()));
+    let error = RunLock::acquire(&path, &Holder { id: "run-2".into(), pid: 43 }).unwrap_err();
+    assert!(error.to_string().contains("run-1, process 42"), "{error}");
+    assert!(matches!(error, LockError::Held { holder: Some(holder), .. } if holder == me));
+    drop(held);
+    assert_eq!(RunLock::holder(&path).unwrap(), None);
+    RunLock::acquire(&path, &me).unwrap();
+}
