@@ -76,6 +76,11 @@ impl Touched {
             | 1 << key::ICMPV6,
     );
 
+    /// Everything that is read from the packet.
+    pub fn headers() -> Self {
+        Self::HEADERS
+    }
+
     /// Whether the key attribute `kind` may differ from what the packet had before.
     pub fn has(self, kind: u16) -> bool {
         kind >= 64 || self.0 & 1 << kind != 0

@@ -1,0 +1,196 @@
+//! Whether a daemon has dealt with every upcall it was sent (hazard 9).
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+use crate::netlink::table;
+
+/// How OVS names the threads that deal with upcalls (ofproto/ofproto-dpif-upcall.c, `udpif_start_threads`).
+const HANDLER: &str = "handler";
+/// Time between two looks that have to agree.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(5);
+/// System calls in which a thread sleeps until there is something to do.
+#[cfg(target_arch = "x86_64")]
+const SLEEPING_IN: [libc::c_long; 5] =
+    [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
+/// System calls in which a thread sleeps until there is something to do.
+#[cfg(not(target_arch = "x86_64"))]
+const SLEEPING_IN: [libc::c_long; 3] = [libc::SYS_ppoll, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
+
+/// Watches a daemon whose upcalls go elsewhere by now, until its queues are empty and its handlers asleep.
+#[derive(Debug)]
+pub struct DrainWatch {
+    pid: u32,
+    port_ids: HashSet<u32>,
+    handlers: BTreeSet<u32>,
+    others: BTreeSet<u32>,
+}
+
+impl DrainWatch {
+    /// Watches process `pid`, whose upcall sockets have `port_ids`.
+    pub fn new(pid: u32, port_ids: &[u32]) -> Self {
+        let port_ids = port_ids.iter().copied().filter(|p| *p != 0).collect();
+        DrainWatch { pid, port_ids, handlers: BTreeSet::new(), others: BTreeSet::new() }
+    }
+
+    /// One look: nothing is queued, and every handler thread is asleep in poll. A process that has ended has no
+    /// handlers that could hold anything.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the threads' system calls cannot be seen; [`Error::Io`].
+    pub fn idle(&mut self) -> Result<bool> {
+        // The queues first: when they are empty and nobody fills them, a handler seen asleep after that holds nothing.
+        Ok(self.queues_are_empty()? && self.handlers_sleep()?)
+    }
+
+    /// Looks until two looks in a row, 5 ms apart, say idle, but not longer than `limit`. Returns whether they did.
+    ///
+    /// # Errors
+    /// As [`DrainWatch::idle`].
+    pub fn wait(&mut self, limit: Duration) -> Result<bool> {
+        let start = Instant::now();
+        let mut idle_before = false;
+        loop {
+            let idle = self.idle()?;
+            if idle && idle_before {
+                return Ok(true);
+            }
+            if start.elapsed() >= limit {
+                return Ok(false);
+            }
+            idle_before = idle;
+            std::thread::sleep(BETWEEN_LOOKS);
+        }
+    }
+
+    /// How many handler threads the last look saw.
+    pub fn handlers(&self) -> usize {
+        self.handlers.len()
+    }
+
+    fn queues_are_empty(&self) -> Result<bool> {
+        let rows = table::read()?;
+        Ok(rows
+            .iter()
+            .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32 && self.port_ids.contains(&row.port_id))
+            .all(|row| row.rmem == 0))
+    }
+
+    fn handlers_sleep(&mut self) -> Result<bool> {
+        self.find_handlers()?;
+        for tid in &self.handlers {
+            if !sleeps(self.pid, *tid)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Threads keep their names, so each is asked once.
+    fn find_handlers(&mut self) -> Result<()> {
+        let folder = format!("/proc/{}/task", self.pid);
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(e) if is_gone(&e) => {
+                self.handlers.clear();
+                return Ok(());
+            }
+            Err(e) => return Err(Error::io(folder, e)),
+        };
+        let mut alive = BTreeSet::new();
+        for entry in entries.map_while(io::Result::ok) {
+            let Some(tid) = entry.file_name().to_str().and_then(|s| s.parse::<u32>().ok()) else { continue };
+            alive.insert(tid);
+            if self.handlers.contains(&tid) || self.others.contains(&tid) {
+                continue;
+            }
+            match fs::read_to_string(format!("{folder}/{tid}/comm")) {
+                Ok(name) if name.starts_with(HANDLER) => self.handlers.insert(tid),
+                Ok(_) => self.others.insert(tid),
+                Err(_) => false,
+            };
+        }
+        self.handlers.retain(|tid| alive.contains(tid));
+        Ok(())
+    }
+}
+
+/// One look at process `pid` with upcall sockets `port_ids`: [`DrainWatch::idle`] without memory. The caller repeats it
+/// after 5 ms, or uses [`DrainWatch::wait`].
+///
+/// # Errors
+/// As [`DrainWatch::idle`].
+pub fn drained(pid: u32, port_ids: &[u32]) -> Result<bool> {
+    DrainWatch::new(pid, port_ids).idle()
+}
+
+/// Whether thread `tid` sleeps in poll or one of its kin. A thread that has ended does.
+fn sleeps(pid: u32, tid: u32) -> Result<bool> {
+    let path = format!("/proc/{pid}/task/{tid}/syscall");
+    match fs::read_to_string(&path) {
+        Ok(text) => Ok(sleeps_in_poll(&text)),
+        Err(e) if is_gone(&e) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EPERM) || e.raw_os_error() == Some(libc::EACCES) => {
+            Err(Error::Unsupported {
+                what: path,
+                why: "the kernel does not show what the daemon's threads wait for".into(),
+                remedy: "run as root with CAP_SYS_PTRACE; lower kernel.yama.ptrace_scope below 3 (needs a reboot)"
+                    .into(),
+            })
+        }
+        Err(e) => Err(Error::io(path, e)),
+    }
+}
+
+/// `/proc/PID/task/TID/syscall` (Documentation/filesystems/proc.rst): `running`, or the number of the system call and
+/// its arguments; -1 where the thread is blocked outside a system call.
+fn sleeps_in_poll(text: &str) -> bool {
+    let number = text.split_whitespace().next().and_then(|n| n.parse::<libc::c_long>().ok());
+    number.is_some_and(|n| SLEEPING_IN.contains(&n))
+}
+
+fn is_gone(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_poll_counts_as_sleep() {
+        let poll = SLEEPING_IN[0];
+        assert!(sleeps_in_poll(&format!("{poll} 0x7f 0x1 0xffffffff 0x0 0x0 0x0 0x7ffd 0x7f00\n")));
+        assert!(!sleeps_in_poll("running\n"));
+        assert!(!sleeps_in_poll("-1 0x7ffd 0x7f00\n"));
+        assert!(!sleeps_in_poll(""));
+        assert!(!sleeps_in_poll(&format!("{} 0x7f", libc::SYS_futex)));
+        assert!(!sleeps_in_poll(&format!("{} 0x7f", libc::SYS_sendmsg)));
+    }
+
+    #[test]
+    fn a_thread_that_works_is_not_drained_and_one_that_polls_is() {
+        use std::os::fd::AsRawFd;
+        let (mut stop, wait) = std::io::pipe().map(|(r, w)| (w, r)).unwrap();
+        let sleeper = std::thread::Builder::new()
+            .name("handler7".into())
+            .spawn(move || {
+                let mut poll = libc::pollfd { fd: wait.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+                // SAFETY: one pollfd that lives through the call.
+                unsafe { libc::poll(&mut poll, 1, 20_000) };
+            })
+            .unwrap();
+        let mut watch = DrainWatch::new(std::process::id(), &[]);
+        let idle = watch.wait(Duration::from_secs(5));
+        if let Ok(idle) = idle {
+            assert!(idle);
+            assert_eq!(watch.handlers(), 1);
+        }
+        std::io::Write::write_all(&mut stop, b"x").unwrap();
+        sleeper.join().unwrap();
+        assert!(drained(u32::MAX >> 2, &[]).unwrap());
+    }
+}

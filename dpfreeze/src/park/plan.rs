@@ -1,0 +1,551 @@
+//! What becomes of a parked packet: started again, or counted under the reason why it must not (hazards 10 and 11).
+//!
+//! Pure: it decides by the upcall and by the flow table as it was before flows were removed.
+
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+
+use crate::error::Result;
+use crate::flow_key::uapi::action;
+use crate::flow_key::{self, ActionSummary, Before, Cookie, FlatKey, Masked, Touched};
+use crate::netlink::attr::AttrBuf;
+use crate::ovs::{Flow, Upcall, UpcallKind};
+
+/// How many recirculations a packet may have behind it: OVS stops at 4,096 resubmits, the kernel at a nesting of 4
+/// or 10 deferred actions; a longer chain in the dump is a cycle of ids.
+const MAX_CHAIN: usize = 16;
+
+/// Why a packet is not replayed. The names are those of the report and stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Unreplayable {
+    /// A `ct` with NAT changed it before the recirculation.
+    NatBeforeRecirc,
+    /// A set, push, pop or TTL action changed it before the recirculation.
+    HeaderChangeBeforeRecirc,
+    /// A copy left before the recirculation (output, userspace, sample, clone): it would leave twice.
+    CopyBeforeRecirc,
+    /// The recirculation is inside a clone, sample or check_pkt_len.
+    NestedRecirc,
+    /// An action this library does not know comes before the recirculation.
+    UnknownActionBeforeRecirc,
+    /// Flows that can have produced it differ in what they did to it.
+    ParentsDisagree,
+    /// No flow in the dump recirculates to the id in its key.
+    NoParent,
+    /// A copy for sFlow.
+    ActionSflow,
+    /// A copy for the `sample` action.
+    ActionFlowSample,
+    /// A copy for IPFIX.
+    ActionIpfix,
+    /// Sent up by an action without a cookie that says what for.
+    ActionUnknownCookie,
+    /// For a controller, by a flow that did something else with the packet as well.
+    ControllerCopy,
+    /// For a controller, by a flow that is not in the dump.
+    ControllerNoFlow,
+    /// The datapath cut it off before it was sent up.
+    Truncated,
+    /// Its key, or the upcall itself, could not be read.
+    Malformed,
+}
+
+impl Unreplayable {
+    /// The name in the report.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unreplayable::NatBeforeRecirc => "nat_before_recirc",
+            Unreplayable::HeaderChangeBeforeRecirc => "header_change_before_recirc",
+            Unreplayable::CopyBeforeRecirc => "copy_before_recirc",
+            Unreplayable::NestedRecirc => "nested_recirc",
+            Unreplayable::UnknownActionBeforeRecirc => "unknown_action_before_recirc",
+            Unreplayable::ParentsDisagree => "parents_disagree",
+            Unreplayable::NoParent => "no_parent",
+            Unreplayable::ActionSflow => "action_sflow",
+            Unreplayable::ActionFlowSample => "action_flow_sample",
+            Unreplayable::ActionIpfix => "action_ipfix",
+            Unreplayable::ActionUnknownCookie => "action_unknown_cookie",
+            Unreplayable::ControllerCopy => "controller_copy",
+            Unreplayable::ControllerNoFlow => "controller_no_flow",
+            Unreplayable::Truncated => "truncated",
+            Unreplayable::Malformed => "malformed",
+        }
+    }
+
+    /// Whether it was a copy, so that no packet of a flow is lost with it.
+    pub fn is_copy(self) -> bool {
+        matches!(
+            self,
+            Unreplayable::ActionSflow
+                | Unreplayable::ActionFlowSample
+                | Unreplayable::ActionIpfix
+                | Unreplayable::ControllerCopy
+        )
+    }
+}
+
+impl fmt::Display for Unreplayable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How a packet is given back to the datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replay<'a> {
+    /// `OVS_KEY_ATTR_*` run for EXECUTE.
+    pub key: Cow<'a, [u8]>,
+}
+
+/// The actions of every replay: `recirc(0)`, which looks the packet up as if it had just arrived.
+pub fn from_the_start() -> Vec<u8> {
+    let mut actions = AttrBuf::new();
+    actions.push_u32(action::RECIRC, 0);
+    actions.as_bytes().to_vec()
+}
+
+/// A flow that recirculates, seen from the id it sends packets to.
+#[derive(Clone, Debug)]
+struct Parent {
+    /// The id it is entered by.
+    from: u32,
+    masked: Masked,
+    touched: Touched,
+    fault: Option<Unreplayable>,
+}
+
+/// A flow that sends packets to a controller.
+#[derive(Clone, Debug)]
+struct ToController {
+    masked: Masked,
+    userdata: Vec<u8>,
+    alone: bool,
+}
+
+/// What the flows of a dump say about where packets come from.
+#[derive(Clone, Debug, Default)]
+pub struct Origins {
+    parents: HashMap<u32, Vec<Parent>>,
+    controllers: HashMap<u32, Vec<ToController>>,
+    /// Verdicts of ids whose parents all agree, so that packets need not be compared with each of them.
+    agreed: HashMap<u32, std::result::Result<(), Unreplayable>>,
+    malformed: usize,
+}
+
+impl Origins {
+    /// Reads the flow table as it was before flows were removed. Flows of earlier dumps may follow: a flow that the
+    /// old daemon let go while packets were parked is then still known.
+    pub fn of<'a>(flows: impl IntoIterator<Item = &'a Flow>) -> Self {
+        let mut origins = Origins::default();
+        for flow in flows {
+            if origins.add(flow).is_err() {
+                origins.malformed += 1;
+            }
+        }
+        let ids: Vec<u32> = origins.parents.keys().copied().collect();
+        for id in ids {
+            if let Some(verdict) = origins.agreement(id, &mut BTreeSet::new()) {
+                origins.agreed.insert(id, verdict);
+            }
+        }
+        origins
+    }
+
+    /// Flows that could not be read.
+    pub fn malformed(&self) -> usize {
+        self.malformed
+    }
+
+    fn add(&mut self, flow: &Flow) -> Result<()> {
+        let actions = ActionSummary::of(&flow.actions)?;
+        let controller = actions.userspace.iter().find(|u| u.cookie == Cookie::Controller);
+        if actions.recirculations.is_empty() && controller.is_none() {
+            return Ok(());
+        }
+        let from = flow_key::recirc_id(&flow.key)?;
+        let masked = Masked::of(&flow.key, &flow.mask)?;
+        if let Some(controller) = controller {
+            let userdata = controller.userdata.clone().unwrap_or_default();
+            let alone = actions.only_userspace();
+            let entry = ToController { masked: masked.clone(), userdata, alone };
+            self.controllers.entry(from).or_default().push(entry);
+        }
+        for recirculation in &actions.recirculations {
+            let fault = fault(&recirculation.before, recirculation.nested);
+            let parent = Parent { from, masked: masked.clone(), touched: recirculation.before.touched, fault };
+            self.parents.entry(recirculation.id).or_default().push(parent);
+        }
+        Ok(())
+    }
+
+    /// What all parents of `id`, and theirs, agree upon; None if it takes the packet's key to tell.
+    fn agreement(&self, id: u32, seen: &mut BTreeSet<u32>) -> Option<std::result::Result<(), Unreplayable>> {
+        if !seen.insert(id) || seen.len() > MAX_CHAIN {
+            return None;
+        }
+        let mut verdicts = Vec::new();
+        let mut upwards = BTreeSet::new();
+        for parent in self.parents.get(&id)? {
+            match parent.fault {
+                Some(reason) => verdicts.push(Err(reason)),
+                None if parent.from == 0 => verdicts.push(Ok(())),
+                None => {
+                    upwards.insert(parent.from);
+                }
+            }
+        }
+        for from in upwards {
+            verdicts.push(self.agreement(from, &mut seen.clone())?);
+        }
+        let first = *verdicts.first()?;
+        verdicts.iter().all(|v| *v == first).then_some(first)
+    }
+
+    /// Whether a packet that is at recirculation `id` with `key` may start again from table 0.
+    fn may_restart(&self, id: u32, key: &FlatKey) -> std::result::Result<(), Unreplayable> {
+        self.trace(id, key, &mut Vec::new())
+    }
+
+    fn trace(&self, id: u32, key: &FlatKey, chain: &mut Vec<u32>) -> std::result::Result<(), Unreplayable> {
+        if id == 0 {
+            return Ok(());
+        }
+        if let Some(verdict) = self.agreed.get(&id) {
+            return *verdict;
+        }
+        // A cycle of ids: no packet has come that way only, so it says nothing.
+        if chain.contains(&id) || chain.len() >= MAX_CHAIN {
+            return Err(Unreplayable::NoParent);
+        }
+        chain.push(id);
+        let mut found = None;
+        for parent in self.parents.get(&id).into_iter().flatten() {
+            if !parent.masked.matches(key, &parent.touched) {
+                continue;
+            }
+            let verdict = match parent.fault {
+                Some(reason) => Err(reason),
+                None => self.trace(parent.from, key, chain),
+            };
+            match found {
+                None => found = Some(verdict),
+                Some(other) if other == verdict => {}
+                Some(_) => {
+                    found = Some(Err(Unreplayable::ParentsDisagree));
+                    break;
+                }
+            }
+        }
+        chain.pop();
+        found.unwrap_or(Err(Unreplayable::NoParent))
+    }
+
+    /// Whether the flow that sent `upcall` to a controller did nothing else with the packet.
+    fn controller_alone(&self, id: u32, key: &FlatKey, userdata: &[u8]) -> std::result::Result<(), Unreplayable> {
+        let mut candidates: Vec<&ToController> =
+            self.controllers.get(&id).into_iter().flatten().filter(|c| c.userdata == userdata).collect();
+        if candidates.iter().any(|c| c.alone) && candidates.iter().any(|c| !c.alone) {
+            // What is done beside the copy may have changed the packet: only the port it came by is compared there.
+            candidates.retain(|c| c.masked.matches(key, &if c.alone { Touched::default() } else { Touched::headers() }));
+        }
+        match candidates.as_slice() {
+            [] => Err(Unreplayable::ControllerNoFlow),
+            all if all.iter().all(|c| c.alone) => Ok(()),
+            _ => Err(Unreplayable::ControllerCopy),
+        }
+    }
+
+    /// Decides about one parked packet.
+    ///
+    /// # Errors
+    /// The reason why it must not be replayed.
+    pub fn plan<'a>(&self, upcall: &'a Upcall) -> std::result::Result<Replay<'a>, Unreplayable> {
+        let malformed = |_| Unreplayable::Malformed;
+        let id = flow_key::recirc_id(&upcall.key).map_err(malformed)?;
+        if upcall.kind == UpcallKind::Action {
+            self.admit_action(id, upcall)?;
+        }
+        if upcall.len.is_some() {
+            return Err(Unreplayable::Truncated);
+        }
+        if id == 0 {
+            return Ok(Replay { key: Cow::Borrowed(&upcall.key) });
+        }
+        if !self.agreed.contains_key(&id) && !self.parents.contains_key(&id) {
+            return Err(Unreplayable::NoParent);
+        }
+        self.may_restart(id, &FlatKey::of(&upcall.key).map_err(malformed)?)?;
+        Ok(Replay { key: Cow::Owned(flow_key::without_pipeline(&upcall.key).map_err(malformed)?) })
+    }
+
+    /// Passes the packets of `userspace` actions whose only fate was the daemon.
+    fn admit_action(&self, id: u32, upcall: &Upcall) -> std::result::Result<(), Unreplayable> {
+        match Cookie::of(upcall.userdata.as_deref()) {
+            Cookie::SlowPath => Ok(()),
+            Cookie::Controller => {
+                let key = FlatKey::of(&upcall.key).map_err(|_| Unreplayable::Malformed)?;
+                self.controller_alone(id, &key, upcall.userdata.as_deref().unwrap_or_default())
+            }
+            Cookie::Sflow => Err(Unreplayable::ActionSflow),
+            Cookie::FlowSample => Err(Unreplayable::ActionFlowSample),
+            Cookie::Ipfix => Err(Unreplayable::ActionIpfix),
+            Cookie::Unspec | Cookie::Other(_) | Cookie::None => Err(Unreplayable::ActionUnknownCookie),
+        }
+    }
+}
+
+/// Why a packet that went through `before` may not start again; None if it may.
+fn fault(before: &Before, nested: bool) -> Option<Unreplayable> {
+    if before.copied {
+        Some(Unreplayable::CopyBeforeRecirc)
+    } else if nested {
+        Some(Unreplayable::NestedRecirc)
+    } else if before.nat {
+        Some(Unreplayable::NatBeforeRecirc)
+    } else if before.changed {
+        Some(Unreplayable::HeaderChangeBeforeRecirc)
+    } else if before.unknown {
+        Some(Unreplayable::UnknownActionBeforeRecirc)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow_key::uapi::{cookie, ct, key, USERSPACE_ATTR_USERDATA};
+    use crate::netlink::attr::Attrs;
+    use proptest::prelude::*;
+
+    const EXACT: [u8; 4] = [0xff; 4];
+
+    fn key_of(recirc: u32, port: u32) -> Vec<u8> {
+        let mut k = AttrBuf::new();
+        k.push_u32(key::RECIRC_ID, recirc).push_u32(key::DP_HASH, 0).push_u32(key::IN_PORT, port);
+        k.push_u32(key::CT_STATE, if recirc == 0 { 0 } else { 0x21 }).push(key::ETHERNET, &[2; 12]);
+        k.as_bytes().to_vec()
+    }
+
+    fn flow(recirc: u32, port: u32, actions: &AttrBuf) -> Flow {
+        let mut m = AttrBuf::new();
+        m.push(key::RECIRC_ID, &EXACT).push(key::IN_PORT, &EXACT);
+        let actions = actions.as_bytes().to_vec();
+        Flow { key: key_of(recirc, port), mask: m.as_bytes().to_vec(), actions, ..Flow::default() }
+    }
+
+    fn ct_recirc(nat: bool, id: u32) -> AttrBuf {
+        let mut inner = AttrBuf::new();
+        inner.push(ct::ZONE, &5u16.to_ne_bytes());
+        if nat {
+            inner.push_nested(ct::NAT, &AttrBuf::new());
+        }
+        let mut a = AttrBuf::new();
+        a.push_nested(action::CT, &inner).push_u32(action::RECIRC, id);
+        a
+    }
+
+    fn userspace(kind: u16) -> (AttrBuf, Vec<u8>) {
+        let mut userdata = vec![0u8; 48];
+        userdata[..2].copy_from_slice(&kind.to_ne_bytes());
+        let mut inner = AttrBuf::new();
+        inner.push_u32(1, 77).push(USERSPACE_ATTR_USERDATA, &userdata);
+        let mut outer = AttrBuf::new();
+        outer.push_nested(action::USERSPACE, &inner);
+        (outer, userdata)
+    }
+
+    fn upcall(kind: UpcallKind, key: Vec<u8>, userdata: Option<Vec<u8>>) -> Upcall {
+        Upcall {
+            kind,
+            ifindex: 5,
+            packet: vec![0; 60],
+            key,
+            userdata,
+            actions: None,
+            egress_tun_key: None,
+            mru: None,
+            len: None,
+            hash: None,
+            unknown: Vec::new(),
+        }
+    }
+
+    fn miss(recirc: u32, port: u32) -> Upcall {
+        upcall(UpcallKind::Miss, key_of(recirc, port), None)
+    }
+
+    fn reason(origins: &Origins, upcall: &Upcall) -> Option<Unreplayable> {
+        origins.plan(upcall).err()
+    }
+
+    #[test]
+    fn a_miss_in_table_0_keeps_its_key() {
+        let m = miss(0, 1);
+        assert_eq!(Origins::default().plan(&m).unwrap().key, Cow::Borrowed(&m.key[..]));
+    }
+
+    #[test]
+    fn a_miss_behind_ct_starts_again_without_the_pipeline() {
+        let origins = Origins::of(&[flow(0, 1, &ct_recirc(false, 7)), flow(7, 1, &ct_recirc(false, 9))]);
+        for id in [7, 9] {
+            let m = miss(id, 1);
+            let replay = origins.plan(&m).unwrap();
+            let kinds: Vec<u16> = Attrs(&replay.key).map(|a| a.unwrap().kind).collect();
+            assert_eq!(kinds, [key::IN_PORT, key::ETHERNET]);
+        }
+    }
+
+    #[test]
+    fn what_was_done_before_the_recirculation_decides() {
+        let case = |build: &dyn Fn(&mut AttrBuf)| {
+            let mut a = AttrBuf::new();
+            build(&mut a);
+            a.push_u32(action::RECIRC, 7);
+            reason(&Origins::of(&[flow(0, 1, &a)]), &miss(7, 1))
+        };
+        assert_eq!(case(&|_| {}), None);
+        assert_eq!(case(&|a| { a.push(action::HASH, &[0; 8]); }), None);
+        assert_eq!(case(&|a| { a.push_u32(action::OUTPUT, 3); }), Some(Unreplayable::CopyBeforeRecirc));
+        assert_eq!(case(&|a| { *a = userspace(cookie::SFLOW).0; }), Some(Unreplayable::CopyBeforeRecirc));
+        assert_eq!(case(&|a| { a.push_nested(action::CLONE, &AttrBuf::new()); }), Some(Unreplayable::CopyBeforeRecirc));
+        assert_eq!(case(&|a| { a.push_nested(action::SAMPLE, &AttrBuf::new()); }), Some(Unreplayable::CopyBeforeRecirc));
+        assert_eq!(case(&|a| { a.push(action::POP_VLAN, &[]); }), Some(Unreplayable::HeaderChangeBeforeRecirc));
+        assert_eq!(case(&|a| { a.push(action::PUSH_VLAN, &[0; 4]); }), Some(Unreplayable::HeaderChangeBeforeRecirc));
+        assert_eq!(case(&|a| { a.push(200, &[]); }), Some(Unreplayable::UnknownActionBeforeRecirc));
+        let nat = Origins::of(&[flow(0, 1, &ct_recirc(true, 7))]);
+        assert_eq!(reason(&nat, &miss(7, 1)), Some(Unreplayable::NatBeforeRecirc));
+        let mut inner = AttrBuf::new();
+        inner.push_u32(action::RECIRC, 7);
+        let mut clone = AttrBuf::new();
+        clone.push_nested(action::CLONE, &inner);
+        assert_eq!(reason(&Origins::of(&[flow(0, 1, &clone)]), &miss(7, 1)), Some(Unreplayable::NestedRecirc));
+    }
+
+    #[test]
+    fn only_parents_that_match_the_packet_count() {
+        let flows = [flow(0, 1, &ct_recirc(false, 7)), flow(0, 2, &ct_recirc(true, 7))];
+        let origins = Origins::of(&flows);
+        assert_eq!(reason(&origins, &miss(7, 1)), None);
+        assert_eq!(reason(&origins, &miss(7, 2)), Some(Unreplayable::NatBeforeRecirc));
+        assert_eq!(reason(&origins, &miss(7, 3)), Some(Unreplayable::NoParent));
+        assert_eq!(reason(&origins, &miss(8, 1)), Some(Unreplayable::NoParent));
+        let both = Origins::of(&[flow(0, 1, &ct_recirc(false, 7)), flow(0, 1, &ct_recirc(true, 7))]);
+        assert_eq!(reason(&both, &miss(7, 1)), Some(Unreplayable::ParentsDisagree));
+    }
+
+    #[test]
+    fn a_fault_anywhere_up_the_chain_counts() {
+        let origins = Origins::of(&[flow(0, 1, &ct_recirc(true, 7)), flow(7, 1, &ct_recirc(false, 9))]);
+        assert_eq!(reason(&origins, &miss(9, 1)), Some(Unreplayable::NatBeforeRecirc));
+        let cycle = Origins::of(&[flow(7, 1, &ct_recirc(false, 9)), flow(9, 1, &ct_recirc(false, 7))]);
+        assert_eq!(reason(&cycle, &miss(9, 1)), Some(Unreplayable::NoParent));
+    }
+
+    #[test]
+    fn actions_are_replayed_only_where_the_daemon_was_the_only_fate() {
+        let none = Origins::default();
+        let sent = |kind: u16| upcall(UpcallKind::Action, key_of(0, 1), Some(userspace(kind).1));
+        assert_eq!(reason(&none, &sent(cookie::SLOW_PATH)), None);
+        assert_eq!(reason(&none, &sent(cookie::SFLOW)), Some(Unreplayable::ActionSflow));
+        assert_eq!(reason(&none, &sent(cookie::IPFIX)), Some(Unreplayable::ActionIpfix));
+        assert_eq!(reason(&none, &sent(cookie::FLOW_SAMPLE)), Some(Unreplayable::ActionFlowSample));
+        assert_eq!(reason(&none, &sent(cookie::UNSPEC)), Some(Unreplayable::ActionUnknownCookie));
+        assert_eq!(
+            reason(&none, &upcall(UpcallKind::Action, key_of(0, 1), None)),
+            Some(Unreplayable::ActionUnknownCookie)
+        );
+        assert_eq!(reason(&none, &sent(cookie::CONTROLLER)), Some(Unreplayable::ControllerNoFlow));
+        let (only, _) = userspace(cookie::CONTROLLER);
+        let mut more = only.clone();
+        more.push_u32(action::OUTPUT, 2);
+        let packet_in = sent(cookie::CONTROLLER);
+        assert_eq!(reason(&Origins::of(&[flow(0, 1, &only)]), &packet_in), None);
+        assert_eq!(reason(&Origins::of(&[flow(0, 1, &more)]), &packet_in), Some(Unreplayable::ControllerCopy));
+        assert_eq!(reason(&Origins::of(&[flow(0, 1, &only), flow(0, 2, &more)]), &packet_in), None);
+        assert_eq!(
+            reason(&Origins::of(&[flow(0, 1, &only), flow(0, 1, &more)]), &packet_in),
+            Some(Unreplayable::ControllerCopy)
+        );
+        let mut cut = sent(cookie::SLOW_PATH);
+        cut.len = Some(1500);
+        assert_eq!(reason(&none, &cut), Some(Unreplayable::Truncated));
+    }
+
+    #[test]
+    fn names_are_stable_and_distinct() {
+        let names = [
+            Unreplayable::NatBeforeRecirc,
+            Unreplayable::HeaderChangeBeforeRecirc,
+            Unreplayable::CopyBeforeRecirc,
+            Unreplayable::ParentsDisagree,
+            Unreplayable::NoParent,
+            Unreplayable::ActionSflow,
+        ]
+        .map(Unreplayable::name);
+        assert_eq!(
+            names,
+            [
+                "nat_before_recirc",
+                "header_change_before_recirc",
+                "copy_before_recirc",
+                "parents_disagree",
+                "no_parent",
+                "action_sflow"
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_packet_behind_nat_or_a_copy_is_never_replayed(
+            edges in proptest::collection::vec((0u32..5, 1u32..6, 1u32..4, 0u8..3), 1..25),
+            at in 1u32..6,
+            port in 1u32..4,
+        ) {
+            let flows: Vec<Flow> = edges
+                .iter()
+                .map(|(from, to, port, what)| {
+                    let mut a = AttrBuf::new();
+                    if *what == 2 {
+                        a.push_u32(action::OUTPUT, 9);
+                        a.push_u32(action::RECIRC, *to);
+                    } else {
+                        a = ct_recirc(*what == 1, *to);
+                    }
+                    flow(*from, *port, &a)
+                })
+                .collect();
+            // Every way from table 0 to `at`, by exhaustive search with a bounded length.
+            let mut reach = vec![(0u32, false)];
+            let mut dirty = false;
+            for _ in 0..6 {
+                let mut next = Vec::new();
+                for (id, spoiled) in &reach {
+                    for (from, to, p, what) in &edges {
+                        if from == id && *p == port {
+                            next.push((*to, *spoiled || *what != 0));
+                        }
+                    }
+                }
+                next.sort();
+                next.dedup();
+                dirty |= next.iter().any(|(id, spoiled)| *id == at && *spoiled);
+                reach = next;
+            }
+            let verdict = Origins::of(&flows).plan(&miss(at, port)).is_ok();
+            prop_assert!(!(verdict && dirty));
+        }
+
+        #[test]
+        fn planning_never_panics(
+            key in proptest::collection::vec(any::<u8>(), 0..80),
+            actions in proptest::collection::vec(any::<u8>(), 0..80),
+        ) {
+            let f = Flow { key: key.clone(), mask: key.clone(), actions, ..Flow::default() };
+            let _ = Origins::of(&[f]).plan(&upcall(UpcallKind::Miss, key.clone(), None));
+            let _ = Origins::default().plan(&upcall(UpcallKind::Action, key.clone(), Some(key)));
+        }
+    }
+}

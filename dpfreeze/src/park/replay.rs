@@ -1,0 +1,377 @@
+//! Giving parked packets back to the datapath: in order within a flow, from every CPU, no faster than the daemon reads.
+
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::time::{Duration, Instant};
+
+use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
+use nix::unistd::Pid;
+
+use super::plan::{self, Origins, Replay, Unreplayable};
+use super::reader::{boottime_ns, Shared};
+use super::removal::grace_period;
+use super::socket::Duplicates;
+use crate::error::Result;
+use crate::flow_key;
+use crate::ovs::{Execute, Ovs, Upcall};
+
+/// More lanes than this do not make the daemon faster.
+const MOST_LANES: usize = 16;
+/// Packets executed with one request, at most.
+const BATCH: usize = 64;
+/// Packets that wait in front of a lane.
+const LANE_QUEUE: usize = 128;
+/// How long to wait where there is no room or nothing to do.
+const PAUSE: Duration = Duration::from_micros(200);
+/// Parked times are counted in steps of a millisecond up to a minute.
+const HISTOGRAM_MS: usize = 60_000;
+
+/// What a replay needs to know.
+#[derive(Debug)]
+pub struct ReplayInput<'a> {
+    /// Where packets on old recirculation ids come from.
+    pub origins: &'a Origins,
+    /// The upcall sockets of the daemon that is bound now: no faster than half of each buffer stays free. Without any,
+    /// packets are given back as fast as they can.
+    pub daemon: &'a Duplicates,
+    /// When to stop waiting for the daemon and for stragglers. Packets not yet taken out then stay parked.
+    pub limit: Duration,
+}
+
+/// What a replay did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ReplayReport {
+    /// Packets the datapath took.
+    pub replayed: u64,
+    /// Packets that must not be replayed, by [`Unreplayable::name`].
+    pub unreplayable: BTreeMap<String, u64>,
+    /// Packets the datapath did not take, by errno.
+    pub errors: BTreeMap<String, u64>,
+    /// Packets that are still parked, because the limit came first.
+    pub left: u64,
+    /// Longest time from a packet's arrival to its execution, ms.
+    pub longest_ms: u64,
+    /// 99 of 100 packets waited no longer, ms.
+    pub p99_ms: u64,
+    /// Threads that replayed.
+    pub lanes: usize,
+    /// Time spent waiting for room in the daemon's sockets, over all lanes.
+    pub paused: Duration,
+    /// How long the replay took.
+    pub duration: Duration,
+}
+
+/// A thread's own handle and CPU.
+#[derive(Debug)]
+pub(super) struct Lane {
+    ovs: Ovs,
+    cpu: Option<usize>,
+}
+
+/// One lane for each CPU this process may use: the port id an upcall goes to comes from the CPU it is made on, so that
+/// one thread would fill one handler's socket (hazard 13).
+pub(super) fn open_lanes() -> Result<Vec<Lane>> {
+    let cpus: Vec<usize> = sched_getaffinity(Pid::from_raw(0)).map_or_else(
+        |_| Vec::new(),
+        |set| (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect(),
+    );
+    let wanted: Vec<Option<usize>> =
+        if cpus.is_empty() { vec![None] } else { cpus.into_iter().take(MOST_LANES).map(Some).collect() };
+    wanted.into_iter().map(|cpu| Ok(Lane { ovs: Ovs::open()?, cpu })).collect()
+}
+
+struct Parked {
+    arrival: u64,
+    upcall: Upcall,
+}
+
+impl Parked {
+    /// Memory its upcall will take in the daemon's socket, bytes: the kernel rounds up to powers of two and adds the
+    /// sk_buff.
+    fn room(&self) -> usize {
+        2 * (self.upcall.packet.len() + self.upcall.key.len() + 256) + 1024
+    }
+}
+
+/// Replays everything that is parked, and what still arrives until the sockets are silent.
+pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_>) -> Result<ReplayReport> {
+    let start = Instant::now();
+    let deadline = start + input.limit;
+    let count = lanes.len();
+    let mut tally = Tally::default();
+    let outcome = std::thread::scope(|scope| {
+        let mut senders = Vec::with_capacity(count);
+        let mut workers = Vec::with_capacity(count);
+        for lane in lanes.iter_mut() {
+            let (sender, receiver) = sync_channel(LANE_QUEUE);
+            senders.push(sender);
+            let work = Work { input, deadline, lanes: count };
+            workers.push(scope.spawn(move || work.run(lane, &receiver)));
+        }
+        let outcome = dispatch(shared, &senders, deadline, &mut tally);
+        drop(senders);
+        for worker in workers {
+            match worker.join() {
+                Ok(part) => tally.add(part),
+                Err(_) => tally.error("replay thread ended early", 1),
+            }
+        }
+        outcome
+    });
+    outcome?;
+    let mut report = tally.report;
+    report.left = shared.store().waiting();
+    report.p99_ms = tally.waits.percentile(99);
+    report.longest_ms = tally.waits.longest;
+    report.lanes = count;
+    report.duration = start.elapsed();
+    Ok(report)
+}
+
+/// Hands packets out to the lanes, all of a flow to the same, until there are none.
+fn dispatch(shared: &Shared, lanes: &[SyncSender<Parked>], deadline: Instant, tally: &mut Tally) -> Result<()> {
+    let mut silent_before = false;
+    while Instant::now() < deadline {
+        let records = shared.store().pop(BATCH).map_err(|e| crate::Error::io("read parked packets", e))?;
+        if records.is_empty() {
+            if !shared.is_empty() {
+                std::thread::sleep(PAUSE);
+            } else if silent_before {
+                return Ok(());
+            } else {
+                // A CPU may still be about to queue an upcall for the port id it read before the change.
+                grace_period();
+                silent_before = true;
+            }
+            continue;
+        }
+        for record in records {
+            match Upcall::parse(&record.message) {
+                Ok(upcall) => {
+                    let lane = flow_key::flow_hash(&upcall.key) % lanes.len().max(1) as u64;
+                    let parked = Parked { arrival: record.arrival, upcall };
+                    if lanes.get(lane as usize).is_none_or(|to| to.send(parked).is_err()) {
+                        tally.error("replay thread ended early", 1);
+                    }
+                }
+                Err(_) => tally.unreplayable(Unreplayable::Malformed),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a lane does.
+struct Work<'a> {
+    input: &'a ReplayInput<'a>,
+    deadline: Instant,
+    lanes: usize,
+}
+
+impl Work<'_> {
+    fn run(&self, lane: &mut Lane, from: &Receiver<Parked>) -> Tally {
+        if let Some(cpu) = lane.cpu {
+            let mut set = CpuSet::new();
+            // A CPU that went offline leaves the thread where it is: slower, not wrong.
+            let _ = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+        }
+        let mut tally = Tally::default();
+        let mut waiting: VecDeque<Parked> = VecDeque::new();
+        loop {
+            if waiting.is_empty() {
+                let Ok(first) = from.recv() else { return tally };
+                waiting.push_back(first);
+            }
+            while waiting.len() < BATCH {
+                let Ok(next) = from.try_recv() else { break };
+                waiting.push_back(next);
+            }
+            let room = self.wait_for_room(waiting.front().map_or(0, Parked::room), &mut tally);
+            let batch = take_while_it_fits(&mut waiting, room);
+            self.execute(&mut lane.ovs, &batch, &mut tally);
+        }
+    }
+
+    /// Bytes this lane may fill in the daemon's sockets now: its share of the fullest one's free half.
+    fn wait_for_room(&self, needed: usize, tally: &mut Tally) -> usize {
+        let start = Instant::now();
+        loop {
+            // A daemon whose sockets cannot be asked is not waited for.
+            let Ok(room) = self.input.daemon.headroom() else { return usize::MAX };
+            let share = room / self.lanes.max(1);
+            if share >= needed || self.input.daemon.is_idle() || Instant::now() >= self.deadline {
+                tally.report.paused += start.elapsed();
+                return share;
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    fn execute(&self, ovs: &mut Ovs, batch: &[Parked], tally: &mut Tally) {
+        let actions = plan::from_the_start();
+        let mut planned: Vec<(&Parked, Replay<'_>)> = Vec::with_capacity(batch.len());
+        for parked in batch {
+            match self.input.origins.plan(&parked.upcall) {
+                Ok(replay) => planned.push((parked, replay)),
+                Err(reason) => tally.unreplayable(reason),
+            }
+        }
+        for run in planned.chunk_by(|(a, _), (b, _)| a.upcall.ifindex == b.upcall.ifindex) {
+            let Some((first, _)) = run.first() else { continue };
+            let requests: Vec<Execute<'_>> = run
+                .iter()
+                .map(|(parked, replay)| Execute {
+                    packet: &parked.upcall.packet,
+                    key: &replay.key,
+                    actions: &actions,
+                    mru: parked.upcall.mru,
+                    hash: parked.upcall.hash,
+                })
+                .collect();
+            match ovs.execute(first.upcall.ifindex, &requests) {
+                Ok(answers) => {
+                    let now = boottime_ns();
+                    for ((parked, _), answer) in run.iter().zip(answers) {
+                        tally.executed(now.saturating_sub(parked.arrival), answer);
+                    }
+                }
+                Err(e) => tally.error(&e.to_string(), run.len() as u64),
+            }
+        }
+    }
+}
+
+/// The packets that fit into `room` bytes, at least one, at most a batch.
+fn take_while_it_fits(waiting: &mut VecDeque<Parked>, room: usize) -> Vec<Parked> {
+    let mut batch = Vec::new();
+    let mut used = 0usize;
+    while batch.len() < BATCH {
+        let Some(next) = waiting.front() else { break };
+        used = used.saturating_add(next.room());
+        if used > room && !batch.is_empty() {
+            break;
+        }
+        batch.extend(waiting.pop_front());
+    }
+    batch
+}
+
+/// Counts of a lane, added up in the end.
+#[derive(Debug, Default)]
+struct Tally {
+    report: ReplayReport,
+    waits: Waits,
+}
+
+impl Tally {
+    fn unreplayable(&mut self, reason: Unreplayable) {
+        *self.report.unreplayable.entry(reason.name().to_owned()).or_default() += 1;
+    }
+
+    fn error(&mut self, what: &str, packets: u64) {
+        *self.report.errors.entry(what.to_owned()).or_default() += packets;
+    }
+
+    fn executed(&mut self, waited_ns: u64, answer: Option<nix::errno::Errno>) {
+        match answer {
+            None => {
+                self.report.replayed += 1;
+                self.waits.count(waited_ns / 1_000_000);
+            }
+            Some(errno) => self.error(&format!("{errno:?}"), 1),
+        }
+    }
+
+    fn add(&mut self, other: Tally) {
+        self.report.replayed += other.report.replayed;
+        self.report.paused += other.report.paused;
+        for (reason, n) in other.report.unreplayable {
+            *self.report.unreplayable.entry(reason).or_default() += n;
+        }
+        for (what, n) in other.report.errors {
+            self.error(&what, n);
+        }
+        self.waits.add(&other.waits);
+    }
+}
+
+/// How long packets waited, in a memory that does not grow with their number.
+#[derive(Debug, Default)]
+struct Waits {
+    by_ms: BTreeMap<u64, u64>,
+    longest: u64,
+}
+
+impl Waits {
+    fn count(&mut self, ms: u64) {
+        *self.by_ms.entry(ms.min(HISTOGRAM_MS as u64)).or_default() += 1;
+        self.longest = self.longest.max(ms);
+    }
+
+    fn add(&mut self, other: &Waits) {
+        for (ms, n) in &other.by_ms {
+            *self.by_ms.entry(*ms).or_default() += n;
+        }
+        self.longest = self.longest.max(other.longest);
+    }
+
+    /// The least time that `percent` of the packets did not exceed, ms; 0 without packets.
+    fn percentile(&self, percent: u64) -> u64 {
+        let all: u64 = self.by_ms.values().sum();
+        let rank = (all * percent).div_ceil(100);
+        let mut seen = 0;
+        for (ms, n) in &self.by_ms {
+            seen += n;
+            if seen >= rank {
+                return *ms;
+            }
+        }
+        0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ovs::UpcallKind;
+
+    fn parked(bytes: usize) -> Parked {
+        let upcall = Upcall {
+            kind: UpcallKind::Miss,
+            ifindex: 1,
+            packet: vec![0; bytes],
+            key: Vec::new(),
+            userdata: None,
+            actions: None,
+            egress_tun_key: None,
+            mru: None,
+            len: None,
+            hash: None,
+            unknown: Vec::new(),
+        };
+        Parked { arrival: 0, upcall }
+    }
+
+    #[test]
+    fn a_batch_fits_the_room_but_is_never_empty() {
+        let mut waiting: VecDeque<Parked> = (0..10).map(|_| parked(100)).collect();
+        let one = waiting[0].room();
+        assert_eq!(take_while_it_fits(&mut waiting, 3 * one + 1).len(), 3);
+        assert_eq!(take_while_it_fits(&mut waiting, 0).len(), 1);
+        assert_eq!(take_while_it_fits(&mut waiting, usize::MAX).len(), 6);
+        assert!(take_while_it_fits(&mut waiting, usize::MAX).is_empty());
+        let mut many: VecDeque<Parked> = (0..200).map(|_| parked(1)).collect();
+        assert_eq!(take_while_it_fits(&mut many, usize::MAX).len(), BATCH);
+    }
+
+    #[test]
+    fn percentiles_of_waits() {
+        let mut waits = Waits::default();
+        assert_eq!((waits.percentile(99), waits.longest), (0, 0));
+        (1..=100).for_each(|ms| waits.count(ms));
+        assert_eq!((waits.percentile(99), waits.percentile(50), waits.longest), (99, 50, 100));
+        waits.count(10 * HISTOGRAM_MS as u64);
+        assert_eq!(waits.longest, 10 * HISTOGRAM_MS as u64);
+    }
+}

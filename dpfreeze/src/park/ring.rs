@@ -1,0 +1,214 @@
+//! Parked packets in a memfd: bounded, in order of arrival, and readable by whoever holds the descriptor.
+//!
+//! ```text
+//! 0     header   {u64 magic, u64 capacity, u64 head, u64 tail, u64 packets}
+//! 4096  records  {u32 length of message, u32 source, u64 arrival ns of CLOCK_BOOTTIME, message}, one after the other
+//! ```
+//! `head` and `tail` count bytes since the beginning; a record's place is its offset modulo `capacity`, so that it may
+//! wrap around the end. The header is written after the records: who reads it after a crash sees whole records only.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+
+use nix::sys::memfd::{memfd_create, MFdFlags};
+
+use crate::error::{Error, Result};
+
+const MAGIC: u64 = 0x6f76_735f_7061_726b; // "ovs_park"
+const RECORDS_AT: u64 = 4096;
+const RECORD_HEADER: usize = 16;
+
+/// One parked message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    /// Index of the socket it came by.
+    pub source: u32,
+    /// When it was read, nanoseconds of CLOCK_BOOTTIME.
+    pub arrival: u64,
+    /// The message after its nlmsghdr.
+    pub message: Vec<u8>,
+}
+
+/// Records on their way into a ring, so that many go in with one write.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    bytes: Vec<u8>,
+    packets: u64,
+}
+
+impl Batch {
+    pub fn push(&mut self, source: u32, arrival: u64, message: &[u8]) {
+        self.bytes.extend_from_slice(&(message.len() as u32).to_ne_bytes());
+        self.bytes.extend_from_slice(&source.to_ne_bytes());
+        self.bytes.extend_from_slice(&arrival.to_ne_bytes());
+        self.bytes.extend_from_slice(message);
+        self.packets += 1;
+    }
+
+    /// Bytes a message takes in a ring.
+    pub fn cost(message: &[u8]) -> u64 {
+        (RECORD_HEADER + message.len()) as u64
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    pub fn packets(&self) -> u64 {
+        self.packets
+    }
+
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.packets = 0;
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Ring {
+    file: File,
+    capacity: u64,
+    head: u64,
+    tail: u64,
+    packets: u64,
+}
+
+impl Ring {
+    pub fn new(name: &std::ffi::CStr, capacity: u64) -> Result<Self> {
+        let fail = |e| Error::io(format!("memfd of {capacity} bytes for parked packets"), e);
+        let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC).map_err(|e| fail(io::Error::from(e)))?;
+        let file = File::from(fd);
+        // Pages come with the first write: an empty ring takes no memory.
+        file.set_len(RECORDS_AT + capacity).map_err(fail)?;
+        let ring = Ring { file, capacity, head: 0, tail: 0, packets: 0 };
+        ring.write_header().map_err(fail)?;
+        Ok(ring)
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    pub fn used(&self) -> u64 {
+        self.tail - self.head
+    }
+
+    pub fn free(&self) -> u64 {
+        self.capacity - self.used()
+    }
+
+    pub fn packets(&self) -> u64 {
+        self.packets
+    }
+
+    /// Takes the batch in; the caller has seen that it fits.
+    pub fn push(&mut self, batch: &Batch) -> io::Result<()> {
+        if batch.bytes() > self.free() {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        let (first, rest) = batch.bytes.split_at(self.until_end(self.tail, batch.bytes.len()));
+        self.file.write_all_at(first, self.place(self.tail))?;
+        if !rest.is_empty() {
+            self.file.write_all_at(rest, RECORDS_AT)?;
+        }
+        self.tail += batch.bytes();
+        self.packets += batch.packets;
+        self.write_header()
+    }
+
+    /// Takes up to `most` records out, in order of arrival.
+    pub fn pop(&mut self, most: usize) -> io::Result<Vec<Record>> {
+        let mut records = Vec::new();
+        while records.len() < most && self.head < self.tail {
+            let record = self.pop_one()?;
+            records.push(record);
+        }
+        if !records.is_empty() {
+            self.write_header()?;
+        }
+        Ok(records)
+    }
+
+    fn pop_one(&mut self) -> io::Result<Record> {
+        let mut header = [0u8; RECORD_HEADER];
+        self.read(self.head, &mut header)?;
+        let [l0, l1, l2, l3, s0, s1, s2, s3, arrival @ ..] = header;
+        let length = u32::from_ne_bytes([l0, l1, l2, l3]);
+        if u64::from(length) + RECORD_HEADER as u64 > self.used() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a record longer than what is parked"));
+        }
+        let mut message = vec![0u8; length as usize];
+        self.read(self.head + RECORD_HEADER as u64, &mut message)?;
+        self.head += Batch::cost(&message);
+        self.packets = self.packets.saturating_sub(1);
+        Ok(Record { source: u32::from_ne_bytes([s0, s1, s2, s3]), arrival: u64::from_ne_bytes(arrival), message })
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let (first, rest) = into.split_at_mut(self.until_end(offset, into.len()));
+        self.file.read_exact_at(first, self.place(offset))?;
+        if rest.is_empty() { Ok(()) } else { self.file.read_exact_at(rest, RECORDS_AT) }
+    }
+
+    fn place(&self, offset: u64) -> u64 {
+        RECORDS_AT + offset % self.capacity
+    }
+
+    fn until_end(&self, offset: u64, len: usize) -> usize {
+        len.min((self.capacity - offset % self.capacity) as usize)
+    }
+
+    fn write_header(&self) -> io::Result<()> {
+        let fields = [MAGIC, self.capacity, self.head, self.tail, self.packets];
+        let bytes: Vec<u8> = fields.iter().flat_map(|f| f.to_ne_bytes()).collect();
+        self.file.write_all_at(&bytes, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    #[test]
+    fn a_batch_that_does_not_fit_is_refused_whole() {
+        let mut ring = Ring::new(c"test", 64).unwrap();
+        let mut batch = Batch::default();
+        batch.push(1, 2, &[7; 20]);
+        batch.push(1, 3, &[8; 20]);
+        assert!(ring.push(&batch).is_err());
+        assert_eq!((ring.used(), ring.packets()), (0, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn what_goes_in_comes_out_in_order(
+            steps in proptest::collection::vec((proptest::collection::vec(0usize..60, 0..4), 0usize..4), 1..60),
+        ) {
+            let mut ring = Ring::new(c"test", 200).unwrap();
+            let mut expected = VecDeque::new();
+            let mut n = 0u64;
+            for (lengths, pops) in steps {
+                let mut batch = Batch::default();
+                for length in lengths {
+                    let message = vec![n as u8; length];
+                    if batch.bytes() + Batch::cost(&message) <= ring.free() {
+                        batch.push(n as u32, n, &message);
+                        expected.push_back(Record { source: n as u32, arrival: n, message });
+                        n += 1;
+                    }
+                }
+                ring.push(&batch).unwrap();
+                prop_assert_eq!(ring.packets(), expected.len() as u64);
+                for record in ring.pop(pops).unwrap() {
+                    prop_assert_eq!(Some(record), expected.pop_front());
+                }
+            }
+            prop_assert_eq!(ring.pop(usize::MAX).unwrap(), expected.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!((ring.used(), ring.packets()), (0, 0));
+        }
+    }
+}
