@@ -247,7 +247,8 @@ impl Origins {
             self.controllers.get(&id).into_iter().flatten().filter(|c| c.userdata == userdata).collect();
         if candidates.iter().any(|c| c.alone) && candidates.iter().any(|c| !c.alone) {
             // What is done beside the copy may have changed the packet: only the port it came by is compared there.
-            candidates.retain(|c| c.masked.matches(key, &if c.alone { Touched::default() } else { Touched::headers() }));
+            candidates
+                .retain(|c| c.masked.matches(key, &if c.alone { Touched::default() } else { Touched::headers() }));
         }
         match candidates.as_slice() {
             [] => Err(Unreplayable::ControllerNoFlow),
@@ -406,14 +407,54 @@ mod tests {
             reason(&Origins::of(&[flow(0, 1, &a)]), &miss(7, 1))
         };
         assert_eq!(case(&|_| {}), None);
-        assert_eq!(case(&|a| { a.push(action::HASH, &[0; 8]); }), None);
-        assert_eq!(case(&|a| { a.push_u32(action::OUTPUT, 3); }), Some(Unreplayable::CopyBeforeRecirc));
-        assert_eq!(case(&|a| { *a = userspace(cookie::SFLOW).0; }), Some(Unreplayable::CopyBeforeRecirc));
-        assert_eq!(case(&|a| { a.push_nested(action::CLONE, &AttrBuf::new()); }), Some(Unreplayable::CopyBeforeRecirc));
-        assert_eq!(case(&|a| { a.push_nested(action::SAMPLE, &AttrBuf::new()); }), Some(Unreplayable::CopyBeforeRecirc));
-        assert_eq!(case(&|a| { a.push(action::POP_VLAN, &[]); }), Some(Unreplayable::HeaderChangeBeforeRecirc));
-        assert_eq!(case(&|a| { a.push(action::PUSH_VLAN, &[0; 4]); }), Some(Unreplayable::HeaderChangeBeforeRecirc));
-        assert_eq!(case(&|a| { a.push(200, &[]); }), Some(Unreplayable::UnknownActionBeforeRecirc));
+        assert_eq!(
+            case(&|a| {
+                a.push(action::HASH, &[0; 8]);
+            }),
+            None
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push_u32(action::OUTPUT, 3);
+            }),
+            Some(Unreplayable::CopyBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                *a = userspace(cookie::SFLOW).0;
+            }),
+            Some(Unreplayable::CopyBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push_nested(action::CLONE, &AttrBuf::new());
+            }),
+            Some(Unreplayable::CopyBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push_nested(action::SAMPLE, &AttrBuf::new());
+            }),
+            Some(Unreplayable::CopyBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push(action::POP_VLAN, &[]);
+            }),
+            Some(Unreplayable::HeaderChangeBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push(action::PUSH_VLAN, &[0; 4]);
+            }),
+            Some(Unreplayable::HeaderChangeBeforeRecirc)
+        );
+        assert_eq!(
+            case(&|a| {
+                a.push(200, &[]);
+            }),
+            Some(Unreplayable::UnknownActionBeforeRecirc)
+        );
         let nat = Origins::of(&[flow(0, 1, &ct_recirc(true, 7))]);
         assert_eq!(reason(&nat, &miss(7, 1)), Some(Unreplayable::NatBeforeRecirc));
         let mut inner = AttrBuf::new();

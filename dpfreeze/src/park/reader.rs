@@ -77,8 +77,7 @@ impl Shared {
     pub fn is_empty(&self) -> bool {
         // In this order: what is not in a socket at first has left it, and what the thread had in its hands then is in
         // the store when it has put it down.
-        let sockets_empty =
-            self.sockets().iter().all(|(_, socket)| socket.queue().is_ok_and(|queue| queue.used == 0));
+        let sockets_empty = self.sockets().iter().all(|(_, socket)| socket.queue().is_ok_and(|queue| queue.used == 0));
         sockets_empty && !self.reading.load(Ordering::SeqCst) && self.store().waiting() == 0
     }
 

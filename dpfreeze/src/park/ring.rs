@@ -149,7 +149,11 @@ impl Ring {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let (first, rest) = into.split_at_mut(self.until_end(offset, into.len()));
         self.file.read_exact_at(first, self.place(offset))?;
-        if rest.is_empty() { Ok(()) } else { self.file.read_exact_at(rest, RECORDS_AT) }
+        if rest.is_empty() {
+            Ok(())
+        } else {
+            self.file.read_exact_at(rest, RECORDS_AT)
+        }
     }
 
     fn place(&self, offset: u64) -> u64 {

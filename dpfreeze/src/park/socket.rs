@@ -78,8 +78,9 @@ impl UpcallSocket {
         if self.queue()?.limit / 2 >= wanted as u32 {
             return Ok(());
         }
-        set_option(&self.fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, wanted)
-            .map_err(|e| Error::io(format!("SO_RCVBUFFORCE of upcall socket {} (needs CAP_NET_ADMIN)", self.port_id), e))
+        set_option(&self.fd, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, wanted).map_err(|e| {
+            Error::io(format!("SO_RCVBUFFORCE of upcall socket {} (needs CAP_NET_ADMIN)", self.port_id), e)
+        })
     }
 
     /// The state of its receive queue.
@@ -94,11 +95,7 @@ impl UpcallSocket {
             libc::getsockopt(self.fd.as_raw_fd(), libc::SOL_SOCKET, SO_MEMINFO, info.as_mut_ptr().cast(), &mut len)
         };
         Errno::result(answer).map_err(|e| Error::io(format!("SO_MEMINFO of upcall socket {}", self.port_id), e))?;
-        Ok(Queue {
-            used: info[SK_MEMINFO_RMEM_ALLOC],
-            limit: info[SK_MEMINFO_RCVBUF],
-            drops: info[SK_MEMINFO_DROPS],
-        })
+        Ok(Queue { used: info[SK_MEMINFO_RMEM_ALLOC], limit: info[SK_MEMINFO_RCVBUF], drops: info[SK_MEMINFO_DROPS] })
     }
 }
 
@@ -234,11 +231,9 @@ fn refused(pid: u32, errno: Errno) -> Error {
                      set the SELinux boolean deny_ptrace off"
                 .into(),
         },
-        Errno::ENOSYS => Error::Unsupported {
-            what,
-            why: "the kernel is older than 5.6".into(),
-            remedy: "use a newer kernel".into(),
-        },
+        Errno::ENOSYS => {
+            Error::Unsupported { what, why: "the kernel is older than 5.6".into(), remedy: "use a newer kernel".into() }
+        }
         other => Error::io(what, io::Error::from(other)),
     }
 }

@@ -189,8 +189,7 @@ mod tests {
             store.park(queue, 0, 1, [message(port).as_slice()].into_iter());
         }
         assert_eq!((store.waiting(), store.stats.overflowed), (2, 1));
-        let order: Vec<Option<u32>> =
-            (0..2).map(|_| in_port_of(&store.pop(1).unwrap()[0].message)).collect();
+        let order: Vec<Option<u32>> = (0..2).map(|_| in_port_of(&store.pop(1).unwrap()[0].message)).collect();
         assert_eq!(order, [Some(2), Some(1)]);
     }
 
