@@ -293,3 +293,108 @@ pub trait RestoreWaitWatch: Send {
     /// Waits for the flag to go; false where `until` passes first.
     fn wait_cleared(&mut self, until: Instant) -> Result<bool>;
 }
+
+/// A service unit, as its manager has it loaded.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    /// Its name, for example `ovs-vswitchd.service`.
+    pub name: String,
+    /// `active`, `reloading`, `inactive`, `failed`, `activating`, `deactivating`.
+    pub active_state: String,
+    /// For example `running`.
+    pub sub_state: String,
+    /// The main process; 0 is none.
+    pub main_pid: i32,
+    /// The process of a command under way (ExecStart=, ExecReload=, ...); 0 is none.
+    pub control_pid: i32,
+    /// `PIDFile=`, where set.
+    pub pid_file: Option<PathBuf>,
+    /// The program and arguments of `ExecStart=`: `$VARIABLES` not expanded, `%` specifiers expanded.
+    pub exec_start: Vec<String>,
+    /// The same of `ExecReload=`.
+    pub exec_reload: Vec<String>,
+    /// The text of the unit file.
+    pub fragment: Option<PathBuf>,
+    /// The drop-ins that are loaded.
+    pub drop_ins: Vec<PathBuf>,
+    /// True where a file has changed since it was loaded.
+    pub needs_daemon_reload: bool,
+    /// Its cgroup.
+    pub control_group: String,
+    /// `EnvironmentFile=` entries.
+    pub environment_files: Vec<PathBuf>,
+    /// `Type=`.
+    pub kind: String,
+}
+
+/// What the run-time drop-in of a hand-over says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandOver {
+    /// The unit, for example `ovs-vswitchd.service`.
+    pub unit: String,
+    /// The PID file to re-read when the reload ends.
+    pub pid_file: PathBuf,
+    /// Our program and its arguments up to and with `--`; the unit's own ExecStart= words are put behind.
+    pub hook: Vec<String>,
+    /// How long the reload may take, seconds.
+    pub limit_s: u64,
+}
+
+/// The unit that the supervisor runs in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SupervisorUnit {
+    /// Its name, for example `ovs-graceful-run.service`.
+    pub name: String,
+    /// What `systemctl status` calls it.
+    pub description: String,
+    /// The program (an absolute path) and its arguments.
+    pub command: Vec<String>,
+    /// Run when the supervisor has ended, however it ended.
+    pub stop_post: Vec<String>,
+    /// Added to its environment.
+    pub environment: Vec<(String, String)>,
+    /// Its nice value.
+    pub nice: i32,
+}
+
+/// A job for a unit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobKind {
+    /// `systemctl start`.
+    Start,
+    /// `systemctl stop`.
+    Stop,
+    /// `systemctl restart`.
+    Restart,
+    /// `systemctl reload`.
+    Reload,
+}
+
+/// The service manager. Jobs are queued with mode `ignore-dependencies`: no other unit is pulled along.
+pub trait ServiceManager {
+    /// Is it there at all?
+    fn is_running(&self) -> bool;
+    /// The service unit that owns this daemon (by its main process, or by being Open vSwitch's own unit).
+    fn owner(&self, daemon: &Daemon, until: Instant) -> Result<Option<Unit>>;
+    /// A unit by name; `None` where there is none to load.
+    fn unit(&self, name: &str, until: Instant) -> Result<Option<Unit>>;
+    /// Is a stop of the whole machine under way (hazards 21)?
+    fn shutdown_queued(&self, until: Instant) -> Result<bool>;
+    /// Names of units with a job that somebody has queued, with the kind of the job.
+    fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>>;
+    /// Writes the run-time drop-in, loads it and returns the unit with it. May be run twice.
+    fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit>;
+    /// Removes the run-time drop-in of `unit` and loads what is left. May be run twice.
+    fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()>;
+    /// Queues a job and returns at once.
+    fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>>;
+    /// Starts the supervisor as a transient unit and waits until its program has been executed.
+    fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()>;
+}
+
+/// A queued job.
+pub trait Job: Send {
+    /// Waits for its end; `None` where `until` passes first. `Ok(Some("done"))` is success, other words are systemd's
+    /// (`failed`, `timeout`, `canceled`, `dependency`, `skipped`).
+    fn wait(&mut self, until: Instant) -> Result<Option<String>>;
+}

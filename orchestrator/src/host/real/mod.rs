@@ -7,7 +7,9 @@ pub mod ovsdb;
 pub mod pid_file;
 pub mod procfs;
 mod spawn;
+pub mod systemd;
 pub mod unixctl;
 
 pub use daemons::RealDaemons;
 pub use ovsdb::Ovsdb;
+pub use systemd::Systemd;

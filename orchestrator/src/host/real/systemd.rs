@@ -1,0 +1,459 @@
+//! systemd, over its own socket `/run/systemd/private` where that is there (root needs no message bus then), else over
+//! the system bus. Interfaces: org.freedesktop.systemd1(5).
+//!
+//! zbus is asynchronous: each connection has a small runtime of its own, which runs only while we wait.
+
+use std::collections::HashMap;
+use std::fs;
+use std::future::Future;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::time::Instant;
+
+use tokio::runtime::Runtime;
+use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant};
+
+use super::jsonrpc::remaining;
+use crate::host::{Context, Daemon, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit};
+
+/// systemd's own socket, for root.
+const PRIVATE_SOCKET: &str = "/run/systemd/private";
+const DESTINATION: &str = "org.freedesktop.systemd1";
+const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+/// Where run-time drop-ins live: gone with the next boot.
+const RUNTIME_UNITS: &str = "/run/systemd/system";
+/// The file name of our drop-in.
+const DROP_IN: &str = "90-ovs-graceful.conf";
+/// The services that own Open vSwitch's daemons in its packages.
+const OWN_UNITS: &[&str] = &["ovs-vswitchd.service", "ovsdb-server.service"];
+/// Every wait for systemd's answer is about this object.
+const OBJECT: &str = "systemd";
+
+/// The systemd of this host.
+#[derive(Debug, Clone)]
+pub struct Systemd {
+    runtime_units: PathBuf,
+}
+
+impl Default for Systemd {
+    fn default() -> Self {
+        Systemd { runtime_units: RUNTIME_UNITS.into() }
+    }
+}
+
+/// A connection and the runtime it runs on.
+struct Bus {
+    runtime: Runtime,
+    connection: Connection,
+    private: bool,
+}
+
+impl Bus {
+    fn connect(until: Instant) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().about(OBJECT)?;
+        let private = UnixStream::connect(PRIVATE_SOCKET).ok();
+        let is_private = private.is_some();
+        let connection = within(&runtime, until, "connecting", async move {
+            match private {
+                Some(stream) => zbus::connection::Builder::unix_stream(stream).p2p().build().await,
+                None => Connection::system().await,
+            }
+        })?;
+        Ok(Bus { runtime, connection, private: is_private })
+    }
+
+    /// Calls `method` of `interface` on the object `path`.
+    fn call<B>(&self, path: &str, interface: &str, method: &str, body: &B, until: Instant) -> Result<Message>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        let destination = (!self.private).then_some(DESTINATION);
+        let call = self.connection.call_method(destination, path, Some(interface), method, body);
+        within(&self.runtime, until, method, call)
+    }
+
+    /// Calls `method` of the manager.
+    fn manager<B>(&self, method: &str, body: &B, until: Instant) -> Result<Message>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        self.call(MANAGER_PATH, MANAGER, method, body, until)
+    }
+
+    /// The object path in the answer to `method`; `None` where systemd says that there is no such unit.
+    fn path<B>(&self, method: &str, body: &B, until: Instant) -> Result<Option<OwnedObjectPath>>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        match self.manager(method, body, until) {
+            Ok(message) => Ok(Some(message.body().deserialize().about(OBJECT)?)),
+            Err(error) if error.cause.contains("NoSuchUnit") || error.cause.contains("NoUnitForPID") => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All properties of `interface` on the object `path`.
+    fn properties(&self, path: &str, interface: &str, until: Instant) -> Result<Properties> {
+        let message = self.call(path, "org.freedesktop.DBus.Properties", "GetAll", &(interface,), until)?;
+        Ok(Properties(message.body().deserialize().about(OBJECT)?))
+    }
+
+    fn unit(&self, path: &str, until: Instant) -> Result<Option<Unit>> {
+        let unit = self.properties(path, "org.freedesktop.systemd1.Unit", until)?;
+        if unit.text("LoadState") == "not-found" {
+            return Ok(None);
+        }
+        let service = self.properties(path, "org.freedesktop.systemd1.Service", until)?;
+        Ok(Some(Unit {
+            name: unit.text("Id"),
+            active_state: unit.text("ActiveState"),
+            sub_state: unit.text("SubState"),
+            main_pid: service.number("MainPID"),
+            control_pid: service.number("ControlPID"),
+            pid_file: service.path("PIDFile"),
+            exec_start: service.command("ExecStart"),
+            exec_reload: service.command("ExecReload"),
+            fragment: unit.path("FragmentPath"),
+            drop_ins: unit.get::<Vec<String>>("DropInPaths").into_iter().flatten().map(PathBuf::from).collect(),
+            needs_daemon_reload: unit.get("NeedDaemonReload").unwrap_or(false),
+            control_group: service.text("ControlGroup"),
+            environment_files: service
+                .get::<Vec<(String, bool)>>("EnvironmentFiles")
+                .into_iter()
+                .flatten()
+                .map(|(path, _)| path.into())
+                .collect(),
+            kind: service.text("Type"),
+        }))
+    }
+}
+
+/// Runs one exchange with systemd with a deadline.
+fn within<T>(
+    runtime: &Runtime,
+    until: Instant,
+    doing: &str,
+    exchange: impl Future<Output = zbus::Result<T>>,
+) -> Result<T> {
+    let Some(left) = remaining(until) else { return Err(HostError::timeout(OBJECT, doing)) };
+    let result = runtime.block_on(async { tokio::time::timeout(left, exchange).await });
+    match result {
+        Ok(result) => result.map_err(|e| HostError::new(OBJECT, format!("{doing}: {e}"))),
+        Err(_) => Err(HostError::timeout(OBJECT, doing)),
+    }
+}
+
+/// The properties of an object.
+struct Properties(HashMap<String, OwnedVariant>);
+
+impl Properties {
+    fn get<T>(&self, name: &str) -> Option<T>
+    where
+        T: TryFrom<OwnedVariant>,
+    {
+        self.0.get(name)?.try_clone().ok()?.try_into().ok()
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.get(name).unwrap_or_default()
+    }
+
+    fn number(&self, name: &str) -> i32 {
+        self.get::<u32>(name).and_then(|n| i32::try_from(n).ok()).unwrap_or_default()
+    }
+
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        self.get::<String>(name).filter(|p| !p.is_empty()).map(PathBuf::from)
+    }
+
+    /// The words of the first command: the program's path, then its arguments without `argv[0]`.
+    fn command(&self, name: &str) -> Vec<String> {
+        type Command = (String, Vec<String>, bool, u64, u64, u64, u64, u32, i32, i32);
+        let commands = self.get::<Vec<Command>>(name).unwrap_or_default();
+        let words = commands.into_iter().next().map(|command| {
+            let mut words = vec![command.0];
+            words.extend(command.1.into_iter().skip(1));
+            words
+        });
+        words.unwrap_or_default()
+    }
+}
+
+impl Systemd {
+    fn drop_in(&self, unit: &str) -> PathBuf {
+        self.runtime_units.join(format!("{unit}.d")).join(DROP_IN)
+    }
+}
+
+impl ServiceManager for Systemd {
+    fn is_running(&self) -> bool {
+        // sd_booted(3).
+        Path::new("/run/systemd/system").is_dir()
+    }
+
+    fn owner(&self, daemon: &Daemon, until: Instant) -> Result<Option<Unit>> {
+        if !self.is_running() {
+            return Ok(None);
+        }
+        let bus = Bus::connect(until)?;
+        let pid = u32::try_from(daemon.id.pid).about(OBJECT)?;
+        let Some(path) = bus.path("GetUnitByPID", &(pid,), until)? else { return Ok(None) };
+        // A daemon that somebody started by hand lives in a session or in another service: that unit does not own it.
+        let owns = |unit: &Unit| {
+            let mains = [Some(daemon.id.pid), daemon.monitor.map(|monitor| monitor.pid)];
+            mains.contains(&Some(unit.main_pid)) || OWN_UNITS.contains(&unit.name.as_str())
+        };
+        if !path.as_str().ends_with("_2eservice") {
+            return Ok(None);
+        }
+        Ok(bus.unit(path.as_str(), until)?.filter(owns))
+    }
+
+    fn unit(&self, name: &str, until: Instant) -> Result<Option<Unit>> {
+        let bus = Bus::connect(until)?;
+        match bus.path("LoadUnit", &(name,), until)? {
+            Some(path) => bus.unit(path.as_str(), until),
+            None => Ok(None),
+        }
+    }
+
+    fn shutdown_queued(&self, until: Instant) -> Result<bool> {
+        let jobs = self.jobs(until)?;
+        Ok(jobs.iter().any(|(unit, kind)| unit == "shutdown.target" && kind == "start"))
+    }
+
+    fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>> {
+        type Row = (u32, String, String, String, OwnedObjectPath, OwnedObjectPath);
+        let message = Bus::connect(until)?.manager("ListJobs", &(), until)?;
+        let rows: Vec<Row> = message.body().deserialize().about(OBJECT)?;
+        Ok(rows.into_iter().map(|row| (row.1, row.2)).collect())
+    }
+
+    fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {
+        let bus = Bus::connect(until)?;
+        let missing = || HostError::new(&hand_over.unit, "there is no such unit");
+        let path = bus.path("LoadUnit", &(hand_over.unit.as_str(),), until)?.ok_or_else(missing)?;
+        let mut unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
+        if unit.needs_daemon_reload {
+            // The package has changed the unit: the command of *now* is what we want.
+            bus.manager("Reload", &(), until)?;
+            unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
+        }
+        if unit.exec_start.is_empty() {
+            return Err(HostError::new(&hand_over.unit, "it has no ExecStart= to start the new daemon with"));
+        }
+        let file = self.drop_in(&hand_over.unit);
+        write_whole(&file, &drop_in_text(hand_over, &unit.exec_start)).about(file.display().to_string())?;
+        bus.manager("Reload", &(), until)?;
+        let unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
+        if unit.pid_file.as_deref() != Some(&hand_over.pid_file) {
+            return Err(HostError::new(&hand_over.unit, format!("the drop-in {} has no effect", file.display()))
+                .remedy("look for drop-ins of a later name or in /etc/systemd/system that set PIDFile="));
+        }
+        Ok(unit)
+    }
+
+    fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()> {
+        let file = self.drop_in(unit);
+        match fs::remove_file(&file) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(HostError::new(file.display().to_string(), e)),
+        }
+        // Other drop-ins may live there; then it stays.
+        let _ = file.parent().map(fs::remove_dir);
+        Bus::connect(until)?.manager("Reload", &(), until).map(drop)
+    }
+
+    fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>> {
+        let bus = Bus::connect(until)?;
+        let method = match kind {
+            JobKind::Start => "StartUnit",
+            JobKind::Stop => "StopUnit",
+            JobKind::Restart => "RestartUnit",
+            JobKind::Reload => "ReloadUnit",
+        };
+        RealJob::queue(bus, unit, method, &(unit, "ignore-dependencies"), until).map(|job| Box::new(job) as _)
+    }
+
+    fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()> {
+        let bus = Bus::connect(until)?;
+        let none: Vec<(String, Vec<(String, Variant<'_>)>)> = Vec::new();
+        let body = (unit.name.as_str(), "fail", supervisor_properties(unit), none);
+        let mut job = RealJob::queue(bus, &unit.name, "StartTransientUnit", &body, until)?;
+        match job.wait(until)?.as_deref() {
+            Some("done") => Ok(()),
+            Some(other) => Err(HostError::new(&unit.name, format!("its start ended as {other}"))
+                .remedy(format!("see `journalctl -u {}`", unit.name))),
+            None => Err(HostError::timeout(&unit.name, "starting it")),
+        }
+    }
+}
+
+/// A job and the connection on which its end is announced.
+struct RealJob {
+    bus: Bus,
+    stream: MessageStream,
+    path: OwnedObjectPath,
+    unit: String,
+}
+
+impl RealJob {
+    /// Calls `method` of the manager, listening for ends of jobs from before the call.
+    fn queue<B>(bus: Bus, unit: &str, method: &str, body: &B, until: Instant) -> Result<Self>
+    where
+        B: serde::Serialize + zbus::DynamicType,
+    {
+        bus.manager("Subscribe", &(), until)?;
+        let stream = within(&bus.runtime, until, "listening for jobs", async {
+            let rule = MatchRule::builder()
+                .msg_type(zbus::message::Type::Signal)
+                .interface(MANAGER)
+                .member("JobRemoved")
+                .build()?;
+            MessageStream::for_match_rule(rule, &bus.connection, None).await
+        })?;
+        let path = bus.manager(method, body, until)?.body().deserialize().about(unit)?;
+        Ok(RealJob { bus, stream, path, unit: unit.to_owned() })
+    }
+}
+
+impl Job for RealJob {
+    fn wait(&mut self, until: Instant) -> Result<Option<String>> {
+        let (stream, path) = (&mut self.stream, &self.path);
+        let ended = within(&self.bus.runtime, until, "waiting for a job", async {
+            while let Some(message) = next(stream).await {
+                let message = message?;
+                let (_, job, _, result): (u32, OwnedObjectPath, String, String) = message.body().deserialize()?;
+                if job == *path {
+                    return Ok(Some(result));
+                }
+            }
+            Ok(None)
+        });
+        match ended {
+            Ok(Some(result)) => Ok(Some(result)),
+            Ok(None) => Err(HostError::new(&self.unit, "systemd closed the connection while its job was under way")),
+            Err(error) if error.timed_out => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The next message of a stream (what `StreamExt::next` does).
+async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Message>> {
+    std::future::poll_fn(|cx| zbus::export::futures_core::Stream::poll_next(Pin::new(&mut *stream), cx)).await
+}
+
+/// The text of the run-time drop-in.
+fn drop_in_text(hand_over: &HandOver, exec_start: &[String]) -> String {
+    let words: Vec<String> =
+        hand_over.hook.iter().map(|word| literal(word)).chain(exec_start.iter().map(|w| quoted(w))).collect();
+    format!(
+        "# Written by ovs-graceful for one run, and removed at its end.\n\
+         [Service]\n\
+         # Read again when ExecReload= ends: that is how the new daemon becomes the main process.\n\
+         PIDFile={}\n\
+         ExecReload=\n\
+         ExecReload={}\n\
+         # The old daemon may have to be killed; that is no failure of the unit.\n\
+         SuccessExitStatus=SIGKILL\n\
+         TimeoutStartSec={}\n",
+        hand_over.pid_file.display(),
+        words.join(" "),
+        hand_over.limit_s,
+    )
+}
+
+/// A word of a command line (systemd.service(5), "Command lines") that systemd takes as it is but for `$VARIABLES`,
+/// which it expands when it runs the command, as it would have done in ExecStart=.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=/.,:+@$[]".contains(c) || c == '{' || c == '}';
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    let mut text = String::from("\"");
+    for c in word.chars() {
+        match c {
+            '"' | '\\' => text.extend(['\\', c]),
+            '%' => text.push_str("%%"),
+            '\n' => text.push_str("\\n"),
+            '\t' => text.push_str("\\t"),
+            other => text.push(other),
+        }
+    }
+    text.push('"');
+    text
+}
+
+/// A word of our own, in which nothing is to be expanded.
+fn literal(word: &str) -> String {
+    quoted(&word.replace('$', "$$"))
+}
+
+/// Writes a file that is whole whenever somebody reads it.
+fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    // Not *.conf: systemd does not read it.
+    let new = path.with_extension("new");
+    fs::write(&new, text)?;
+    fs::rename(new, path)
+}
+
+/// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
+fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>)> {
+    let command = |words: &[String]| {
+        let program = words.first().cloned().unwrap_or_default();
+        Variant::from(vec![(program, words.to_vec(), false)])
+    };
+    let environment: Vec<String> = unit.environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
+    let text = |text: &str| Variant::from(text.to_owned());
+    let mut properties = vec![
+        ("Description", text(&unit.description)),
+        ("Type", text("exec")),
+        ("ExecStart", command(&unit.command)),
+        ("DefaultDependencies", Variant::from(false)),
+        ("IgnoreOnIsolate", Variant::from(true)),
+        ("CollectMode", text("inactive-or-failed")),
+        ("OOMScoreAdjust", Variant::from(-1000i32)),
+        ("Nice", Variant::from(unit.nice)),
+        ("LimitMEMLOCK", Variant::from(u64::MAX)),
+        // What it has started (ovs-ofctl, a gate command) has to end with it; daemons live in units of their own.
+        ("KillMode", text("mixed")),
+        ("StandardOutput", text("journal")),
+        ("StandardError", text("journal")),
+        ("Environment", Variant::from(environment)),
+    ];
+    if !unit.stop_post.is_empty() {
+        properties.push(("ExecStopPost", command(&unit.stop_post)));
+    }
+    properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_drop_in_keeps_what_systemd_is_to_expand_and_nothing_else() {
+        let hand_over = HandOver {
+            unit: "ovs-vswitchd.service".into(),
+            pid_file: "/run/openvswitch/ovs-vswitchd.pid".into(),
+            hook: vec!["/opt/a b/ovs-graceful".into(), "hook".into(), "cost$".into(), "--".into()],
+            limit_s: 600,
+        };
+        let start = ["/usr/share/ovs-ctl", "--system-id=random", "start", "$OVS_CTL_OPTS", "${USER}", "50% \"x\""];
+        let text = drop_in_text(&hand_over, &start.map(String::from));
+        let line = text.lines().filter(|l| l.starts_with("ExecReload=")).nth(1).unwrap();
+        assert_eq!(
+            line,
+            "ExecReload=\"/opt/a b/ovs-graceful\" hook cost$$ -- /usr/share/ovs-ctl --system-id=random start \
+             $OVS_CTL_OPTS ${USER} \"50%% \\\"x\\\"\""
+        );
+        assert!(text.contains("\nPIDFile=/run/openvswitch/ovs-vswitchd.pid\n"));
+    }
+}
