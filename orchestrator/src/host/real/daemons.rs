@@ -1,6 +1,6 @@
 //! The daemons of this host, found by what they own and held by pidfd.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use dpfreeze::netlink::table::{self, NetlinkSocketRow};
+use dpfreeze::netlink::Protocol;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -281,20 +283,10 @@ fn installed_program(daemon: &Daemon) -> Result<PathBuf> {
 }
 
 /// The inodes of the generic netlink sockets with these port ids.
-fn upcall_socket_inodes(port_ids: &[u32]) -> std::io::Result<std::collections::BTreeSet<u64>> {
-    let text = fs::read_to_string("/proc/net/netlink")?;
-    Ok(parse_netlink_table(&text)
-        .filter(|(protocol, port, _)| *protocol == 16 && port_ids.contains(port))
-        .map(|row| row.2)
-        .collect())
-}
-
-/// Protocol, port id and inode of each row: `sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode`.
-fn parse_netlink_table(text: &str) -> impl Iterator<Item = (u32, u32, u64)> + '_ {
-    text.lines().skip(1).filter_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        Some((fields.get(1)?.parse().ok()?, fields.get(2)?.parse().ok()?, fields.get(9)?.parse().ok()?))
-    })
+fn upcall_socket_inodes(port_ids: &[u32]) -> dpfreeze::Result<BTreeSet<u64>> {
+    let generic = |row: &NetlinkSocketRow| row.protocol == Protocol::Generic as u32;
+    let rows = table::read()?.into_iter().filter(generic);
+    Ok(rows.filter(|row| port_ids.contains(&row.port_id)).map(|row| row.inode).collect())
 }
 
 /// Does the end of the standby's log say that it waits for the lock (`bridge_run` in `vswitchd/bridge.c`)?
@@ -377,13 +369,5 @@ mod tests {
         assert!(daemons.wait_end(id, Instant::now() + Duration::from_secs(5)).unwrap());
         child.wait().unwrap();
         assert!(!daemons.is_alive(id) && daemons.signal(id, Signal::Kill).is_err());
-    }
-
-    #[test]
-    fn the_netlink_table_is_read_by_column() {
-        let text = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
-                    0000000012f9e2b6 16  3204448594 00000000 0        0        0     2        0        9217\n\
-                    0000000012f9e2b7 0   355        00000440 0        0        0     2        0        9211\n";
-        assert_eq!(parse_netlink_table(text).collect::<Vec<_>>(), [(16, 3204448594, 9217), (0, 355, 9211)]);
     }
 }
