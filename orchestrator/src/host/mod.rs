@@ -398,3 +398,97 @@ pub trait Job: Send {
     /// (`failed`, `timeout`, `canceled`, `dependency`, `skipped`).
     fn wait(&mut self, until: Instant) -> Result<Option<String>>;
 }
+
+/// The OpenFlow state of a bridge, in the words of ovs-ofctl.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BridgeRules {
+    /// The bridge.
+    pub bridge: String,
+    /// The version it was read in and will be written in: the highest the bridge speaks, for example `OpenFlow15`.
+    pub protocol: String,
+    /// `{class=..,type=..,len=..}->tun_metadataN`, one a line of the TLV map.
+    pub tlv_map: Vec<String>,
+    /// The meters, as `add-meter` takes them.
+    pub meters: Vec<String>,
+    /// The groups, as `add-groups` takes them.
+    pub groups: Vec<String>,
+    /// The flows, as `add-flows` takes them, without counters and ages.
+    pub flows: Vec<String>,
+}
+
+/// How a bridge was restored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoredRules {
+    /// The bridge.
+    pub bridge: String,
+    /// True where its version has no bundles (before OpenFlow 1.3): rules appeared one after the other.
+    pub not_atomic: bool,
+}
+
+/// A rule that is there on one side only.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RuleDifference {
+    /// The bridge.
+    pub bridge: String,
+    /// `flow`, `group`, `meter` or `tlv-map`.
+    pub kind: String,
+    /// True where it was there before and is not now; false where it is new.
+    pub missing: bool,
+    /// True where the rule has a time-out: it may have gone, or been learned, rightly.
+    pub timed: bool,
+    /// The rule.
+    pub rule: String,
+}
+
+/// A learned MAC address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdbEntry {
+    /// OpenFlow port number, or `LOCAL`.
+    pub port: String,
+    /// VLAN of the entry; 0 is none.
+    pub vlan: u16,
+    /// The address, as `aa:bb:cc:dd:ee:ff`.
+    pub mac: String,
+    /// Seconds since it was seen; `None` for a static entry.
+    pub age_s: Option<u32>,
+}
+
+/// What became of learned addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LearnReport {
+    /// How many are in the table again.
+    pub restored: u64,
+    /// How many are not, by reason.
+    pub skipped: BTreeMap<String, u64>,
+}
+
+/// The bridges, through their management sockets.
+pub trait OpenFlow {
+    /// Flows, groups, meters and TLV maps of `bridges`, read side by side.
+    fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>>;
+    /// `before` brought up to now: everything is read again but the flows of those bridges that `watch` saw no change
+    /// of (hazards 22).
+    fn refresh(
+        &self,
+        bridges: &[Bridge],
+        before: &[BridgeRules],
+        watch: &mut dyn RuleWatch,
+        until: Instant,
+    ) -> Result<Vec<BridgeRules>>;
+    /// Watches the flows of `bridges` from now on. A bridge that cannot be watched counts as changed.
+    fn watch(&self, bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>>;
+    /// Waits until `daemon` has all of `bridges` and each one's management socket answers.
+    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()>;
+    /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. May be run twice.
+    fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
+    /// The learned addresses of `bridge` in `daemon`, the latest first.
+    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>>;
+    /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
+    fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
+}
+
+/// Notices changes of flows.
+pub trait RuleWatch: Send {
+    /// The bridges whose flows have changed since the watch began, or may have.
+    fn changed(&mut self, until: Instant) -> Result<std::collections::BTreeSet<String>>;
+}

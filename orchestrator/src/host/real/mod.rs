@@ -2,7 +2,9 @@
 
 pub mod command;
 pub mod daemons;
+mod fdb;
 pub mod jsonrpc;
+pub mod openflow;
 pub mod ovsdb;
 pub mod pid_file;
 pub mod procfs;
@@ -11,5 +13,6 @@ pub mod systemd;
 pub mod unixctl;
 
 pub use daemons::RealDaemons;
+pub use openflow::RealOpenFlow;
 pub use ovsdb::Ovsdb;
 pub use systemd::Systemd;

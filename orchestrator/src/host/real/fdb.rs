@@ -1,0 +1,109 @@
+//! Learned MAC addresses: read with `fdb/show`, taught with `ofproto/trace-packet-out`.
+//!
+//! `ofproto/trace-packet-out ... -generate NORMAL` translates a made-up frame *with side effects* (`xlate_in_init` in
+//! `ofproto/ofproto-dpif-xlate.c`: a packet is there) and executes nothing in the datapath: the source address is
+//! learned as if the frame had come in, and no port sees a frame. A real packet-out would flood instead: it learns only
+//! after its own look-up (`packet_xlate`), and `fdb/add` makes entries that never age.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::jsonrpc::{remaining, Connection};
+use crate::host::{Bridge, FdbEntry, LearnReport, Port, Result};
+
+/// IEEE 802 local experimental EtherType 1: nothing looks into such a frame.
+const ETHER_TYPE: &str = "0x88b5";
+
+/// The rows of `fdb/show`: port, VLAN, MAC, age.
+pub fn parse(text: &str) -> Vec<FdbEntry> {
+    let row = |line: &str| match line.split_whitespace().collect::<Vec<_>>()[..] {
+        [port, vlan, mac, age] => Some(FdbEntry {
+            port: port.to_owned(),
+            vlan: vlan.parse().ok()?,
+            mac: (mac.len() == 17).then(|| mac.to_owned())?,
+            age_s: age.parse().ok(),
+        }),
+        _ => None,
+    };
+    text.lines().filter_map(row).collect()
+}
+
+/// Teaches the daemon behind `control` the addresses.
+pub fn learn(control: &Path, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
+    let mut report = LearnReport::default();
+    let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
+    let mut connection = Connection::connect(control)?;
+    for entry in entries {
+        if entry.age_s.is_none() {
+            skip("static entries come from whoever configured them");
+        } else if remaining(until).is_none() {
+            skip("no time left");
+        } else {
+            let frame = frame(entry, port_of(bridge, &entry.port));
+            let arguments = json!([bridge.name, frame, "-generate", "NORMAL"]);
+            match connection.call("ofproto/trace-packet-out", arguments, until) {
+                Ok(_) => {}
+                Err(error) if error.timed_out => skip("no time left"),
+                Err(error) => skip(&error.cause),
+            }
+        }
+    }
+    // Counted by what is in the table, not by what was asked for.
+    let table =
+        connection.call("fdb/show", json!([bridge.name]), Instant::now() + std::time::Duration::from_secs(1))?;
+    let there = parse(table.as_str().unwrap_or_default());
+    let same = |a: &FdbEntry, b: &FdbEntry| (&a.port, a.vlan, &a.mac) == (&b.port, b.vlan, &b.mac);
+    report.restored = entries.iter().filter(|entry| there.iter().any(|other| same(entry, other))).count() as u64;
+    let skipped: u64 = report.skipped.values().sum();
+    let refused = (entries.len() as u64).saturating_sub(report.restored + skipped);
+    if refused > 0 {
+        report.skipped.insert("the port does not take such a frame".to_owned(), refused);
+    }
+    Ok(report)
+}
+
+/// The port that the database has under this OpenFlow number.
+fn port_of<'a>(bridge: &'a Bridge, number: &str) -> Option<&'a Port> {
+    let number: i64 = number.parse().ok()?;
+    bridge.ports.iter().find(|port| port.interfaces.iter().any(|interface| interface.ofport == Some(number)))
+}
+
+/// A frame of the entry's address to itself, as the port expects it: without a tag where the VLAN is the port's own.
+fn frame(entry: &FdbEntry, port: Option<&Port>) -> String {
+    let own = port.and_then(|port| port.tag) == Some(i64::from(entry.vlan));
+    let tag = if entry.vlan == 0 || own { String::new() } else { format!(",dl_vlan={}", entry.vlan) };
+    let FdbEntry { port, mac, .. } = entry;
+    format!("in_port={port},dl_src={mac},dl_dst={mac},dl_type={ETHER_TYPE}{tag}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Interface;
+
+    #[test]
+    fn rows_of_fdb_show() {
+        let text = " port  VLAN  MAC                Age\nLOCAL     0  aa:bb:cc:dd:ee:00   12\n    2     5  aa:bb:cc:dd:ee:01  static\n";
+        let entries = parse(text);
+        assert_eq!((entries[0].port.as_str(), entries[0].vlan, entries[0].age_s), ("LOCAL", 0, Some(12)));
+        assert_eq!((entries[1].port.as_str(), entries[1].vlan, entries[1].age_s), ("2", 5, None));
+        assert_eq!(entries.len(), 2);
+    }
+
+    #[test]
+    fn frames_are_tagged_as_their_port_expects() {
+        let port = |tag| Port {
+            tag,
+            interfaces: vec![Interface { ofport: Some(2), ..Interface::default() }],
+            ..Port::default()
+        };
+        let entry = |vlan| FdbEntry { port: "2".into(), vlan, mac: "aa:bb:cc:dd:ee:01".into(), age_s: Some(1) };
+        let bridge = Bridge { ports: vec![port(Some(5))], ..Bridge::default() };
+        assert!(!frame(&entry(5), port_of(&bridge, "2")).contains("dl_vlan"));
+        assert!(frame(&entry(6), port_of(&bridge, "2")).ends_with(",dl_vlan=6"));
+        assert!(!frame(&entry(0), Some(&port(None))).contains("dl_vlan"));
+        assert!(frame(&entry(7), None).starts_with("in_port=2,dl_src=aa:bb:cc:dd:ee:01,dl_dst=aa:bb:cc:dd:ee:01,"));
+    }
+}

@@ -1,0 +1,458 @@
+//! The bridges through the installed ovs-ofctl: it speaks the version of the package, whatever that is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{fcntl, FcntlArg, OFlag};
+
+use super::jsonrpc::remaining;
+use super::{command, fdb, unixctl};
+use crate::host::{
+    Bridge, BridgeRules, Context, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, RestoredRules, Result,
+    RuleDifference, RuleWatch,
+};
+
+const OVS_OFCTL: &str = "ovs-ofctl";
+/// All versions there are; the bridge takes the highest that it speaks.
+const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
+/// Between two looks at a daemon that starts.
+const LOOK_AGAIN: Duration = Duration::from_millis(3);
+
+/// The bridges of this host.
+#[derive(Debug, Clone)]
+pub struct RealOpenFlow {
+    run_directory: PathBuf,
+}
+
+impl RealOpenFlow {
+    /// The bridges whose management sockets are in `run_directory`, usually `/run/openvswitch`.
+    pub fn new(run_directory: impl Into<PathBuf>) -> Self {
+        RealOpenFlow { run_directory: run_directory.into() }
+    }
+
+    fn socket(&self, bridge: &str) -> PathBuf {
+        self.run_directory.join(format!("{bridge}.mgmt"))
+    }
+
+    /// The management socket as ovs-ofctl takes it. Never the bare name, which may mean another thing to it.
+    fn target(&self, bridge: &str) -> String {
+        format!("unix:{}", self.socket(bridge).display())
+    }
+
+    /// Runs `ovs-ofctl -O PROTOCOL ARGUMENTS`.
+    fn ofctl(&self, protocol: &str, arguments: &[&str], input: Option<&str>, until: Instant) -> Result<String> {
+        let mut words = vec!["--no-names", "-O", protocol];
+        words.extend(arguments);
+        command::run_well(OVS_OFCTL, &words, input.map(str::as_bytes), until)
+    }
+
+    /// Reads one bridge; its flows only where `flows` does not have them yet.
+    fn read(&self, bridge: &Bridge, flows: Option<Vec<String>>, until: Instant) -> Result<BridgeRules> {
+        let target = self.target(&bridge.name);
+        let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
+        let groups = self.ofctl(&versions, &["dump-desc", &target], None, until)?;
+        let protocol = protocol_of(&groups).ok_or_else(|| {
+            HostError::new(format!("bridge {}", bridge.name), "ovs-ofctl does not tell which OpenFlow version it used")
+        })?;
+        let dump = |what: &str| self.ofctl(&protocol, &[what, &target], None, until);
+        let number = version_number(&protocol);
+        let flows = match flows {
+            Some(flows) => flows,
+            None => {
+                let words = ["--no-stats", "dump-flows", &target];
+                parse_flows(&self.ofctl(&protocol, &words, None, until)?)
+            }
+        };
+        Ok(BridgeRules {
+            bridge: bridge.name.clone(),
+            // Groups came with OpenFlow 1.1, meters with 1.3.
+            groups: if number >= 11 { parse_groups(&dump("dump-groups")?) } else { Vec::new() },
+            meters: if number >= 13 { parse_meters(&dump("dump-meters")?) } else { Vec::new() },
+            tlv_map: parse_tlv_map(&dump("dump-tlv-map")?),
+            flows,
+            protocol,
+        })
+    }
+
+    fn restore_one(&self, rules: &BridgeRules, until: Instant) -> Result<RestoredRules> {
+        let target = self.target(&rules.bridge);
+        let object = format!("bridge {}", rules.bridge);
+        let about = |error: HostError| HostError { object: format!("{object}: {}", error.object), ..error };
+        self.restore_meters(&target, rules, until).map_err(about)?;
+        self.restore_tlv_map(&target, rules, until).map_err(about)?;
+        let bundled = version_number(&rules.protocol) >= 13;
+        if bundled {
+            let words = ["bundle", &target, "-"];
+            self.ofctl(&rules.protocol, &words, Some(&bundle_text(rules)), until).map_err(about)?;
+        } else {
+            self.restore_singly(&target, rules, until).map_err(about)?;
+        }
+        Ok(RestoredRules { bridge: rules.bridge.clone(), not_atomic: !bundled })
+    }
+
+    fn restore_meters(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
+        if rules.meters.is_empty() {
+            return Ok(());
+        }
+        let there = parse_meters(&self.ofctl(&rules.protocol, &["dump-meters", target], None, until)?);
+        let ids: BTreeSet<&str> = there.iter().filter_map(|meter| meter.split(' ').next()).collect();
+        for meter in rules.meters.iter().filter(|meter| !there.contains(meter)) {
+            let known = meter.split(' ').next().is_some_and(|id| ids.contains(id));
+            let verb = if known { "mod-meter" } else { "add-meter" };
+            self.ofctl(&rules.protocol, &[verb, target, meter], None, until)?;
+        }
+        Ok(())
+    }
+
+    fn restore_tlv_map(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
+        if rules.tlv_map.is_empty() {
+            return Ok(());
+        }
+        let there = parse_tlv_map(&self.ofctl(&rules.protocol, &["dump-tlv-map", target], None, until)?);
+        let lacking: Vec<&str> = rules.tlv_map.iter().filter(|tlv| !there.contains(tlv)).map(String::as_str).collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        self.ofctl(&rules.protocol, &["add-tlv-map", target, &lacking.join(",")], None, until).map(drop)
+    }
+
+    /// For versions without bundles.
+    fn restore_singly(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
+        if version_number(&rules.protocol) >= 11 {
+            self.ofctl(&rules.protocol, &["del-groups", target], None, until)?;
+            let groups = lines(&rules.groups);
+            self.ofctl(&rules.protocol, &["add-groups", target, "-"], Some(&groups), until)?;
+        }
+        let flows = lines(&rules.flows);
+        self.ofctl(&rules.protocol, &["replace-flows", target, "-"], Some(&flows), until).map(drop)
+    }
+}
+
+impl OpenFlow for RealOpenFlow {
+    fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
+        side_by_side(bridges, |bridge| self.read(bridge, None, until))
+    }
+
+    fn refresh(
+        &self,
+        bridges: &[Bridge],
+        before: &[BridgeRules],
+        watch: &mut dyn RuleWatch,
+        until: Instant,
+    ) -> Result<Vec<BridgeRules>> {
+        let changed = watch.changed(until)?;
+        side_by_side(bridges, |bridge| {
+            let known = before.iter().find(|rules| rules.bridge == bridge.name && !changed.contains(&bridge.name));
+            self.read(bridge, known.map(|rules| rules.flows.clone()), until)
+        })
+    }
+
+    fn watch(&self, bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>> {
+        let start = |bridge: &Bridge| Watcher::start(self, bridge, until);
+        let mut watchers = Vec::new();
+        for bridge in bridges {
+            watchers.push((bridge.name.clone(), start(bridge)?));
+        }
+        Ok(Box::new(Watch(watchers)))
+    }
+
+    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {
+        let object = format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
+        loop {
+            // While it takes over it answers late; its control socket is there all the time.
+            let list = unixctl::command(&daemon.control, "ofproto/list", &[], until)?;
+            let there: BTreeSet<&str> = list.lines().map(str::trim).collect();
+            let ready = |bridge: &Bridge| {
+                there.contains(bridge.name.as_str()) && UnixStream::connect(self.socket(&bridge.name)).is_ok()
+            };
+            let missing: Vec<&str> = bridges.iter().filter(|b| !ready(b)).map(|b| b.name.as_str()).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let Some(left) = remaining(until) else {
+                let doing = format!("waiting for it to set up bridges {}", missing.join(", "));
+                return Err(HostError::timeout(object, doing).remedy("see its log"));
+            };
+            std::thread::sleep(left.min(LOOK_AGAIN));
+        }
+    }
+
+    fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
+        side_by_side(rules, |rules| self.restore_one(rules, until))
+    }
+
+    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>> {
+        let mut entries = fdb::parse(&unixctl::command(&daemon.control, "fdb/show", &[bridge], until)?);
+        entries.sort_by_key(|entry| entry.age_s);
+        Ok(entries)
+    }
+
+    fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
+        fdb::learn(&daemon.control, bridge, entries, until)
+    }
+}
+
+/// Runs `work` on every item in a thread of its own; the first error in order counts.
+fn side_by_side<I: Sync, O: Send>(items: &[I], work: impl Fn(&I) -> Result<O> + Sync) -> Result<Vec<O>> {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = items.iter().map(|item| scope.spawn(move || work(item))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<O>>| {
+            thread.join().unwrap_or_else(|_| Err(HostError::new("ovs-ofctl", "a thread of ours panicked")))
+        };
+        threads.into_iter().map(join).collect()
+    })
+}
+
+/// The version in the first line of a reply, such as `OFPST_DESC reply (OF1.4) (xid=0x2):`; 1.0 is not named.
+fn protocol_of(reply: &str) -> Option<String> {
+    let first = reply.lines().next()?;
+    if !first.contains("reply") {
+        return None;
+    }
+    let minor = first.split_once("(OF1.").map_or("0", |(_, rest)| rest.split(')').next().unwrap_or("0"));
+    Some(format!("OpenFlow1{minor}"))
+}
+
+/// 10 for `OpenFlow10` and so on.
+fn version_number(protocol: &str) -> u32 {
+    protocol.strip_prefix("OpenFlow").and_then(|number| number.parse().ok()).unwrap_or(10)
+}
+
+/// Flows without what is no part of the rule; IGMP as `ovs-save` writes it, because ovs-ofctl cannot read its own word.
+fn parse_flows(dump: &str) -> Vec<String> {
+    let rules = dump.lines().map(str::trim).filter(|line| line.contains("actions="));
+    rules.map(flow).collect()
+}
+
+fn flow(line: &str) -> String {
+    let (head, actions) = line.split_once("actions=").unwrap_or((line, ""));
+    let counters = ["idle_age=", "hard_age=", "duration=", "n_packets=", "n_bytes="];
+    let fields: Vec<String> = head
+        .split([',', ' '])
+        .filter(|field| !field.is_empty() && !counters.iter().any(|counter| field.starts_with(counter)))
+        .map(|field| match field.split_once('=') {
+            Some(("igmp_type", value)) => format!("tp_src={value}"),
+            Some(("igmp_code", value)) => format!("tp_dst={value}"),
+            None if field == "igmp" => "ip,nw_proto=2".to_owned(),
+            _ => field.to_owned(),
+        })
+        .collect();
+    format!("{} actions={actions}", fields.join(","))
+}
+
+fn parse_groups(dump: &str) -> Vec<String> {
+    dump.lines().map(str::trim).filter(|line| line.starts_with("group_id=")).map(str::to_owned).collect()
+}
+
+/// A meter and its bands are a line each.
+fn parse_meters(dump: &str) -> Vec<String> {
+    let mut meters: Vec<String> = Vec::new();
+    for line in dump.lines().map(str::trim) {
+        match (line.starts_with("meter="), line.starts_with("type="), meters.last_mut()) {
+            (true, _, _) => meters.push(line.to_owned()),
+            (_, true, Some(meter)) => {
+                let space = if meter.ends_with('=') { "" } else { " " };
+                *meter = format!("{meter}{space}{line}");
+            }
+            _ => {}
+        }
+    }
+    meters
+}
+
+/// Rows `0xffff 0x0 4 tun_metadata0` of the mapping table.
+fn parse_tlv_map(dump: &str) -> Vec<String> {
+    let row = |line: &str| match line.split_whitespace().collect::<Vec<_>>()[..] {
+        [class, kind, length, field] if class.starts_with("0x") => {
+            Some(format!("{{class={class},type={kind},len={length}}}->{field}"))
+        }
+        _ => None,
+    };
+    dump.lines().filter_map(row).collect()
+}
+
+/// One ordered, atomic bundle that replaces everything.
+fn bundle_text(rules: &BridgeRules) -> String {
+    let mut text = String::from("flow delete\ngroup delete\n");
+    for group in &rules.groups {
+        text.push_str(&format!("group add {group}\n"));
+    }
+    for flow in &rules.flows {
+        text.push_str(&format!("flow add {flow}\n"));
+    }
+    text
+}
+
+fn lines(rules: &[String]) -> String {
+    rules.iter().flat_map(|rule| [rule.as_str(), "\n"]).collect()
+}
+
+/// The rules that one of the two has more often than the other. Order is no part of the meaning.
+pub fn compare(before: &[BridgeRules], after: &[BridgeRules]) -> Vec<RuleDifference> {
+    let bridges: BTreeSet<&str> = before.iter().chain(after).map(|rules| rules.bridge.as_str()).collect();
+    let mut differences = Vec::new();
+    for bridge in bridges {
+        let side = |rules: &[BridgeRules]| rules.iter().find(|r| r.bridge == bridge).cloned().unwrap_or_default();
+        let (before, after) = (side(before), side(after));
+        let kinds = [
+            ("flow", before.flows, after.flows),
+            ("group", before.groups, after.groups),
+            ("meter", before.meters, after.meters),
+            ("tlv-map", before.tlv_map, after.tlv_map),
+        ];
+        for (kind, before, after) in kinds {
+            differences.extend(count(&before, &after).into_iter().map(|(rule, missing)| RuleDifference {
+                bridge: bridge.to_owned(),
+                kind: kind.to_owned(),
+                missing,
+                timed: rule.contains("idle_timeout=") || rule.contains("hard_timeout="),
+                rule,
+            }));
+        }
+    }
+    differences
+}
+
+/// What occurs more often on one side, and whether that is the first.
+fn count(before: &[String], after: &[String]) -> Vec<(String, bool)> {
+    let mut counts: BTreeMap<&str, i64> = BTreeMap::new();
+    before.iter().for_each(|rule| *counts.entry(rule).or_default() += 1);
+    after.iter().for_each(|rule| *counts.entry(rule).or_default() -= 1);
+    counts.into_iter().filter(|(_, n)| *n != 0).map(|(rule, n)| (rule.to_owned(), n > 0)).collect()
+}
+
+/// One `ovs-ofctl monitor` for each bridge.
+struct Watch(Vec<(String, Watcher)>);
+
+impl RuleWatch for Watch {
+    fn changed(&mut self, until: Instant) -> Result<BTreeSet<String>> {
+        let changed = self.0.iter_mut().filter_map(|(bridge, watcher)| watcher.changed(until).then(|| bridge.clone()));
+        Ok(changed.collect())
+    }
+}
+
+/// A child that prints every change of a flow on its standard error (unbuffered, unlike its standard output).
+struct Watcher {
+    child: Child,
+    control: PathBuf,
+    text: String,
+}
+
+impl Watcher {
+    fn start(bridges: &RealOpenFlow, bridge: &Bridge, until: Instant) -> Result<Self> {
+        let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
+        let mut command = Command::new(OVS_OFCTL);
+        command.args(["--no-names", "-O", &versions, "monitor", &bridges.target(&bridge.name), "watch:!initial"]);
+        command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
+        let child = command.spawn().map_err(|e| HostError::new(OVS_OFCTL, format!("cannot be run: {e}")))?;
+        if let Some(pipe) = &child.stderr {
+            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).about(OVS_OFCTL)?;
+        }
+        let control = bridges.run_directory.join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
+        let mut watcher = Watcher { child, control, text: String::new() };
+        // Established once a barrier has passed; one that cannot watch has ended by then and counts as changed.
+        while !watcher.barrier(until) && matches!(watcher.child.try_wait(), Ok(None)) {
+            let Some(left) = remaining(until) else { break };
+            std::thread::sleep(left.min(LOOK_AGAIN));
+        }
+        Ok(watcher)
+    }
+
+    /// All changes before this call have been printed when it returns true.
+    fn barrier(&mut self, until: Instant) -> bool {
+        Path::new(&self.control).exists() && unixctl::command(&self.control, "ofctl/barrier", &[], until).is_ok()
+    }
+
+    fn changed(&mut self, until: Instant) -> bool {
+        if !self.barrier(until) {
+            return true;
+        }
+        let mut bytes = Vec::new();
+        // It ends in "would block": the pipe stays open. What was read until then is in `bytes`.
+        let _ = self.child.stderr.as_mut().map(|pipe| pipe.read_to_end(&mut bytes));
+        self.text.push_str(&String::from_utf8_lossy(&bytes));
+        self.text.contains("event=")
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // Killed, it leaves its socket behind.
+        let _ = std::fs::remove_file(&self.control);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_replies() {
+        assert_eq!(protocol_of("OFPST_DESC reply (OF1.5) (xid=0x2):\nx").as_deref(), Some("OpenFlow15"));
+        assert_eq!(protocol_of("OFPST_DESC reply (xid=0x2):\nx").as_deref(), Some("OpenFlow10"));
+        assert_eq!(protocol_of("nonsense"), None);
+        assert_eq!(version_number("OpenFlow13"), 13);
+    }
+
+    #[test]
+    fn flows_lose_counters_and_keep_actions_as_they_are() {
+        let dump = "NXST_FLOW reply (xid=0x4):\n \
+            cookie=0x5, duration=3.1s, table=1, n_packets=0, n_bytes=0, idle_age=3, hard_age=9, idle_timeout=60, \
+            priority=7,ct_state=+trk,ip,nw_dst=10.0.0.0/8 actions=ct(commit,zone=5,nat(src=1.1.1.1)),learn(table=2, idle_timeout=1,actions=drop)\n \
+            cookie=0x0, priority=1,igmp,igmp_type=17 actions=drop\n";
+        let flows = parse_flows(dump);
+        assert_eq!(
+            flows[0],
+            "cookie=0x5,table=1,idle_timeout=60,priority=7,ct_state=+trk,ip,nw_dst=10.0.0.0/8 \
+             actions=ct(commit,zone=5,nat(src=1.1.1.1)),learn(table=2, idle_timeout=1,actions=drop)"
+        );
+        assert_eq!(flows[1], "cookie=0x0,priority=1,ip,nw_proto=2,tp_src=17 actions=drop");
+        assert_eq!(flows.len(), 2);
+    }
+
+    #[test]
+    fn meters_and_tlv_maps_become_what_adds_them() {
+        let dump = "OFPST_METER_CONFIG reply (OF1.3) (xid=0x2):\nmeter=1 kbps bands=\ntype=drop rate=1000\n\
+                    meter=2 pktps burst bands=\ntype=drop rate=9 burst_size=5\ntype=dscp_remark rate=3 prec_level=1\n";
+        assert_eq!(
+            parse_meters(dump),
+            [
+                "meter=1 kbps bands=type=drop rate=1000",
+                "meter=2 pktps burst bands=type=drop rate=9 burst_size=5 type=dscp_remark rate=3 prec_level=1"
+            ]
+        );
+        let dump = "NXT_TLV_TABLE_REPLY (xid=0x4):\n max option space=256 max fields=64\n mapping table:\n  \
+                    class\ttype\tlength\tmatch field\n ------\t----\t------\t--------------\n \
+                    0xffff\t0x0\t4\ttun_metadata0\n";
+        assert_eq!(parse_tlv_map(dump), ["{class=0xffff,type=0x0,len=4}->tun_metadata0"]);
+    }
+
+    #[test]
+    fn comparison_is_by_meaning_and_counts() {
+        let rules = |flows: &[&str]| BridgeRules {
+            bridge: "br0".into(),
+            flows: flows.iter().map(|f| f.to_string()).collect(),
+            ..BridgeRules::default()
+        };
+        assert!(compare(&[rules(&["a", "b"])], &[rules(&["b", "a"])]).is_empty());
+        let differences = compare(&[rules(&["a", "a", "idle_timeout=3 b"])], &[rules(&["a", "c"])]);
+        let seen: Vec<_> = differences.iter().map(|d| (d.rule.as_str(), d.missing, d.timed)).collect();
+        assert_eq!(seen, [("a", true, false), ("c", false, false), ("idle_timeout=3 b", true, true)]);
+        assert_eq!(compare(&[rules(&["a"])], &[]).len(), 1);
+    }
+
+    #[test]
+    fn all_items_are_worked_on_and_errors_come_out() {
+        assert_eq!(side_by_side(&[1, 2, 3], |n| Ok(n * 2)).unwrap(), [2, 4, 6]);
+        let error = side_by_side(&[1, 2], |n| if *n == 2 { Err(HostError::new("x", "y")) } else { Ok(()) });
+        assert_eq!(error.unwrap_err().object, "x");
+    }
+}
