@@ -30,25 +30,6 @@ pub(crate) mod hex {
     }
 }
 
-/// For `#[serde(with)]` on a UFID.
-pub(crate) mod hex_ufid {
-    use super::*;
-
-    pub(crate) fn serialize<S: Serializer>(ufid: &Option<[u8; 16]>, to: S) -> Result<S::Ok, S::Error> {
-        match ufid {
-            Some(ufid) => to.serialize_some(&encode(ufid)),
-            None => to.serialize_none(),
-        }
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<[u8; 16]>, D::Error> {
-        let Some(text) = Option::<String>::deserialize(from)? else { return Ok(None) };
-        let bytes = decode(&text).map_err(D::Error::custom)?;
-        let found = bytes.len();
-        bytes.try_into().map(Some).map_err(|_| D::Error::custom(format!("a UFID of {found} bytes, 16 belong")))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

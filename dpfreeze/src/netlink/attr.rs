@@ -216,3 +216,82 @@ impl AttrBuf {
 pub(crate) fn align(len: usize) -> usize {
     (len + 3) & !3
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<Vec<(u16, Vec<u8>)>> {
+        Attrs(bytes).map(|attr| attr.map(|a| (a.raw_kind, a.payload.to_vec()))).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(attrs in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..40)), 0..12)) {
+            let mut buf = AttrBuf::new();
+            for (kind, payload) in &attrs {
+                buf.push(*kind, payload);
+            }
+            prop_assert_eq!(buf.as_bytes().len() % 4, 0);
+            prop_assert_eq!(read(buf.as_bytes()).unwrap(), attrs);
+        }
+
+        #[test]
+        fn copying_attributes_keeps_the_bytes(attrs in prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..40)), 0..12)) {
+            let mut buf = AttrBuf::new();
+            attrs.iter().for_each(|(kind, payload)| { buf.push(*kind, payload); });
+            let mut copy = AttrBuf::new();
+            Attrs(buf.as_bytes()).for_each(|attr| { copy.push_attr(&attr.unwrap()); });
+            prop_assert_eq!(copy, buf);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let read: Vec<_> = Attrs(&bytes).collect();
+            // An error ends the run, so that nobody can loop on it.
+            prop_assert!(read.iter().rev().skip(1).all(|attr| attr.is_ok()));
+        }
+    }
+
+    #[test]
+    fn the_last_attribute_may_be_unpadded() {
+        assert_eq!(read(&[5, 0, 7, 0, 9]).unwrap(), [(7, vec![9])]);
+    }
+
+    #[test]
+    fn a_wrong_length_is_an_error() {
+        for bytes in [&[3, 0, 1, 0][..], &[9, 0, 1, 0, 1, 2, 3, 4], &[4, 0, 1]] {
+            assert!(read(bytes).is_err(), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn flags_are_no_part_of_the_type() {
+        let mut buf = AttrBuf::new();
+        buf.push_nested(5, AttrBuf::new().push_u32(1, 2));
+        let attr = Attrs(buf.as_bytes()).find(5).unwrap().unwrap();
+        assert_eq!(attr.raw_kind, 5 | NLA_F_NESTED);
+        assert_eq!(attr.nested().find(1).unwrap().unwrap().u32().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_payload_that_does_not_fit_is_refused() {
+        let mut buf = AttrBuf::new();
+        assert!(buf.try_push(1, &[0; MAX_PAYLOAD + 1]).is_err());
+        assert!(buf.as_bytes().is_empty());
+        assert_eq!(buf.try_push(1, &[0; MAX_PAYLOAD]).unwrap().as_bytes().len(), 65536);
+    }
+
+    #[test]
+    fn numbers_have_their_size() {
+        let attr = |payload| Attr { kind: 1, raw_kind: 1, payload };
+        assert!(attr(&[1, 2, 3]).u32().is_err());
+        assert!(attr(&[1, 2, 3, 4, 5]).u32s().is_err());
+        assert!(attr(&[0; 15]).u64s::<2>().is_err());
+        assert_eq!(attr(&[0; 24]).u64s::<2>().unwrap(), [0, 0]);
+        assert_eq!(attr(&[0, 0, 1, 44]).be32().unwrap(), 300);
+        assert_eq!(attr(b"ovs-system\0\0").string(), "ovs-system");
+    }
+}

@@ -220,3 +220,228 @@ fn chunk_len<B: AsRef<[u8]>>(bodies: &[B]) -> usize {
     });
     fitting.count().max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::super::attr::AttrBuf;
+    use super::super::message::{HEADER, NLM_F_ACK_TLVS, NLM_F_CAPPED};
+    use super::*;
+
+    type Received = io::Result<Datagram>;
+
+    /// A kernel that answers each sendmsg with what the test's function gives for its messages.
+    struct Fake<F> {
+        kernel: F,
+        sent: Vec<Vec<(u16, u32)>>,
+        waiting: VecDeque<Received>,
+    }
+
+    impl<F: FnMut(usize, &[(u16, u32)]) -> io::Result<Vec<Received>>> Wire for Fake<F> {
+        fn send(&mut self, datagram: &[u8]) -> io::Result<()> {
+            let messages: Vec<(u16, u32)> = Messages(datagram).map(|m| m.unwrap()).map(|m| (m.flags, m.seq)).collect();
+            let answer = (self.kernel)(self.sent.len(), &messages);
+            self.sent.push(messages);
+            self.waiting.extend(answer?);
+            Ok(())
+        }
+
+        fn recv(&mut self) -> Received {
+            self.waiting.pop_front().unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+        }
+    }
+
+    fn talk<F: FnMut(usize, &[(u16, u32)]) -> io::Result<Vec<Received>>>(kernel: F) -> Conversation<Fake<F>> {
+        Conversation::new(Fake { kernel, sent: Vec::new(), waiting: VecDeque::new() })
+    }
+
+    fn message(kind: u16, flags: u16, seq: u32, body: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        append(&mut bytes, kind, flags, seq, body);
+        bytes
+    }
+
+    fn datagram(messages: &[Vec<u8>]) -> Received {
+        Ok(Datagram { bytes: messages.concat(), truncated: false })
+    }
+
+    fn entry(seq: u32, body: &[u8]) -> Vec<u8> {
+        message(40, 2, seq, body)
+    }
+
+    fn end(kind: u16, seq: u32, errno: i32) -> Vec<u8> {
+        message(kind, 0, seq, &[&(-errno).to_ne_bytes()[..], &[0; HEADER]].concat())
+    }
+
+    fn enobufs() -> Received {
+        Err(io::Error::from_raw_os_error(libc::ENOBUFS))
+    }
+
+    #[test]
+    fn a_request_gives_what_was_answered_before_its_acknowledgement() {
+        let mut talk = talk(|_, sent| {
+            let seq = sent[0].1;
+            Ok(vec![
+                datagram(&[entry(seq + 77, b"left over from before"), entry(seq, b"mine")]),
+                datagram(&[end(NLMSG_ERROR, seq + 77, libc::EBUSY)]),
+                datagram(&[end(NLMSG_ERROR, seq, 0)]),
+            ])
+        });
+        assert_eq!(talk.request("it", 40, 0, b"").unwrap(), [b"mine"]);
+        assert_eq!(talk.wire.sent[0][0].0, NLM_F_REQUEST | NLM_F_ACK);
+    }
+
+    #[test]
+    fn a_refusal_says_what_why_and_the_kernels_words() {
+        let mut talk = talk(|_, sent| {
+            let mut body = (-libc::EPERM).to_ne_bytes().to_vec();
+            body.extend_from_slice(&[0; HEADER]);
+            body.extend_from_slice(AttrBuf::new().push_str(1, "frozen").as_bytes());
+            Ok(vec![datagram(&[message(NLMSG_ERROR, NLM_F_ACK_TLVS | NLM_F_CAPPED, sent[0].1, &body)])])
+        });
+        let error = talk.request("OVS_FLOW_CMD_DEL", 40, 0, b"").unwrap_err();
+        assert!(matches!(error, Error::Netlink { errno: Errno::EPERM, .. }));
+        let text = error.to_string();
+        assert!(text.contains("OVS_FLOW_CMD_DEL") && text.contains("EPERM") && text.contains("(frozen)"), "{text}");
+    }
+
+    #[test]
+    fn silence_is_an_error() {
+        assert!(matches!(talk(|_, _| Ok(vec![])).request("it", 40, 0, b""), Err(Error::Io { .. })));
+        assert!(matches!(talk(|_, _| Ok(vec![])).dump("it", 40, b""), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_whole_dump_is_returned_in_order() {
+        let mut talk = talk(|_, sent| {
+            let seq = sent[0].1;
+            Ok(vec![
+                datagram(&[entry(seq, b"1"), entry(seq, b"2")]),
+                datagram(&[entry(seq - 1, b"of another"), entry(seq, b"3"), message(NLMSG_NOOP, 0, seq, b"")]),
+                datagram(&[end(NLMSG_DONE, seq, 0)]),
+            ])
+        });
+        assert_eq!(talk.dump("it", 40, b"").unwrap(), [b"1", b"2", b"3"]);
+        assert_eq!(talk.wire.sent.len(), 1);
+        assert_eq!(talk.wire.sent[0][0].0, NLM_F_REQUEST | NLM_F_DUMP);
+    }
+
+    /// Every way in which a dump can be incomplete: read to its end, thrown away, asked for again.
+    #[test]
+    fn an_incomplete_dump_is_repeated_and_never_used() {
+        type Spoil = fn(u32) -> Vec<Received>;
+        let spoils: [(&str, Spoil); 6] = [
+            ("interrupted", |seq| vec![datagram(&[message(40, 2 | NLM_F_DUMP_INTR, seq, b"half")])]),
+            ("interrupted at the end", |seq| {
+                vec![datagram(&[entry(seq, b"half"), message(NLMSG_DONE, NLM_F_DUMP_INTR, seq, &[0; 4])])]
+            }),
+            ("overrun", |seq| vec![datagram(&[entry(seq, b"half")]), enobufs()]),
+            ("overrun twice", |seq| vec![enobufs(), datagram(&[entry(seq, b"half")]), enobufs()]),
+            ("truncated", |seq| {
+                let mut bytes = entry(seq, b"this one is cut off");
+                bytes.truncate(bytes.len() - 6);
+                vec![Ok(Datagram { bytes, truncated: true })]
+            }),
+            ("overrun message", |seq| vec![datagram(&[entry(seq, b"half"), message(NLMSG_OVERRUN, 0, seq, b"")])]),
+        ];
+        for (name, spoil) in spoils {
+            let mut talk = talk(|tries, sent| {
+                let seq = sent[0].1;
+                let mut answer = if tries < 2 { spoil(seq) } else { vec![datagram(&[entry(seq, b"whole")])] };
+                answer.push(datagram(&[end(NLMSG_DONE, seq, 0)]));
+                Ok(answer)
+            });
+            assert_eq!(talk.dump("it", 40, b"").unwrap(), [b"whole"], "{name}");
+            assert_eq!(talk.wire.sent.len(), 3, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_dump_that_stays_incomplete_is_an_error() {
+        let mut talk = talk(|_, sent| {
+            let seq = sent[0].1;
+            Ok(vec![datagram(&[message(40, NLM_F_DUMP_INTR, seq, b"half"), end(NLMSG_DONE, seq, 0)])])
+        });
+        assert!(matches!(talk.dump("it", 40, b""), Err(Error::IncompleteDump { tries: DUMP_TRIES, .. })));
+        assert_eq!(talk.wire.sent.len(), DUMP_TRIES as usize);
+    }
+
+    #[test]
+    fn an_error_in_or_at_the_end_of_a_dump_is_the_result() {
+        for kind in [NLMSG_ERROR, NLMSG_DONE] {
+            let mut talk =
+                talk(|_, sent| Ok(vec![datagram(&[entry(sent[0].1, b"half"), end(kind, sent[0].1, libc::ENODEV)])]));
+            assert!(matches!(talk.dump("it", 40, b""), Err(Error::Netlink { errno: Errno::ENODEV, .. })));
+        }
+    }
+
+    #[test]
+    fn a_malformed_datagram_is_an_error() {
+        let bytes = vec![1, 2, 3];
+        let mut talk = talk(|_, _| Ok(vec![Ok(Datagram { bytes: bytes.clone(), truncated: false })]));
+        assert!(matches!(talk.dump("it", 40, b""), Err(Error::Malformed { .. })));
+    }
+
+    #[test]
+    fn a_batch_asks_for_one_acknowledgement_and_finds_the_errors_by_number() {
+        let mut talk = talk(|_, sent| {
+            // The second of each sendmsg fails, as netlink_rcv_skb answers: errors unasked, the rest in silence.
+            let mut answer = vec![datagram(&[end(NLMSG_ERROR, sent[1].1, libc::ENOENT)])];
+            let last = sent.last().unwrap();
+            assert!(last.0 & NLM_F_ACK != 0);
+            answer.push(datagram(&[end(NLMSG_ERROR, last.1, 0)]));
+            Ok(answer)
+        });
+        let bodies = vec![vec![0; 30]; 150];
+        let answers = talk.exchange("it", 40, 0, &bodies).unwrap();
+        let failed: Vec<usize> = (0..150).filter(|i| answers[*i].errno == Some(Errno::ENOENT)).collect();
+        assert_eq!(failed, [1, 65, 129]);
+        assert_eq!(talk.wire.sent.iter().map(Vec::len).collect::<Vec<_>>(), [64, 64, 22]);
+        assert_eq!(talk.wire.sent.iter().flatten().filter(|m| m.0 & NLM_F_ACK != 0).count(), 3);
+    }
+
+    #[test]
+    fn the_last_of_a_batch_may_fail_and_each_gets_its_own_payload() {
+        let mut talk = talk(|_, sent| {
+            let answer = sent.iter().map(|m| entry(m.1, &m.1.to_ne_bytes())).collect::<Vec<_>>();
+            Ok(vec![datagram(&answer), datagram(&[end(NLMSG_ERROR, sent[2].1, libc::EINVAL)])])
+        });
+        let answers = talk.exchange("it", 40, 0, &[b"a", b"b", b"c"]).unwrap();
+        assert_eq!(answers.iter().map(|a| a.errno).collect::<Vec<_>>(), [None, None, Some(Errno::EINVAL)]);
+        let payloads: Vec<Vec<u8>> = answers.into_iter().flat_map(|a| a.payloads).collect();
+        assert_eq!(payloads, [1u32, 2, 3].map(|seq| seq.to_ne_bytes().to_vec()));
+    }
+
+    #[test]
+    fn a_refused_sendmsg_fails_all_in_it_and_only_those() {
+        let mut talk = talk(|n, sent| match n {
+            1 => Err(io::Error::from_raw_os_error(libc::EPERM)),
+            _ => Ok(vec![datagram(&[end(NLMSG_ERROR, sent.last().unwrap().1, 0)])]),
+        });
+        let answers = talk.exchange("it", 40, 0, &vec![vec![0; 8]; 130]).unwrap();
+        let failed: Vec<usize> = (0..130).filter(|i| answers[*i].errno == Some(Errno::EPERM)).collect();
+        assert_eq!(failed, (64..128).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn lost_answers_of_a_batch_are_an_error_not_a_success() {
+        let mut talk = talk(|_, _| Ok(vec![enobufs()]));
+        assert!(matches!(talk.exchange("it", 40, 0, &[b"a", b"b"]), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn a_sendmsg_is_bounded_in_bytes_but_takes_at_least_one() {
+        assert_eq!(chunk_len(&[vec![0; 200_000], vec![0; 10]]), 1);
+        assert_eq!(chunk_len(&vec![vec![0; 30_000]; 5]), 2);
+        assert_eq!(chunk_len(&vec![vec![0; 10]; 500]), BATCH_MESSAGES);
+    }
+
+    #[test]
+    fn sequence_numbers_skip_zero() {
+        let mut talk = talk(|_, sent| Ok(vec![datagram(&[end(NLMSG_ERROR, sent[0].1, 0)])]));
+        talk.seq = u32::MAX;
+        talk.request("it", 40, 0, b"").unwrap();
+        assert_eq!(talk.seq, 1);
+    }
+}

@@ -138,3 +138,66 @@ fn extended(message: &Message<'_>, rest: &[u8]) -> Option<String> {
     };
     Some(Attrs(attributes).find(NLMSGERR_ATTR_MSG).ok()??.string())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::attr::AttrBuf;
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_appended_is_read(messages in prop::collection::vec((any::<u16>(), any::<u16>(), any::<u32>(), prop::collection::vec(any::<u8>(), 0..50)), 0..8)) {
+            let mut datagram = Vec::new();
+            for (kind, flags, seq, body) in &messages {
+                append(&mut datagram, *kind, *flags, *seq, body);
+            }
+            let read: Vec<_> = Messages(&datagram)
+                .map(|m| m.map(|m| (m.kind, m.flags, m.seq, m.payload.to_vec())).unwrap())
+                .collect();
+            prop_assert_eq!(read, messages);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), flags in any::<u16>()) {
+            for message in Messages(&bytes).flatten() {
+                let _ = verdict(&message);
+            }
+            for kind in [NLMSG_ERROR, NLMSG_DONE] {
+                let _ = verdict(&Message { kind, flags, seq: 1, port_id: 1, payload: &bytes });
+            }
+        }
+    }
+
+    fn acknowledgement(errno: i32, repeated: &[u8], text: &str) -> Vec<u8> {
+        let mut payload = (-errno).to_ne_bytes().to_vec();
+        payload.extend_from_slice(repeated);
+        payload.extend_from_slice(AttrBuf::new().push_u32(2, 20).push_str(1, text).as_bytes());
+        payload
+    }
+
+    #[test]
+    fn the_kernels_words_are_found_behind_the_request() {
+        let mut request = Vec::new();
+        append(&mut request, 34, NLM_F_REQUEST, 7, &[1, 2, 3, 4, 5]);
+        let whole = acknowledgement(libc::EINVAL, &request, "no such thing");
+        let capped = acknowledgement(libc::EINVAL, &request[..HEADER], "no such thing");
+        for (payload, flags) in [(whole, NLM_F_ACK_TLVS), (capped, NLM_F_ACK_TLVS | NLM_F_CAPPED)] {
+            let said = verdict(&Message { kind: NLMSG_ERROR, flags, seq: 7, port_id: 1, payload: &payload }).unwrap();
+            assert_eq!(said, Verdict { errno: Some(Errno::EINVAL), text: Some("no such thing".into()) });
+        }
+    }
+
+    #[test]
+    fn only_a_negative_number_is_an_error() {
+        let said = |kind, code: i32| {
+            verdict(&Message { kind, flags: 0, seq: 1, port_id: 1, payload: &code.to_ne_bytes() }).unwrap().errno
+        };
+        assert_eq!(said(NLMSG_ERROR, 0), None);
+        assert_eq!(said(NLMSG_DONE, 12), None);
+        assert_eq!(said(NLMSG_DONE, -libc::ENODEV), Some(Errno::ENODEV));
+        assert!(said(NLMSG_ERROR, i32::MIN).is_some());
+        assert!(verdict(&Message { kind: NLMSG_ERROR, flags: 0, seq: 1, port_id: 1, payload: &[] }).is_err());
+    }
+}

@@ -144,3 +144,54 @@ impl Wire for Kernel {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::attr::{AttrBuf, Attrs};
+    use crate::netlink::{family, table};
+
+    const NLCTRL: u16 = 16; // GENL_ID_CTRL
+    const CTRL_CMD_GETFAMILY: u8 = 3;
+    const CTRL_ATTR_FAMILY_ID: u16 = 1;
+    const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+
+    fn get_family(name: &str) -> Vec<u8> {
+        [&[CTRL_CMD_GETFAMILY, 1, 0, 0], AttrBuf::new().push_str(CTRL_ATTR_FAMILY_NAME, name).as_bytes()].concat()
+    }
+
+    #[test]
+    fn the_running_kernel_answers_dumps_requests_and_batches() {
+        let mut socket = Socket::open(Protocol::Generic).unwrap();
+        let all = socket.dump("families", NLCTRL, &[CTRL_CMD_GETFAMILY, 1, 0, 0]).unwrap();
+        assert!(!all.is_empty());
+        let answers = socket.request("nlctrl", NLCTRL, 0, &get_family("nlctrl")).unwrap();
+        let id = Attrs(&answers[0][4..]).find(CTRL_ATTR_FAMILY_ID).unwrap().unwrap().u16().unwrap();
+        assert_eq!(id, NLCTRL);
+        let absent = socket.request("no-such", NLCTRL, 0, &get_family("no-such")).unwrap_err();
+        assert!(matches!(absent, Error::Netlink { errno: Errno::ENOENT, .. }), "{absent}");
+
+        let mut bodies = vec![get_family("nlctrl"); 200];
+        bodies[70] = get_family("no-such");
+        let answers = socket.exchange("many", NLCTRL, 0, &bodies).unwrap();
+        let failed: Vec<usize> = (0..200).filter(|i| answers[*i].errno.is_some()).collect();
+        assert_eq!(failed, [70]);
+        assert!(answers.iter().enumerate().all(|(i, a)| a.payloads.len() == usize::from(i != 70)));
+    }
+
+    #[test]
+    fn the_socket_is_in_the_table_under_its_port_id() {
+        let socket = Socket::open(Protocol::Route).unwrap();
+        let rows = table::read().unwrap();
+        let row = rows.iter().find(|row| row.protocol == 0 && row.port_id == socket.port_id()).unwrap();
+        assert_eq!((row.rmem, row.drops), (0, 0));
+        assert_eq!(table::read_of(std::process::id()).unwrap().iter().filter(|r| r.inode == row.inode).count(), 1);
+    }
+
+    #[test]
+    fn families_are_found_by_name() {
+        let families = family::families().unwrap();
+        assert_eq!(families.get("nlctrl"), Some(&NLCTRL));
+        assert!(!families.contains_key("no-such"));
+    }
+}

@@ -74,3 +74,38 @@ pub fn parse(text: &str) -> Result<Vec<NetlinkSocketRow>> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &str = "\
+sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode
+0000000000000000 16  2316567663 00000000 4096     0        0     2        17       12922   
+0000000000000000 0   0          00000000 0        0        0     2        0        10      
+";
+
+    #[test]
+    fn rows_are_read_by_the_titles_of_the_columns() {
+        let busy = NetlinkSocketRow { protocol: 16, port_id: 2316567663, rmem: 4096, drops: 17, inode: 12922 };
+        let kernel = NetlinkSocketRow { protocol: 0, port_id: 0, rmem: 0, drops: 0, inode: 10 };
+        assert_eq!(parse(TABLE).unwrap(), [busy, kernel]);
+        let swapped: String = TABLE
+            .lines()
+            .map(|line| {
+                let mut fields: Vec<&str> = line.split_whitespace().collect();
+                fields.swap(1, 9);
+                fields.join(" ") + "\n"
+            })
+            .collect();
+        assert_eq!(parse(&swapped).unwrap(), [busy, kernel]);
+    }
+
+    #[test]
+    fn what_is_no_table_is_an_error() {
+        assert!(parse("").is_err());
+        assert!(parse(&TABLE.replace("Drops", "Props")).is_err());
+        assert!(parse(&TABLE.replace("12922", "many")).is_err());
+        assert!(parse(&(TABLE.to_owned() + "0000 16 5")).is_err());
+    }
+}

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::header;
 use crate::bytes::hex;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::netlink::attr::{AttrBuf, NLA_F_NESTED};
 
 // enum ovs_flow_cmd
@@ -29,7 +29,7 @@ const UFID_OMIT_ALL: u32 = 7;
 pub struct Flow {
     /// Unique identifier. None for a flow that was made without one, and for one that has not 16 octets (which is
     /// then in `unknown`); such flows are named by their key.
-    #[serde(with = "crate::bytes::hex_ufid")]
+    #[serde(with = "ufid_serde")]
     pub ufid: Option<[u8; 16]>,
     /// `OVS_KEY_ATTR_*` run, as sent.
     #[serde(with = "hex")]
@@ -80,6 +80,38 @@ impl Flow {
         flow.unknown = unknown.into_bytes();
         Ok(flow)
     }
+
+    /// The UFID as Open vSwitch writes it ([`ufid_text`]), or the key in hexadecimal where there is none.
+    pub fn name(&self) -> String {
+        self.ufid.as_ref().map_or_else(|| crate::bytes::encode(&self.key), ufid_text)
+    }
+}
+
+/// A UFID as `ovs-dpctl dump-flows -m` and the logs write it: four host-order words as a UUID (`odp_format_ufid`).
+pub fn ufid_text(ufid: &[u8; 16]) -> String {
+    let words: Vec<String> =
+        ufid.chunks_exact(4).map(|w| format!("{:08x}", u32::from_ne_bytes([w[0], w[1], w[2], w[3]]))).collect();
+    let digits = words.concat();
+    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
+}
+
+/// Reads what [`ufid_text`] wrote.
+///
+/// # Errors
+/// [`Error::Malformed`] if it is no UUID.
+pub fn parse_ufid(text: &str) -> Result<[u8; 16]> {
+    let wrong = || Error::malformed("UFID", format!("{text:?} is no UUID"));
+    let groups: Vec<usize> = text.split('-').map(str::len).collect();
+    let digits: String = text.split('-').collect();
+    if groups != [8, 4, 4, 4, 12] || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(wrong());
+    }
+    let value = u128::from_str_radix(&digits, 16).map_err(|_| wrong())?;
+    let mut ufid = [0; 16];
+    for (bytes, word) in ufid.chunks_exact_mut(4).zip(value.to_be_bytes().chunks_exact(4)) {
+        bytes.copy_from_slice(&u32::from_be_bytes([word[0], word[1], word[2], word[3]]).to_ne_bytes());
+    }
+    Ok(ufid)
 }
 
 /// `OVS_FLOW_CMD_DEL` of one flow by its UFID; the answer need not repeat the flow.
@@ -98,4 +130,21 @@ pub(crate) fn delete_key(ifindex: u32, key: &[u8]) -> Result<Vec<u8>> {
     let mut attrs = AttrBuf::new();
     attrs.try_push(ATTR_KEY | NLA_F_NESTED, key)?;
     Ok(header::build(CMD_DEL, VERSION, ifindex, attrs.as_bytes()))
+}
+
+/// UFIDs in JSON, as Open vSwitch writes them.
+mod ufid_serde {
+    use serde::{de::Error as _, Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(ufid: &Option<[u8; 16]>, to: S) -> Result<S::Ok, S::Error> {
+        match ufid {
+            Some(ufid) => to.serialize_some(&super::ufid_text(ufid)),
+            None => to.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<[u8; 16]>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        text.map(|text| super::parse_ufid(&text)).transpose().map_err(D::Error::custom)
+    }
 }

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::header;
 use crate::bytes::hex;
 use crate::error::{Error, Result};
-use crate::netlink::attr::{Attr, AttrBuf, Attrs};
+use crate::netlink::attr::{AttrBuf, Attrs};
 
 // enum ovs_meter_cmd
 const VERSION: u8 = 1; // OVS_METER_VERSION
@@ -13,7 +13,6 @@ const CMD_FEATURES: u8 = 1;
 const CMD_GET: u8 = 4;
 // enum ovs_meter_attr
 const ATTR_ID: u16 = 1;
-const ATTR_KBPS: u16 = 2;
 const ATTR_STATS: u16 = 3;
 const ATTR_BANDS: u16 = 4;
 const ATTR_USED: u16 = 5;
@@ -21,34 +20,26 @@ const ATTR_MAX_METERS: u16 = 7;
 const ATTR_MAX_BANDS: u16 = 8;
 const ATTR_PAD: u16 = 9;
 // enum ovs_band_attr
-const BAND_TYPE: u16 = 1;
-const BAND_RATE: u16 = 2;
-const BAND_BURST: u16 = 3;
 const BAND_STATS: u16 = 4;
+const BAND_PAD: u16 = ATTR_PAD; // the kernel pads bands with the meter's own padding attribute
 
-/// A band of a meter.
+/// A band of a meter, as far as the kernel tells: `ovs_meter_cmd_reply_stats` leaves out type, rate and burst.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Band {
-    /// `OVS_METER_BAND_TYPE_*`; 1 drops what exceeds the rate.
-    #[serde(rename = "type")]
-    pub kind: u32,
-    /// In kilobits or packets a second, see [`Meter::kbps`].
-    pub rate: u32,
-    /// In kilobits or packets.
-    pub burst: u32,
     /// Packets that exceeded the rate.
     pub packets: u64,
     /// Bytes that exceeded the rate.
     pub bytes: u64,
+    /// Attributes this library does not know, as sent.
+    #[serde(with = "hex")]
+    pub unknown: Vec<u8>,
 }
 
-/// A meter.
+/// A meter, as far as the kernel tells: its rates are known to whoever set them only.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meter {
     /// Number in the datapath.
     pub id: u32,
-    /// Rates are in kilobits a second; else in packets.
-    pub kbps: bool,
     /// Packets that went through.
     pub packets: u64,
     /// Bytes that went through.
@@ -84,7 +75,6 @@ impl Meter {
             let attr = attr?;
             match attr.kind {
                 ATTR_ID => id = Some(attr.u32()?),
-                ATTR_KBPS => meter.kbps = true,
                 ATTR_STATS => [meter.packets, meter.bytes] = attr.u64s()?,
                 ATTR_BANDS => {
                     meter.bands = attr.nested().map(|band| parse_band(band?.nested())).collect::<Result<_>>()?
@@ -100,26 +90,22 @@ impl Meter {
         meter.unknown = unknown.into_bytes();
         Ok(meter)
     }
-
-    /// Whether `other` limits the same in the same way; counters do not matter.
-    pub fn same_limits(&self, other: &Meter) -> bool {
-        let limits = |meter: &Meter| meter.bands.iter().map(|b| (b.kind, b.rate, b.burst)).collect::<Vec<_>>();
-        self.kbps == other.kbps && limits(self) == limits(other)
-    }
 }
 
 fn parse_band(attrs: Attrs<'_>) -> Result<Band> {
     let mut band = Band::default();
+    let mut unknown = AttrBuf::new();
     for attr in attrs {
-        let attr: Attr<'_> = attr?;
+        let attr = attr?;
         match attr.kind {
-            BAND_TYPE => band.kind = attr.u32()?,
-            BAND_RATE => band.rate = attr.u32()?,
-            BAND_BURST => band.burst = attr.u32()?,
             BAND_STATS => [band.packets, band.bytes] = attr.u64s()?,
-            _ => {}
+            BAND_PAD => {}
+            _ => {
+                unknown.push_attr(&attr);
+            }
         }
     }
+    band.unknown = unknown.into_bytes();
     Ok(band)
 }
 

@@ -70,7 +70,7 @@ pub enum Difference {
     FlowGone {
         /// The datapath's name.
         datapath: String,
-        /// The flow's UFID, or its key where it had none; hexadecimal.
+        /// [`Flow::name`].
         flow: String,
         /// Packets it had matched.
         packets: u64,
@@ -79,7 +79,7 @@ pub enum Difference {
     FlowReplaced {
         /// The datapath's name.
         datapath: String,
-        /// The flow's UFID, or its key where it had none; hexadecimal.
+        /// [`Flow::name`].
         flow: String,
         /// Packets before.
         before: u64,
@@ -93,7 +93,7 @@ pub enum Difference {
         /// The meter's id.
         meter: u32,
     },
-    /// A meter limits otherwise.
+    /// A meter has another number of bands: it was set anew. (The kernel does not tell rates.)
     MeterChanged {
         /// The datapath's name.
         datapath: String,
@@ -148,7 +148,7 @@ impl fmt::Display for Difference {
                 write!(f, "datapath {datapath}: flow {flow} was made anew ({before} packets, now {after})")
             }
             MeterGone { datapath, meter } => write!(f, "datapath {datapath}: meter {meter} is gone"),
-            MeterChanged { datapath, meter } => write!(f, "datapath {datapath}: meter {meter} limits otherwise"),
+            MeterChanged { datapath, meter } => write!(f, "datapath {datapath}: meter {meter} was set anew"),
             ZoneLimit { zone: DEFAULT_ZONE, before, after } => {
                 write!(f, "conntrack: the default limit of zones was {before} and is {after}")
             }
@@ -242,7 +242,7 @@ fn compare_flows(old: &DatapathSnapshot, new: &DatapathSnapshot, found: &mut Vec
     let datapath = || old.datapath.name.clone();
     let now = by_identity(&new.flows);
     for flow in &old.flows {
-        let name = || crate::bytes::encode(flow.ufid.as_ref().map_or(&flow.key[..], |ufid| &ufid[..]));
+        let name = || flow.name();
         match now.get(&identity(flow)) {
             None => found.push(Difference::FlowGone { datapath: datapath(), flow: name(), packets: flow.packets }),
             Some(new) if new.packets < flow.packets => found.push(Difference::FlowReplaced {
@@ -261,7 +261,7 @@ fn compare_meters(old: &DatapathSnapshot, new: &DatapathSnapshot, found: &mut Ve
     for meter in &old.meters {
         match new.meters.iter().find(|m| m.id == meter.id) {
             None => found.push(Difference::MeterGone { datapath: datapath(), meter: meter.id }),
-            Some(now) if !now.same_limits(meter) => {
+            Some(now) if now.bands.len() != meter.bands.len() => {
                 found.push(Difference::MeterChanged { datapath: datapath(), meter: meter.id });
             }
             Some(_) => {}
