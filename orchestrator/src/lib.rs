@@ -1,6 +1,8 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
 
+pub mod config;
 pub mod control;
 pub mod host;
+pub mod journal;
 pub mod machine;
 pub mod report;

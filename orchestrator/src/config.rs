@@ -1,0 +1,457 @@
+//! `/etc/ovs-graceful/config.toml`: every time limit and bound, with its default and unit.
+//!
+//! A key that is not there has its default; a key that nobody knows is an error, because a misspelt limit is no
+//! limit. `config.example.toml` holds all of them with their defaults (tested below).
+
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::machine::{GatePolicy, Options, Phase};
+
+/// Where the configuration is.
+pub const PATH: &str = "/etc/ovs-graceful/config.toml";
+
+/// Why a configuration was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not TOML, or has an unknown key or a value of the wrong type.
+    #[error("{path}: {source}see config.example.toml for the keys and their units")]
+    Parse {
+        /// The file.
+        path: String,
+        /// The cause, with line and key.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value is out of its bounds.
+    #[error("{path}: {key} {why}")]
+    Value {
+        /// The file.
+        path: String,
+        /// The key, for example `freeze.lease_ms`.
+        key: &'static str,
+        /// What it has to be.
+        why: &'static str,
+    },
+}
+
+/// The configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Runs in general.
+    pub run: RunConfig,
+    /// How long each phase may take.
+    pub limits: Limits,
+    /// The freeze.
+    pub freeze: FreezeConfig,
+    /// The park.
+    pub park: ParkConfig,
+    /// The hand-over from the old daemon.
+    pub switch: SwitchConfig,
+    /// OpenFlow into the new daemon.
+    pub restore: RestoreConfig,
+    /// The replay of parked packets.
+    pub replay: ReplayConfig,
+    /// What has to be true before the freeze is lifted.
+    pub gates: GatesConfig,
+    /// Letting go.
+    pub settle: SettleConfig,
+    /// Timeout policies of conntrack.
+    pub guard: GuardConfig,
+}
+
+/// Runs in general.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// So many past runs are kept with their reports; older ones are removed.
+    pub keep: u32,
+    /// Check refuses where /var/lib/ovs-graceful or /run has less free space, in MiB.
+    pub free_mib: u64,
+}
+
+impl Default for RunConfig {
+    fn default() -> RunConfig {
+        RunConfig { keep: 20, free_mib: 64 }
+    }
+}
+
+/// How long each phase may take, in milliseconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Check.
+    pub check_ms: u64,
+    /// Snapshot.
+    pub snapshot_ms: u64,
+    /// Arm, the restart of ovsdb-server included.
+    pub arm_ms: u64,
+    /// Standby, until the new daemon has read the database.
+    pub standby_ms: u64,
+    /// Switch up to the point of no return.
+    pub switch_prepare_ms: u64,
+    /// Switch after it, until the old daemon has ended and the new one answers.
+    pub switch_commit_ms: u64,
+    /// One try of Restore.
+    pub restore_ms: u64,
+    /// Handover.
+    pub handover_ms: u64,
+    /// Gates, the gate command included.
+    pub gates_ms: u64,
+    /// Settle.
+    pub settle_ms: u64,
+    /// Verify.
+    pub verify_ms: u64,
+    /// The undo of one phase.
+    pub undo_ms: u64,
+    /// Going back to the old version.
+    pub back_ms: u64,
+    /// A thaw.
+    pub thaw_ms: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            check_ms: 60_000,
+            snapshot_ms: 60_000,
+            arm_ms: 60_000,
+            standby_ms: 60_000,
+            switch_prepare_ms: 10_000,
+            switch_commit_ms: 15_000,
+            restore_ms: 60_000,
+            handover_ms: 60_000,
+            gates_ms: 60_000,
+            settle_ms: 60_000,
+            verify_ms: 60_000,
+            undo_ms: 30_000,
+            back_ms: 90_000,
+            thaw_ms: 10_000,
+        }
+    }
+}
+
+impl Limits {
+    /// How long `phase` may take.
+    pub fn of(&self, phase: Phase) -> Duration {
+        Duration::from_millis(match phase {
+            Phase::Check => self.check_ms,
+            Phase::Snapshot => self.snapshot_ms,
+            Phase::Arm => self.arm_ms,
+            Phase::Standby => self.standby_ms,
+            Phase::SwitchPrepare => self.switch_prepare_ms,
+            Phase::SwitchCommit => self.switch_commit_ms,
+            Phase::Restore => self.restore_ms,
+            Phase::Handover => self.handover_ms,
+            Phase::Gates => self.gates_ms,
+            Phase::Settle => self.settle_ms,
+            Phase::Verify => self.verify_ms,
+        })
+    }
+
+    /// How long the undo of one phase may take.
+    pub fn undo(&self) -> Duration {
+        Duration::from_millis(self.undo_ms)
+    }
+
+    /// How long going back may take.
+    pub fn back(&self) -> Duration {
+        Duration::from_millis(self.back_ms)
+    }
+
+    /// How long a thaw may take.
+    pub fn thaw(&self) -> Duration {
+        Duration::from_millis(self.thaw_ms)
+    }
+}
+
+/// The freeze.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FreezeConfig {
+    /// The freeze ends by itself so long after the last progress, in milliseconds.
+    pub lease_ms: u64,
+    /// The freeze ends in any case so long after Arm, in milliseconds.
+    pub end_ms: u64,
+}
+
+impl FreezeConfig {
+    /// The lease.
+    pub fn lease(&self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// The absolute end, counted from Arm.
+    pub fn end(&self) -> Duration {
+        Duration::from_millis(self.end_ms)
+    }
+}
+
+impl Default for FreezeConfig {
+    fn default() -> FreezeConfig {
+        FreezeConfig { lease_ms: 20_000, end_ms: 300_000 }
+    }
+}
+
+/// The park.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ParkConfig {
+    /// So many packets are parked at most; more are counted as overflowed.
+    pub max_packets: u64,
+    /// So many bytes are parked at most.
+    pub max_bytes: u64,
+}
+
+impl Default for ParkConfig {
+    fn default() -> ParkConfig {
+        ParkConfig { max_packets: 500_000, max_bytes: 256 * 1024 * 1024 }
+    }
+}
+
+/// The hand-over from the old daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SwitchConfig {
+    /// The old daemon's queues have to be empty and its handlers asleep twice, so many milliseconds apart.
+    pub drain_poll_ms: u64,
+    /// The old daemon gets SIGKILL where SIGTERM has not ended it after so many milliseconds.
+    pub kill_after_ms: u64,
+}
+
+impl Default for SwitchConfig {
+    fn default() -> SwitchConfig {
+        SwitchConfig { drain_poll_ms: 5, kill_after_ms: 3_000 }
+    }
+}
+
+/// OpenFlow into the new daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RestoreConfig {
+    /// So often Restore is tried again.
+    pub retries: u32,
+    /// So many bridges are restored side by side.
+    pub parallel_bridges: u32,
+    /// The limit of datapath flows that the new daemon starts with (`upcall/set-flow-limit`).
+    pub flow_limit: u32,
+}
+
+impl Default for RestoreConfig {
+    fn default() -> RestoreConfig {
+        RestoreConfig { retries: 2, parallel_bridges: 4, flow_limit: 200_000 }
+    }
+}
+
+/// The replay of parked packets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReplayConfig {
+    /// So many packets a second are replayed at most; 0 is no bound but the queues.
+    pub packets_per_second: u64,
+    /// The replay waits while a queue of the new daemon holds more, in bytes.
+    pub max_queue_bytes: u64,
+    /// Between removing roots and their children, where membarrier(2) is refused, in milliseconds.
+    pub grace_ms: u64,
+}
+
+impl Default for ReplayConfig {
+    fn default() -> ReplayConfig {
+        ReplayConfig { packets_per_second: 50_000, max_queue_bytes: 1024 * 1024, grace_ms: 20 }
+    }
+}
+
+/// What has to be true before the freeze is lifted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GatesConfig {
+    /// What happens when a gate fails or does not open within `limits.gates_ms`.
+    pub on_timeout: GatePolicy,
+    /// A command that has to exit with 0; empty is none. `--gate-command` overrides it.
+    pub command: String,
+}
+
+impl Default for GatesConfig {
+    fn default() -> GatesConfig {
+        GatesConfig { on_timeout: GatePolicy::Proceed, command: String::new() }
+    }
+}
+
+/// Letting go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SettleConfig {
+    /// So many full revalidations have to pass.
+    pub revalidations: u32,
+    /// Each may take so long, in milliseconds.
+    pub revalidate_wait_ms: u64,
+}
+
+impl Default for SettleConfig {
+    fn default() -> SettleConfig {
+        SettleConfig { revalidations: 2, revalidate_wait_ms: 15_000 }
+    }
+}
+
+/// Timeout policies of conntrack.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuardConfig {
+    /// A policy is let go after so long in any case, in seconds.
+    pub max_age_s: u64,
+    /// The guard looks so often, in seconds.
+    pub interval_s: u64,
+}
+
+impl Default for GuardConfig {
+    fn default() -> GuardConfig {
+        GuardConfig { max_age_s: 86_400, interval_s: 60 }
+    }
+}
+
+impl Config {
+    /// Reads `path`; a file that is not there is all defaults.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse(&text, &path.display().to_string()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Config::default()),
+            Err(source) => Err(ConfigError::Read { path: path.display().to_string(), source }),
+        }
+    }
+
+    /// Parses the text of a configuration; `path` is for the errors.
+    pub fn parse(text: &str, path: &str) -> Result<Config, ConfigError> {
+        let config: Config = toml::from_str(text)
+            .map_err(|source| ConfigError::Parse { path: path.to_string(), source: Box::new(source) })?;
+        match config.out_of_bounds() {
+            None => Ok(config),
+            Some((key, why)) => Err(ConfigError::Value { path: path.to_string(), key, why }),
+        }
+    }
+
+    /// What the machine has to know.
+    pub fn machine_options(&self) -> Options {
+        Options { gate_policy: self.gates.on_timeout, retries: self.restore.retries, ..Options::default() }
+    }
+
+    fn out_of_bounds(&self) -> Option<(&'static str, &'static str)> {
+        const POSITIVE: &str = "has to be greater than 0";
+        let positive = [
+            ("run.keep", u64::from(self.run.keep)),
+            ("limits.check_ms", self.limits.check_ms),
+            ("limits.snapshot_ms", self.limits.snapshot_ms),
+            ("limits.arm_ms", self.limits.arm_ms),
+            ("limits.standby_ms", self.limits.standby_ms),
+            ("limits.switch_prepare_ms", self.limits.switch_prepare_ms),
+            ("limits.switch_commit_ms", self.limits.switch_commit_ms),
+            ("limits.restore_ms", self.limits.restore_ms),
+            ("limits.handover_ms", self.limits.handover_ms),
+            ("limits.gates_ms", self.limits.gates_ms),
+            ("limits.settle_ms", self.limits.settle_ms),
+            ("limits.verify_ms", self.limits.verify_ms),
+            ("limits.undo_ms", self.limits.undo_ms),
+            ("limits.back_ms", self.limits.back_ms),
+            ("limits.thaw_ms", self.limits.thaw_ms),
+            ("freeze.lease_ms", self.freeze.lease_ms),
+            ("park.max_packets", self.park.max_packets),
+            ("park.max_bytes", self.park.max_bytes),
+            ("restore.parallel_bridges", u64::from(self.restore.parallel_bridges)),
+            ("restore.flow_limit", u64::from(self.restore.flow_limit)),
+            ("replay.max_queue_bytes", self.replay.max_queue_bytes),
+            ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms),
+            ("guard.max_age_s", self.guard.max_age_s),
+            ("guard.interval_s", self.guard.interval_s),
+        ];
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            return Some((key, POSITIVE));
+        }
+        if self.freeze.end_ms < self.freeze.lease_ms {
+            return Some(("freeze.end_ms", "has to be at least freeze.lease_ms"));
+        }
+        // A freeze that nothing lifts for an hour is what the absolute end is there to prevent.
+        if self.freeze.end_ms > 3_600_000 {
+            return Some(("freeze.end_ms", "has to be at most 3600000 (one hour)"));
+        }
+        if self.switch.kill_after_ms >= self.limits.switch_commit_ms {
+            return Some(("switch.kill_after_ms", "has to be less than limits.switch_commit_ms"));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../config.example.toml");
+
+    #[test]
+    fn the_example_holds_every_key_with_its_default_and_a_comment() {
+        assert_eq!(Config::parse(EXAMPLE, "example").unwrap(), Config::default());
+        let example: toml::Table = toml::from_str(EXAMPLE).unwrap();
+        let defaults = toml::Table::try_from(Config::default()).unwrap();
+        assert_eq!(example, defaults, "a key is missing in the example");
+        let lines: Vec<&str> = EXAMPLE.lines().collect();
+        for pair in lines.windows(2) {
+            if pair[1].contains(" = ") && !pair[1].starts_with('#') {
+                assert!(pair[0].starts_with('#'), "no comment over `{}`", pair[1]);
+            }
+        }
+    }
+
+    #[test]
+    fn no_file_is_all_defaults_and_one_key_changes_only_itself() {
+        assert_eq!(Config::load(Path::new("/nonexistent/config.toml")).unwrap(), Config::default());
+        let config = Config::parse("[park]\nmax_packets = 9\n", "x").unwrap();
+        let expected = ParkConfig { max_packets: 9, ..ParkConfig::default() };
+        assert_eq!(config, Config { park: expected, ..Config::default() });
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        for (text, key) in [
+            ("[park]\nmax_packet = 9\n", "max_packet"),
+            ("[parc]\nmax_packets = 9\n", "parc"),
+            ("lease_ms = 1\n", "lease_ms"),
+            ("[gates]\non_timeout = \"maybe\"\n", "maybe"),
+            ("[freeze]\nlease_ms = \"20 s\"\n", "lease_ms"),
+        ] {
+            let error = Config::parse(text, "/etc/x.toml").unwrap_err().to_string();
+            assert!(error.contains(key) && error.contains("/etc/x.toml"), "{error}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_bounds_are_named() {
+        for (text, key) in [
+            ("[freeze]\nlease_ms = 0\n", "freeze.lease_ms"),
+            ("[freeze]\nlease_ms = 9000\nend_ms = 8000\n", "freeze.end_ms"),
+            ("[freeze]\nend_ms = 3600001\n", "freeze.end_ms"),
+            ("[limits]\nrestore_ms = 0\n", "limits.restore_ms"),
+            ("[switch]\nkill_after_ms = 15000\n", "switch.kill_after_ms"),
+        ] {
+            let error = Config::parse(text, "x").unwrap_err().to_string();
+            assert!(error.contains(key), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_machine_gets_is_what_was_written() {
+        let config = Config::parse("[gates]\non_timeout = \"back\"\n[restore]\nretries = 7\n", "x").unwrap();
+        assert_eq!(config.machine_options().gate_policy, GatePolicy::Back);
+        assert_eq!(config.machine_options().retries, 7);
+    }
+}
