@@ -164,3 +164,66 @@ fn checked(name: &str) -> Result<&str> {
     }
     Ok(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ovs::testing::{bytes_of, unknown};
+
+    fn data(timeouts: &[(u16, u32)]) -> Vec<u8> {
+        bytes_of(&timeouts.iter().map(|(kind, s)| (*kind, s.to_be_bytes().to_vec())).collect::<Vec<_>>())
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(l3: u16, l4: u8, timeouts in prop::collection::vec((1u16..14, any::<u32>()), 0..12), uses: u32, other in unknown()) {
+            let expected = TimeoutPolicy { name: "ovs_tp_1_udp4".into(), l3, l4, data: data(&timeouts), use_count: Some(uses), unknown: bytes_of(&other) };
+            let mut message = expected.create_message().unwrap();
+            message.extend_from_slice(&bytes_of(&[(ATTR_USE, uses.to_be_bytes().to_vec())]));
+            message.extend_from_slice(&expected.unknown);
+            let read = TimeoutPolicy::parse(&message).unwrap();
+            prop_assert_eq!(&read, &expected);
+            prop_assert_eq!(read.timeouts().unwrap(), timeouts.into_iter().collect());
+            let json = serde_json::to_string(&read).unwrap();
+            prop_assert_eq!(serde_json::from_str::<TimeoutPolicy>(&json).unwrap(), expected);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = TimeoutPolicy::parse(&bytes).map(|policy| policy.timeouts());
+        }
+    }
+
+    #[test]
+    fn meaning_is_protocol_and_limits_not_name_order_or_use() {
+        let policy = TimeoutPolicy {
+            name: "ovs_tp_1_udp4".into(),
+            l3: 2,
+            l4: 17,
+            data: data(&[(1, 78), (2, 79)]),
+            ..Default::default()
+        };
+        let renamed = TimeoutPolicy {
+            name: "ovs_tp_2_udp4".into(),
+            use_count: Some(9),
+            data: data(&[(2, 79), (1, 78)]),
+            ..policy.clone()
+        };
+        assert!(policy.same_meaning(&renamed));
+        assert!(!policy.same_meaning(&TimeoutPolicy { data: data(&[(1, 78), (2, 80)]), ..policy.clone() }));
+        assert!(!policy.same_meaning(&TimeoutPolicy { l3: 10, ..policy.clone() }));
+        assert!(!policy.same_meaning(&TimeoutPolicy { l4: 6, ..policy.clone() }));
+    }
+
+    /// A DELETE without a name removes every policy.
+    #[test]
+    fn a_name_that_is_none_is_refused() {
+        for name in ["", &"n".repeat(32)] {
+            assert!(matches!(delete_timeout_policy(name), Err(Error::Malformed { .. })), "{name}");
+            let policy = TimeoutPolicy { name: name.into(), ..Default::default() };
+            assert!(create_timeout_policy(&policy).is_err());
+        }
+    }
+}

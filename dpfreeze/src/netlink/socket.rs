@@ -149,7 +149,7 @@ impl Wire for Kernel {
 mod tests {
     use super::*;
     use crate::netlink::attr::{AttrBuf, Attrs};
-    use crate::netlink::{family, table};
+    use crate::netlink::{family, message, table};
 
     const NLCTRL: u16 = 16; // GENL_ID_CTRL
     const CTRL_CMD_GETFAMILY: u8 = 3;
@@ -193,5 +193,24 @@ mod tests {
         let families = family::families().unwrap();
         assert_eq!(families.get("nlctrl"), Some(&NLCTRL));
         assert!(!families.contains_key("no-such"));
+    }
+
+    /// Another process may send to our port id where it has CAP_NET_ADMIN; what it sends must not count.
+    #[test]
+    fn only_the_kernel_is_believed() {
+        let mut socket = Socket::open(Protocol::Generic).unwrap();
+        let liar = netlink_sys::Socket::new(Protocol::Generic as isize).unwrap();
+        let mut lie = Vec::new();
+        let refusal = [&(-libc::EPERM).to_ne_bytes()[..], &[0; message::HEADER]].concat();
+        message::append(&mut lie, message::NLMSG_ERROR, 0, 1, &refusal);
+        match liar.send_to(&lie, &SocketAddr::new(socket.port_id(), 0), 0) {
+            Ok(_) => {
+                let rows = table::read().unwrap();
+                assert!(rows.iter().any(|r| r.port_id == socket.port_id() && r.rmem > 0), "the lie did not arrive");
+            }
+            // Without the capability the kernel itself refuses the lie.
+            Err(e) => assert!(matches!(e.raw_os_error(), Some(libc::EPERM | libc::ECONNREFUSED)), "{e}"),
+        }
+        assert_eq!(socket.request("nlctrl", NLCTRL, 0, &get_family("nlctrl")).unwrap().len(), 1);
     }
 }

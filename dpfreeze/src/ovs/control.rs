@@ -356,3 +356,32 @@ fn has_duplicates(flows: &[Flow]) -> bool {
         None => seen.insert((&flow.key, &flow.mask)),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_that_came_later_may_be_missing_and_the_first_four_not() {
+        let names = ["ovs_datapath", "ovs_vport", "ovs_flow", "ovs_packet"];
+        let mut ids: BTreeMap<String, u16> = names.iter().zip(30..).map(|(name, id)| (name.to_string(), id)).collect();
+        let families = Families::choose(&ids).unwrap();
+        assert_eq!((families.datapath, families.packet, families.meter, families.ct_limit), (30, 33, None, None));
+        ids.remove("ovs_flow");
+        let error = Families::choose(&ids).unwrap_err().to_string();
+        assert!(error.contains("ovs_flow") && error.contains("modprobe openvswitch"), "{error}");
+    }
+
+    #[test]
+    fn a_flow_that_came_twice_is_seen() {
+        let flow = |ufid: Option<u8>, key: u8, mask: u8| Flow {
+            ufid: ufid.map(|n| [n; 16]),
+            key: vec![key],
+            mask: vec![mask],
+            ..Default::default()
+        };
+        assert!(!has_duplicates(&[flow(Some(1), 1, 1), flow(Some(2), 1, 1), flow(None, 1, 1), flow(None, 1, 2)]));
+        assert!(has_duplicates(&[flow(Some(1), 1, 1), flow(Some(2), 2, 1), flow(Some(1), 3, 1)]));
+        assert!(has_duplicates(&[flow(None, 1, 1), flow(None, 1, 1)]));
+    }
+}

@@ -78,3 +78,31 @@ fn message(command: u8, limits: impl Iterator<Item = ZoneLimit>) -> Vec<u8> {
     attrs.push(ATTR_ZONE_LIMIT | NLA_F_NESTED, &entries);
     header::build(command, VERSION, 0, attrs.as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn limits_are_read_as_written(limits in prop::collection::vec((-1i32..65536, any::<u32>()), 0..200)) {
+            let limits: Vec<_> = limits.into_iter().map(|(zone, limit)| ZoneLimit { zone, limit, count: 0 }).collect();
+            prop_assert_eq!(parse(&set(&limits)).unwrap(), limits);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = parse(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_part_of_an_entry_is_an_error_and_no_answer_no_limit() {
+        let mut attrs = AttrBuf::new();
+        attrs.push(ATTR_ZONE_LIMIT, &[0; 13]);
+        assert!(parse(&header::build(CMD_GET, VERSION, 0, attrs.as_bytes())).is_err());
+        assert!(parse(&ask_all()).unwrap().is_empty());
+    }
+}

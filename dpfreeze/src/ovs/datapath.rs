@@ -133,3 +133,58 @@ fn stats(attr: &Attr<'_>) -> Result<DatapathStats> {
     let [hit, missed, lost, flows] = attr.u64s()?;
     Ok(DatapathStats { hit, missed, lost, flows })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{bytes_of, mixed, unknown};
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(pids in prop::collection::vec(any::<u32>(), 0..9), features: u32, stats: [u64; 4], cache: Option<u32>, other in unknown()) {
+            let mut attrs = AttrBuf::new();
+            attrs.push_str(ATTR_NAME, "ovs-system").push_u32(ATTR_USER_FEATURES, features);
+            attrs.push(ATTR_STATS, &stats.map(u64::to_ne_bytes).concat());
+            attrs.push(ATTR_MEGAFLOW_STATS, &[7; 32]).push(ATTR_PAD, &[]);
+            cache.map(|entries| attrs.push_u32(ATTR_MASKS_CACHE_SIZE, entries).as_bytes().len());
+            if !pids.is_empty() {
+                attrs.push(ATTR_PER_CPU_PIDS, &pids.iter().flat_map(|p| p.to_ne_bytes()).collect::<Vec<_>>());
+            }
+            let [hit, missed, lost, flows] = stats;
+            let expected = Datapath {
+                ifindex: 5,
+                name: "ovs-system".into(),
+                user_features: features,
+                per_cpu_pids: pids,
+                stats: DatapathStats { hit, missed, lost, flows },
+                megaflow_stats: vec![7; 32],
+                masks_cache_size: cache,
+                unknown: bytes_of(&other),
+            };
+            prop_assert_eq!(expected.features().bits(), features);
+            let read = Datapath::parse(&mixed(1, 5, &attrs, &other)).unwrap();
+            prop_assert_eq!(&read, &expected);
+            let json = serde_json::to_string(&read).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Datapath>(&json).unwrap(), expected);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = Datapath::parse(&bytes);
+        }
+    }
+
+    #[test]
+    fn dispatch_follows_the_feature() {
+        let datapath = |user_features| Datapath { user_features, ..Default::default() };
+        assert_eq!(datapath(9).dispatch(), Dispatch::PerCpu);
+        assert_eq!(datapath(3).dispatch(), Dispatch::PerVport);
+    }
+
+    #[test]
+    fn a_datapath_without_a_name_is_an_error() {
+        assert!(Datapath::parse(&header::build(1, 2, 5, &[])).is_err());
+    }
+}

@@ -148,3 +148,77 @@ mod ufid_serde {
         text.map(|text| super::parse_ufid(&text)).transpose().map_err(D::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{bytes_of, mixed, unknown};
+    use super::*;
+    use crate::netlink::attr::Attrs;
+
+    fn run() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec((any::<u16>(), prop::collection::vec(any::<u8>(), 0..20)), 0..6)
+            .prop_map(|a| bytes_of(&a))
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(ufid: Option<[u8; 16]>, key in run(), mask in run(), actions in run(), packets: u64, bytes: u64, used_ms: Option<u64>, tcp_flags: u8, other in unknown()) {
+            let mut attrs = AttrBuf::new();
+            ufid.map(|ufid| attrs.push(ATTR_UFID, &ufid).as_bytes().len());
+            attrs.push(ATTR_KEY | NLA_F_NESTED, &key).push(ATTR_MASK | NLA_F_NESTED, &mask).push(ATTR_PAD, &[]);
+            attrs.push(ATTR_STATS, &[packets, bytes].map(u64::to_ne_bytes).concat()).push(ATTR_TCP_FLAGS, &[tcp_flags]);
+            used_ms.map(|ms| attrs.push(ATTR_USED, &ms.to_ne_bytes()).as_bytes().len());
+            attrs.push(ATTR_ACTIONS | NLA_F_NESTED, &actions);
+            let expected = Flow { ufid, key, mask, actions, packets, bytes, used_ms, tcp_flags, unknown: bytes_of(&other) };
+            let read = Flow::parse(&mixed(1, 5, &attrs, &other)).unwrap();
+            prop_assert_eq!(&read, &expected);
+            let json = serde_json::to_string(&read).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Flow>(&json).unwrap(), expected);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..160)) {
+            let _ = Flow::parse(&bytes);
+        }
+
+        #[test]
+        fn ufids_are_read_as_written(ufid: [u8; 16]) {
+            prop_assert_eq!(parse_ufid(&ufid_text(&ufid)).unwrap(), ufid);
+        }
+
+        #[test]
+        fn any_text_is_read_as_ufid_without_panic(text in ".{0,40}") {
+            let _ = parse_ufid(&text);
+        }
+    }
+
+    /// From a VM: what `ovs-dpctl dump-flows -m` wrote, and the bytes of the kernel (little-endian).
+    #[test]
+    #[cfg(target_endian = "little")]
+    fn ufids_are_written_as_open_vswitch_does() {
+        let bytes = 0xc194c301_68491566_ec38c8b5_c88edaca_u128.to_be_bytes();
+        assert_eq!(ufid_text(&bytes), "01c394c1-6615-4968-b5c8-38eccada8ec8");
+        for wrong in ["", "01c394c1-6615-4968-b5c8-38eccada8ec", "01c394c1-6615-4968-b5c8-38eccada8ecg", "é"] {
+            assert!(parse_ufid(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_short_ufid_is_kept_as_unknown() {
+        let mut attrs = AttrBuf::new();
+        attrs.push(ATTR_UFID, &[1, 2, 3, 4]);
+        let flow = Flow::parse(&header::build(1, 1, 5, attrs.as_bytes())).unwrap();
+        assert_eq!((flow.ufid, flow.unknown), (None, attrs.into_bytes()));
+    }
+
+    /// A DEL that names no flow empties the table.
+    #[test]
+    fn a_delete_always_names_a_flow() {
+        let attrs = |message: &[u8]| -> Vec<u16> { Attrs(&message[header::LEN..]).map(|a| a.unwrap().kind).collect() };
+        assert_eq!(attrs(&delete_ufid(5, &[0; 16])), [ATTR_UFID, ATTR_UFID_FLAGS]);
+        assert_eq!(attrs(&delete_key(5, &[]).unwrap()), [ATTR_KEY]);
+        assert!(delete_key(5, &vec![0; 70_000]).is_err());
+    }
+}

@@ -33,3 +33,16 @@ pub(crate) fn build(command: u8, version: u8, ifindex: u32, attrs: &[u8]) -> Vec
     bytes.extend_from_slice(attrs);
     bytes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_taken_apart_as_it_was_built() {
+        let bytes = build(3, 2, 0x01020304, &[4, 0, 9, 0]);
+        let message = parse("it", &bytes).unwrap();
+        assert_eq!((message.command, message.ifindex, message.attrs.0), (3, 0x01020304, &[4, 0, 9, 0][..]));
+        assert!(parse("it", &bytes[..7]).is_err());
+    }
+}

@@ -131,3 +131,43 @@ pub(crate) fn ask(ifindex: u32, id: u32) -> Vec<u8> {
     attrs.push_u32(ATTR_ID, id);
     header::build(CMD_GET, VERSION, ifindex, attrs.as_bytes())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{bytes_of, mixed, unknown};
+    use super::*;
+    use crate::netlink::attr::NLA_F_NESTED;
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(id: u32, stats: [u64; 2], used: u64, bands in prop::collection::vec((any::<[u64; 2]>(), unknown()), 0..4), other in unknown()) {
+            let mut nest = AttrBuf::new();
+            for (stats, other) in &bands {
+                let mut band = AttrBuf::new();
+                band.push(BAND_STATS, &stats.map(u64::to_ne_bytes).concat()).push(BAND_PAD, &[]);
+                // The kernel gives bands the type OVS_BAND_ATTR_UNSPEC.
+                nest.push(NLA_F_NESTED, &[band.as_bytes(), &bytes_of(other)].concat());
+            }
+            let mut attrs = AttrBuf::new();
+            attrs.push_u32(ATTR_ID, id).push(ATTR_STATS, &stats.map(u64::to_ne_bytes).concat());
+            attrs.push(ATTR_USED, &used.to_ne_bytes()).push_nested(ATTR_BANDS, &nest);
+            let expected = Meter {
+                id,
+                packets: stats[0],
+                bytes: stats[1],
+                used_ms: Some(used),
+                bands: bands.iter().map(|([packets, bytes], other)| Band { packets: *packets, bytes: *bytes, unknown: bytes_of(other) }).collect(),
+                unknown: bytes_of(&other),
+            };
+            prop_assert_eq!(Meter::parse(&mixed(2, 5, &attrs, &other)).unwrap(), expected);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = Meter::parse(&bytes);
+            let _ = parse_features(&bytes);
+        }
+    }
+}

@@ -10,6 +10,8 @@ mod flow;
 mod header;
 mod meter;
 mod packet;
+#[cfg(test)]
+pub(crate) mod testing;
 mod vport;
 
 pub use control::{Families, Ovs};

@@ -140,3 +140,78 @@ impl Execute<'_> {
         Ok(header::build(CMD_EXECUTE, VERSION, ifindex, attrs.as_bytes()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{bytes_of, mixed, unknown};
+    use super::*;
+
+    fn payload() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec(any::<u8>(), 0..50)
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(action: bool, packet in payload(), key in payload(), userdata in prop::option::of(payload()), actions in prop::option::of(payload()), tunnel in prop::option::of(payload()), mru: Option<u16>, len: Option<u32>, hash: Option<u64>, other in unknown()) {
+            let mut attrs = AttrBuf::new();
+            attrs.push(ATTR_KEY | NLA_F_NESTED, &key);
+            let optional = [
+                (ATTR_USERDATA, userdata.clone()),
+                (ATTR_ACTIONS | NLA_F_NESTED, actions.clone()),
+                (ATTR_EGRESS_TUN_KEY | NLA_F_NESTED, tunnel.clone()),
+                (ATTR_MRU, mru.map(|v| v.to_ne_bytes().to_vec())),
+                (ATTR_LEN, len.map(|v| v.to_ne_bytes().to_vec())),
+                (ATTR_HASH, hash.map(|v| v.to_ne_bytes().to_vec())),
+            ];
+            for (kind, payload) in &optional {
+                payload.iter().for_each(|p| { attrs.push(*kind, p); });
+            }
+            attrs.push(ATTR_PACKET, &packet);
+            let kind = if action { UpcallKind::Action } else { UpcallKind::Miss };
+            let expected = Upcall {
+                kind, ifindex: 5, packet: packet.clone(), key, userdata, actions, egress_tun_key: tunnel, mru, len, hash,
+                unknown: bytes_of(&other),
+            };
+            let command = if action { CMD_ACTION } else { CMD_MISS };
+            prop_assert_eq!(&Upcall::parse(&mixed(command, 5, &attrs, &other)).unwrap(), &expected);
+            // With OVS_DP_F_UNALIGNED the kernel leaves out the padding behind the packet, which comes last.
+            if other.is_empty() {
+                let mut message = mixed(command, 5, &attrs, &other);
+                message.truncate(message.len() - (4 - packet.len() % 4) % 4);
+                prop_assert_eq!(&Upcall::parse(&message).unwrap(), &expected);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..160)) {
+            let _ = Upcall::parse(&bytes);
+            if let Some(command) = bytes.first_mut() {
+                *command = CMD_MISS;
+            }
+            let _ = Upcall::parse(&bytes);
+        }
+
+        #[test]
+        fn an_execution_says_what_it_was_given(packet in payload(), key in payload(), actions in payload(), mru: Option<u16>, hash: Option<u64>) {
+            let message = Execute { packet: &packet, key: &key, actions: &actions, mru, hash }.build(7).unwrap();
+            let read = header::parse("it", &message).unwrap();
+            prop_assert_eq!((read.command, read.ifindex), (CMD_EXECUTE, 7));
+            let value = |kind| read.attrs.find(kind).unwrap();
+            prop_assert_eq!(value(ATTR_PACKET).unwrap().payload, &packet[..]);
+            prop_assert_eq!(value(ATTR_KEY).unwrap().payload, &key[..]);
+            prop_assert_eq!(value(ATTR_ACTIONS).unwrap().payload, &actions[..]);
+            prop_assert_eq!(value(ATTR_MRU).map(|a| a.u16().unwrap()), mru);
+            prop_assert_eq!(value(ATTR_HASH).map(|a| a.u64().unwrap()), hash);
+        }
+    }
+
+    #[test]
+    fn an_execution_is_no_upcall_and_a_long_packet_no_execution() {
+        let packet = vec![0; 70_000];
+        let execute = Execute { packet: &packet[..60], key: &[], actions: &[], mru: None, hash: None };
+        assert!(Upcall::parse(&execute.build(5).unwrap()).is_err());
+        assert!(Execute { packet: &packet, ..execute }.build(5).is_err());
+    }
+}

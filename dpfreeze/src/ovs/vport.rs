@@ -133,3 +133,52 @@ fn stats(attr: &Attr<'_>) -> Result<VportStats> {
     let [rx_packets, tx_packets, rx_bytes, tx_bytes, rx_errors, tx_errors, rx_dropped, tx_dropped] = attr.u64s()?;
     Ok(VportStats { rx_packets, tx_packets, rx_bytes, tx_bytes, rx_errors, tx_errors, rx_dropped, tx_dropped })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::testing::{bytes_of, mixed, unknown};
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn nothing_is_lost(port_no: u32, kind: u32, pids in prop::collection::vec(any::<u32>(), 1..9), n: [u64; 8], netnsid: i32, other in unknown()) {
+            let mut attrs = AttrBuf::new();
+            attrs.push_u32(ATTR_PORT_NO, port_no).push_u32(ATTR_TYPE, kind).push_str(ATTR_NAME, "vxlan_sys_4789");
+            attrs.push(ATTR_OPTIONS, &[6, 0, 1, 0, 0xb5, 0x12, 0, 0]);
+            attrs.push(ATTR_UPCALL_PID, &pids.iter().flat_map(|p| p.to_ne_bytes()).collect::<Vec<_>>());
+            attrs.push(ATTR_STATS, &n.map(u64::to_ne_bytes).concat()).push(ATTR_PAD, &[]);
+            attrs.push_u32(ATTR_IFINDEX, 8).push(ATTR_NETNSID, &netnsid.to_ne_bytes());
+            let expected = Vport {
+                dp_ifindex: 5,
+                port_no,
+                kind,
+                name: "vxlan_sys_4789".into(),
+                upcall_pids: pids,
+                stats: VportStats { rx_packets: n[0], tx_packets: n[1], rx_bytes: n[2], tx_bytes: n[3], rx_errors: n[4], tx_errors: n[5], rx_dropped: n[6], tx_dropped: n[7] },
+                options: vec![6, 0, 1, 0, 0xb5, 0x12, 0, 0],
+                ifindex: Some(8),
+                netnsid: Some(netnsid),
+                unknown: bytes_of(&other),
+            };
+            let read = Vport::parse(&mixed(1, 5, &attrs, &other)).unwrap();
+            prop_assert_eq!(&read, &expected);
+            let json = serde_json::to_string(&read).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Vport>(&json).unwrap(), expected);
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = Vport::parse(&bytes);
+        }
+    }
+
+    #[test]
+    fn a_port_without_number_or_name_is_an_error() {
+        let mut attrs = AttrBuf::new();
+        assert!(Vport::parse(&header::build(1, 1, 5, attrs.push_str(ATTR_NAME, "v1").as_bytes())).is_err());
+        let mut attrs = AttrBuf::new();
+        assert!(Vport::parse(&header::build(1, 1, 5, attrs.push_u32(ATTR_PORT_NO, 1).as_bytes())).is_err());
+    }
+}

@@ -139,7 +139,7 @@ impl fmt::Display for Difference {
                 write!(f, "datapath {datapath}: port {port} had number {before} and has {after}")
             }
             PortChanged { datapath, port, what } => {
-                write!(f, "datapath {datapath}: port {port} has another {what}")
+                write!(f, "datapath {datapath}: port {port} has other {what}")
             }
             FlowGone { datapath, flow, packets } => {
                 write!(f, "datapath {datapath}: flow {flow} ({packets} packets) is gone")
@@ -292,5 +292,143 @@ fn compare_policies(before: &Snapshot, after: &Snapshot, found: &mut Vec<Differe
         } else {
             Difference::TimeoutPolicyGone { policy }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conntrack::TimeoutPolicy;
+    use crate::ovs::{Band, Datapath, DatapathStats, Meter, Vport};
+
+    fn flow(id: u8, packets: u64) -> Flow {
+        Flow { ufid: Some([id; 16]), key: vec![id], packets, ..Default::default() }
+    }
+
+    fn port(port_no: u32, name: &str) -> Vport {
+        Vport { port_no, kind: 1, name: name.into(), ifindex: Some(10 + port_no), ..Default::default() }
+    }
+
+    fn policy(name: &str, seconds: u8) -> TimeoutPolicy {
+        TimeoutPolicy {
+            name: name.into(),
+            l3: 2,
+            l4: 17,
+            data: vec![8, 0, 1, 0, 0, 0, 0, seconds],
+            ..Default::default()
+        }
+    }
+
+    fn limit(zone: i32, limit: u32) -> ZoneLimit {
+        ZoneLimit { zone, limit, count: 3 }
+    }
+
+    fn snapshot() -> Snapshot {
+        let stats = DatapathStats { hit: 100, missed: 20, lost: 1, flows: 3 };
+        let meter = |id| Meter { id, bands: vec![Band::default()], ..Default::default() };
+        Snapshot {
+            datapaths: vec![DatapathSnapshot {
+                datapath: Datapath {
+                    ifindex: 2,
+                    name: "ovs-system".into(),
+                    user_features: 9,
+                    stats,
+                    ..Default::default()
+                },
+                vports: vec![port(0, "ovs-system"), port(1, "br0"), port(2, "v1")],
+                flows: vec![flow(1, 10), flow(2, 0), Flow { ufid: None, ..flow(3, 7) }],
+                meters: vec![meter(0), meter(1)],
+            }],
+            ct_limits: vec![limit(DEFAULT_ZONE, 0), limit(5, 60000), limit(6, 9)],
+            timeout_policies: vec![policy("ovs_tp_1_udp4", 78), policy("mine", 5)],
+        }
+    }
+
+    fn found(change: impl FnOnce(&mut Snapshot)) -> Vec<String> {
+        let mut after = snapshot();
+        change(&mut after);
+        compare(&snapshot(), &after).iter().map(Difference::to_string).collect()
+    }
+
+    #[test]
+    fn what_only_grew_or_came_new_is_no_difference() {
+        let none = found(|s| {
+            let d = &mut s.datapaths[0];
+            d.datapath.stats.hit += 1;
+            d.datapath.user_features = 1;
+            d.datapath.per_cpu_pids = vec![1, 2];
+            d.flows.iter_mut().for_each(|f| f.packets += 1);
+            d.flows.insert(0, flow(9, 0));
+            d.flows[1].actions = vec![8, 0, 1, 0, 1, 0, 0, 0];
+            d.vports.push(port(7, "v7"));
+            d.vports[2].stats.rx_packets = 5;
+            d.meters[0].packets = 77;
+            s.ct_limits.reverse();
+            s.ct_limits[0].count = 0;
+            s.timeout_policies.push(policy("new", 3));
+            s.timeout_policies[0].name = "ovs_tp_2_udp4".into();
+        });
+        assert!(none.is_empty(), "{none:?}");
+    }
+
+    #[test]
+    fn every_loss_is_told_once() {
+        type Case = (&'static str, fn(&mut Snapshot));
+        let cases: [Case; 17] = [
+            ("datapath ovs-system is gone", |s| s.datapaths.clear()),
+            ("datapath ovs-system was made anew (interface index 2, now 30)", |s| s.datapaths[0].datapath.ifindex = 30),
+            ("datapath ovs-system: hit fell from 100 to 0", |s| s.datapaths[0].datapath.stats.hit = 0),
+            ("datapath ovs-system: port v1 (number 2) is gone", |s| drop(s.datapaths[0].vports.pop())),
+            ("datapath ovs-system: port v1 had number 2 and has 3", |s| s.datapaths[0].vports[2].port_no = 3),
+            ("datapath ovs-system: port v1 has other type", |s| s.datapaths[0].vports[2].kind = 4),
+            ("datapath ovs-system: port v1 has other options", |s| s.datapaths[0].vports[2].options = vec![1]),
+            ("datapath ovs-system: port v1 has other device", |s| s.datapaths[0].vports[2].ifindex = Some(99)),
+            ("datapath ovs-system: flow 01010101-0101-0101-0101-010101010101 (10 packets) is gone", |s| {
+                drop(s.datapaths[0].flows.remove(0));
+            }),
+            ("datapath ovs-system: flow 03 (7 packets) is gone", |s| drop(s.datapaths[0].flows.pop())),
+            ("datapath ovs-system: flow 01010101-0101-0101-0101-010101010101 was made anew (10 packets, now 9)", |s| {
+                s.datapaths[0].flows[0].packets = 9;
+            }),
+            ("datapath ovs-system: meter 1 is gone", |s| drop(s.datapaths[0].meters.pop())),
+            ("datapath ovs-system: meter 1 was set anew", |s| s.datapaths[0].meters[1].bands.clear()),
+            ("conntrack: the limit of zone 5 was 60000 and is 0", |s| {
+                s.ct_limits.remove(1);
+            }),
+            ("conntrack: the limit of zone 6 was 9 and is 8", |s| s.ct_limits[2].limit = 8),
+            ("conntrack: no timeout policy says what mine said", |s| drop(s.timeout_policies.pop())),
+            ("conntrack: timeout policy mine was changed, and no other says what it said", |s| {
+                s.timeout_policies[1].data[7] = 6;
+            }),
+        ];
+        for (expected, change) in cases {
+            assert_eq!(found(change), [expected]);
+        }
+    }
+
+    #[test]
+    fn a_zone_without_a_limit_has_the_defaults() {
+        assert_eq!(
+            found(|s| s.ct_limits = vec![limit(DEFAULT_ZONE, 9)]),
+            [
+                "conntrack: the default limit of zones was 0 and is 9",
+                "conntrack: the limit of zone 5 was 60000 and is 9"
+            ]
+        );
+    }
+
+    #[test]
+    fn kept_flows_are_those_whose_count_never_fell() {
+        let (before, mut after) = (snapshot(), snapshot());
+        assert_eq!(kept_flows(&before.datapaths[0], &after.datapaths[0]), 3);
+        after.datapaths[0].flows[0].packets = 0;
+        after.datapaths[0].flows[2].mask = vec![1];
+        assert_eq!(kept_flows(&before.datapaths[0], &after.datapaths[0]), 1);
+    }
+
+    #[test]
+    fn a_snapshot_is_the_same_after_json() {
+        let json = serde_json::to_string(&snapshot()).unwrap();
+        assert_eq!(serde_json::from_str::<Snapshot>(&json).unwrap(), snapshot());
     }
 }
