@@ -87,7 +87,6 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
         scenario: request.scenario.clone(),
         action: request.action,
         before_s: 5.0,
-        after_s: 15.0,
         extra_args: request.extra_args.clone(),
     };
     fs::write(input.path().join("job.json"), serde_json::to_string_pretty(&job)?)?;

@@ -50,8 +50,6 @@ pub struct Job {
     pub action: Action,
     /// Seconds of traffic before the action.
     pub before_s: f64,
-    /// Seconds of traffic after its end.
-    pub after_s: f64,
     /// More arguments for `ovs-graceful restart`.
     pub extra_args: Vec<String>,
 }
@@ -160,7 +158,7 @@ pub struct SilentOutcome {
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ProbeOutcome {
     /// UDP.
-    Udp(UdpOutcome),
+    Udp(Box<UdpOutcome>),
     /// TCP.
     Tcp(TcpOutcome),
     /// A silent port.

@@ -173,7 +173,7 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     act(job, out, outcome)?;
     evidence.exit = outcome.action_exit;
     evidence.flows_after = facts::flows(&out.join("flows-after")).unwrap_or_default();
-    std::thread::sleep(Duration::from_secs_f64(job.after_s));
+    std::thread::sleep(Duration::from_secs_f64(scenario.after_s()));
     evidence.flows_begun = live.iter().map(|l| l.probe.flows_begun()).sum::<u64>() - begun_before;
     outcome.probes = finish_all(live)?;
     say("traffic ended");

@@ -1,7 +1,14 @@
 //! The scenarios, one file each.
 
+mod conntrack;
+mod local_port;
 pub mod network;
+mod park_level;
+mod park_limit;
 mod plain;
+mod scale;
+mod tunnel;
+mod vlan_patch;
 
 use std::path::Path;
 
@@ -47,6 +54,10 @@ pub trait Traffic: Sync {
     /// More words for the kernel's command line.
     fn kernel_args(&self) -> &'static str {
         ""
+    }
+    /// Seconds of traffic after the action's end.
+    fn after_s(&self) -> f64 {
+        15.0
     }
     /// Makes the network.
     fn set_up(&self) -> Result<()>;
@@ -116,7 +127,18 @@ impl Scenario {
 }
 
 /// Every scenario, in the order of `tests/all`.
-pub const ALL: &[Scenario] = &[Scenario::Traffic(&plain::Plain)];
+pub const ALL: &[Scenario] = &[
+    Scenario::Traffic(&plain::Plain),
+    Scenario::Traffic(&conntrack::Conntrack),
+    Scenario::Traffic(&vlan_patch::VlanPatch),
+    Scenario::Traffic(&tunnel::VXLAN),
+    Scenario::Traffic(&tunnel::GENEVE),
+    Scenario::Traffic(&tunnel::VxlanBridges),
+    Scenario::Traffic(&local_port::LocalPort),
+    Scenario::Traffic(&scale::Scale),
+    Scenario::Traffic(&park_limit::ParkLimit),
+    Scenario::Traffic(&park_level::ParkLevel),
+];
 
 /// The scenario of that name.
 pub fn find(name: &str) -> Result<Scenario> {

@@ -44,7 +44,29 @@ pub enum Ports {
     Constant,
     /// Every packet from a new source port.
     EachNew,
+    /// Source ports in turn, so that as many flows stay in use.
+    Cycle {
+        /// The first of them.
+        first: u16,
+        /// How many.
+        count: u16,
+    },
 }
+
+impl Ports {
+    /// Source port of packet `sequence`; None for the one socket of a constant flow.
+    pub fn source(self, sequence: u32) -> Option<u16> {
+        match self {
+            Ports::Constant => None,
+            Ports::EachNew => Some(FIRST_NEW + (sequence % NEW_PORTS) as u16),
+            Ports::Cycle { first, count } => Some(first + (sequence % u32::from(count)) as u16),
+        }
+    }
+}
+
+/// Source ports of [`Ports::EachNew`]: enough for eight minutes at a packet every 10 ms.
+const FIRST_NEW: u16 = 10_000;
+const NEW_PORTS: u32 = 50_000;
 
 /// A probe to run.
 #[derive(Debug, Clone)]

@@ -21,8 +21,6 @@ use crate::outcome::{ProbeOutcome, UdpOutcome};
 const LENGTH: usize = 64;
 /// Source sockets kept open for replies: 20 s of the new-flow stream at 10 ms.
 const KEPT_SOCKETS: usize = 2048;
-const FIRST_PORT: u16 = 10_000;
-const PORTS: u32 = 50_000;
 /// How long arrivals are waited for once sending has stopped.
 const GRACE: Duration = Duration::from_secs(4);
 /// Receive buffers that a burst of replayed packets does not fill, bytes.
@@ -202,10 +200,10 @@ fn send(
         if early > 0 {
             std::thread::sleep(Duration::from_nanos(early));
         }
-        let result = match ports {
-            Ports::Constant => transmit(&constant, sequence, target, &mut sent),
-            Ports::EachNew => {
-                let socket = source_socket(FIRST_PORT + (sequence % PORTS) as u16)?;
+        let result = match ports.source(sequence) {
+            None => transmit(&constant, sequence, target, &mut sent),
+            Some(port) => {
+                let socket = source_socket(port)?;
                 // The collector must know the socket before a reply can come.
                 hand_over.send(socket.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
                 transmit(&socket, sequence, target, &mut sent)
@@ -230,7 +228,7 @@ fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut 
 impl Running for UdpProbe {
     fn flows_begun(&self) -> u64 {
         match self.ports {
-            Ports::Constant => 0,
+            Ports::Constant | Ports::Cycle { .. } => 0,
             Ports::EachNew => self.flags.sent.load(Ordering::Relaxed),
         }
     }
@@ -249,7 +247,7 @@ impl Running for UdpProbe {
             }
         }
         let all = vec![true; sent.at.len()];
-        Ok(ProbeOutcome::Udp(UdpOutcome {
+        Ok(ProbeOutcome::Udp(Box::new(UdpOutcome {
             due: sent.due,
             sent: sent.at.len() as u64,
             sender_late_ms: sent.late_ns as f64 / 1e6,
@@ -257,7 +255,7 @@ impl Running for UdpProbe {
             requests: judge(&sent.at, &all, &there.arrivals, there.corrupted, self.interval_ns),
             replies: judge(&sent.at, &answered, &back.arrivals, back.corrupted, self.interval_ns),
             wrong_source: back.wrong_source,
-        }))
+        })))
     }
 }
 
