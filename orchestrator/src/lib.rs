@@ -1,8 +1,10 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
 
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod host;
 pub mod journal;
 pub mod machine;
 pub mod report;
+pub mod supervisor;

@@ -1,0 +1,194 @@
+//! What can be typed.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::report::Strategy;
+
+/// Replaces the running Open vSwitch daemons of this host without losing a packet.
+///
+/// Exit codes: 0 done; 2 usage; 10 refused, nothing touched; 11 another run holds the lock; 20 failed or aborted before
+/// the point of no return, undone; 21 failed after it, back on the old version; 30 done, with differences; 40 needs a
+/// person.
+#[derive(Debug, Parser)]
+#[command(name = "ovs-graceful", version)]
+pub struct Cli {
+    /// The configuration.
+    #[arg(long, global = true, value_name = "FILE", default_value = crate::config::PATH)]
+    pub config: PathBuf,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Can this host do it, at which level, and what would be lost?
+    Check {
+        /// Print the answer as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Replace the daemons.
+    Restart(RestartArgs),
+    /// Is a run under way, is anything frozen, parked or guarded, until when?
+    Status {
+        /// Print the answer as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Undo the run under way, if it still can be undone.
+    Abort,
+    /// Finish or undo an interrupted run.
+    Recover,
+    /// Emergency: bind the running daemon, replay, lift every freeze now.
+    Thaw,
+    /// Past runs and their reports.
+    Runs {
+        /// Print the answer as JSON.
+        #[arg(long)]
+        json: bool,
+        /// One of them.
+        #[command(subcommand)]
+        command: Option<RunsCommand>,
+    },
+    /// Called by units and package scriptlets.
+    #[command(hide = true)]
+    Hook {
+        /// Which.
+        #[command(subcommand)]
+        command: HookCommand,
+    },
+}
+
+/// How to replace the daemons.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct RestartArgs {
+    /// Say what would be done; touch nothing.
+    #[arg(long)]
+    pub plan: bool,
+    /// Do nothing where the running daemons are those on disk.
+    #[arg(long)]
+    pub if_needed: bool,
+    /// `standby`: the new ovs-vswitchd starts beside the old one; `stop-start`: after its end.
+    #[arg(long, default_value_t = Strategy::Standby)]
+    pub strategy: Strategy,
+    /// Leave ovsdb-server alone.
+    #[arg(long)]
+    pub no_ovsdb: bool,
+    /// A command that has to exit with 0 before the freeze is lifted (run by /bin/sh).
+    #[arg(long, value_name = "CMD")]
+    pub gate_command: Option<String>,
+    /// Write the report to this file as well.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Print the report as JSON instead of the summary.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which past run.
+#[derive(Debug, Subcommand)]
+pub enum RunsCommand {
+    /// The report of one run.
+    Show {
+        /// Its id.
+        id: String,
+        /// Print it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Called by units and package scriptlets.
+#[derive(Debug, Subcommand)]
+pub enum HookCommand {
+    /// The supervisor of a run.
+    Supervise(SuperviseArgs),
+    /// ExecReload= of ovs-vswitchd.service while a run is under way: starts the new daemon when the supervisor says so.
+    Reload {
+        /// The unit's own ExecStart=.
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
+    /// The process that proves the freeze from outside.
+    Canary,
+}
+
+/// What the supervisor of a run is started with.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct SuperviseArgs {
+    /// The run's id (`journal::new_id`).
+    #[arg(long)]
+    pub id: String,
+    /// How the new daemon comes to be.
+    #[arg(long, default_value_t = Strategy::Standby)]
+    pub strategy: Strategy,
+    /// Do nothing where the running daemons are those on disk.
+    #[arg(long)]
+    pub if_needed: bool,
+    /// Leave ovsdb-server alone.
+    #[arg(long)]
+    pub no_ovsdb: bool,
+    /// Has to exit with 0 before the freeze is lifted; overrides `gates.command`.
+    #[arg(long)]
+    pub gate_command: Option<String>,
+    /// Where the report goes besides the run's folder; an absolute path.
+    #[arg(long)]
+    pub report: Option<PathBuf>,
+    /// The configuration, an absolute path. On the command line it is the global `--config`.
+    #[arg(skip)]
+    pub config: PathBuf,
+}
+
+impl SuperviseArgs {
+    /// The words of a command line that is parsed back to this: `program hook supervise …`.
+    pub fn command_line(&self, program: &str) -> Vec<OsString> {
+        let mut words: Vec<OsString> = vec![program.into(), "--config".into(), self.config.clone().into()];
+        words.extend(["hook", "supervise", "--id"].map(OsString::from));
+        words.push(self.id.clone().into());
+        words.push(format!("--strategy={}", self.strategy).into());
+        words.extend(self.if_needed.then(|| "--if-needed".into()));
+        words.extend(self.no_ovsdb.then(|| "--no-ovsdb".into()));
+        // `=`: a command may begin with a dash.
+        words.extend(self.gate_command.as_ref().map(|command| format!("--gate-command={command}").into()));
+        if let Some(report) = &self.report {
+            words.push("--report".into());
+            words.push(report.clone().into());
+        }
+        words
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_supervisor_gets_what_the_client_was_told() {
+        let args = SuperviseArgs {
+            id: "run-1".into(),
+            strategy: Strategy::StopStart,
+            if_needed: true,
+            no_ovsdb: true,
+            gate_command: Some("--odd 'command' $HOME %n".into()),
+            report: Some("/tmp/a b/report.json".into()),
+            config: "/etc/other.toml".into(),
+        };
+        for args in [args.clone(), SuperviseArgs { gate_command: None, report: None, if_needed: false, ..args }] {
+            let cli = Cli::parse_from(args.command_line("ovs-graceful"));
+            let Command::Hook { command: HookCommand::Supervise(mut parsed) } = cli.command else { panic!("no hook") };
+            parsed.config = cli.config;
+            assert_eq!(parsed, args);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! `hook`: what units and the run itself call.
+
+use std::ffi::OsString;
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+
+use anyhow::Context;
+
+use super::output::complain;
+use super::{exit_code, log, HookCommand};
+use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
+use crate::machine::ExitCode;
+use crate::supervisor;
+
+/// Variables that systemd gives to ExecReload= (systemd.exec(5), `service_spawn()` in src/core/service.c) and that
+/// ExecStart= may lack. `PIDFILE` is there once our drop-in sets PIDFile=.
+const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG_PID", "WATCHDOG_USEC", "MANAGERPID"];
+
+/// Does it and returns the exit code.
+pub fn hook(config: &Path, command: HookCommand) -> u8 {
+    match command {
+        HookCommand::Supervise(mut args) => {
+            log::init();
+            args.config = config.to_path_buf();
+            supervise_exit(supervisor::supervise(args))
+        }
+        HookCommand::Reload { command } => match reload(Path::new(SOCKET), &command) {
+            Ok(code) => code,
+            Err(error) => {
+                complain(&format!("hook reload: {error:#}"));
+                1
+            }
+        },
+        HookCommand::Canary => canary(),
+    }
+}
+
+fn supervise_exit(result: anyhow::Result<i32>) -> u8 {
+    let error = match result {
+        Ok(code) => return exit_code(code),
+        Err(error) => error,
+    };
+    tracing::error!("{error:#}");
+    match error.downcast_ref() {
+        Some(LockError::Held { .. }) => ExitCode::Busy.code(),
+        Some(LockError::Io { .. }) | None => ExitCode::NeedsPerson.code(),
+    }
+}
+
+/// [`std::process::ExitCode`] does not tell its number: the process ends here.
+fn canary() -> u8 {
+    let code = dpfreeze::freeze::canary_main();
+    u8::from(code != std::process::ExitCode::SUCCESS)
+}
+
+/// Waits for the supervisor's word, in the unit's cgroup; 0 makes systemd read the PID file again.
+fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
+    let old = std::env::var("MAINPID").ok().filter(|pid| pid.chars().all(|c| c.is_ascii_digit()));
+    let hook = HookClient::open(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
+    let mut hook = hook.context(
+        "no run of ovs-graceful is under way; remedy: `ovs-graceful restart` instead of reloading the unit by hand",
+    )?;
+    let mut started = false;
+    while let Some(order) = hook.next_command()? {
+        match order {
+            Order::Start if started => complain("hook reload: told to start twice; started once"),
+            Order::Start => {
+                started = true;
+                start(command, old.as_deref(), hook.reporter()?)?;
+            }
+            Order::Finish => return Ok(0),
+            Order::Cancel => return Ok(1),
+        }
+    }
+    // The supervisor is gone. Where the old daemon is gone too, only a reload that succeeds makes systemd look for the
+    // new one; a failed one would stop the unit with the new daemon in it.
+    let old_is_gone = old.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+    complain("hook reload: the run went without a word");
+    Ok(u8::from(!(started && old_is_gone)))
+}
+
+/// Spawns the command and tells the supervisor of its end, from a thread of its own.
+fn start(command: &[OsString], old: Option<&str>, mut reporter: HookReporter) -> anyhow::Result<()> {
+    let mut child = match spawn(command, old) {
+        Ok(child) => child,
+        Err(error) => {
+            // 127, as a shell says of a command that cannot be run.
+            reporter.child_exited(127)?;
+            return Err(error);
+        }
+    };
+    reporter.spawned(child.id() as i32)?;
+    thread::spawn(move || {
+        let status = child.wait().map_or(-1, status_number);
+        // A supervisor that has gone is seen by the thread that reads from it.
+        let _ = reporter.child_exited(status);
+    });
+    Ok(())
+}
+
+fn spawn(command: &[OsString], old: Option<&str>) -> anyhow::Result<Child> {
+    let (program, arguments) = command.split_first().context("no command after `--`")?;
+    let mut child = Command::new(program);
+    child.args(arguments).stdin(Stdio::null());
+    let environ = old.map(|pid| PathBuf::from("/proc").join(pid).join("environ"));
+    for name in reload_only(&environ.and_then(read).unwrap_or_default()) {
+        child.env_remove(name);
+    }
+    child.spawn().with_context(|| format!("cannot run {}", program.display()))
+}
+
+fn read(path: PathBuf) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path).ok()?.read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// The variables that the reload has and the running daemon, which ExecStart= started, has not.
+fn reload_only(environ: &[u8]) -> impl Iterator<Item = &'static str> + '_ {
+    let daemon_has = |name: &str| {
+        let is_it = |entry: &[u8]| entry.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"="));
+        environ.split(|byte| *byte == 0).any(is_it)
+    };
+    RELOAD_ONLY.into_iter().filter(move |name| *name == "MAINPID" || !daemon_has(name))
+}
+
+fn status_number(status: ExitStatus) -> i32 {
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::control::{HookEvent, Server};
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn words(command: &str) -> Vec<OsString> {
+        ["sh", "-c", command].map(OsString::from).to_vec()
+    }
+
+    #[test]
+    fn what_the_daemon_has_from_its_own_start_is_kept() {
+        let removed = |environ: &[u8]| reload_only(environ).collect::<Vec<_>>();
+        assert_eq!(removed(b""), RELOAD_ONLY);
+        assert!(!removed(b"PATH=/bin\0PIDFILE=/run/x.pid\0").contains(&"PIDFILE"));
+        assert!(removed(b"PIDFILEX=1\0").contains(&"PIDFILE"));
+        assert!(removed(b"MAINPID=1\0").contains(&"MAINPID"));
+    }
+
+    #[test]
+    fn start_spawns_and_finish_ends_with_0_and_cancel_with_1() {
+        for (last, code) in [(Order::Finish, 0), (Order::Cancel, 1)] {
+            let dir = tempfile::tempdir().unwrap();
+            let socket = dir.path().join("run.sock");
+            let server = Server::bind(&socket, "run-1").unwrap();
+            let path = socket.clone();
+            let hook = thread::spawn(move || reload(&path, &words("exit 3")));
+            let mut link = server.wait_hook(soon()).unwrap();
+            assert!(matches!(link.recv(soon()), Some(HookEvent::Connected { .. })));
+            link.send(Order::Start).unwrap();
+            assert!(matches!(link.recv(soon()), Some(HookEvent::Spawned { pid }) if pid > 0));
+            assert_eq!(link.recv(soon()), Some(HookEvent::ChildExited { status: 3 }));
+            link.send(last).unwrap();
+            assert_eq!(hook.join().unwrap().unwrap(), code);
+        }
+    }
+
+    #[test]
+    fn a_command_that_is_not_there_is_told_to_the_supervisor() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("run.sock");
+        let server = Server::bind(&socket, "run-1").unwrap();
+        let path = socket.clone();
+        let hook = thread::spawn(move || reload(&path, &[OsString::from("/nonexistent/ovs-ctl")]));
+        let mut link = server.wait_hook(soon()).unwrap();
+        link.recv(soon());
+        link.send(Order::Start).unwrap();
+        assert_eq!(link.recv(soon()), Some(HookEvent::ChildExited { status: 127 }));
+        assert!(format!("{:#}", hook.join().unwrap().unwrap_err()).contains("/nonexistent/ovs-ctl"));
+    }
+
+    #[test]
+    fn without_a_run_it_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = reload(&dir.path().join("run.sock"), &words("true")).unwrap_err();
+        assert!(error.to_string().contains("no run"), "{error}");
+    }
+}

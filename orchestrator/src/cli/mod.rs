@@ -1,0 +1,138 @@
+//! The command line of design.md.
+
+mod args;
+mod hook;
+mod launch;
+mod log;
+mod output;
+mod plan;
+mod progress;
+mod restart;
+mod runs;
+mod status;
+
+pub use args::{Cli, Command, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
+
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::config::Config;
+use crate::control::{AbortAnswer, Connection, Progress, SOCKET};
+use crate::machine::ExitCode;
+use crate::supervisor;
+use output::{complain, say, say_json};
+
+/// Does what the command line says and returns what the process exits with.
+pub fn run(cli: Cli) -> u8 {
+    if let Some(missing) = needs_root(&cli.command) {
+        complain(&missing);
+        return ExitCode::Refused.code();
+    }
+    let config = cli.config;
+    match cli.command {
+        Command::Check { json } => answered(check(&config, json)),
+        Command::Restart(args) => restart::restart(&config, args),
+        Command::Status { json } => answered(status::status(json)),
+        Command::Abort => answered(abort()),
+        Command::Recover => needs_person(load(&config).and_then(|config| supervisor::recover(&config))),
+        Command::Thaw => needs_person(thaw(&config)),
+        Command::Runs { command: None, json } => answered(runs::list(json)),
+        Command::Runs { command: Some(RunsCommand::Show { id, json: inner }), json } => {
+            answered(runs::show(&id, json || inner))
+        }
+        Command::Hook { command } => hook::hook(&config, command),
+    }
+}
+
+/// Everything but help needs root: datapath, units and what was parked are nobody else's business.
+fn needs_root(command: &Command) -> Option<String> {
+    let uid = nix::unistd::geteuid();
+    if uid.is_root() || matches!(command, Command::Hook { command: HookCommand::Canary }) {
+        return None;
+    }
+    Some(format!("this needs root, and runs as uid {uid}; remedy: run it through sudo"))
+}
+
+fn load(config: &Path) -> anyhow::Result<Config> {
+    Ok(Config::load(config)?)
+}
+
+/// A command that touches nothing: what fails in it is a refusal.
+fn answered(result: anyhow::Result<ExitCode>) -> u8 {
+    match result {
+        Ok(code) => code.code(),
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::Refused.code()
+        }
+    }
+}
+
+/// A command that repairs: what fails in it needs a person.
+fn needs_person(result: anyhow::Result<i32>) -> u8 {
+    match result {
+        Ok(code) => exit_code(code),
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::NeedsPerson.code()
+        }
+    }
+}
+
+/// An exit code that the design does not know is a bug, and a bug needs a person.
+fn exit_code(code: i32) -> u8 {
+    let known = u8::try_from(code).ok().and_then(|code| ExitCode::try_from(code).ok());
+    known.unwrap_or(ExitCode::NeedsPerson).code()
+}
+
+fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    let report = supervisor::check(&load(config)?)?;
+    match json {
+        true => say_json(&report),
+        false => say(report.to_string().trim_end()),
+    }
+    Ok(report.exit_code())
+}
+
+fn abort() -> anyhow::Result<ExitCode> {
+    let Some(mut run) = connect()? else {
+        anyhow::bail!("no run is under way: there is nothing to abort; see `ovs-graceful status`");
+    };
+    if let AbortAnswer::Refused { why } = run.abort().context("the supervisor does not answer")? {
+        anyhow::bail!("the run is not aborted: {why}; follow it with `ovs-graceful status`");
+    }
+    say("abort: accepted, the run is being undone");
+    let mut events = run.subscribe()?;
+    while let Some(event) = events.next_event()? {
+        if let Progress::Finished { exit_code, report } = event {
+            say(&format!("run {}: {}", report.id, report.reason));
+            let undone = exit_code == ExitCode::Undone.code();
+            return Ok(if undone { ExitCode::Done } else { report.exit_code });
+        }
+    }
+    anyhow::bail!("the supervisor went before it told the end of the run; look with `ovs-graceful status`")
+}
+
+/// A supervisor that lives does it; one that hangs is not waited for.
+fn thaw(config: &Path) -> anyhow::Result<i32> {
+    if let Ok(Some(mut run)) = connect() {
+        match run.thaw() {
+            Ok(()) => {
+                say("thaw: the supervisor of the run under way thaws; follow it with `ovs-graceful status`");
+                return Ok(0);
+            }
+            Err(e) => complain(&format!("the supervisor does not answer ({e}): thawing without it")),
+        }
+    }
+    // An emergency does not stop for a misspelt key.
+    let config = load(config).unwrap_or_else(|error| {
+        complain(&format!("{error:#}; taking the defaults"));
+        Config::default()
+    });
+    supervisor::thaw(&config)
+}
+
+fn connect() -> anyhow::Result<Option<Connection>> {
+    Connection::open(Path::new(SOCKET)).with_context(|| format!("cannot connect to {SOCKET}"))
+}

@@ -1,0 +1,206 @@
+//! `restart`: the client of a run.
+
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::launch::{launch, Launched};
+use super::output::{complain, say, say_json};
+use super::plan::{in_words, plan};
+use super::progress::Display;
+use super::{answered, load, RestartArgs, SuperviseArgs};
+use crate::control::{AbortAnswer, Connection, Progress, RunLock, Subscription, LOCK, SOCKET};
+use crate::journal::{new_id, Runs};
+use crate::machine::ExitCode;
+use crate::report::{summary, Report};
+
+/// How long a supervisor that has closed its socket may take to write its report.
+const REPORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// What reaches the client.
+enum Happening {
+    Progress(Box<Progress>),
+    /// The supervisor closed the connection.
+    Closed,
+    /// Ctrl-C, or somebody who ends us.
+    Interrupted,
+}
+
+/// Replaces the daemons, or says what that would be; returns the exit code.
+pub fn restart(config: &Path, args: RestartArgs) -> u8 {
+    if args.plan {
+        return answered(print_plan(config, &args));
+    }
+    // The supervisor reads it again; a misspelt key should not cost a unit that fails.
+    if let Err(error) = load(config) {
+        complain(&format!("{error:#}"));
+        return ExitCode::Refused.code();
+    }
+    match RunLock::holder(Path::new(LOCK)) {
+        Ok(None) => {}
+        Ok(Some(holder)) => {
+            complain(&format!(
+                "run {} (process {}) holds {LOCK}; wait for it (`ovs-graceful status`) or undo it (`ovs-graceful abort`)",
+                holder.id, holder.pid
+            ));
+            return ExitCode::Busy.code();
+        }
+        Err(error) => return answered(Err(error.into())),
+    }
+    match supervise_args(config, &args) {
+        Ok(supervise) => follow_new_run(&supervise, &args),
+        Err(error) => answered(Err(error)),
+    }
+}
+
+fn print_plan(config: &Path, args: &RestartArgs) -> anyhow::Result<ExitCode> {
+    let config = load(config)?;
+    let plan = plan(crate::supervisor::check(&config)?, args, &config);
+    match args.json {
+        true => say_json(&plan),
+        false => say(&in_words(&plan)),
+    }
+    Ok(plan.check.exit_code())
+}
+
+/// The supervisor runs in `/`: relative paths are ours.
+fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<SuperviseArgs> {
+    Ok(SuperviseArgs {
+        id: new_id(),
+        strategy: args.strategy,
+        if_needed: args.if_needed,
+        no_ovsdb: args.no_ovsdb,
+        gate_command: args.gate_command.clone(),
+        report: args.report.as_ref().map(std::path::absolute).transpose()?,
+        config: std::path::absolute(config)?,
+    })
+}
+
+fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {
+    let (sender, happenings) = mpsc::channel();
+    // Before the supervisor is started, so that Ctrl-C from now on reaches it as a wish and never kills us half-way.
+    if let Err(error) = watch_signals(sender.clone()) {
+        return answered(Err(error));
+    }
+    match launch(supervise) {
+        Ok(Launched::Over(report)) => end(&report, args),
+        Ok(Launched::Running(events)) => {
+            thread::spawn(move || forward(events, &sender));
+            follow(&supervise.id, args, &happenings)
+        }
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            // The lock tells whether it was another run that kept ours from starting.
+            let busy = matches!(RunLock::holder(Path::new(LOCK)), Ok(Some(holder)) if holder.id != supervise.id);
+            if busy {
+                ExitCode::Busy.code()
+            } else {
+                ExitCode::Undone.code()
+            }
+        }
+    }
+}
+
+/// Ctrl-C and SIGTERM become happenings; a lost terminal (SIGHUP) is nothing at all.
+fn watch_signals(sender: Sender<Happening>) -> anyhow::Result<()> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    // Threads that are started later inherit it; programs that are started do not (std clears it).
+    set.thread_block()?;
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
+    thread::spawn(move || {
+        while let Ok(Some(signal)) = signals.read_signal() {
+            if signal.ssi_signo != Signal::SIGHUP as u32 && sender.send(Happening::Interrupted).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(())
+}
+
+fn forward(mut events: Subscription, sender: &Sender<Happening>) {
+    while let Ok(Some(progress)) = events.next_event() {
+        if sender.send(Happening::Progress(Box::new(progress))).is_err() {
+            return;
+        }
+    }
+    let _ = sender.send(Happening::Closed);
+}
+
+fn follow(id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 {
+    let mut display = Display::new();
+    display.print(&format!("run {id}"));
+    while let Ok(happening) = happenings.recv() {
+        match happening {
+            Happening::Progress(progress) => {
+                display.show(&progress);
+                if let Progress::Finished { report, .. } = *progress {
+                    display.clear();
+                    return end(&report, args);
+                }
+            }
+            Happening::Interrupted => {
+                if let Some(code) = interrupt(&display) {
+                    display.clear();
+                    return code;
+                }
+            }
+            Happening::Closed => break,
+        }
+    }
+    display.clear();
+    orphaned(id, args)
+}
+
+/// Before the point of no return Ctrl-C undoes the run, and we stay to see it; after it we detach.
+fn interrupt(display: &Display) -> Option<u8> {
+    let answer = match Connection::open(Path::new(SOCKET)) {
+        // The end of the run is on its way to us.
+        Ok(None) => return None,
+        Ok(Some(mut run)) => run.abort(),
+        Err(error) => Err(error),
+    };
+    match answer {
+        Ok(AbortAnswer::Accepted) => {
+            display.print("aborting: the run is being undone");
+            None
+        }
+        Ok(AbortAnswer::Refused { why }) => {
+            display.print(&format!("not aborted: {why}. Detached; the run goes on: see `ovs-graceful status`."));
+            Some(ExitCode::NeedsPerson.code())
+        }
+        Err(error) => {
+            display.print(&format!("the supervisor does not answer ({error}); detached: see `ovs-graceful status`."));
+            Some(ExitCode::NeedsPerson.code())
+        }
+    }
+}
+
+/// The connection broke before the end was told.
+fn orphaned(id: &str, args: &RestartArgs) -> u8 {
+    let path = Runs::default().report(id);
+    let until = Instant::now() + REPORT_LIMIT;
+    while Instant::now() < until {
+        if let Ok(report) = Report::read(&path) {
+            return end(&report, args);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    complain(&format!("the supervisor of run {id} went without a report; remedy: `ovs-graceful recover`"));
+    ExitCode::NeedsPerson.code()
+}
+
+fn end(report: &Report, args: &RestartArgs) -> u8 {
+    match args.json {
+        true => say_json(report),
+        false => say(summary(report, io::stdout().is_terminal()).trim_end()),
+    }
+    report.exit_code.code()
+}
