@@ -9,5 +9,6 @@ pub mod netlink;
 pub mod ovs;
 pub mod park;
 pub mod snapshot;
+pub mod tunnel;
 
 pub use error::{Error, Result};
