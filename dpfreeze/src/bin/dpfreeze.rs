@@ -1,8 +1,22 @@
-//! The hand tool of the datapath side.
+//! The hand tool of the datapath side: freeze, thaw, status, dump, snapshot, diff.
 
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use anyhow::Context;
+use clap::{Parser, Subcommand, ValueEnum};
+use dpfreeze::flow_key::{format_actions, format_key};
+use dpfreeze::freeze::{self, CanaryCommand, Classes, Families, Freeze, Scope, State};
+use dpfreeze::ovs::Ovs;
+use dpfreeze::snapshot::{self, DatapathSnapshot, Snapshot};
+
+/// `diff` found differences, as with diff(1).
+const DIFFERENT: u8 = 1;
+/// Anything failed.
+const TROUBLE: u8 = 2;
 
 /// Freeze and look at the kernel datapath of Open vSwitch.
 #[derive(Parser)]
@@ -14,19 +28,73 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Refuse messages until the lease runs out; proves with a canary first that this works here.
+    Freeze {
+        /// What to refuse; may be given several times.
+        #[arg(long = "class", required = true, value_enum)]
+        classes: Vec<Class>,
+        /// How long, in seconds. It ends by itself.
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..=86400))]
+        lease: u64,
+        /// The datapath; may be given several times. Without it: every kernel datapath.
+        #[arg(long = "datapath")]
+        datapaths: Vec<String>,
+        /// A timeout policy to guard; may be given several times. Without it: every one there is.
+        #[arg(long = "timeout-policy")]
+        timeout_policies: Vec<String>,
+    },
     /// Lift any freeze, whoever holds it.
     Thaw,
     /// Show what is frozen, until when, and what was refused.
     Status {
-        /// As JSON.
+        /// As JSON; null where nothing is frozen.
         #[arg(long)]
         json: bool,
     },
-    /// Say what this host can do.
+    /// Show datapaths, ports, flows, meters and timeout policies.
+    Dump,
+    /// Write to a file, as JSON, what the kernel knows.
+    Snapshot {
+        /// The file.
+        file: PathBuf,
+    },
+    /// Compare two snapshots: what of the first is not so in the second. Exits 1 where there is anything.
+    Diff {
+        /// The earlier snapshot.
+        before: PathBuf,
+        /// The later snapshot.
+        after: PathBuf,
+    },
+    /// Show, as JSON, what this host can do.
     Environment,
-    /// Send test messages from a process that is not exempt (started by the freeze itself).
+    /// Send test messages from a process that is not exempt (started by `freeze`).
     #[command(hide = true)]
     Canary,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Class {
+    FlowFlush,
+    FlowDel,
+    FlowSet,
+    DpDel,
+    VportDel,
+    MeterDel,
+    CtTimeoutDel,
+}
+
+impl From<Class> for Classes {
+    fn from(class: Class) -> Classes {
+        match class {
+            Class::FlowFlush => Classes::FLOW_FLUSH,
+            Class::FlowDel => Classes::FLOW_DEL,
+            Class::FlowSet => Classes::FLOW_SET,
+            Class::DpDel => Classes::DP_DEL,
+            Class::VportDel => Classes::VPORT_DEL,
+            Class::MeterDel => Classes::METER_DEL,
+            Class::CtTimeoutDel => Classes::CT_TIMEOUT_DEL,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -34,19 +102,142 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("dpfreeze: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(TROUBLE)
         }
     }
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Canary => return Ok(dpfreeze::freeze::canary_main()),
-        Command::Thaw => dpfreeze::freeze::thaw()?,
-        Command::Status { .. } => println!("{}", serde_json::to_string_pretty(&dpfreeze::freeze::state()?)?),
-        Command::Environment => {
-            println!("{}", serde_json::to_string_pretty(&dpfreeze::freeze::environment())?);
+        Command::Freeze { classes, lease, datapaths, timeout_policies } => {
+            let classes = classes.into_iter().map(Classes::from).fold(Classes::empty(), |all, class| all | class);
+            freeze_now(classes, Duration::from_secs(lease), &datapaths, timeout_policies)?;
         }
+        Command::Thaw => freeze::thaw()?,
+        Command::Status { json: true } => println!("{}", serde_json::to_string_pretty(&freeze::state()?)?),
+        Command::Status { json: false } => print_state(freeze::state()?.as_ref()),
+        Command::Dump => print_dump(&snapshot::capture(&mut Ovs::open()?)?, &mut std::io::stdout().lock())?,
+        Command::Snapshot { file } => {
+            let mut to = BufWriter::new(File::create(&file).with_context(|| file.display().to_string())?);
+            serde_json::to_writer(&mut to, &snapshot::capture(&mut Ovs::open()?)?)?;
+            to.flush().with_context(|| file.display().to_string())?;
+        }
+        Command::Diff { before, after } => return diff(&before, &after),
+        Command::Environment => println!("{}", serde_json::to_string_pretty(&freeze::environment())?),
+        Command::Canary => return Ok(freeze::canary_main()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn freeze_now(
+    classes: Classes,
+    lease: Duration,
+    datapaths: &[String],
+    mut timeout_policies: Vec<String>,
+) -> anyhow::Result<()> {
+    let families = Families::resolve()?;
+    let ifindexes = if families.datapath == 0 { Vec::new() } else { chosen(datapaths)? };
+    if timeout_policies.is_empty() && classes.contains(Classes::CT_TIMEOUT_DEL) {
+        timeout_policies = dpfreeze::conntrack::timeout_policies()?.into_iter().map(|policy| policy.name).collect();
+    }
+    let scope = Scope::here(&ifindexes, &timeout_policies, families)?;
+    let (mut freeze, _) = Freeze::load_proven(&CanaryCommand::own(&["canary"]), families)?;
+    freeze.arm(&scope, classes, lease, lease)?;
+    print_state(Some(&freeze.state()?));
+    Ok(())
+}
+
+fn chosen(names: &[String]) -> anyhow::Result<Vec<u32>> {
+    let mut ovs = Ovs::open()?;
+    if names.is_empty() {
+        return Ok(ovs.datapaths()?.iter().map(|datapath| datapath.ifindex).collect());
+    }
+    names
+        .iter()
+        .map(|name| {
+            let found = ovs.datapath(name)?;
+            Ok(found.with_context(|| format!("there is no datapath {name}; see `dpfreeze dump`"))?.ifindex)
+        })
+        .collect()
+}
+
+fn print_state(state: Option<&State>) {
+    let Some(state) = state else { return println!("nothing is frozen") };
+    if !state.armed {
+        println!("loaded on {}, nothing is frozen (a lease that ran out, or not armed yet)", state.hook);
+    } else {
+        let names: Vec<String> = state.classes.iter_names().map(|(name, _)| name.to_lowercase()).collect();
+        println!("frozen: {} (on {})", names.join(", "), state.hook);
+        println!("until: {:.1} s from now, {:.1} s if renewed", ms(state.lease_left_ms), ms(state.end_left_ms));
+    }
+    let alive = if state.exempt_alive { "running" } else { "ended" };
+    println!("exempt: process {} ({alive})", state.exempt.tgid);
+    println!("datapaths: {:?}; timeout policies: {}", state.ifindexes, state.timeout_names.len());
+    println!("refused: {:?}", state.refused);
+}
+
+fn ms(value: u64) -> f64 {
+    Duration::from_millis(value).as_secs_f64()
+}
+
+fn print_dump(snapshot: &Snapshot, to: &mut impl Write) -> std::io::Result<()> {
+    for datapath in &snapshot.datapaths {
+        print_datapath(datapath, to)?;
+    }
+    for limit in &snapshot.ct_limits {
+        writeln!(to, "conntrack limit {limit:?}")?;
+    }
+    for policy in &snapshot.timeout_policies {
+        writeln!(
+            to,
+            "timeout policy {} l3 {} l4 {} references {:?}",
+            policy.name, policy.l3, policy.l4, policy.use_count
+        )?;
+    }
+    Ok(())
+}
+
+fn print_datapath(snapshot: &DatapathSnapshot, to: &mut impl Write) -> std::io::Result<()> {
+    let datapath = &snapshot.datapath;
+    let stats = &datapath.stats;
+    writeln!(
+        to,
+        "datapath {} ifindex {} features {:#x} hit {} missed {} lost {} upcalls to {:?}",
+        datapath.name,
+        datapath.ifindex,
+        datapath.user_features,
+        stats.hit,
+        stats.missed,
+        stats.lost,
+        datapath.per_cpu_pids
+    )?;
+    for vport in &snapshot.vports {
+        writeln!(to, "  port {} {} ({:?})", vport.port_no, vport.name, vport.kind())?;
+    }
+    for flow in &snapshot.flows {
+        writeln!(
+            to,
+            "  flow {} packets {} bytes {} actions {}",
+            format_key(&flow.key),
+            flow.packets,
+            flow.bytes,
+            format_actions(&flow.actions)
+        )?;
+    }
+    for meter in &snapshot.meters {
+        writeln!(to, "  meter {meter:?}")?;
+    }
+    Ok(())
+}
+
+fn diff(before: &Path, after: &Path) -> anyhow::Result<ExitCode> {
+    let read = |path: &Path| -> anyhow::Result<Snapshot> {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        serde_json::from_reader(BufReader::new(file)).with_context(|| path.display().to_string())
+    };
+    let differences = snapshot::compare(&read(before)?, &read(after)?);
+    for difference in &differences {
+        println!("{difference}");
+    }
+    Ok(if differences.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
 }

@@ -103,7 +103,8 @@ pub(super) fn require_bpf() -> Result<()> {
     let unsupported = |why: String, remedy: &str| {
         Err(Error::Unsupported { what: "BPF program of the freeze".into(), why, remedy: remedy.into() })
     };
-    if !has_capability(CAP_SYS_ADMIN) && !(has_capability(CAP_BPF) && has_capability(CAP_PERFMON)) {
+    let may_load = has_capability(CAP_SYS_ADMIN) || (has_capability(CAP_BPF) && has_capability(CAP_PERFMON));
+    if !may_load {
         return unsupported(
             "this process has neither CAP_SYS_ADMIN nor CAP_BPF with CAP_PERFMON".into(),
             "run it as root, outside a container that drops them",

@@ -61,18 +61,16 @@ pub enum Port {
 pub fn drain(map: &MapHandle) -> Result<Vec<Event>> {
     let what = || format!("map events in {PIN_DIR}");
     let mut events = Vec::new();
-    {
-        let mut builder = RingBufferBuilder::new();
-        let ring = builder
-            .add(map, |bytes| {
-                events.extend(decode(bytes));
-                0
-            })
-            .map_err(|error| abi::bpf_error(what(), &error))?;
-        let _ = ring;
-        let ring = builder.build().map_err(|error| abi::bpf_error(what(), &error))?;
-        ring.consume().map_err(|error| abi::bpf_error(what(), &error))?;
-    }
+    let mut builder = RingBufferBuilder::new();
+    builder
+        .add(map, |bytes| {
+            events.extend(decode(bytes));
+            0
+        })
+        .map_err(|error| abi::bpf_error(what(), &error))?;
+    let ring = builder.build().map_err(|error| abi::bpf_error(what(), &error))?;
+    ring.consume().map_err(|error| abi::bpf_error(what(), &error))?;
+    drop(ring);
     Ok(events)
 }
 

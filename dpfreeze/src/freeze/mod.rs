@@ -113,12 +113,17 @@ impl Freeze {
         Self::load_from(&Hook::ALL)
     }
 
+    /// Like [`Freeze::load`], on this hook and no other.
+    pub fn load_on(hook: Hook) -> Result<Freeze> {
+        Self::load_from(&[hook])
+    }
+
     /// Like [`Freeze::load`], but proves the hook with a canary and goes on to the next hook where that one loads
     /// without refusing anything (`lsm/` without `bpf` in the boot-time list of LSMs).
     pub fn load_proven(canary: &CanaryCommand, families: Families) -> Result<(Freeze, CanaryReport)> {
         let mut failures = Vec::new();
         for hook in Hook::ALL {
-            let proof = Self::load_from(&[hook]).and_then(|mut freeze| match freeze.canary(canary, families) {
+            let proof = Self::load_on(hook).and_then(|mut freeze| match freeze.canary(canary, families) {
                 Ok(report) => Ok((freeze, report)),
                 Err(error) => {
                     freeze.thaw()?;

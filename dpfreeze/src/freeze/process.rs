@@ -11,11 +11,11 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::netlink::table::{self, NetlinkSocketRow};
+use crate::netlink::Protocol;
 
 /// `PROC_PID_INIT_INO`, linux/proc_ns.h
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
-/// `NETLINK_GENERIC`, linux/netlink.h
-const NETLINK_GENERIC: &str = "16";
 
 /// A process that no reuse of its number can be taken for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -84,8 +84,7 @@ pub fn prove_port_ids(process: ProcessId, port_ids: &[u32]) -> Result<()> {
         remedy: "the binding is not used; go back to the old daemon".into(),
     };
     let sockets = socket_inodes(process.tgid)?;
-    let table = fs::read_to_string("/proc/net/netlink").map_err(|error| Error::io("/proc/net/netlink", error))?;
-    let inodes = generic_sockets(&table);
+    let inodes = generic_sockets(&table::read()?);
     for port_id in port_ids {
         match inodes.get(port_id) {
             None => return Err(unproved(format!("no socket is bound to port id {port_id}"))),
@@ -121,18 +120,11 @@ fn socket_inode(target: &str) -> Option<u64> {
     target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
-/// Port id → inode of the generic netlink sockets in the text of `/proc/net/netlink`. The same port id can be bound
-/// once per protocol, so protocols must not be mixed.
-fn generic_sockets(table: &str) -> HashMap<u32, u64> {
-    table
-        .lines()
-        .filter_map(|line| {
-            // sk Eth Pid Groups Rmem Wmem Dump Locks Drops Inode
-            let columns: Vec<&str> = line.split_ascii_whitespace().collect();
-            let [_, protocol, port_id, .., inode] = columns[..] else { return None };
-            (protocol == NETLINK_GENERIC).then_some((port_id.parse().ok()?, inode.parse().ok()?))
-        })
-        .collect()
+/// Port id → inode of the generic netlink sockets. The same port id can be bound once per protocol, so protocols must
+/// not be mixed.
+fn generic_sockets(table: &[NetlinkSocketRow]) -> HashMap<u32, u64> {
+    let generic = table.iter().filter(|row| row.protocol == Protocol::Generic as u32);
+    generic.map(|row| (row.port_id, row.inode)).collect()
 }
 
 #[cfg(test)]
@@ -149,11 +141,9 @@ mod tests {
 
     #[test]
     fn only_generic_sockets_count() {
-        let table = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
-                     0000000000000000 0   700        00000111 0        0        0     2        0        11\n\
-                     0000000000000000 16  700        00000000 0        0        0     2        0        22\n\
-                     0000000000000000 16  3456789012 00000000 0        0        0     2        7        33\n";
-        let sockets = generic_sockets(table);
+        let row = |protocol, port_id, inode| NetlinkSocketRow { protocol, port_id, rmem: 0, drops: 0, inode };
+        let table = [row(0, 700, 11), row(16, 700, 22), row(16, 3_456_789_012, 33)];
+        let sockets = generic_sockets(&table);
         assert_eq!(sockets, HashMap::from([(700, 22), (3_456_789_012, 33)]));
     }
 

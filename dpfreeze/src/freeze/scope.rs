@@ -22,6 +22,30 @@ pub struct Families {
     pub meter: u16,
 }
 
+impl Families {
+    /// Asks the kernel; loads no module. All 0 where openvswitch is not in the kernel: then there is nothing to freeze
+    /// but timeout policies, and the canary works all the same.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Netlink`].
+    pub fn resolve() -> Result<Families> {
+        let ids = crate::netlink::family::families()?;
+        let id = |name: &str| ids.get(name).copied().unwrap_or_default();
+        Ok(Families {
+            datapath: id("ovs_datapath"),
+            vport: id("ovs_vport"),
+            flow: id("ovs_flow"),
+            meter: id("ovs_meter"),
+        })
+    }
+}
+
+impl From<crate::ovs::Families> for Families {
+    fn from(ids: crate::ovs::Families) -> Families {
+        Families { datapath: ids.datapath, vport: ids.vport, flow: ids.flow, meter: ids.meter.unwrap_or_default() }
+    }
+}
+
 /// What a freeze covers; anything else passes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scope {

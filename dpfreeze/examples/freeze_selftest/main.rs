@@ -1,0 +1,560 @@
+//! Proves the freeze on a running kernel, for a throw-away VM: as root, with openvswitch and nfnetlink_cttimeout loaded
+//! and with setpriv and unshare (util-linux). Prints `ok NAME` or `FAIL NAME why` for each test; exits 1 if one failed.
+//! On a kernel locked down for confidentiality it tests that the freeze says so.
+
+// A test: what is not as it should be panics, and is reported as FAIL.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod messages;
+mod sender;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use dpfreeze::freeze::{
+    self, CanaryCommand, Classes, EventKind, Families, Freeze, Hook, Port, Refused, Renewal, Scope, PIN_DIR,
+};
+use dpfreeze::ovs::Ovs;
+use nix::errno::Errno;
+
+use messages::*;
+use sender::{send, sender_main, Fate, Sender};
+
+const LONG: Duration = Duration::from_secs(600);
+const BUSY: Fate = Fate::Refused(Errno::EBUSY as i32);
+const NO_DEVICE: Fate = Fate::Answered(Errno::ENODEV as i32);
+
+fn main() -> ExitCode {
+    match std::env::args().nth(1).as_deref() {
+        Some("canary") => return freeze::canary_main(),
+        Some("sender") => return sender_main(),
+        Some("hold") => return hold(),
+        _ => {}
+    }
+    std::panic::set_hook(Box::new(|_| {}));
+    let tests: &[(&str, fn())] = if freeze::environment().lockdown.as_deref() == Some("confidentiality") {
+        &[("lockdown_is_said", lockdown_is_said)]
+    } else {
+        TESTS
+    };
+    let mut failed = false;
+    for (name, test) in tests {
+        match catch_unwind(AssertUnwindSafe(test)) {
+            Ok(()) => println!("ok {name}"),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().cloned();
+                let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or_default();
+                println!("FAIL {name} {}", text.replace('\n', " "));
+                failed = true;
+            }
+        }
+        freeze::thaw().unwrap();
+    }
+    ExitCode::from(u8::from(failed))
+}
+
+const TESTS: &[(&str, fn())] = &[
+    ("environment", environment),
+    ("canary_fmod_ret", || canary_on(Hook::FmodRet)),
+    ("canary_lsm", || canary_on(Hook::Lsm)),
+    ("canary_without_openvswitch", canary_without_openvswitch),
+    ("load_proven", load_proven),
+    ("each_class_alone", each_class_alone),
+    ("names_count_as_datapaths", names_count_as_datapaths),
+    ("probes_pass", probes_pass),
+    ("messages_behind_others", messages_behind_others),
+    ("more_than_64", more_than_64),
+    ("timeout_policies", timeout_policies),
+    ("other_datapath", other_datapath),
+    ("other_namespace", other_namespace),
+    ("unprivileged", unprivileged),
+    ("exempt", exempt),
+    ("capture", capture),
+    ("forged_capture", forged_capture),
+    ("capture_limits", capture_limits),
+    ("bound_by_other", bound_by_other),
+    ("vport_del_is_told", vport_del_is_told),
+    ("lease_runs_out", lease_runs_out),
+    ("end_is_not_moved", end_is_not_moved),
+    ("held_by_another", held_by_another),
+    ("loader_killed", loader_killed),
+    ("take_over", take_over),
+    ("thaw_removes_everything", thaw_removes_everything),
+    ("real_flow_survives", real_flow_survives),
+];
+
+fn families() -> Families {
+    let families = Families::resolve().unwrap();
+    assert!(families.flow != 0 && families.meter != 0, "openvswitch is not loaded: {families:?}");
+    families
+}
+
+fn ghost_scope() -> Scope {
+    Scope {
+        ifindexes: vec![GHOST],
+        names: vec![GHOST_NAME.into()],
+        ..Scope::here(&[], &[POLICY.into()], families()).unwrap()
+    }
+}
+
+fn armed(classes: Classes) -> Freeze {
+    let mut freeze = Freeze::load().unwrap();
+    freeze.arm(&ghost_scope(), classes, LONG, LONG).unwrap();
+    freeze
+}
+
+fn canary_command() -> CanaryCommand {
+    CanaryCommand::own(&["canary"])
+}
+
+fn environment() {
+    let environment = freeze::environment();
+    assert!(environment.failures.is_empty(), "{:?}", environment.failures);
+    assert_eq!(environment.hook, Some(Hook::FmodRet));
+    assert!(environment.pidfd_getfd);
+    assert!(freeze::state().unwrap().is_none(), "looking left something pinned");
+}
+
+fn canary_on(hook: Hook) {
+    let mut freeze = Freeze::load_on(hook).unwrap();
+    assert_eq!(freeze.hook(), hook);
+    let report = freeze.canary(&canary_command(), families()).unwrap();
+    assert!(report.with_openvswitch && report.passed_after_ms >= report.lease_ms, "{report:?}");
+    assert!(!freeze.state().unwrap().armed);
+}
+
+fn canary_without_openvswitch() {
+    let mut freeze = Freeze::load().unwrap();
+    assert!(!freeze.canary(&canary_command(), Families::default()).unwrap().with_openvswitch);
+}
+
+fn load_proven() {
+    let (freeze, report) = Freeze::load_proven(&canary_command(), families()).unwrap();
+    assert_eq!(freeze.hook(), Hook::FmodRet);
+    assert!(report.with_openvswitch);
+}
+
+type Counter = fn(&Refused) -> u64;
+
+/// Each message against each class: refused by its own and by no other, and counted where it belongs.
+fn each_class_alone() {
+    let f = families();
+    let mut standby = Sender::root();
+    let messages: [(Classes, Sendmsg, Counter); 8] = [
+        (Classes::FLOW_FLUSH, flow_flush(f, GHOST), |r| r.flow_flush),
+        (Classes::FLOW_DEL, flow_del(f, GHOST), |r| r.flow_del),
+        (Classes::FLOW_SET, flow_set(f, GHOST), |r| r.flow_set),
+        (Classes::DP_DEL, dp_del(f, GHOST), |r| r.dp_del),
+        (Classes::VPORT_DEL, vport_del(f, GHOST, 1), |r| r.vport_del),
+        (Classes::METER_DEL, meter_del(f, GHOST, 3), |r| r.meter_del),
+        (Classes::CT_TIMEOUT_DEL, ct_timeout_del(POLICY), |r| r.ct_timeout_del),
+        (Classes::UPCALL_BIND, dp_bind(f, GHOST, GHOST_NAME, 0, &[1]), |r| r.upcall_bind),
+    ];
+    let mut freeze = Freeze::load().unwrap();
+    for class in Classes::all().iter() {
+        freeze.arm(&ghost_scope(), class, LONG, LONG).unwrap();
+        freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+        for (own, message, counter) in &messages {
+            let before = freeze.refused().unwrap();
+            let fate = standby.send(message);
+            let after = freeze.refused().unwrap();
+            if class == *own {
+                assert_eq!(fate, BUSY, "{own:?}");
+                assert_eq!(counter(&after), counter(&before) + 1, "{own:?}");
+            } else {
+                assert!(fate.passed(), "{own:?} under {class:?}: {fate:?}");
+                assert_eq!(after, before, "{own:?} under {class:?} counted");
+            }
+        }
+    }
+}
+
+fn names_count_as_datapaths() {
+    let freeze = armed(Classes::DP_DEL);
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&dp_del_by_name(families(), GHOST_NAME)), BUSY);
+    assert_eq!(sender.send(&dp_del_by_name(families(), "another")), NO_DEVICE);
+    assert_eq!(freeze.refused().unwrap().dp_del, 1);
+}
+
+/// Hazard 6, and the messages whose refusal is fatal to the daemon.
+fn probes_pass() {
+    let f = families();
+    let freeze = armed(Classes::all());
+    let mut sender = Sender::root();
+    for probe in [
+        flow_del_probe(f, GHOST),
+        meter_del(f, GHOST, 54_545_401),
+        meter_del(f, GHOST, 54_545_402),
+        dp_set_features(f, GHOST_NAME),
+        vport_set_upcall_pid(f, GHOST),
+        flow_get(f, GHOST),
+    ] {
+        let fate = sender.send(&probe);
+        assert!(fate.passed(), "{probe:?}: {fate:?}");
+    }
+    assert_eq!(freeze.refused().unwrap(), Refused::default());
+}
+
+fn messages_behind_others() {
+    let f = families();
+    let freeze = armed(Classes::FLOW_FLUSH);
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&flow_get(f, GHOST).times(49).then(&flow_flush(f, GHOST))), BUSY);
+    assert_eq!(sender.send(&flow_get(f, GHOST).times(63).then(&flow_flush(f, GHOST))), BUSY);
+    assert_eq!(sender.send(&flow_get(f, GHOST).times(64)), NO_DEVICE);
+    assert_eq!(freeze.refused().unwrap().flow_flush, 2);
+}
+
+fn more_than_64() {
+    let f = families();
+    let freeze = armed(Classes::FLOW_FLUSH);
+    let mut sender = Sender::root();
+    let many = flow_get(f, GHOST).times(65);
+    assert_eq!(sender.send(&many), BUSY);
+    assert_eq!(freeze.refused().unwrap(), Refused { too_many: 1, ..Refused::default() });
+    let events = freeze.events().unwrap();
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(events[0].kind, EventKind::TooManyMessages { bytes: many.bytes.len() as u64 });
+    assert_eq!(events[0].sender.tgid, sender.pid().as_raw() as u32);
+    // nft sends thousands of messages at once, behind a message that opens a batch.
+    let batch = nft_batch_begin().then(&nft_batch_begin().times(99));
+    assert!(sender.send(&batch).passed());
+}
+
+fn timeout_policies() {
+    let mut freeze = armed(Classes::CT_TIMEOUT_DEL);
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&ct_timeout_del(POLICY)), BUSY);
+    assert_eq!(sender.send(&ct_timeout_del_all()), BUSY);
+    let unguarded = sender.send(&ct_timeout_del("ovs_tp_ghost_tcp6"));
+    assert!(unguarded.passed(), "{unguarded:?}");
+    assert_eq!(freeze.refused().unwrap().ct_timeout_del, 2);
+    freeze.set_timeout_names(&["ovs_tp_ghost_tcp6".into()]).unwrap();
+    assert!(sender.send(&ct_timeout_del(POLICY)).passed());
+    assert_eq!(sender.send(&ct_timeout_del("ovs_tp_ghost_tcp6")), BUSY);
+    assert_eq!(freeze.state().unwrap().timeout_names, ["ovs_tp_ghost_tcp6"]);
+}
+
+fn other_datapath() {
+    let f = families();
+    let freeze = armed(Classes::all());
+    let mut sender = Sender::root();
+    for message in [
+        flow_flush(f, OTHER_GHOST),
+        flow_del(f, OTHER_GHOST),
+        flow_set(f, OTHER_GHOST),
+        dp_del(f, OTHER_GHOST),
+        vport_del(f, OTHER_GHOST, 1),
+        meter_del(f, OTHER_GHOST, 3),
+    ] {
+        let fate = sender.send(&message);
+        assert!(fate.passed(), "{message:?}: {fate:?}");
+    }
+    assert_eq!(freeze.refused().unwrap(), Refused::default());
+}
+
+/// Hazard 3.
+fn other_namespace() {
+    let freeze = armed(Classes::all());
+    let mut sender = Sender::elsewhere();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert!(sender.send(&ct_timeout_del(POLICY)).passed());
+    assert_eq!(freeze.refused().unwrap(), Refused::default());
+}
+
+/// Hazard 2: neither count, nor plant port ids, nor make an event, nor see the pins.
+fn unprivileged() {
+    let f = families();
+    let mut freeze = armed(Classes::all());
+    let exe = executable_by_all();
+    for mut sender in [Sender::nobody(&exe), Sender::nobody_with_user_namespace(&exe)] {
+        let ids = sender.bind(2);
+        freeze.watch_standby(sender.pid(), sender.start_time()).unwrap();
+        for message in [
+            flow_flush(f, GHOST),
+            vport_del(f, GHOST, 1),
+            dp_bind(f, GHOST, GHOST_NAME, 0, &ids),
+            flow_get(f, GHOST).times(65),
+        ] {
+            let fate = sender.send(&message);
+            assert!(fate.passed(), "{message:?}: {fate:?}");
+        }
+        assert_eq!(sender.send(&flow_flush(f, GHOST)), Fate::Answered(Errno::EPERM as i32));
+        assert!(!sender.reads_state(), "nobody can read the pins");
+    }
+    fs::remove_file(exe).unwrap();
+    assert_eq!(freeze.refused().unwrap(), Refused::default());
+    assert_eq!(freeze.events().unwrap(), []);
+    assert_eq!(freeze.captured().unwrap(), None);
+    let mode = fs::metadata(PIN_DIR).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+/// A copy of this program where nobody can reach it.
+fn executable_by_all() -> PathBuf {
+    let copy = PathBuf::from("/tmp/freeze_selftest_by_nobody");
+    fs::copy("/proc/self/exe", &copy).unwrap();
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+    copy
+}
+
+fn exempt() {
+    let f = families();
+    let freeze = armed(Classes::all());
+    assert_eq!(send(&flow_flush(f, GHOST)), NO_DEVICE);
+    assert_eq!(send(&dp_bind(f, GHOST, GHOST_NAME, 0, &[1])), NO_DEVICE);
+    // Every thread of it.
+    let thread = std::thread::spawn(move || send(&vport_del(f, GHOST, 1)));
+    assert_eq!(thread.join().unwrap(), NO_DEVICE);
+    assert_eq!(freeze.refused().unwrap(), Refused::default());
+    assert_eq!(freeze.events().unwrap(), []);
+}
+
+fn capture() {
+    let f = families();
+    let mut freeze = armed(Classes::UPCALL_BIND);
+    let mut standby = Sender::root();
+    let ids = standby.bind(2);
+    let wanted = [ids[0], ids[1], ids[0]];
+    let bind = dp_bind(f, GHOST, GHOST_NAME, 0x8, &wanted);
+    // A process of this number, but not the one that was meant.
+    freeze.watch_standby(standby.pid(), standby.start_time() + 1).unwrap();
+    assert!(standby.send(&bind).passed());
+    assert_eq!(freeze.captured().unwrap(), None);
+
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    assert_eq!(standby.send(&bind), BUSY);
+    let captured = freeze.captured().unwrap().unwrap();
+    assert_eq!(captured.port_ids, wanted);
+    assert_eq!((captured.features, captured.ifindex, captured.count), (Some(0x8), GHOST, 1));
+    assert_eq!(captured.process.tgid, standby.pid().as_raw() as u32);
+    assert_eq!(captured.process.start_time, standby.start_time());
+    assert_eq!(freeze.refused().unwrap().upcall_bind, 1);
+    let events = freeze.events().unwrap();
+    assert_eq!(events.last().unwrap().kind, EventKind::Captured { port_ids: 3 });
+
+    freeze.set_classes(Classes::FLOW_DEL).unwrap();
+    assert!(standby.send(&bind).passed(), "from Handover on it may bind");
+}
+
+fn forged_capture() {
+    let f = families();
+    let mut freeze = armed(Classes::UPCALL_BIND);
+    let mut standby = Sender::root();
+    let mut other = Sender::root();
+    let own = standby.bind(1)[0];
+    let foreign = other.bind(1)[0];
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    for ids in [[own, foreign], [own, 4_000_000_001]] {
+        assert_eq!(standby.send(&dp_bind(f, GHOST, GHOST_NAME, 0, &ids)), BUSY);
+        let error = freeze.captured().unwrap_err().to_string();
+        assert!(error.contains(&ids[1].to_string()), "{error}");
+    }
+    assert_eq!(standby.send(&dp_bind(f, GHOST, GHOST_NAME, 0, &[own])), BUSY);
+    assert!(freeze.captured().is_ok());
+    drop(standby);
+    assert!(freeze.captured().is_err(), "the standby has ended");
+}
+
+fn capture_limits() {
+    let f = families();
+    let mut freeze = armed(Classes::UPCALL_BIND);
+    let mut standby = Sender::root();
+    let own = standby.bind(1)[0];
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    assert_eq!(standby.send(&dp_bind(f, GHOST, GHOST_NAME, 0, &[own; 4097])), BUSY);
+    assert!(freeze.captured().unwrap_err().to_string().contains("4097"));
+    assert_eq!(standby.send(&dp_bind(f, GHOST, GHOST_NAME, 0, &[own; 4096])), BUSY);
+    assert_eq!(freeze.captured().unwrap().unwrap().port_ids.len(), 4096);
+}
+
+/// Hazard 1.
+fn bound_by_other() {
+    let mut freeze = armed(Classes::all());
+    let standby = Sender::root();
+    let mut other = Sender::root();
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    assert_eq!(other.send(&dp_bind(families(), GHOST, GHOST_NAME, 0, &[1, 2, 3])), NO_DEVICE);
+    let events = freeze.events().unwrap();
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!(events[0].kind, EventKind::BoundByOther { port_ids: 3 });
+    assert_eq!((events[0].sender.tgid, events[0].ifindex), (other.pid().as_raw() as u32, GHOST));
+    assert_eq!(freeze.captured().unwrap(), None);
+}
+
+/// Hazard 7.
+fn vport_del_is_told() {
+    let freeze = armed(Classes::VPORT_DEL);
+    let mut sender = Sender::root();
+    for port_no in [7, 8] {
+        assert_eq!(sender.send(&vport_del(families(), GHOST, port_no)), BUSY);
+    }
+    let told: Vec<EventKind> = freeze.events().unwrap().into_iter().map(|event| event.kind).collect();
+    assert_eq!(told, [7, 8].map(|port_no| EventKind::VportDelRefused(Port::Number(port_no))));
+    assert_eq!(freeze.events().unwrap(), []);
+}
+
+fn lease_runs_out() {
+    let mut freeze = Freeze::load().unwrap();
+    let mut sender = Sender::root();
+    let lease = Duration::from_millis(700);
+    freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, lease, LONG).unwrap();
+    let armed = Instant::now();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY);
+    assert!(matches!(freeze.renew(lease).unwrap(), Renewal::Held(left) if left <= lease));
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(matches!(freeze.renew(lease).unwrap(), Renewal::Held(_)));
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(armed.elapsed() > lease);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY, "it was renewed");
+    std::thread::sleep(lease);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert!(!freeze.state().unwrap().armed);
+    assert_eq!(freeze.renew(lease).unwrap(), Renewal::Expired);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE, "a lost lease stays lost");
+    assert_eq!(freeze.renew(lease).unwrap(), Renewal::Expired);
+}
+
+fn end_is_not_moved() {
+    let mut freeze = Freeze::load().unwrap();
+    let mut sender = Sender::root();
+    let end = Duration::from_millis(900);
+    freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, LONG, end).unwrap();
+    let Renewal::Held(left) = freeze.renew(LONG).unwrap() else { panic!("not held") };
+    assert!(left <= end, "{left:?}");
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY);
+    std::thread::sleep(end);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert_eq!(freeze.renew(LONG).unwrap(), Renewal::Ended);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+}
+
+/// A process that loads, arms for the time given and waits.
+fn hold() -> ExitCode {
+    let lease = Duration::from_millis(std::env::args().nth(2).unwrap().parse().unwrap());
+    let mut freeze = Freeze::load().unwrap();
+    freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, lease, LONG).unwrap();
+    println!("armed");
+    std::thread::sleep(LONG);
+    ExitCode::SUCCESS
+}
+
+fn start_holder(lease: Duration) -> std::process::Child {
+    let mut child = Command::new("/proc/self/exe")
+        .args(["hold", &lease.as_millis().to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "armed\n");
+    child
+}
+
+fn held_by_another() {
+    let mut holder = start_holder(LONG);
+    let error = Freeze::load().unwrap_err().to_string();
+    assert!(error.contains(&format!("process {}", holder.id())), "{error}");
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY, "the try changed nothing");
+    let mut own = Freeze::open().unwrap().unwrap();
+    freeze::thaw().unwrap();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert_eq!(own.renew(LONG).unwrap(), Renewal::Thawed);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+}
+
+fn loader_killed() {
+    let lease = Duration::from_millis(2500);
+    let mut holder = start_holder(lease);
+    let armed = Instant::now();
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY);
+    let state = freeze::state().unwrap().unwrap();
+    assert!(state.armed && !state.exempt_alive && state.refused.flow_flush == 1, "{state:?}");
+    std::thread::sleep(lease.saturating_sub(armed.elapsed()));
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert!(!freeze::state().unwrap().unwrap().armed);
+    drop(Freeze::load().unwrap());
+    assert_eq!(freeze::state().unwrap().unwrap().refused, Refused::default());
+}
+
+fn take_over() {
+    let mut holder = start_holder(LONG);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert_eq!(send(&flow_flush(families(), GHOST)), BUSY);
+    let mut freeze = Freeze::open().unwrap().unwrap();
+    freeze.take_over().unwrap();
+    assert_eq!(send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert_eq!(Sender::root().send(&flow_flush(families(), GHOST)), BUSY);
+}
+
+fn thaw_removes_everything() {
+    let freeze = armed(Classes::all());
+    assert!(programs() > 0);
+    let mut sender = Sender::root();
+    freeze.thaw().unwrap();
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    assert!(!PathBuf::from(PIN_DIR).exists());
+    assert!(freeze::state().unwrap().is_none());
+    let start = Instant::now();
+    while programs() > 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "the program is still loaded");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    freeze::thaw().unwrap();
+}
+
+fn programs() -> usize {
+    libbpf_rs::query::ProgInfoIter::default().filter(|info| info.name.to_string_lossy().starts_with("freeze_")).count()
+}
+
+/// A flow of a real datapath outlives a flush, a DEL and the end of the datapath, and not the thaw.
+fn real_flow_survives() {
+    const NAME: &str = "fzselftest";
+    let f = families();
+    let mut sender = Sender::root();
+    assert_eq!(sender.send(&dp_new(f, NAME)), Fate::Answered(0));
+    let mut ovs = Ovs::open().unwrap();
+    let ifindex = ovs.datapath(NAME).unwrap().unwrap().ifindex;
+    let mut freeze = Freeze::load().unwrap();
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        assert_eq!(sender.send(&flow_new(f, ifindex)), Fate::Answered(0));
+        assert_eq!(ovs.flows(ifindex).unwrap().len(), 1);
+        let scope = Scope::here(&[ifindex], &[], f).unwrap();
+        assert_eq!(scope.names, [NAME]);
+        freeze.arm(&scope, Classes::all(), LONG, LONG).unwrap();
+        for message in [flow_flush(f, ifindex), flow_del(f, ifindex), dp_del(f, ifindex), dp_del_by_name(f, NAME)] {
+            assert_eq!(sender.send(&message), BUSY, "{message:?}");
+        }
+        assert_eq!(ovs.flows(ifindex).unwrap().len(), 1);
+        freeze::thaw().unwrap();
+        assert_eq!(sender.send(&flow_flush(f, ifindex)), Fate::Answered(0));
+        assert_eq!(ovs.flows(ifindex).unwrap().len(), 0);
+    }));
+    freeze::thaw().unwrap();
+    assert_eq!(sender.send(&dp_del(f, ifindex)), Fate::Answered(0));
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn lockdown_is_said() {
+    let environment = freeze::environment();
+    assert_eq!(environment.hook, None);
+    let fact = environment.failures.iter().find(|fact| fact.object == "BPF").unwrap();
+    assert!(fact.cause.contains("confidentiality") && fact.remedy.contains("integrity"), "{fact:?}");
+    let error = Freeze::load().unwrap_err().to_string();
+    assert!(error.contains("confidentiality"), "{error}");
+    assert!(freeze::state().unwrap().is_none());
+}
