@@ -1,7 +1,7 @@
 //! Starting the supervisor: as a transient unit, or in a session of its own where there is no systemd.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{DirBuilder, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -86,7 +86,11 @@ fn log_environment() -> Vec<(String, String)> {
 
 /// A session of its own: neither Ctrl-C nor the end of the terminal reaches it.
 fn start_session(args: &SuperviseArgs, program: &str) -> anyhow::Result<Child> {
-    std::fs::create_dir_all(RUN_DIR).with_context(|| format!("cannot create {RUN_DIR}"))?;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(RUN_DIR)
+        .with_context(|| format!("cannot create {RUN_DIR}"))?;
     let mut log = OpenOptions::new();
     let log = log.write(true).create(true).truncate(true).mode(0o600).open(LOG);
     let log = log.with_context(|| format!("cannot open {LOG}"))?;

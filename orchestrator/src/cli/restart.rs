@@ -91,7 +91,7 @@ fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {
         Ok(Launched::Over(report)) => end(&report, args),
         Ok(Launched::Running(events)) => {
             thread::spawn(move || forward(events, &sender));
-            follow(&supervise.id, args, &happenings)
+            follow(Path::new(SOCKET), &supervise.id, args, &happenings)
         }
         Err(error) => {
             complain(&format!("{error:#}"));
@@ -134,7 +134,7 @@ fn forward(mut events: Subscription, sender: &Sender<Happening>) {
     let _ = sender.send(Happening::Closed);
 }
 
-fn follow(id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 {
+fn follow(socket: &Path, id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 {
     let mut display = Display::new();
     display.print(&format!("run {id}"));
     while let Ok(happening) = happenings.recv() {
@@ -147,7 +147,7 @@ fn follow(id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 
                 }
             }
             Happening::Interrupted => {
-                if let Some(code) = interrupt(&display) {
+                if let Some(code) = interrupt(socket, &display) {
                     display.clear();
                     return code;
                 }
@@ -160,8 +160,8 @@ fn follow(id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 
 }
 
 /// Before the point of no return Ctrl-C undoes the run, and we stay to see it; after it we detach.
-fn interrupt(display: &Display) -> Option<u8> {
-    let answer = match Connection::open(Path::new(SOCKET)) {
+fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
+    let answer = match Connection::open(socket) {
         // The end of the run is on its way to us.
         Ok(None) => return None,
         Ok(Some(mut run)) => run.abort(),
@@ -203,4 +203,83 @@ fn end(report: &Report, args: &RestartArgs) -> u8 {
         false => say(summary(report, io::stdout().is_terminal()).trim_end()),
     }
     report.exit_code.code()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Server;
+    use crate::machine::{Outcome, Phase};
+    use crate::report::Strategy;
+
+    struct Run {
+        _dir: tempfile::TempDir,
+        socket: std::path::PathBuf,
+        server: Server,
+        sender: Sender<Happening>,
+        happenings: Receiver<Happening>,
+    }
+
+    fn run() -> Run {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("run.sock");
+        let server = Server::bind(&socket, "run-1").unwrap();
+        let (sender, happenings) = mpsc::channel();
+        let events = Connection::open(&socket).unwrap().unwrap().subscribe().unwrap();
+        let forwarder = sender.clone();
+        thread::spawn(move || forward(events, &forwarder));
+        Run { _dir: dir, socket, server, sender, happenings }
+    }
+
+    fn args() -> RestartArgs {
+        RestartArgs {
+            plan: false,
+            if_needed: false,
+            strategy: Strategy::Standby,
+            no_ovsdb: false,
+            gate_command: None,
+            report: None,
+            json: false,
+        }
+    }
+
+    fn finished(exit_code: ExitCode) -> Progress {
+        let mut report = Report::new("run-1", Strategy::Standby, 0);
+        report.finish(&Outcome { exit_code, reason: "told".into() }, 1);
+        Progress::Finished { exit_code: exit_code.code(), report: Box::new(report) }
+    }
+
+    #[test]
+    fn the_exit_code_is_the_run_s() {
+        for code in ExitCode::ALL {
+            let run = run();
+            run.server.tell(&Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 });
+            run.server.tell(&finished(code));
+            assert_eq!(follow(&run.socket, "run-1", &args(), &run.happenings), code.code());
+        }
+    }
+
+    #[test]
+    fn ctrl_c_before_the_point_of_no_return_undoes_the_run_and_stays_to_see_it() {
+        let Run { _dir, socket, server, sender, happenings } = run();
+        sender.send(Happening::Interrupted).unwrap();
+        let client = thread::spawn(move || follow(&socket, "run-1", &args(), &happenings));
+        let until = Instant::now() + Duration::from_secs(10);
+        while !server.gate().abort_requested() {
+            assert!(Instant::now() < until, "no request to abort came");
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!client.is_finished());
+        server.tell(&finished(ExitCode::Undone));
+        assert_eq!(client.join().unwrap(), 20);
+    }
+
+    #[test]
+    fn ctrl_c_after_the_point_of_no_return_only_detaches() {
+        let run = run();
+        run.server.gate().commit().unwrap();
+        run.sender.send(Happening::Interrupted).unwrap();
+        assert_eq!(follow(&run.socket, "run-1", &args(), &run.happenings), 40);
+        assert!(!run.server.gate().abort_requested());
+    }
 }
