@@ -2,6 +2,8 @@
 
 use std::io;
 
+use nix::errno::Errno;
+
 /// What can go wrong between us and the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -20,7 +22,7 @@ pub enum Error {
         /// The request, for example `OVS_FLOW_CMD_GET of ovs-system`.
         what: String,
         /// The errno of the answer, positive.
-        errno: nix::errno::Errno,
+        errno: Errno,
         /// `NLMSGERR_ATTR_MSG` of the extended acknowledgement, where there was one.
         text: Option<String>,
     },
@@ -65,8 +67,58 @@ impl Error {
         Error::Io { what: what.into(), source: source.into() }
     }
 
+    /// The errno of a system call or of the kernel's answer, where there is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error().map(Errno::from_raw),
+            Error::Netlink { errno, .. } => Some(*errno),
+            Error::Malformed { .. } | Error::IncompleteDump { .. } | Error::Unsupported { .. } => None,
+        }
+    }
+
     /// An [`Error::Malformed`] for `what`.
     pub fn malformed(what: impl Into<String>, why: impl Into<String>) -> Self {
         Error::Malformed { what: what.into(), why: why.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_name_object_cause_and_remedy() {
+        let cases = [
+            (Error::io("read /proc/1/fd", Errno::EACCES), "read /proc/1/fd: Permission denied (os error 13)"),
+            (
+                Error::Netlink { what: "flow".into(), errno: Errno::EBUSY, text: Some("in use".into()) },
+                "flow: the kernel answered EBUSY: Device or resource busy (in use)",
+            ),
+            (
+                Error::Netlink { what: "flow".into(), errno: Errno::ENOENT, text: None },
+                "flow: the kernel answered ENOENT: No such file or directory",
+            ),
+            (Error::malformed("ovs_flow", "3 bytes"), "ovs_flow: malformed message: 3 bytes"),
+            (
+                Error::IncompleteDump { what: "flows".into(), tries: 8, why: "overrun".into() },
+                "flows: the dump stayed incomplete after 8 tries (overrun); \
+                 try again when the datapath changes less",
+            ),
+            (
+                Error::Unsupported { what: "BPF".into(), why: "lockdown".into(), remedy: "boot without".into() },
+                "BPF: lockdown; boot without",
+            ),
+        ];
+        for (error, text) in cases {
+            assert_eq!(error.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn the_errno_is_found_wherever_there_is_one() {
+        assert_eq!(Error::io("it", Errno::EACCES).errno(), Some(Errno::EACCES));
+        assert_eq!(Error::io("it", io::Error::other("x")).errno(), None);
+        assert_eq!(Error::Netlink { what: "it".into(), errno: Errno::EPERM, text: None }.errno(), Some(Errno::EPERM));
+        assert_eq!(Error::malformed("it", "x").errno(), None);
     }
 }
