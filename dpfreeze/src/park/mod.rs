@@ -22,8 +22,9 @@ pub use replay::{ReplayInput, ReplayReport};
 pub use socket::{Duplicates, Queue, UpcallSocket};
 pub use store::{ParkLimits, ParkStats};
 
+use std::collections::BTreeMap;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -34,6 +35,12 @@ use crate::ovs::Families;
 const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 /// As many CPUs as port ids are given to the datapath (hazard 2).
 const MOST_CPUS: usize = 4096;
+
+/// Names of kept descriptors ([`Park::keep`]).
+const KEPT_MEMORY: &str = "park-memory";
+const KEPT_ADOPTED_MEMORY: &str = "park-adopted-memory";
+const KEPT_SOCKET: &str = "park-socket-";
+const KEPT_ADOPTED_SOCKET: &str = "park-adopted-socket-";
 
 /// Sockets for upcalls, a thread that reads them, and the memory they are read into.
 #[derive(Debug)]
@@ -54,13 +61,15 @@ impl Park {
     /// # Errors
     /// No datapath in the kernel, missing `CAP_NET_ADMIN`, or no room for the sockets.
     pub fn open(limits: ParkLimits) -> Result<Self> {
-        let families = Families::resolve()?;
-        let shared = Arc::new(reader::Shared::new(store::Store::new(limits)?, families.packet)?);
-        let mut own = Vec::new();
-        for _ in 0..possible_cpus()? {
-            let socket = Arc::new(UpcallSocket::open(limits.socket_bytes)?);
-            shared.read_from(store::Queue::Own, Arc::clone(&socket))?;
-            own.push(socket);
+        let own = (0..possible_cpus()?).map(|_| UpcallSocket::open(limits.socket_bytes)).collect::<Result<_>>()?;
+        Self::start(limits, store::Store::new(limits)?, own)
+    }
+
+    fn start(limits: ParkLimits, store: store::Store, own: Vec<UpcallSocket>) -> Result<Self> {
+        let shared = Arc::new(reader::Shared::new(store, Families::resolve()?.packet)?);
+        let own: Vec<Arc<UpcallSocket>> = own.into_iter().map(Arc::new).collect();
+        for socket in &own {
+            shared.read_from(store::Queue::Own, Arc::clone(socket))?;
         }
         let lanes = replay::open_lanes()?;
         let thread = Arc::clone(&shared);
@@ -121,12 +130,13 @@ impl Park {
         Ok(())
     }
 
-    /// Closes the duplicates without reading them: the process they were taken from lives on and has its sockets to
-    /// itself again. Does nothing once they are read.
+    /// Lets go of the adopted sockets, read or not: the process they were taken from lives on and has them to itself
+    /// again. What was already read from them stays parked.
     pub fn release_adopted(&mut self) {
-        if !self.adopted_are_read {
-            self.adopted.clear();
+        for (socket, _) in self.adopted.drain(..) {
+            self.shared.stop_reading(&socket);
         }
+        self.adopted_are_read = false;
     }
 
     /// What was parked so far.
@@ -148,25 +158,61 @@ impl Park {
         replay::replay(&self.shared, &mut self.lanes, input)
     }
 
-    /// A duplicate of the memfd that holds the parked packets, to be kept somewhere a crash does not reach (systemd's
-    /// file descriptor store). Its form is described in `ring.rs`.
+    /// Duplicates of everything that has to outlive a crash of this process, with names, to be kept where a crash does
+    /// not reach (systemd's file descriptor store, with FDPOLL=0: a readable socket is no reason to drop it).
     ///
     /// # Errors
     /// No descriptor is free.
-    pub fn memory(&self) -> Result<OwnedFd> {
+    pub fn keep(&self) -> Result<Vec<(String, OwnedFd)>> {
+        let copy = |name: String, fd: BorrowedFd<'_>| match fd.try_clone_to_owned() {
+            Ok(copy) => Ok((name, copy)),
+            Err(e) => Err(Error::io(format!("duplicate {name}"), e)),
+        };
         let store = self.shared.store();
-        store.own_ring().fd().try_clone_to_owned().map_err(|e| Error::io("duplicate the memfd of parked packets", e))
+        let mut kept = vec![copy(KEPT_MEMORY.into(), store.own_ring().fd())?];
+        if let Some(ring) = store.adopted_ring() {
+            kept.push(copy(KEPT_ADOPTED_MEMORY.into(), ring.fd())?);
+        }
+        for (i, socket) in self.own.iter().enumerate() {
+            kept.push(copy(format!("{KEPT_SOCKET}{i}"), socket.as_fd())?);
+        }
+        for (i, (socket, _)) in self.adopted.iter().enumerate() {
+            kept.push(copy(format!("{KEPT_ADOPTED_SOCKET}{i}"), socket.as_fd())?);
+        }
+        Ok(kept)
     }
 
-    /// Duplicates of our own sockets, for the same purpose.
+    /// Goes on with what [`Park::keep`] gave before a crash. Packets that were on their way to the datapath at the
+    /// crash (at most 192 for each lane) are neither parked any more nor certain to have arrived.
+    ///
+    /// Adopted sockets are adopted again, and unread until [`Park::read_adopted`].
     ///
     /// # Errors
-    /// No descriptor is free.
-    pub fn socket_fds(&self) -> Result<Vec<OwnedFd>> {
-        let clone = |s: &Arc<UpcallSocket>| {
-            s.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicate an upcall socket", e))
-        };
-        self.own.iter().map(clone).collect()
+    /// A descriptor is missing or not what its name says; as [`Park::open`].
+    pub fn resume(limits: ParkLimits, kept: Vec<(String, OwnedFd)>) -> Result<Self> {
+        let mut memory = None;
+        let mut adopted_memory = None;
+        let mut own = BTreeMap::new();
+        let mut adopted = Vec::new();
+        for (name, fd) in kept {
+            if name == KEPT_MEMORY {
+                memory = Some(fd);
+            } else if name == KEPT_ADOPTED_MEMORY {
+                adopted_memory = Some(fd);
+            } else if let Some(i) = name.strip_prefix(KEPT_SOCKET).and_then(|i| i.parse::<usize>().ok()) {
+                own.insert(i, UpcallSocket::from_fd(fd)?);
+            } else if name.starts_with(KEPT_ADOPTED_SOCKET) {
+                adopted.push(UpcallSocket::from_fd(fd)?);
+            }
+        }
+        let memory = memory.ok_or_else(|| Error::malformed("kept descriptors", format!("{KEPT_MEMORY} is missing")))?;
+        let store = store::Store::reopen(limits, memory, adopted_memory)?;
+        let mut park = Self::start(limits, store, own.into_values().collect())?;
+        for socket in adopted {
+            let drops = socket.queue()?.drops;
+            park.adopted.push((Arc::new(socket), drops));
+        }
+        Ok(park)
     }
 }
 

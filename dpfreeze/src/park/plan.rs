@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::sync::OnceLock;
 
 use crate::error::Result;
 use crate::flow_key::uapi::action;
@@ -106,37 +107,57 @@ pub fn from_the_start() -> Vec<u8> {
 }
 
 /// A flow that recirculates, seen from the id it sends packets to.
-#[derive(Clone, Debug)]
-struct Parent {
+#[derive(Debug)]
+struct Parent<'a> {
     /// The id it is entered by.
     from: u32,
-    masked: Masked,
+    flow: Match<'a>,
     touched: Touched,
     fault: Option<Unreplayable>,
 }
 
 /// A flow that sends packets to a controller.
-#[derive(Clone, Debug)]
-struct ToController {
-    masked: Masked,
+#[derive(Debug)]
+struct ToController<'a> {
+    flow: Match<'a>,
     userdata: Vec<u8>,
     alone: bool,
 }
 
-/// What the flows of a dump say about where packets come from.
-#[derive(Clone, Debug, Default)]
-pub struct Origins {
-    parents: HashMap<u32, Vec<Parent>>,
-    controllers: HashMap<u32, Vec<ToController>>,
+/// The match of a flow, taken apart when it is first needed: where all parents of an id agree it never is.
+#[derive(Debug)]
+struct Match<'a> {
+    flow: &'a Flow,
+    masked: OnceLock<Option<Masked>>,
+}
+
+impl<'a> Match<'a> {
+    fn of(flow: &'a Flow) -> Self {
+        Match { flow, masked: OnceLock::new() }
+    }
+
+    /// Whether the flow may have matched; one that cannot be read may have.
+    fn may_have_matched(&self, key: &FlatKey, touched: &Touched) -> bool {
+        let masked = self.masked.get_or_init(|| Masked::of(&self.flow.key, &self.flow.mask).ok());
+        masked.as_ref().is_none_or(|m| m.matches(key, touched))
+    }
+}
+
+/// What the flows of a dump say about where packets come from. To be built before the gap begins, or while the flow
+/// table stands still: it takes a few microseconds for each flow.
+#[derive(Debug, Default)]
+pub struct Origins<'a> {
+    parents: HashMap<u32, Vec<Parent<'a>>>,
+    controllers: HashMap<u32, Vec<ToController<'a>>>,
     /// Verdicts of ids whose parents all agree, so that packets need not be compared with each of them.
     agreed: HashMap<u32, std::result::Result<(), Unreplayable>>,
     malformed: usize,
 }
 
-impl Origins {
+impl<'f> Origins<'f> {
     /// Reads the flow table as it was before flows were removed. Flows of earlier dumps may follow: a flow that the
     /// old daemon let go while packets were parked is then still known.
-    pub fn of<'a>(flows: impl IntoIterator<Item = &'a Flow>) -> Self {
+    pub fn of(flows: impl IntoIterator<Item = &'f Flow>) -> Self {
         let mut origins = Origins::default();
         for flow in flows {
             if origins.add(flow).is_err() {
@@ -157,23 +178,22 @@ impl Origins {
         self.malformed
     }
 
-    fn add(&mut self, flow: &Flow) -> Result<()> {
+    fn add(&mut self, flow: &'f Flow) -> Result<()> {
         let actions = ActionSummary::of(&flow.actions)?;
         let controller = actions.userspace.iter().find(|u| u.cookie == Cookie::Controller);
         if actions.recirculations.is_empty() && controller.is_none() {
             return Ok(());
         }
         let from = flow_key::recirc_id(&flow.key)?;
-        let masked = Masked::of(&flow.key, &flow.mask)?;
         if let Some(controller) = controller {
             let userdata = controller.userdata.clone().unwrap_or_default();
             let alone = actions.only_userspace();
-            let entry = ToController { masked: masked.clone(), userdata, alone };
+            let entry = ToController { flow: Match::of(flow), userdata, alone };
             self.controllers.entry(from).or_default().push(entry);
         }
         for recirculation in &actions.recirculations {
             let fault = fault(&recirculation.before, recirculation.nested);
-            let parent = Parent { from, masked: masked.clone(), touched: recirculation.before.touched, fault };
+            let parent = Parent { from, flow: Match::of(flow), touched: recirculation.before.touched, fault };
             self.parents.entry(recirculation.id).or_default().push(parent);
         }
         Ok(())
@@ -221,7 +241,7 @@ impl Origins {
         chain.push(id);
         let mut found = None;
         for parent in self.parents.get(&id).into_iter().flatten() {
-            if !parent.masked.matches(key, &parent.touched) {
+            if !parent.flow.may_have_matched(key, &parent.touched) {
                 continue;
             }
             let verdict = match parent.fault {
@@ -243,12 +263,13 @@ impl Origins {
 
     /// Whether the flow that sent `upcall` to a controller did nothing else with the packet.
     fn controller_alone(&self, id: u32, key: &FlatKey, userdata: &[u8]) -> std::result::Result<(), Unreplayable> {
-        let mut candidates: Vec<&ToController> =
+        let mut candidates: Vec<&ToController<'f>> =
             self.controllers.get(&id).into_iter().flatten().filter(|c| c.userdata == userdata).collect();
         if candidates.iter().any(|c| c.alone) && candidates.iter().any(|c| !c.alone) {
             // What is done beside the copy may have changed the packet: only the port it came by is compared there.
-            candidates
-                .retain(|c| c.masked.matches(key, &if c.alone { Touched::default() } else { Touched::headers() }));
+            candidates.retain(|c| {
+                c.flow.may_have_matched(key, &if c.alone { Touched::default() } else { Touched::headers() })
+            });
         }
         match candidates.as_slice() {
             [] => Err(Unreplayable::ControllerNoFlow),
@@ -373,11 +394,15 @@ mod tests {
         }
     }
 
+    fn origins_of(flows: Vec<Flow>) -> Origins<'static> {
+        Origins::of(&*flows.leak())
+    }
+
     fn miss(recirc: u32, port: u32) -> Upcall {
         upcall(UpcallKind::Miss, key_of(recirc, port), None)
     }
 
-    fn reason(origins: &Origins, upcall: &Upcall) -> Option<Unreplayable> {
+    fn reason(origins: &Origins<'_>, upcall: &Upcall) -> Option<Unreplayable> {
         origins.plan(upcall).err()
     }
 
@@ -389,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_miss_behind_ct_starts_again_without_the_pipeline() {
-        let origins = Origins::of(&[flow(0, 1, &ct_recirc(false, 7)), flow(7, 1, &ct_recirc(false, 9))]);
+        let origins = origins_of(vec![flow(0, 1, &ct_recirc(false, 7)), flow(7, 1, &ct_recirc(false, 9))]);
         for id in [7, 9] {
             let m = miss(id, 1);
             let replay = origins.plan(&m).unwrap();
@@ -404,7 +429,7 @@ mod tests {
             let mut a = AttrBuf::new();
             build(&mut a);
             a.push_u32(action::RECIRC, 7);
-            reason(&Origins::of(&[flow(0, 1, &a)]), &miss(7, 1))
+            reason(&origins_of(vec![flow(0, 1, &a)]), &miss(7, 1))
         };
         assert_eq!(case(&|_| {}), None);
         assert_eq!(
@@ -455,32 +480,32 @@ mod tests {
             }),
             Some(Unreplayable::UnknownActionBeforeRecirc)
         );
-        let nat = Origins::of(&[flow(0, 1, &ct_recirc(true, 7))]);
+        let nat = origins_of(vec![flow(0, 1, &ct_recirc(true, 7))]);
         assert_eq!(reason(&nat, &miss(7, 1)), Some(Unreplayable::NatBeforeRecirc));
         let mut inner = AttrBuf::new();
         inner.push_u32(action::RECIRC, 7);
         let mut clone = AttrBuf::new();
         clone.push_nested(action::CLONE, &inner);
-        assert_eq!(reason(&Origins::of(&[flow(0, 1, &clone)]), &miss(7, 1)), Some(Unreplayable::NestedRecirc));
+        assert_eq!(reason(&origins_of(vec![flow(0, 1, &clone)]), &miss(7, 1)), Some(Unreplayable::NestedRecirc));
     }
 
     #[test]
     fn only_parents_that_match_the_packet_count() {
         let flows = [flow(0, 1, &ct_recirc(false, 7)), flow(0, 2, &ct_recirc(true, 7))];
-        let origins = Origins::of(&flows);
+        let origins = origins_of(flows.to_vec());
         assert_eq!(reason(&origins, &miss(7, 1)), None);
         assert_eq!(reason(&origins, &miss(7, 2)), Some(Unreplayable::NatBeforeRecirc));
         assert_eq!(reason(&origins, &miss(7, 3)), Some(Unreplayable::NoParent));
         assert_eq!(reason(&origins, &miss(8, 1)), Some(Unreplayable::NoParent));
-        let both = Origins::of(&[flow(0, 1, &ct_recirc(false, 7)), flow(0, 1, &ct_recirc(true, 7))]);
+        let both = origins_of(vec![flow(0, 1, &ct_recirc(false, 7)), flow(0, 1, &ct_recirc(true, 7))]);
         assert_eq!(reason(&both, &miss(7, 1)), Some(Unreplayable::ParentsDisagree));
     }
 
     #[test]
     fn a_fault_anywhere_up_the_chain_counts() {
-        let origins = Origins::of(&[flow(0, 1, &ct_recirc(true, 7)), flow(7, 1, &ct_recirc(false, 9))]);
+        let origins = origins_of(vec![flow(0, 1, &ct_recirc(true, 7)), flow(7, 1, &ct_recirc(false, 9))]);
         assert_eq!(reason(&origins, &miss(9, 1)), Some(Unreplayable::NatBeforeRecirc));
-        let cycle = Origins::of(&[flow(7, 1, &ct_recirc(false, 9)), flow(9, 1, &ct_recirc(false, 7))]);
+        let cycle = origins_of(vec![flow(7, 1, &ct_recirc(false, 9)), flow(9, 1, &ct_recirc(false, 7))]);
         assert_eq!(reason(&cycle, &miss(9, 1)), Some(Unreplayable::NoParent));
     }
 
@@ -502,11 +527,11 @@ mod tests {
         let mut more = only.clone();
         more.push_u32(action::OUTPUT, 2);
         let packet_in = sent(cookie::CONTROLLER);
-        assert_eq!(reason(&Origins::of(&[flow(0, 1, &only)]), &packet_in), None);
-        assert_eq!(reason(&Origins::of(&[flow(0, 1, &more)]), &packet_in), Some(Unreplayable::ControllerCopy));
-        assert_eq!(reason(&Origins::of(&[flow(0, 1, &only), flow(0, 2, &more)]), &packet_in), None);
+        assert_eq!(reason(&origins_of(vec![flow(0, 1, &only)]), &packet_in), None);
+        assert_eq!(reason(&origins_of(vec![flow(0, 1, &more)]), &packet_in), Some(Unreplayable::ControllerCopy));
+        assert_eq!(reason(&origins_of(vec![flow(0, 1, &only), flow(0, 2, &more)]), &packet_in), None);
         assert_eq!(
-            reason(&Origins::of(&[flow(0, 1, &only), flow(0, 1, &more)]), &packet_in),
+            reason(&origins_of(vec![flow(0, 1, &only), flow(0, 1, &more)]), &packet_in),
             Some(Unreplayable::ControllerCopy)
         );
         let mut cut = sent(cookie::SLOW_PATH);
@@ -575,7 +600,7 @@ mod tests {
                 dirty |= next.iter().any(|(id, spoiled)| *id == at && *spoiled);
                 reach = next;
             }
-            let verdict = Origins::of(&flows).plan(&miss(at, port)).is_ok();
+            let verdict = origins_of(flows.to_vec()).plan(&miss(at, port)).is_ok();
             prop_assert!(!(verdict && dirty));
         }
 
@@ -585,7 +610,7 @@ mod tests {
             actions in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
             let f = Flow { key: key.clone(), mask: key.clone(), actions, ..Flow::default() };
-            let _ = Origins::of(&[f]).plan(&upcall(UpcallKind::Miss, key.clone(), None));
+            let _ = origins_of(vec![f]).plan(&upcall(UpcallKind::Miss, key.clone(), None));
             let _ = Origins::default().plan(&upcall(UpcallKind::Action, key.clone(), Some(key)));
         }
     }

@@ -23,11 +23,14 @@ const NLMSGHDR: usize = 16;
 /// Marks the eventfd among the epoll data, which are indexes of sockets otherwise.
 const WAKE: u64 = u64::MAX;
 
+/// A socket that is read, or the place of one that was.
+type Slot = Option<(Queue, Arc<UpcallSocket>)>;
+
 /// What the thread and the owner share.
 #[derive(Debug)]
 pub(super) struct Shared {
     store: Mutex<Store>,
-    sockets: Mutex<Vec<(Queue, Arc<UpcallSocket>)>>,
+    sockets: Mutex<Vec<Slot>>,
     /// The thread may hold messages that are no longer in a socket and not yet in the store.
     reading: AtomicBool,
     stop: AtomicBool,
@@ -58,7 +61,7 @@ impl Shared {
         self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sockets(&self) -> MutexGuard<'_, Vec<(Queue, Arc<UpcallSocket>)>> {
+    fn sockets(&self) -> MutexGuard<'_, Vec<Slot>> {
         self.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -69,15 +72,30 @@ impl Shared {
         self.epoll
             .add(socket.as_fd(), event)
             .map_err(|e| Error::io(format!("watch upcall socket {}", socket.port_id()), e))?;
-        sockets.push((queue, socket));
+        sockets.push(Some((queue, socket)));
         Ok(())
+    }
+
+    /// Has `socket` no longer read; returns when the thread does not hold it any more.
+    pub fn stop_reading(&self, socket: &Arc<UpcallSocket>) {
+        // It fails for a socket that was never read, and then there is nothing to stop.
+        let _ = self.epoll.delete(socket.as_fd());
+        // Others keep their place: the epoll data are indexes.
+        self.sockets()
+            .iter_mut()
+            .filter(|slot| slot.as_ref().is_some_and(|(_, s)| Arc::ptr_eq(s, socket)))
+            .for_each(|slot| *slot = None);
+        while self.reading.load(Ordering::SeqCst) {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
     }
 
     /// Nothing is in a socket that is read, in the thread's hands, or in the store.
     pub fn is_empty(&self) -> bool {
         // In this order: what is not in a socket at first has left it, and what the thread had in its hands then is in
         // the store when it has put it down.
-        let sockets_empty = self.sockets().iter().all(|(_, socket)| socket.queue().is_ok_and(|queue| queue.used == 0));
+        let sockets_empty =
+            self.sockets().iter().flatten().all(|(_, socket)| socket.queue().is_ok_and(|queue| queue.used == 0));
         sockets_empty && !self.reading.load(Ordering::SeqCst) && self.store().waiting() == 0
     }
 
@@ -109,8 +127,7 @@ impl Shared {
     }
 
     fn empty(&self, index: u64, receiver: &mut Receiver) {
-        let Some((queue, socket)) =
-            usize::try_from(index).ok().and_then(|i| self.sockets().get(i).map(|(q, s)| (*q, Arc::clone(s))))
+        let Some((queue, socket)) = usize::try_from(index).ok().and_then(|i| self.sockets().get(i).cloned().flatten())
         else {
             return;
         };

@@ -31,7 +31,7 @@ const HISTOGRAM_MS: usize = 60_000;
 #[derive(Debug)]
 pub struct ReplayInput<'a> {
     /// Where packets on old recirculation ids come from.
-    pub origins: &'a Origins,
+    pub origins: &'a Origins<'a>,
     /// The upcall sockets of the daemon that is bound now: no faster than half of each buffer stays free. Without any,
     /// packets are given back as fast as they can.
     pub daemon: &'a Duplicates,

@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use nix::sys::memfd::{memfd_create, MFdFlags};
@@ -85,6 +85,27 @@ impl Ring {
         let ring = Ring { file, capacity, head: 0, tail: 0, packets: 0 };
         ring.write_header().map_err(fail)?;
         Ok(ring)
+    }
+
+    /// The ring in a memfd that another process may have made.
+    pub fn reopen(fd: OwnedFd) -> Result<Self> {
+        let file = File::from(fd);
+        let fail = |e| Error::io("read the memfd of parked packets", e);
+        let mut fields = [0u64; 5];
+        for (i, field) in fields.iter_mut().enumerate() {
+            let mut bytes = [0u8; 8];
+            file.read_exact_at(&mut bytes, 8 * i as u64).map_err(fail)?;
+            *field = u64::from_ne_bytes(bytes);
+        }
+        let [magic, capacity, head, tail, packets] = fields;
+        let length = file.metadata().map_err(fail)?.len();
+        let whole = capacity > 0
+            && length.checked_sub(RECORDS_AT) == Some(capacity)
+            && tail.checked_sub(head).is_some_and(|used| used <= capacity);
+        if magic != MAGIC || !whole {
+            return Err(Error::malformed("memfd of parked packets", "its header is not that of a ring"));
+        }
+        Ok(Ring { file, capacity, head, tail, packets })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -185,6 +206,35 @@ mod tests {
         batch.push(1, 3, &[8; 20]);
         assert!(ring.push(&batch).is_err());
         assert_eq!((ring.used(), ring.packets()), (0, 0));
+    }
+
+    #[test]
+    fn another_process_can_go_on_with_it() {
+        let mut ring = Ring::new(c"test", 100).unwrap();
+        let mut batch = Batch::default();
+        batch.push(1, 2, &[7; 20]);
+        for _ in 0..5 {
+            ring.push(&batch).unwrap();
+            ring.push(&batch).unwrap();
+            assert_eq!(ring.pop(1).unwrap().len(), 1);
+            let mut again = Ring::reopen(ring.fd().try_clone_to_owned().unwrap()).unwrap();
+            assert_eq!((again.used(), again.packets()), (36, 1));
+            assert_eq!(again.pop(9).unwrap(), [Record { source: 1, arrival: 2, message: vec![7; 20] }]);
+            ring = again;
+        }
+    }
+
+    #[test]
+    fn what_is_no_ring_is_refused() {
+        let file = |bytes: &[u8]| {
+            let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+            file.write_all_at(bytes, 0).unwrap();
+            OwnedFd::from(file)
+        };
+        assert!(Ring::reopen(file(&[])).is_err());
+        assert!(Ring::reopen(file(&[0; 5000])).is_err());
+        let header: Vec<u8> = [MAGIC, 904, 10, 9, 1].iter().flat_map(|f: &u64| f.to_ne_bytes()).collect();
+        assert!(Ring::reopen(file(&[header, vec![0; 4960]].concat())).is_err());
     }
 
     proptest! {

@@ -57,10 +57,19 @@ impl UpcallSocket {
         // A connected netlink socket refuses what others than its peer, port id 0, send it (hazard 2).
         socket::connect(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(fail("connect to the kernel"))?;
         set_option(&fd, SOL_NETLINK, NETLINK_NO_ENOBUFS, 1).map_err(fail("NETLINK_NO_ENOBUFS"))?;
-        let port_id = socket::getsockname::<NetlinkAddr>(fd.as_raw_fd()).map_err(fail("getsockname"))?.pid();
-        let socket = UpcallSocket { fd, port_id };
+        let socket = UpcallSocket::from_fd(fd)?;
         socket.raise_buffer(buffer)?;
         Ok(socket)
+    }
+
+    /// A socket that was opened before, by this process or another.
+    ///
+    /// # Errors
+    /// The descriptor is no netlink socket.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let address = socket::getsockname::<NetlinkAddr>(fd.as_raw_fd())
+            .map_err(|e| Error::io("upcall socket: its address cannot be read, it may be no netlink socket", e))?;
+        Ok(UpcallSocket { fd, port_id: address.pid() })
     }
 
     /// Its netlink port id.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use super::ring::{Batch, Record, Ring};
 use crate::error::Result;
@@ -78,6 +79,15 @@ impl Store {
         Ok(Store { limits, own, adopted: None, batch: Batch::default(), stats: ParkStats::default() })
     }
 
+    /// A store around the rings of an earlier one.
+    pub fn reopen(limits: ParkLimits, own: OwnedFd, adopted: Option<OwnedFd>) -> Result<Self> {
+        let own = Ring::reopen(own)?;
+        let adopted = adopted.map(Ring::reopen).transpose()?;
+        let mut store = Store { limits, own, adopted, batch: Batch::default(), stats: ParkStats::default() };
+        store.stats.parked = store.waiting();
+        Ok(store)
+    }
+
     /// Makes room for what lay in the old daemon's sockets. It shares the bounds with the rest.
     pub fn expect_adopted(&mut self) -> Result<()> {
         if self.adopted.is_none() {
@@ -88,6 +98,10 @@ impl Store {
 
     pub fn own_ring(&self) -> &Ring {
         &self.own
+    }
+
+    pub fn adopted_ring(&self) -> Option<&Ring> {
+        self.adopted.as_ref()
     }
 
     pub fn waiting(&self) -> u64 {
