@@ -4,6 +4,7 @@
 
 mod apt_sources;
 mod bench;
+mod campaign;
 mod command;
 mod guest;
 mod image;
@@ -44,6 +45,26 @@ enum Cmd {
         #[arg(last = true)]
         extra: Vec<String>,
     },
+    /// Run every scenario once with ours, as cargo test would print it
+    All {
+        /// Only these
+        scenarios: Vec<String>,
+        /// Each traffic scenario several times, alternating with stock; medians go to docs/measured.md
+        #[arg(long)]
+        whole: bool,
+        /// Runs of each side with --whole
+        #[arg(long, requires = "whole")]
+        runs: Option<usize>,
+        /// Debian suite of the image
+        #[arg(long, default_value = "bookworm")]
+        suite: String,
+    },
+    /// Stock and ours side by side in plain and conntrack
+    Demo {
+        /// Debian suite of the image
+        #[arg(long, default_value = "bookworm")]
+        suite: String,
+    },
     /// List the scenarios
     List,
     /// Build the image if the cache has none
@@ -52,6 +73,8 @@ enum Cmd {
         #[arg(default_value = "bookworm")]
         suite: String,
     },
+    /// Say which Debian mirror this machine's apt uses
+    Mirror,
     /// Build the static binaries and say where they are
     Binaries,
     /// What runs in the guest
@@ -91,6 +114,13 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
             let (outcome, folder) = bench::one(&request)?;
             bench::print(&outcome, &folder);
             Ok(outcome.passed)
+        }
+        Cmd::All { scenarios, whole: false, suite, .. } => campaign::all(&scenarios, &suite),
+        Cmd::All { scenarios, whole: true, runs, suite } => campaign::whole(&scenarios, &suite, runs),
+        Cmd::Demo { suite } => campaign::demo(&suite),
+        Cmd::Mirror => {
+            println!("{}", apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?);
+            Ok(true)
         }
         Cmd::List => {
             for scenario in scenarios::ALL {

@@ -1,0 +1,336 @@
+//! Many runs: everything once, the two sides by side, the long lists with their medians.
+
+use std::fmt::Write;
+use std::fs;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{bail, Result};
+use comfy_table::{presets::ASCII_MARKDOWN, Table};
+
+use crate::bench::{self, Request};
+use crate::command::capture;
+use crate::outcome::{Action, Outcome, ProbeOutcome, UdpOutcome};
+use crate::places;
+use crate::scenarios::{self, Scenario};
+
+/// Longest delay of a new flow's packet, as a share of stock's longest gap, at most.
+const NEW_FLOW_SHARE: f64 = 0.4;
+/// The constant flow's worst latency, as a multiple of stock's, at most.
+const CONSTANT_SHARE: f64 = 1.25;
+/// Runs of each side in the long list.
+const LONG_RUNS: usize = 5;
+
+fn request(scenario: &str, action: Action, suite: &str, out: Option<String>) -> Request {
+    let out = out.map(|name| places::workspace().join("target/lab/out").join(name));
+    Request { scenario: scenario.to_owned(), action, suite: suite.to_owned(), out, extra_args: Vec::new() }
+}
+
+/// Makes one run and says how it went in cargo test's manner. A lab error counts as failed, and says so.
+fn tell(request: &Request) -> Option<Outcome> {
+    let name = format!("lab::{}::{}", request.scenario, request.action.name());
+    match bench::one(request) {
+        Ok((outcome, folder)) => {
+            println!("test {name} ... {}", if outcome.passed { "ok" } else { "FAILED" });
+            if !outcome.passed {
+                bench::print(&outcome, &folder);
+            }
+            Some(outcome)
+        }
+        Err(error) => {
+            println!("test {name} ... FAILED\n  lab error, neither pass nor loss: {error:#}");
+            None
+        }
+    }
+}
+
+fn closing(passed: usize, failed: usize, started: Instant) -> bool {
+    let word = if failed == 0 { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {word}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out; finished in {:.2}s",
+        started.elapsed().as_secs_f64()
+    );
+    failed == 0
+}
+
+/// Every scenario once with ours; `only` narrows it down.
+pub fn all(only: &[String], suite: &str) -> Result<bool> {
+    let started = Instant::now();
+    for name in only {
+        scenarios::find(name)?;
+    }
+    let chosen: Vec<Scenario> =
+        scenarios::ALL.iter().copied().filter(|s| only.is_empty() || only.iter().any(|o| o == s.name())).collect();
+    println!("\nrunning {} tests", chosen.len());
+    let results: Vec<bool> =
+        chosen.iter().map(|s| tell(&request(s.name(), Action::Ours, suite, None)).is_some_and(|o| o.passed)).collect();
+    let passed = results.iter().filter(|r| **r).count();
+    Ok(closing(passed, results.len() - passed, started))
+}
+
+fn udp<'a>(outcome: &'a Outcome, name: &str) -> Option<&'a UdpOutcome> {
+    match outcome.probes.get(name) {
+        Some(ProbeOutcome::Udp(udp)) => Some(udp),
+        _ => None,
+    }
+}
+
+fn lost(outcome: &Outcome, name: &str) -> u64 {
+    udp(outcome, name).map_or(0, |u| u.requests.lost + u.replies.lost)
+}
+
+fn duplicated(outcome: &Outcome) -> u64 {
+    ["e", "n", "crowd"]
+        .iter()
+        .filter_map(|n| udp(outcome, n))
+        .map(|u| u.requests.duplicated + u.replies.duplicated)
+        .sum()
+}
+
+/// Longest time that new flows went unanswered: the row of lost requests, ms.
+fn gap(outcome: &Outcome, name: &str) -> f64 {
+    udp(outcome, name).map_or(0.0, |u| u.requests.longest_lost_ms)
+}
+
+/// Worst delay of a request, a lost one counting as the time to the next one received, ms.
+fn worst(outcome: &Outcome, name: &str) -> f64 {
+    udp(outcome, name).map_or(0.0, |u| u.requests.worst_ms)
+}
+
+fn timeouts(outcome: &Outcome) -> String {
+    match outcome.probes.get("tcp") {
+        Some(ProbeOutcome::Tcp(tcp)) => tcp.timeouts.to_string(),
+        _ => "-".to_owned(),
+    }
+}
+
+/// Stock and ours side by side, one run each, as a table of what this invocation measured.
+pub fn demo(suite: &str) -> Result<bool> {
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header([
+        "scenario",
+        "what replaced the daemons",
+        "established flow: lost",
+        "new flows: lost",
+        "duplicated",
+        "longest gap of new flows",
+        "worst delay, established",
+        "worst delay, new",
+        "TCP time-outs",
+        "took",
+    ]);
+    let mut good = true;
+    let mut versions = None;
+    for scenario in ["plain", "conntrack"] {
+        for action in [Action::StockRestart, Action::StockReload, Action::Ours] {
+            println!("lab: {scenario}, {} (about a minute)", words(action));
+            let (outcome, folder) = bench::one(&request(scenario, action, suite, None))?;
+            if let Some(error) = &outcome.error {
+                bail!("{scenario}, {}: {error}; see {}", action.name(), folder.display());
+            }
+            if !outcome.passed {
+                bench::print(&outcome, &folder);
+                good = false;
+            }
+            let ms = |v: f64| format!("{v:.0} ms");
+            table.add_row([
+                scenario.to_owned(),
+                words(action).to_owned(),
+                lost(&outcome, "e").to_string(),
+                lost(&outcome, "n").to_string(),
+                duplicated(&outcome).to_string(),
+                ms(gap(&outcome, "n")),
+                ms(worst(&outcome, "e")),
+                ms(worst(&outcome, "n")),
+                timeouts(&outcome),
+                format!("{:.1} s", outcome.action_ms / 1e3),
+            ]);
+            versions = Some(outcome.versions);
+        }
+    }
+    println!("\nMeasured by this invocation, packets lost counted in both directions:\n\n{table}\n");
+    for (name, version) in versions.unwrap_or_default() {
+        println!("{name}: {version}");
+    }
+    Ok(good)
+}
+
+fn words(action: Action) -> &'static str {
+    match action {
+        Action::Ours => "ovs-graceful restart",
+        Action::StockReload => "systemctl reload openvswitch-switch",
+        Action::StockRestart => "systemctl restart openvswitch-switch",
+        Action::Nothing => "nothing",
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match (sorted.len() % 2, sorted.get(middle.wrapping_sub(1)), sorted.get(middle)) {
+        (1, _, Some(value)) => *value,
+        (0, Some(low), Some(high)) => (low + high) / 2.0,
+        _ => 0.0,
+    }
+}
+
+/// Both sides of one scenario, measured several times.
+#[derive(Default)]
+struct Sides {
+    ours: Vec<Outcome>,
+    stock: Vec<Outcome>,
+    lab_errors: usize,
+}
+
+impl Sides {
+    fn row(&self, name: &str) -> (Vec<String>, bool) {
+        let of = |side: &[Outcome], what: fn(&Outcome, &str) -> f64, probe: &str| -> f64 {
+            median(&side.iter().map(|o| what(o, probe)).collect::<Vec<_>>())
+        };
+        let list = |side: &[Outcome], what: &dyn Fn(&Outcome) -> u64| -> String {
+            side.iter().map(|o| what(o).to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let both = |o: &Outcome| lost(o, "e") + lost(o, "n") + lost(o, "crowd");
+        let (stock_gap, ours_new) = (of(&self.stock, gap, "n"), of(&self.ours, worst, "n"));
+        let (stock_constant, ours_constant) = (of(&self.stock, worst, "e"), of(&self.ours, worst, "e"));
+        let quick = ours_new <= NEW_FLOW_SHARE * stock_gap;
+        let steady = ours_constant <= CONSTANT_SHARE * stock_constant;
+        let passed = self.ours.iter().filter(|o| o.passed).count();
+        let good = quick && steady && passed == self.ours.len() && self.lab_errors == 0;
+        let row = vec![
+            name.to_owned(),
+            list(&self.stock, &both),
+            list(&self.ours, &both),
+            list(&self.ours, &duplicated),
+            format!("{stock_gap:.0} ms"),
+            format!("{ours_new:.0} ms ({:.2})", ours_new / stock_gap.max(1.0)),
+            format!("{stock_constant:.0} ms"),
+            format!("{ours_constant:.0} ms ({:.2})", ours_constant / stock_constant.max(1.0)),
+            format!("{passed} of {}", self.ours.len()),
+            if good { "yes" } else { "NO" }.to_owned(),
+        ];
+        (row, good)
+    }
+}
+
+/// The long list: each traffic scenario five times with stock's reload and five times with ours, order alternated.
+/// The table goes to `docs/measured.md`, written anew after every scenario.
+pub fn whole(only: &[String], suite: &str, runs: Option<usize>) -> Result<bool> {
+    let started = Instant::now();
+    let runs = runs.unwrap_or(LONG_RUNS);
+    let mut rows = Vec::new();
+    let (mut passed, mut failed) = (0, 0);
+    for scenario in scenarios::ALL {
+        if !only.is_empty() && !only.iter().any(|o| o == scenario.name()) {
+            continue;
+        }
+        let Scenario::Traffic(traffic) = scenario else { continue };
+        let mut sides = Sides::default();
+        for round in 0..runs {
+            let order =
+                if round % 2 == 0 { [Action::StockReload, Action::Ours] } else { [Action::Ours, Action::StockReload] };
+            for action in order {
+                let out = format!("whole/{}-{}-{round}", traffic.name(), action.name());
+                match tell(&request(traffic.name(), action, suite, Some(out))) {
+                    Some(outcome) if outcome.error.is_some() => sides.lab_errors += 1,
+                    Some(outcome) if action == Action::Ours => sides.ours.push(outcome),
+                    Some(outcome) => sides.stock.push(outcome),
+                    None => sides.lab_errors += 1,
+                }
+            }
+        }
+        let (row, good) = sides.row(traffic.name());
+        rows.push(row);
+        if good {
+            passed += 1;
+        } else {
+            failed += 1;
+        }
+        write_table(&rows, runs)?;
+    }
+    Ok(closing(passed, failed, started))
+}
+
+fn write_table(rows: &[Vec<String>], runs: usize) -> Result<()> {
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header([
+        "scenario",
+        "stock: lost",
+        "ours: lost",
+        "ours: duplicated",
+        "stock: longest gap",
+        "ours: longest delay of a new flow (share of it)",
+        "stock: worst of the constant flow",
+        "ours: worst of the constant flow (share)",
+        "ours: passed",
+        "within the limits",
+    ]);
+    for row in rows {
+        table.add_row(row);
+    }
+    let git = |args: &[&str]| {
+        let text = capture(Command::new("git").current_dir(places::workspace()).args(args));
+        text.map(|t| t.trim().to_owned()).unwrap_or_default()
+    };
+    let mut text = String::from("# What was measured\n\n");
+    let _ = writeln!(
+        text,
+        "Command: `tests/all --whole`. Commit: {}. Date: {}.",
+        git(&["rev-parse", "--short", "HEAD"]),
+        today()
+    );
+    let _ = writeln!(
+        text,
+        "Stock is `systemctl reload openvswitch-switch`; {runs} runs of each side, order alternated, in a VM under qemu TCG. \
+         Times are medians, and TCG's: compare them with each other only. Losses are listed run by run, requests and \
+         replies of all UDP probes together. Limits: longest delay of a new flow at most {NEW_FLOW_SHARE} of stock's \
+         longest gap; worst latency of the constant flow at most {CONSTANT_SHARE} of stock's.\n"
+    );
+    let _ = writeln!(text, "{table}");
+    println!("\n{table}\n");
+    let docs = places::workspace().join("docs");
+    fs::create_dir_all(&docs)?;
+    fs::write(docs.join("measured.md"), text)?;
+    Ok(())
+}
+
+fn today() -> String {
+    capture(Command::new("date").args(["-u", "+%Y-%m-%d"])).map(|t| t.trim().to_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outcome::Direction;
+
+    fn outcome(action: Action, lost: u64, gap_ms: f64, worst_ms: f64) -> Outcome {
+        let requests = Direction { lost, longest_lost_ms: gap_ms, worst_ms, ..Direction::default() };
+        let udp = ProbeOutcome::Udp(Box::new(UdpOutcome { requests, ..UdpOutcome::default() }));
+        let mut outcome = Outcome::new("plain", action);
+        outcome.probes.insert("n".to_owned(), udp.clone());
+        outcome.probes.insert("e".to_owned(), udp);
+        outcome.passed = true;
+        outcome
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0]), 2.5);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn a_scenario_is_within_the_limits_or_not() {
+        let stock = vec![outcome(Action::StockReload, 200, 2000.0, 2000.0)];
+        let quick = Sides { stock: stock.clone(), ours: vec![outcome(Action::Ours, 0, 0.0, 790.0)], lab_errors: 0 };
+        assert!(quick.row("plain").1);
+        let slow = Sides { stock: stock.clone(), ours: vec![outcome(Action::Ours, 0, 0.0, 810.0)], lab_errors: 0 };
+        assert!(!slow.row("plain").1);
+        let broken = Sides { stock, ours: vec![outcome(Action::Ours, 0, 0.0, 790.0)], lab_errors: 1 };
+        assert!(!broken.row("plain").1);
+    }
+}
