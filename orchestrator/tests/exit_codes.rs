@@ -130,3 +130,9 @@ fn a_reload_without_a_run_ends_with_1() {
     assert_eq!(code(&output), 1);
     assert!(stderr(&output).contains("no run"), "{}", stderr(&output));
 }
+
+#[test]
+fn nothing_to_recover_ends_with_0() {
+    let Some(output) = as_root(&["recover"]) else { return };
+    assert_eq!(code(&output), 0, "{}", stderr(&output));
+}

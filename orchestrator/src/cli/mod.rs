@@ -14,11 +14,13 @@ mod status;
 pub use args::{Cli, Command, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
 use crate::config::Config;
-use crate::control::{AbortAnswer, Connection, Progress, SOCKET};
+use crate::control::{AbortAnswer, Connection, Progress, RunLock, LOCK, SOCKET};
+use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::supervisor;
 use output::{complain, say, say_json};
@@ -35,7 +37,7 @@ pub fn run(cli: Cli) -> u8 {
         Command::Restart(args) => restart::restart(&config, args),
         Command::Status { json } => answered(status::status(json)),
         Command::Abort => answered(abort()),
-        Command::Recover => needs_person(load(&config).and_then(|config| supervisor::recover(&config))),
+        Command::Recover => needs_person(recover(&config)),
         Command::Thaw => needs_person(thaw(&config)),
         Command::Runs { command: None, json } => answered(runs::list(json)),
         Command::Runs { command: Some(RunsCommand::Show { id, json: inner }), json } => {
@@ -114,23 +116,48 @@ fn abort() -> anyhow::Result<ExitCode> {
     anyhow::bail!("the supervisor went before it told the end of the run; look with `ovs-graceful status`")
 }
 
+/// Also what systemd runs after every supervisor, so that nothing to do has to be cheap and 0.
+fn recover(config: &Path) -> anyhow::Result<i32> {
+    if let Some(holder) = RunLock::holder(Path::new(LOCK))? {
+        complain(&format!("run {} (process {}) is under way: nothing to recover", holder.id, holder.pid));
+        return Ok(i32::from(ExitCode::Busy.code()));
+    }
+    if Runs::default().interrupted()?.is_none() {
+        say("nothing to recover");
+        return Ok(0);
+    }
+    supervisor::recover(&load(config)?)
+}
+
 /// A supervisor that lives does it; one that hangs is not waited for.
 fn thaw(config: &Path) -> anyhow::Result<i32> {
-    if let Ok(Some(mut run)) = connect() {
-        match run.thaw() {
-            Ok(()) => {
-                say("thaw: the supervisor of the run under way thaws; follow it with `ovs-graceful status`");
-                return Ok(0);
-            }
-            Err(e) => complain(&format!("the supervisor does not answer ({e}): thawing without it")),
-        }
-    }
     // An emergency does not stop for a misspelt key.
     let config = load(config).unwrap_or_else(|error| {
         complain(&format!("{error:#}; taking the defaults"));
         Config::default()
     });
+    match connect().and_then(|run| run.map(|mut run| Ok(run.thaw()?)).transpose()) {
+        Ok(None) => {}
+        Ok(Some(())) if thawed(config.limits.thaw()) => {
+            say("thaw: done by the supervisor of the run; see `ovs-graceful status`");
+            return Ok(0);
+        }
+        Ok(Some(())) => complain("the supervisor has been told and does not thaw: thawing without it"),
+        Err(error) => complain(&format!("the supervisor does not answer ({error:#}): thawing without it")),
+    }
     supervisor::thaw(&config)
+}
+
+/// Waits until nothing is frozen; false where something still is after `limit`, or nobody can tell.
+fn thawed(limit: Duration) -> bool {
+    let until = Instant::now() + limit;
+    loop {
+        match dpfreeze::freeze::state() {
+            Ok(state) if !state.as_ref().is_some_and(|state| state.armed) => return true,
+            Ok(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(50)),
+            Ok(_) | Err(_) => return false,
+        }
+    }
 }
 
 fn connect() -> anyhow::Result<Option<Connection>> {

@@ -17,11 +17,12 @@ const SHOWN: usize = 6;
 pub fn summary(report: &Report, colour: bool) -> String {
     let mut out = String::new();
     headline(&mut out, report, colour);
-    numbers(&mut out, report);
-    if !report.openflow.is_empty() {
+    // A run that never began has no numbers, and zeros would look like some.
+    if !matches!(report.exit_code, ExitCode::Refused | ExitCode::Busy) {
+        numbers(&mut out, report);
         bridges(&mut out, &report.openflow);
+        list(&mut out, "differences", &report.differences);
     }
-    list(&mut out, "differences", &report.differences);
     list(&mut out, "warnings", &report.warnings);
     out
 }
@@ -90,6 +91,9 @@ fn reasons(counted: &BTreeMap<String, u64>) -> String {
 }
 
 fn bridges(out: &mut String, openflow: &[OpenFlowReport]) {
+    if openflow.is_empty() {
+        return;
+    }
     let mut table = Table::new();
     table.load_style(NOTHING);
     table.set_header(["  bridge", "OpenFlow flows", "groups", "meters", ""]);

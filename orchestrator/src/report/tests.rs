@@ -131,3 +131,12 @@ fn a_refusal_makes_check_end_with_10_and_says_what_to_do() {
     assert_eq!(check.exit_code(), ExitCode::Refused);
     assert!(check.to_string().contains("remedy: switch it off"));
 }
+
+#[test]
+fn a_run_that_was_refused_shows_why_and_no_zeros() {
+    let mut report = Report::new("run-1", Strategy::Standby, 0);
+    report.warnings.push("check: bridge br0 is of the userspace datapath".into());
+    report.finish(&Outcome { exit_code: ExitCode::Refused, reason: "check failed; nothing was touched".into() }, 5);
+    let text = summary(&report, false);
+    assert!(text.contains("userspace") && text.contains("(exit 10)") && !text.contains("replayed"), "{text}");
+}
