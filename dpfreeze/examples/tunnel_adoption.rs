@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use dpfreeze::ovs::Ovs;
-use dpfreeze::tunnel::{backers, Adoption, Guard};
+use dpfreeze::tunnel::{Adoption, Guard};
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -13,9 +13,8 @@ fn main() -> anyhow::Result<()> {
     let seconds: u64 = arguments.next().context("for how many seconds?")?.parse()?;
     let mut ovs = Ovs::open()?;
     let datapath = ovs.datapath("ovs-system")?.context("no datapath ovs-system")?;
-    let backers = backers(&ovs.vports(datapath.ifindex)?);
-    println!("guarded: {backers:?}");
-    let guard = Guard { dp_ifindex: datapath.ifindex, vport_family: ovs.families().vport, backers };
+    let guard = Guard::read(&mut ovs, datapath.ifindex)?;
+    println!("guarded: {:?}", guard.backers);
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let start = stat.rsplit_once(')').and_then(|(_, r)| r.split_whitespace().nth(19)).context("stat")?.parse()?;
     let adoption = Adoption::attach(pid, start, guard)?;

@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 const LOOKED_AT: usize = 4096;
 /// `UIO_MAXIOV` (linux/uio.h)
 const MAX_PARTS: usize = 1024;
+/// `ERESTARTSYS` to `ERESTART_RESTARTBLOCK` (linux/errno.h of the kernel itself): only a tracer sees them.
+const ERESTART: std::ops::RangeInclusive<i64> = 512..=516;
 /// How often a tracing thread that should end is woken.
 const KICK_EVERY: Duration = Duration::from_millis(2);
 
@@ -333,8 +335,10 @@ impl Watch<'_> {
     }
 
     fn came_out(&mut self, value: i64) {
+        // Interrupted by a signal, it is sent again, by the kernel or by nl_sock_transact_multiple__, as changed.
+        let sent = value >= 0 || value == -i64::from(libc::EINTR) || ERESTART.contains(&-value);
         for change in std::mem::take(&mut self.pending) {
-            if value < 0 {
+            if !sent {
                 self.failed(&change, &io::Error::from_raw_os_error(-value as i32).to_string());
             } else {
                 let name = &self.guard.backers[change.backer].name;

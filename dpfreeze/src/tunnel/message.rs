@@ -1,7 +1,9 @@
 //! Which requests of a starting daemon are turned into which question.
 
 use super::Backer;
+use crate::error::Result;
 use crate::netlink::attr::{align, Attrs};
+use crate::ovs::Ovs;
 
 // linux/netlink.h, struct nlmsghdr {u32 len; u16 type; u16 flags; u32 seq; u32 pid}
 const NLMSG_HEADER: usize = 16;
@@ -59,6 +61,15 @@ pub(super) struct Change {
 }
 
 impl Guard {
+    /// The tunnel ports that datapath `ifindex` has now.
+    ///
+    /// # Errors
+    /// As [`Ovs::vports`].
+    pub fn read(ovs: &mut Ovs, ifindex: u32) -> Result<Guard> {
+        let backers = super::backers(&ovs.vports(ifindex)?);
+        Ok(Guard { dp_ifindex: ifindex, vport_family: ovs.families().vport, backers })
+    }
+
     /// The changes that a buffer of netlink messages needs; none for nearly every buffer.
     pub(super) fn changes(&self, buffer: &[u8]) -> Vec<Change> {
         let mut changes = Vec::new();
