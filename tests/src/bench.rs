@@ -87,7 +87,7 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
         scenario: request.scenario.clone(),
         action: request.action,
         before_s: 5.0,
-        extra_args: request.extra_args.clone(),
+        extra_args: scenario.extra_args().iter().map(|a| (*a).to_owned()).chain(request.extra_args.clone()).collect(),
     };
     fs::write(input.path().join("job.json"), serde_json::to_string_pretty(&job)?)?;
     let boot = vm::Boot {

@@ -87,7 +87,9 @@ pub fn say(line: &str) {
 
 fn run_job(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
     versions(outcome);
-    wait_for_ovs()?;
+    wait_for_daemons()?;
+    outlive_the_first_seconds()?;
+    wait_for_daemons()?;
     if job.action.needs_product() {
         install_product()?;
     }
@@ -109,14 +111,12 @@ fn versions(outcome: &mut Outcome) {
 }
 
 /// Waits until systemd has started both daemons and the database answers.
-pub fn wait_for_ovs() -> Result<()> {
+pub fn wait_for_daemons() -> Result<()> {
     let ready = || {
         shell("systemctl is-active -q ovsdb-server ovs-vswitchd && timeout 5 ovs-vsctl show").is_ok()
             && facts::DAEMONS.iter().all(|name| !facts::daemons(name).is_empty())
     };
-    wait_until("both OVS daemons run", Duration::from_secs(90), Duration::from_millis(300), ready)?;
-    outlive_the_first_seconds()?;
-    wait_until("both OVS daemons run again", Duration::from_secs(90), Duration::from_millis(300), ready)
+    wait_until("both OVS daemons run", Duration::from_secs(90), Duration::from_millis(300), ready)
 }
 
 /// Starts OVS anew once the guest is older than 10 s.

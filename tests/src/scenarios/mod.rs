@@ -3,10 +3,13 @@
 mod conntrack;
 mod local_port;
 pub mod network;
+mod no_systemd;
 mod park_level;
 mod park_limit;
 mod plain;
+mod refusals;
 mod scale;
+mod systemd;
 mod tunnel;
 mod vlan_patch;
 
@@ -29,6 +32,8 @@ pub struct Expect {
     pub keeps_flows: bool,
     /// Whether the park is meant to overflow.
     pub overflow: bool,
+    /// Whether systemd units own the daemons.
+    pub in_units: bool,
     /// Whether TCP must come through without a retransmission time-out.
     pub no_timeouts: bool,
 }
@@ -40,6 +45,7 @@ impl Default for Expect {
             refused: &["flow_flush", "upcall_bind"],
             keeps_flows: true,
             overflow: false,
+            in_units: true,
             no_timeouts: false,
         }
     }
@@ -54,6 +60,10 @@ pub trait Traffic: Sync {
     /// More words for the kernel's command line.
     fn kernel_args(&self) -> &'static str {
         ""
+    }
+    /// More arguments for `ovs-graceful restart`.
+    fn extra_args(&self) -> &'static [&'static str] {
+        &[]
     }
     /// Seconds of traffic after the action's end.
     fn after_s(&self) -> f64 {
@@ -117,6 +127,14 @@ impl Scenario {
         }
     }
 
+    /// More arguments for `ovs-graceful restart`.
+    pub fn extra_args(self) -> &'static [&'static str] {
+        match self {
+            Scenario::Traffic(s) => s.extra_args(),
+            Scenario::Custom(_) => &[],
+        }
+    }
+
     /// More words for the kernel's command line.
     pub fn kernel_args(self) -> &'static str {
         match self {
@@ -138,6 +156,10 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&scale::Scale),
     Scenario::Traffic(&park_limit::ParkLimit),
     Scenario::Traffic(&park_level::ParkLevel),
+    Scenario::Traffic(&no_systemd::StopStart),
+    Scenario::Traffic(&no_systemd::NoSystemd),
+    Scenario::Custom(&systemd::Systemd),
+    Scenario::Custom(&refusals::Refusals),
 ];
 
 /// The scenario of that name.

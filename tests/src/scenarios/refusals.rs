@@ -1,0 +1,222 @@
+//! Hosts that a restart must refuse: cause, remedy and exit code are said, and nothing is touched.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::{plain, Custom};
+use crate::command::{shell, shell_lenient, wait_until};
+use crate::guest::{self, say};
+use crate::outcome::{Job, Outcome};
+
+/// See the module.
+pub struct Refusals;
+
+/// One such host.
+struct Case {
+    name: &'static str,
+    /// Makes the host so.
+    prepare: &'static str,
+    /// Makes it well again.
+    restore: &'static str,
+    /// Put before the command.
+    prefix: &'static str,
+    /// What both commands answer.
+    exit: i32,
+    /// One of these must be in what is said (small letters).
+    cause: &'static [&'static str],
+}
+
+const BASE: Case = Case { name: "", prepare: "true", restore: "true", prefix: "", exit: 10, cause: &[] };
+
+/// In this order: the last ones cannot be undone in a running system.
+const CASES: &[Case] = &[
+    Case {
+        name: "netdev bridge",
+        prepare: "ovs-vsctl add-br brn -- set bridge brn datapath_type=netdev",
+        restore: "ovs-vsctl del-br brn",
+        cause: &["netdev"],
+        ..BASE
+    },
+    Case {
+        name: "STP",
+        prepare: "ovs-vsctl set bridge br0 stp_enable=true",
+        restore: "ovs-vsctl set bridge br0 stp_enable=false",
+        cause: &["stp"],
+        ..BASE
+    },
+    Case {
+        name: "RSTP",
+        prepare: "ovs-vsctl set bridge br0 rstp_enable=true",
+        restore: "ovs-vsctl set bridge br0 rstp_enable=false",
+        cause: &["rstp"],
+        ..BASE
+    },
+    Case {
+        name: "hw-offload",
+        prepare: "ovs-vsctl set open_vswitch . other_config:hw-offload=true",
+        restore: "ovs-vsctl remove open_vswitch . other_config hw-offload",
+        cause: &["hw-offload"],
+        ..BASE
+    },
+    Case {
+        name: "flow-restore-wait stuck",
+        prepare: "ovs-vsctl set open_vswitch . other_config:flow-restore-wait=true",
+        restore: "ovs-vsctl remove open_vswitch . other_config flow-restore-wait",
+        cause: &["flow-restore-wait"],
+        ..BASE
+    },
+    Case {
+        name: "no root",
+        prefix: "setpriv --reuid=65534 --regid=65534 --clear-groups",
+        cause: &["root"],
+        ..BASE
+    },
+    Case {
+        name: "lock held",
+        // The lock file is the design's; a flock of somebody else's is as good as a run's.
+        prepare: "mkdir -p -m 700 /run/ovs-graceful; \
+                  systemd-run -q --unit=lab-holder flock /run/ovs-graceful/lock sleep 600; sleep 1",
+        restore: "systemctl stop lab-holder",
+        exit: 11,
+        cause: &["another run"],
+        ..BASE
+    },
+    Case {
+        name: "OVS not running",
+        prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server",
+        restore: "systemctl start openvswitch-switch",
+        cause: &["not running", "no ovs-vswitchd", "no running", "does not run", "not found", "cannot find", "is not there", "no process"],
+        ..BASE
+    },
+    Case {
+        name: "OVS not installed",
+        prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; mkdir -p /hidden; \
+                  mv /usr/sbin/ovs-vswitchd /usr/sbin/ovsdb-server /usr/bin/ovs-vsctl /usr/bin/ovs-ofctl /hidden/",
+        restore: "mv /hidden/ovs-vswitchd /hidden/ovsdb-server /usr/sbin/; mv /hidden/ovs-vsctl /hidden/ovs-ofctl /usr/bin/; \
+                  systemctl start openvswitch-switch",
+        cause: &["not running", "no ovs-vswitchd", "no running", "does not run", "not installed", "not found", "cannot find", "no process"],
+        ..BASE
+    },
+    Case {
+        name: "no kernel module",
+        prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; ovs-dpctl del-dp ovs-system || true; \
+                  modprobe -r openvswitch; ! grep -q ^openvswitch /proc/modules",
+        restore: "systemctl start openvswitch-switch",
+        cause: &["module", "modprobe"],
+        ..BASE
+    },
+    Case { name: "ptrace_scope=3", prepare: "sysctl -qw kernel.yama.ptrace_scope=3", cause: &["ptrace_scope"], ..BASE },
+];
+
+/// Everything that a refusal must leave as it is, as text.
+fn state() -> String {
+    shell_lenient(
+        "find /etc /var/lib/openvswitch /run/systemd/system /run/systemd/transient /lib/systemd/system -xdev -type f \
+            2>/dev/null | sort | xargs sha256sum
+         ls -l --time-style=+ /run/openvswitch | awk '{print $NF}'
+         timeout 5 ovs-ofctl --no-stats dump-flows br0 2>/dev/null | sort
+         timeout 5 ovs-vsctl get open_vswitch . other_config 2>/dev/null
+         ovs-dpctl dump-flows -m 2>/dev/null | sed 's/, packets:.*actions:/ actions:/' | sort
+         for u in ovsdb-server ovs-vswitchd openvswitch-switch; do \
+            systemctl show -p MainPID,ActiveState,ExecMainStartTimestampMonotonic,FragmentPath,DropInPaths $u; done
+         systemctl list-unit-files --no-legend --no-pager | sort",
+    )
+}
+
+/// Lines of one text that the other has not.
+fn difference(before: &str, after: &str) -> Vec<String> {
+    let missing = before.lines().filter(|l| !after.lines().any(|a| a == *l)).map(|l| format!("-{l}"));
+    let added = after.lines().filter(|l| !before.lines().any(|b| b == *l)).map(|l| format!("+{l}"));
+    missing.chain(added).take(12).collect()
+}
+
+/// Runs a command, judges its exit code and words, and that it touched nothing.
+fn refused(case: &Case, words: &str, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let name = format!("{}: {words}", case.name);
+    let before = state();
+    let output = Command::new("timeout")
+        .args(["60", "sh", "-c", &format!("{} ovs-graceful {words}", case.prefix)])
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| name.clone())?;
+    let after = state();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let file = format!("refusal-{}.txt", name.replace([' ', ':', '/'], "_"));
+    std::fs::write(out.join(file), format!("{text}\n[{}]\n", output.status))?;
+    outcome.check(format!("{name}: exit {}", case.exit), output.status.code() == Some(case.exit), &text);
+    let small = text.to_lowercase();
+    outcome.check(format!("{name}: names the cause"), case.cause.iter().any(|c| small.contains(c)), &text);
+    if case.exit == 10 && case.name != "no root" {
+        let remedy = small.contains("remedy") || words.contains("json");
+        outcome.check(format!("{name}: names a remedy"), remedy, &text);
+    }
+    let changes = difference(&before, &after);
+    outcome.check(format!("{name}: touched nothing"), changes.is_empty(), json!(changes));
+    Ok(())
+}
+
+/// Flows that stay in use, so that refusals can be seen to leave them alone.
+fn traffic() -> Result<Child> {
+    let mut ping = Command::new("ip");
+    ping.args(["netns", "exec", "ns1", "ping", "-q", "-i", "0.2", "10.9.0.2"]);
+    ping.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("cannot start ping")
+}
+
+/// Until two looks a second apart are the same.
+fn settle() {
+    let _ = wait_until("the host is at rest", Duration::from_secs(15), Duration::from_millis(10), || {
+        let first = state();
+        std::thread::sleep(Duration::from_secs(1));
+        first == state()
+    });
+}
+
+impl Custom for Refusals {
+    fn name(&self) -> &'static str {
+        "refusals"
+    }
+
+    fn about(&self) -> &'static str {
+        "hosts that are refused: exit code, cause, remedy, nothing touched"
+    }
+
+    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        let mut ping = traffic()?;
+        settle();
+        let well = Case { name: "well", exit: 0, cause: &["full"], ..BASE };
+        for words in ["check", "check --json", "restart --plan"] {
+            refused(&well, words, out, outcome)?;
+        }
+        for case in CASES {
+            say(&format!("refusal: {}", case.name));
+            shell(case.prepare).with_context(|| format!("preparing {}", case.name))?;
+            settle();
+            for words in ["check", "restart"] {
+                refused(case, words, out, outcome)?;
+            }
+            shell(case.restore).with_context(|| format!("restoring {}", case.name))?;
+            if case.restore.contains("systemctl start") {
+                guest::wait_for_daemons()?;
+            }
+        }
+        let _ = ping.kill();
+        let _ = ping.wait();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_both_ways() {
+        assert!(difference("a\nb", "b\na").is_empty());
+        assert_eq!(difference("a\nb", "b\nc"), ["-a", "+c"]);
+    }
+}
