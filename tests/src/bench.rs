@@ -11,7 +11,7 @@ use crate::command::run;
 use crate::image;
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
 use crate::places;
-use crate::scenarios;
+use crate::scenarios::{self, Scenario};
 use crate::vm;
 
 /// Where statically linked binaries are taken from instead of being built.
@@ -73,7 +73,7 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
     };
     let image = image::ensure(&request.suite)?;
     let input = tempfile::tempdir()?;
-    let product = request.action.needs_product();
+    let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
     let bin = binaries(product)?;
     fs::copy(bin.join("lab"), input.path().join("lab"))?;
     if product {
@@ -86,6 +86,7 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,
+        product,
         before_s: 5.0,
         extra_args: scenario.extra_args().iter().map(|a| (*a).to_owned()).chain(request.extra_args.clone()).collect(),
     };

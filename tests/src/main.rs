@@ -94,6 +94,12 @@ enum GuestCmd {
         /// Folder
         out: PathBuf,
     },
+    /// Try what an unprivileged user might, print the errno
+    Attack {
+        /// What to try
+        #[arg(value_enum)]
+        attack: guest::attack::Attack,
+    },
 }
 
 fn main() -> ExitCode {
@@ -134,6 +140,10 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
         }
         Cmd::Binaries => {
             println!("{}", bench::binaries(true)?.display());
+            Ok(true)
+        }
+        Cmd::Guest { command: GuestCmd::Attack { attack } } => {
+            println!("errno {}", guest::attack::attempt(attack)?);
             Ok(true)
         }
         Cmd::Guest { command: GuestCmd::Agent { job, out } } => guest::agent(&job, &out).map(|()| true),

@@ -34,11 +34,6 @@ impl Action {
     pub fn judged_as_ours(self) -> bool {
         matches!(self, Action::Ours | Action::Nothing)
     }
-
-    /// Whether the run needs our product in the VM.
-    pub fn needs_product(self) -> bool {
-        self == Action::Ours
-    }
 }
 
 /// What the guest agent finds in `/lab/job.json`.
@@ -48,6 +43,8 @@ pub struct Job {
     pub scenario: String,
     /// What replaces the daemons.
     pub action: Action,
+    /// Whether our product is in the input, to be installed; stock runs have none of it.
+    pub product: bool,
     /// Seconds of traffic before the action.
     pub before_s: f64,
     /// More arguments for `ovs-graceful restart`.

@@ -1,5 +1,6 @@
 //! The guest agent: makes the scenario's network, runs traffic through it, replaces the daemons, judges.
 
+pub mod attack;
 pub mod facts;
 pub mod probe;
 mod verdict;
@@ -90,7 +91,7 @@ fn run_job(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
     wait_for_daemons()?;
     outlive_the_first_seconds()?;
     wait_for_daemons()?;
-    if job.action.needs_product() {
+    if job.product {
         install_product()?;
     }
     match scenarios::find(&job.scenario)? {

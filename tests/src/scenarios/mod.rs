@@ -11,6 +11,7 @@ mod refusals;
 mod scale;
 mod systemd;
 mod tunnel;
+mod unprivileged;
 mod vlan_patch;
 
 use std::path::Path;
@@ -160,6 +161,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&no_systemd::NoSystemd),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&refusals::Refusals),
+    Scenario::Custom(&unprivileged::Unprivileged),
 ];
 
 /// The scenario of that name.
