@@ -23,6 +23,7 @@ typedef unsigned long long u64;
 #define NETLINK_NETFILTER 12 /* linux/netlink.h */
 #define NETLINK_GENERIC 16
 #define NLM_F_REQUEST 1
+#define NLMSG_MIN_TYPE 0x10
 #define NLA_TYPE_MASK 0x3fff
 #define NLMSG_HDRLEN 16
 #define NLA_HDRLEN 4
@@ -39,6 +40,8 @@ typedef unsigned long long u64;
 #define OVS_VPORT_ATTR_PORT_NO 1
 #define OVS_VPORT_ATTR_NAME 3
 #define OVS_FLOW_ATTR_KEY 1
+#define OVS_FLOW_ATTR_UFID 9
+#define MAX_UFID_LENGTH 16 /* net/openvswitch/flow.h */
 #define OVS_METER_ATTR_ID 1
 /* lib/dpif-netlink.c, probe_broken_meters__(): left undeleted, these two would stay in the datapath for ever */
 #define PROBE_METER_1 54545401
@@ -439,16 +442,23 @@ __attribute__((noinline)) int classify_vport(u64 data, u32 off, u32 end, u32 cmd
 
 __attribute__((noinline)) int classify_flow(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
 {
+	struct nlattr_head ufid = {};
+	u32 at;
+
 	if (cmd != OVS_CMD_DEL && cmd != OVS_CMD_SET)
 		return NONE;
 	if (!bpf_map_lookup_elem(&datapaths, &dp_ifindex))
 		return NONE;
 	if (cmd == OVS_CMD_SET)
 		return FLOW_SET;
-	if (off >= end)
-		return FLOW_FLUSH;
 	/* Deletions by key are the feature probes tidying up (hazard 6). */
-	return find_attr(data, off, end, OVS_FLOW_ATTR_KEY) ? NONE : FLOW_DEL;
+	if (find_attr(data, off, end, OVS_FLOW_ATTR_KEY))
+		return NONE;
+	/* Without key and usable UFID ovs_flow_cmd_del() flushes, whatever else the message carries. */
+	at = find_attr(data, off, end, OVS_FLOW_ATTR_UFID);
+	if (!at || bpf_probe_read_kernel(&ufid, sizeof(ufid), (void *)(data + at)))
+		return FLOW_FLUSH;
+	return ufid.len > NLA_HDRLEN && ufid.len <= NLA_HDRLEN + MAX_UFID_LENGTH ? FLOW_DEL : FLOW_FLUSH;
 }
 
 __attribute__((noinline)) int classify_meter(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
@@ -484,7 +494,8 @@ __attribute__((noinline)) int classify_generic(u64 data, u32 off, u32 end, u32 t
 	struct genl genl;
 	u32 attrs = off + OVS_HDRLEN;
 
-	if (!conf || end - off < OVS_HDRLEN)
+	/* Family ids start there; 0 in config stands for a family that is absent. */
+	if (!conf || type < NLMSG_MIN_TYPE || end - off < OVS_HDRLEN)
 		return NONE;
 	if (bpf_probe_read_kernel(&genl, sizeof(genl), (void *)(data + off + NLMSG_HDRLEN)))
 		return NONE;

@@ -66,6 +66,13 @@ pub fn flow_flush(f: Families, ifindex: u32) -> Sendmsg {
     ovs(f.flow, 2, ifindex, &AttrBuf::new())
 }
 
+/// No key and no UFID, but not empty: a flush as well.
+pub fn flow_flush_in_disguise(f: Families, ifindex: u32) -> [Sendmsg; 2] {
+    let flags_only = attrs(|a| a.push_u32(10, 7));
+    let ufid_too_long = attrs(|a| a.push(9, &[1; 17]));
+    [ovs(f.flow, 2, ifindex, &flags_only), ovs(f.flow, 2, ifindex, &ufid_too_long)]
+}
+
 pub fn flow_del(f: Families, ifindex: u32) -> Sendmsg {
     let attrs = attrs(|a| a.push(9, &UFID).push_u32(10, 7));
     ovs(f.flow, 2, ifindex, &attrs)

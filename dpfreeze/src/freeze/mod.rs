@@ -40,7 +40,7 @@ bitflags::bitflags! {
     /// The classes of messages that can be refused. The bit numbers are those of `enum class` in the BPF program.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
     pub struct Classes: u64 {
-        /// `OVS_FLOW_CMD_DEL` without attributes: deletes every flow of the datapath.
+        /// `OVS_FLOW_CMD_DEL` with neither key nor UFID: deletes every flow of the datapath.
         const FLOW_FLUSH = 1 << 0;
         /// `OVS_FLOW_CMD_DEL` by UFID. Deletions that carry the key are feature probes and pass (hazard 6).
         const FLOW_DEL = 1 << 1;
@@ -172,7 +172,8 @@ impl Freeze {
     }
 
     /// Freezes: `classes` are refused in `scope` from now on, to everybody but this process, for `lease`, and for
-    /// `end` at the most however often it is renewed. Counters and the capture start at zero.
+    /// `end` at the most however often it is renewed. Counters and the capture start at zero, and no standby is
+    /// watched.
     pub fn arm(&mut self, scope: &Scope, classes: Classes, lease: Duration, end: Duration) -> Result<()> {
         // Off while the maps change: half a scope is none.
         self.write_config(&Config::default())?;
@@ -343,4 +344,22 @@ fn nanos(time: Duration) -> u64 {
 
 fn after(now: Duration, wait: Duration) -> u64 {
     nanos(now).saturating_add(nanos(wait))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The run hands it from thread to thread.
+    #[test]
+    fn a_freeze_may_change_threads() {
+        fn may<T: Send>() {}
+        may::<Freeze>();
+    }
+
+    #[test]
+    fn a_lease_never_wraps_round() {
+        assert_eq!(after(Duration::from_secs(1), Duration::from_millis(500)), 1_500_000_000);
+        assert_eq!(after(Duration::from_secs(1), Duration::MAX), u64::MAX);
+    }
 }
