@@ -384,6 +384,8 @@ pub trait ServiceManager {
     fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>>;
     /// Writes the run-time drop-in, loads it and returns the unit with it. May be run twice.
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit>;
+    /// Puts `words` behind the unit's ExecStart= in a run-time drop-in, until [`ServiceManager::end_hand_over`].
+    fn append_to_start(&self, unit: &str, words: &[&str], until: Instant) -> Result<()>;
     /// Removes the run-time drop-in of `unit` and loads what is left. May be run twice.
     fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()>;
     /// Queues a job and returns at once.

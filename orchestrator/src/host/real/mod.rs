@@ -1,11 +1,13 @@
 //! The machine we run on.
 
+pub mod check;
 pub mod command;
 pub mod daemons;
 mod fdb;
 pub mod jsonrpc;
 pub mod openflow;
 pub mod ovsdb;
+pub mod ovsdb_server;
 pub mod pid_file;
 pub mod procfs;
 mod spawn;

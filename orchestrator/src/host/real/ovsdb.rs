@@ -239,7 +239,8 @@ impl RestoreWaitWatch for FlagWatch {
     }
 
     fn wait_cleared(&mut self, until: Instant) -> Result<bool> {
-        while self.flag() {
+        // What has arrived already counts.
+        while self.is_set()? {
             if !self.0.next(until)? {
                 return Ok(false);
             }

@@ -1,12 +1,13 @@
-//! systemd, over its own socket `/run/systemd/private` where that is there (root needs no message bus then), else over
-//! the system bus. Interfaces: org.freedesktop.systemd1(5).
+//! systemd over the system bus. Interfaces: org.freedesktop.systemd1(5).
+//!
+//! Its own socket `/run/systemd/private` would do without a message bus, but zbus refuses what comes from there: the
+//! sender is a well-known name.
 //!
 //! zbus is asynchronous: each connection has a small runtime of its own, which runs only while we wait.
 
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Instant;
@@ -17,8 +18,6 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 use super::jsonrpc::remaining;
 use crate::host::{Context, Daemon, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit};
 
-/// systemd's own socket, for root.
-const PRIVATE_SOCKET: &str = "/run/systemd/private";
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
 const MANAGER: &str = "org.freedesktop.systemd1.Manager";
@@ -47,21 +46,14 @@ impl Default for Systemd {
 struct Bus {
     runtime: Runtime,
     connection: Connection,
-    private: bool,
 }
 
 impl Bus {
     fn connect(until: Instant) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().about(OBJECT)?;
-        let private = UnixStream::connect(PRIVATE_SOCKET).ok();
-        let is_private = private.is_some();
-        let connection = within(&runtime, until, "connecting", async move {
-            match private {
-                Some(stream) => zbus::connection::Builder::unix_stream(stream).p2p().build().await,
-                None => Connection::system().await,
-            }
-        })?;
-        Ok(Bus { runtime, connection, private: is_private })
+        let connection = within(&runtime, until, "connecting to the system bus", Connection::system())
+            .map_err(|e| e.remedy("is dbus installed and running?"))?;
+        Ok(Bus { runtime, connection })
     }
 
     /// Calls `method` of `interface` on the object `path`.
@@ -69,8 +61,7 @@ impl Bus {
     where
         B: serde::Serialize + zbus::DynamicType,
     {
-        let destination = (!self.private).then_some(DESTINATION);
-        let call = self.connection.call_method(destination, path, Some(interface), method, body);
+        let call = self.connection.call_method(Some(DESTINATION), path, Some(interface), method, body);
         within(&self.runtime, until, method, call)
     }
 
@@ -98,6 +89,21 @@ impl Bus {
     fn properties(&self, path: &str, interface: &str, until: Instant) -> Result<Properties> {
         let message = self.call(path, "org.freedesktop.DBus.Properties", "GetAll", &(interface,), until)?;
         Ok(Properties(message.body().deserialize().about(OBJECT)?))
+    }
+
+    /// The unit `name` as its files are *now*: the package may have changed them since they were loaded.
+    fn fresh_unit(&self, name: &str, until: Instant) -> Result<(OwnedObjectPath, Unit)> {
+        let missing = || HostError::new(name, "there is no such unit");
+        let path = self.path("LoadUnit", &(name,), until)?.ok_or_else(missing)?;
+        let mut unit = self.unit(path.as_str(), until)?.ok_or_else(missing)?;
+        if unit.needs_daemon_reload {
+            self.manager("Reload", &(), until)?;
+            unit = self.unit(path.as_str(), until)?.ok_or_else(missing)?;
+        }
+        if unit.exec_start.is_empty() {
+            return Err(HostError::new(name, "it has no ExecStart= to start the new daemon with"));
+        }
+        Ok((path, unit))
     }
 
     fn unit(&self, path: &str, until: Instant) -> Result<Option<Unit>> {
@@ -233,26 +239,31 @@ impl ServiceManager for Systemd {
 
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {
         let bus = Bus::connect(until)?;
-        let missing = || HostError::new(&hand_over.unit, "there is no such unit");
-        let path = bus.path("LoadUnit", &(hand_over.unit.as_str(),), until)?.ok_or_else(missing)?;
-        let mut unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
-        if unit.needs_daemon_reload {
-            // The package has changed the unit: the command of *now* is what we want.
-            bus.manager("Reload", &(), until)?;
-            unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
-        }
-        if unit.exec_start.is_empty() {
-            return Err(HostError::new(&hand_over.unit, "it has no ExecStart= to start the new daemon with"));
-        }
+        let (path, unit) = bus.fresh_unit(&hand_over.unit, until)?;
         let file = self.drop_in(&hand_over.unit);
         write_whole(&file, &drop_in_text(hand_over, &unit.exec_start)).about(file.display().to_string())?;
         bus.manager("Reload", &(), until)?;
+        let missing = || HostError::new(&hand_over.unit, "it has gone while its drop-in was loaded");
         let unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
         if unit.pid_file.as_deref() != Some(&hand_over.pid_file) {
             return Err(HostError::new(&hand_over.unit, format!("the drop-in {} has no effect", file.display()))
                 .remedy("look for drop-ins of a later name or in /etc/systemd/system that set PIDFile="));
         }
         Ok(unit)
+    }
+
+    fn append_to_start(&self, unit: &str, words: &[&str], until: Instant) -> Result<()> {
+        let bus = Bus::connect(until)?;
+        let (_, loaded) = bus.fresh_unit(unit, until)?;
+        let words: Vec<String> =
+            loaded.exec_start.iter().map(|w| quoted(w)).chain(words.iter().map(|w| literal(w))).collect();
+        let text = format!(
+            "# Written by ovs-graceful for one restart, and removed after it.\n[Service]\nExecStart=\nExecStart={}\n",
+            words.join(" ")
+        );
+        let file = self.drop_in(unit);
+        write_whole(&file, &text).about(file.display().to_string())?;
+        bus.manager("Reload", &(), until).map(drop)
     }
 
     fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()> {

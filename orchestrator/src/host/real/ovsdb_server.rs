@@ -1,0 +1,179 @@
+//! Replaces ovsdb-server while ovs-vswitchd goes on forwarding. Always before a standby is started: a standby that
+//! waits for the lock would get it (hazards 17).
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{chown, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::jsonrpc::remaining;
+use super::{command, unixctl};
+use crate::host::{Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit};
+
+/// Where `ovs-ctl` keeps the database when nothing on the command line says otherwise.
+const DEFAULT_FILE: &str = "/etc/openvswitch/conf.db";
+/// Options of `ovs-ctl` that delete configuration at every start of ovsdb-server.
+const DESTRUCTIVE: &[&str] = &["--delete-bridges", "--delete-transient-ports"];
+/// Behind them on the command line, these win.
+const HARMLESS: &[&str] = &["--no-delete-bridges", "--no-delete-transient-ports"];
+/// Between two looks at a server that starts.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// The file of database Open_vSwitch that `server` serves.
+pub fn database_file(server: &Daemon) -> PathBuf {
+    let words = server.argv.iter().skip(1).filter(|word| !word.starts_with('-'));
+    let files = words.map(|word| server.cwd.join(word)).filter(|path| !path.ends_with("system-id.conf"));
+    files.into_iter().next().unwrap_or_else(|| DEFAULT_FILE.into())
+}
+
+/// The schema of the installed version.
+pub fn schema_file(server: &Daemon) -> PathBuf {
+    let set = server.environment.iter().find(|(key, _)| key == "OVS_PKGDATADIR").map(|(_, value)| value.as_str());
+    Path::new(set.unwrap_or("/usr/share/openvswitch")).join("vswitch.ovsschema")
+}
+
+/// The options in the unit's command or environment files that would delete configuration.
+pub fn destructive_options(unit: &Unit) -> Vec<&'static str> {
+    let files = unit.environment_files.iter().filter_map(|path| fs::read_to_string(path).ok());
+    let lines: Vec<String> = files
+        .flat_map(|text| text.lines().map(str::trim).map(str::to_owned).collect::<Vec<_>>())
+        .filter(|line| !line.starts_with('#') && !line.starts_with(';'))
+        .collect();
+    let words: BTreeSet<&str> = lines
+        .iter()
+        .flat_map(|line| line.split(|c: char| c.is_whitespace() || "=\"'".contains(c)))
+        .chain(unit.exec_start.iter().map(String::as_str))
+        .collect();
+    // "--delete-bridges=yes" has lost its value to the split, as it should.
+    DESTRUCTIVE.iter().filter(|option| words.contains(**option)).copied().collect()
+}
+
+/// Replaces `old` by a server of the installed version and waits until ovs-vswitchd is in step with it. Returns the new
+/// server.
+pub fn replace(
+    daemons: &dyn Daemons,
+    services: &dyn ServiceManager,
+    database: &dyn Database,
+    old: &Daemon,
+    until: Instant,
+) -> Result<Daemon> {
+    match services.owner(old, until)? {
+        Some(unit) => by_unit(services, &unit, until)?,
+        None => by_hand(daemons, database, old, until)?,
+    }
+    let new = wait_new(daemons, old, until)?;
+    let next_cfg = database.bump(until)?;
+    database.wait_in_step(next_cfg, until)?;
+    Ok(new)
+}
+
+fn by_unit(services: &dyn ServiceManager, unit: &Unit, until: Instant) -> Result<()> {
+    let neutralised = !destructive_options(unit).is_empty();
+    if neutralised {
+        services.append_to_start(&unit.name, HARMLESS, until)?;
+    }
+    let result = services.start_job(&unit.name, JobKind::Restart, until).and_then(|mut job| job.wait(until));
+    // Whatever came of it, the unit goes back to what the package wrote.
+    let undone = if neutralised { services.end_hand_over(&unit.name, until) } else { Ok(()) };
+    match result?.as_deref() {
+        Some("done") => undone,
+        Some(other) => Err(HostError::new(&unit.name, format!("its restart ended as {other}"))
+            .remedy(format!("journalctl -u {}", unit.name))),
+        None => Err(HostError::timeout(&unit.name, "restarting it")),
+    }
+}
+
+/// Ends the server and starts it as it was, converting the database in between as `ovs-ctl` would, but never replacing
+/// it by an empty one.
+fn by_hand(daemons: &dyn Daemons, database: &dyn Database, old: &Daemon, until: Instant) -> Result<()> {
+    let remotes = unixctl::command(&old.control, "ovsdb-server/list-remotes", &[], until)?;
+    let versions = daemons.versions(old, until)?;
+    daemons.signal(old.id, Signal::Terminate)?;
+    if !daemons.wait_end(old.id, until)? {
+        return Err(HostError::timeout(format!("ovsdb-server (pid {})", old.id.pid), "waiting for its end"));
+    }
+    // An error here must not leave the host without a server: it is told after the start.
+    let converted = convert(&database_file(old), &schema_file(old), until);
+    let mut starting = daemons.start_like(old)?;
+    if !starting.wait(until)? {
+        return Err(HostError::timeout("ovsdb-server", "starting it").remedy("see its log"));
+    }
+    converted?;
+    let new = wait_new(daemons, old, until)?;
+    add_remotes(&new, &remotes, until)?;
+    if versions.running != versions.installed {
+        let row = json!({"ovs_version": versions.installed});
+        let update = json!({"op": "update", "table": "Open_vSwitch", "where": [], "row": row});
+        database.transact(vec![update], until)?;
+    }
+    Ok(())
+}
+
+/// Remotes that were added at run time, such as the managers, are not on the command line.
+fn add_remotes(new: &Daemon, remotes: &str, until: Instant) -> Result<()> {
+    let there = unixctl::command(&new.control, "ovsdb-server/list-remotes", &[], until)?;
+    let there: BTreeSet<&str> = there.lines().collect();
+    for remote in remotes.lines().filter(|remote| !there.contains(remote)) {
+        unixctl::command(&new.control, "ovsdb-server/add-remote", &[remote], until)?;
+    }
+    Ok(())
+}
+
+/// Converts the database where the installed schema asks for it, keeping a copy beside it and its owner.
+fn convert(file: &Path, schema: &Path, until: Instant) -> Result<()> {
+    let object = file.display().to_string();
+    let (file_word, schema_word) = (file.to_string_lossy(), schema.to_string_lossy());
+    let tool = |words: &[&str]| command::run_well("ovsdb-tool", words, None, until);
+    if tool(&["needs-conversion", &file_word, &schema_word])?.trim() != "yes" {
+        return Ok(());
+    }
+    let version = tool(&["db-version", &file_word])?;
+    let backup = PathBuf::from(format!("{object}.backup{}-ovs-graceful", version.trim()));
+    fs::copy(file, &backup).about(backup.display().to_string())?;
+    let before = fs::metadata(file).about(&object)?;
+    tool(&["convert", &file_word, &schema_word])?;
+    chown(file, Some(before.uid()), Some(before.gid())).about(object)
+}
+
+/// Waits for another server than `old` behind the socket.
+fn wait_new(daemons: &dyn Daemons, old: &Daemon, until: Instant) -> Result<Daemon> {
+    loop {
+        let last = match daemons.find_ovsdb_server() {
+            Ok(server) if server.id != old.id => return Ok(server),
+            Ok(_) => "the old one still answers".to_owned(),
+            Err(error) => error.cause,
+        };
+        let Some(left) = remaining(until) else {
+            return Err(HostError::timeout("ovsdb-server", format_args!("waiting for the new one ({last})"))
+                .remedy("see its log"));
+        };
+        std::thread::sleep(left.min(LOOK_AGAIN));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destructive_options_are_found_where_they_hide() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("default");
+        let unit = |text: &str, start: &[&str]| {
+            fs::write(&file, text).unwrap();
+            Unit {
+                environment_files: vec![file.clone(), "/nonexistent".into()],
+                exec_start: start.iter().map(|s| s.to_string()).collect(),
+                ..Unit::default()
+            }
+        };
+        let found = |text: &str, start: &[&str]| destructive_options(&unit(text, start));
+        assert_eq!(found("OVS_CTL_OPTS='--x --delete-bridges'\n", &[]), ["--delete-bridges"]);
+        assert_eq!(found("OVS_CTL_OPTS=--delete-transient-ports=yes\n", &[]), ["--delete-transient-ports"]);
+        assert_eq!(found("# OVS_CTL_OPTS=--delete-bridges\n", &["start", "--delete-bridges"]), ["--delete-bridges"]);
+        assert!(found("# --delete-bridges\nOVS_CTL_OPTS=--no-delete-bridges\n", &["start"]).is_empty());
+    }
+}
