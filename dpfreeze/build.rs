@@ -1,4 +1,8 @@
 //! Compiles the BPF program and generates its skeleton into OUT_DIR.
+//!
+//! Needs clang (14 or later), libc6-dev, libelf-dev, zlib1g-dev, make and pkg-config (libbpf itself is vendored by
+//! libbpf-sys). A static binary needs nothing more, because the two -dev packages hold the archives:
+//! `RUSTFLAGS='-C target-feature=+crt-static' cargo build --target x86_64-unknown-linux-gnu`.
 
 use std::path::PathBuf;
 use std::{env, io};
@@ -19,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 /// `asm/types.h` lies in the multiarch folder of the *build* machine, which clang leaves out for `-target bpf`.
 fn clang_args() -> Result<Vec<String>, env::VarError> {
-    let mut args = vec!["-Wall".to_owned(), "-Werror".to_owned()];
+    let mut args = vec!["-Wall".to_owned()];
     let host = env::var("HOST")?;
     let arch = host.split('-').next().unwrap_or_default();
     for triplet in [format!("{arch}-linux-gnu"), host.clone()] {

@@ -72,6 +72,7 @@ const TESTS: &[(&str, fn())] = &[
     ("messages_behind_others", messages_behind_others),
     ("more_than_64", more_than_64),
     ("timeout_policies", timeout_policies),
+    ("guard_timeouts", guard_timeouts),
     ("other_datapath", other_datapath),
     ("other_namespace", other_namespace),
     ("unprivileged", unprivileged),
@@ -250,6 +251,18 @@ fn timeout_policies() {
     assert!(sender.send(&ct_timeout_del(POLICY)).passed());
     assert_eq!(sender.send(&ct_timeout_del("ovs_tp_ghost_tcp6")), BUSY);
     assert_eq!(freeze.state().unwrap().timeout_names, ["ovs_tp_ghost_tcp6"]);
+}
+
+fn guard_timeouts() {
+    let mut freeze = Freeze::load().unwrap();
+    let mut sender = Sender::root();
+    let short = Duration::from_millis(400);
+    freeze.arm(&ghost_scope(), Classes::all(), short, short).unwrap();
+    freeze.guard_timeouts(&["another".into()], LONG, LONG).unwrap();
+    std::thread::sleep(short);
+    assert_eq!(sender.send(&ct_timeout_del("another")), BUSY);
+    assert!(sender.send(&ct_timeout_del(POLICY)).passed());
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
 }
 
 fn other_datapath() {
