@@ -1,5 +1,6 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
 
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod control;
@@ -7,4 +8,5 @@ pub mod host;
 pub mod journal;
 pub mod machine;
 pub mod report;
+pub mod steps;
 pub mod supervisor;

@@ -1,19 +1,46 @@
-//! The supervisor of a run and its short-lived relatives. Not wired yet: each entry point says so.
+//! The supervisor: does what the machine says, step by step, and tells it what became of it.
 
-use anyhow::bail;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::{bail, Context};
+
+use crate::check::check_without_host;
 use crate::cli::SuperviseArgs;
 use crate::config::Config;
-use crate::report::CheckReport;
+use crate::control::{Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
+use crate::journal::Runs;
+use crate::machine::{Action, Event, ExitCode, Machine, Outcome, Phase};
+use crate::report::{CheckReport, Level, Report, Strategy};
+use crate::steps::{go_back, step, Ended, Host, Known, Run, Stop, Wish};
 
 /// Does the run of `args` and returns its exit code.
+///
+/// # Errors
+/// Only where the run could not even begin (lock, socket); what happens later is in the report.
 pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
-    bail!("run {}: the steps are not wired yet; nothing was touched", args.id)
+    let config = Config::load(&args.config)?;
+    let gate_command =
+        args.gate_command.clone().or_else(|| Some(config.gates.command.clone())).filter(|command| !command.is_empty());
+    let wish = Wish { strategy: args.strategy, ovsdb: !args.no_ovsdb, if_needed: args.if_needed, gate_command };
+    let (code, report) = run_to_the_end(&args.id, wish, config)?;
+    if let (Some(path), Some(report)) = (&args.report, report) {
+        report.write(path)?;
+    }
+    Ok(code.code().into())
 }
 
 /// Looks at the host; touches nothing.
-pub fn check(_config: &Config) -> anyhow::Result<CheckReport> {
-    bail!("check: not wired yet")
+///
+/// # Errors
+/// None today: what cannot be looked at is a finding.
+pub fn check(config: &Config) -> anyhow::Result<CheckReport> {
+    let mut host = match Host::real(config) {
+        Ok(host) => host,
+        Err(error) => return Ok(check_without_host(&error)),
+    };
+    let wish = Wish { strategy: Strategy::Standby, ovsdb: true, if_needed: false, gate_command: None };
+    Ok(crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check)).report)
 }
 
 /// Finishes or undoes an interrupted run and returns the exit code.
@@ -25,4 +52,152 @@ pub fn recover(_config: &Config) -> anyhow::Result<i32> {
 pub fn thaw(_config: &Config) -> anyhow::Result<i32> {
     dpfreeze::freeze::thaw()?;
     bail!("thaw: every freeze is lifted; binding the running daemon and replaying is not wired yet")
+}
+
+fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitCode, Option<Report>)> {
+    let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: id.to_owned(), pid: std::process::id() });
+    let _lock = match lock {
+        Ok(lock) => lock,
+        Err(held @ LockError::Held { .. }) => {
+            eprintln!("{held}");
+            return Ok((ExitCode::Busy, None));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    protect_from_paging_and_oom();
+    let control = Server::bind(Path::new(SOCKET), id).with_context(|| format!("cannot listen on {SOCKET}"))?;
+    if let Err(error) = Runs::default().create(id, config.run.keep) {
+        tracing::warn!("no folder for this run: {error:#}");
+    }
+    let started = Instant::now();
+    let mut report = Report::new(id, wish.strategy, unix_ms());
+    let outcome = match Host::real(&config) {
+        Ok(host) => {
+            let mut run = new_run(id, wish, config, host, report, control);
+            let outcome = drive(&mut run, started);
+            report = run.report;
+            (outcome, run.control)
+        }
+        Err(error) => {
+            report.warnings.push(format!("{error:#}"));
+            (Outcome { exit_code: ExitCode::Refused, reason: format!("{error:#}") }, control)
+        }
+    };
+    let (outcome, control) = outcome;
+    report.finish(&outcome, started.elapsed().as_millis() as u64);
+    keep(id, &report);
+    control.tell(&Progress::Finished { exit_code: outcome.exit_code.code(), report: Box::new(report.clone()) });
+    control.close(Duration::from_secs(5));
+    Ok((outcome.exit_code, Some(report)))
+}
+
+fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Server) -> Run {
+    let machine = Machine::new(config.machine_options());
+    Run {
+        id: id.to_owned(),
+        wish,
+        level: Level::None,
+        config,
+        host,
+        known: Known::default(),
+        report,
+        control,
+        machine,
+        restore_wait: None,
+        deadline: Instant::now(),
+        looked: Instant::now(),
+    }
+}
+
+/// Does what the machine says until the run is over.
+fn drive(run: &mut Run, started: Instant) -> Outcome {
+    let mut action = run.machine.start();
+    loop {
+        action = match action {
+            Action::Finish(outcome) => return outcome,
+            Action::Do(phase) => perform(run, phase, started),
+            Action::Undo(phase) => undo(run, phase),
+            Action::Back => back(run, started),
+            Action::Thaw => {
+                let ended = crate::steps::thaw(run);
+                told(run, "thaw", ended)
+            }
+            // The machine answers these while a step is under way only; a step has just ended here.
+            Action::Continue | Action::RefuseAbort => run.machine.on(Event::Failed { retryable: false }),
+        };
+    }
+}
+
+fn perform(run: &mut Run, phase: Phase, started: Instant) -> Action {
+    let begun = Instant::now();
+    let at_ms = begun.duration_since(started).as_millis() as u64;
+    run.control.tell(&Progress::PhaseBegun { phase, at_ms });
+    let step = step(phase);
+    run.deadline = begun + step.limit(&run.config);
+    let ended = step.perform(run);
+    let duration_ms = begun.elapsed().as_millis() as u64;
+    run.report.phase(phase, at_ms, duration_ms);
+    let ok = matches!(ended, Ok(Event::Done | Event::NothingToDo));
+    run.control.tell(&Progress::PhaseEnded { phase, duration_ms, ok });
+    told(run, phase.name(), ended)
+}
+
+fn undo(run: &mut Run, phase: Phase) -> Action {
+    run.control.tell(&Progress::Undoing { phase });
+    run.deadline = Instant::now() + run.config.limits.undo();
+    let ended = step(phase).undo(run);
+    told(run, phase.name(), ended)
+}
+
+fn back(run: &mut Run, started: Instant) -> Action {
+    let begun = Instant::now();
+    let why = run.report.warnings.last().cloned().unwrap_or_default();
+    run.control.tell(&Progress::GoingBack { why });
+    run.deadline = begun + run.config.limits.back();
+    let ended = go_back(run);
+    run.report.phase_named(
+        "back",
+        begun.duration_since(started).as_millis() as u64,
+        begun.elapsed().as_millis() as u64,
+    );
+    told(run, "back", ended)
+}
+
+/// Tells the machine how an action ended.
+fn told(run: &mut Run, name: &str, ended: Ended) -> Action {
+    match ended {
+        Ok(event) => run.machine.on(event),
+        Err(Stop::CutOff(action)) => action,
+        Err(Stop::TimedOut(what)) => {
+            run.warn(format!("{name}: waited too long for {what}"));
+            run.machine.on(Event::TimedOut)
+        }
+        Err(Stop::Failed { error, retryable }) => {
+            run.warn(format!("{name}: {error:#}"));
+            run.machine.on(Event::Failed { retryable })
+        }
+    }
+}
+
+/// The report must outlive this process; where it cannot be written, the client still gets it.
+fn keep(id: &str, report: &Report) {
+    let kept = report.write(&Runs::default().report(id));
+    if let Err(error) = kept {
+        tracing::warn!("the report was not kept: {error:#}");
+    }
+}
+
+/// Between Switch and Handover nothing may wait for a disk, and nobody may be killed for his memory.
+fn protect_from_paging_and_oom() {
+    use nix::sys::mman::{mlockall, MlockAllFlags};
+    if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE) {
+        tracing::warn!("memory is not locked ({errno}); raise the limit of locked memory");
+    }
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::warn!("not protected from the OOM killer: {error}");
+    }
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
 }

@@ -3,6 +3,7 @@
 //! Everything here blocks and takes its deadline as an [`Instant`]; nothing waits longer. The traits are what a step
 //! may ask for; [`real`] asks the machine we run on.
 
+pub mod datapath;
 pub mod error;
 pub mod real;
 

@@ -1,8 +1,10 @@
 //! The machine we run on.
 
+pub mod assemble;
 pub mod check;
 pub mod command;
-pub mod daemons;
+mod daemons;
+mod datapath;
 mod fdb;
 pub mod jsonrpc;
 pub mod openflow;

@@ -1,0 +1,132 @@
+//! What `check` and the phase Check find out about this host. Touches nothing.
+
+use std::time::Instant;
+
+use dpfreeze::freeze::{environment, Environment, Fact};
+
+use crate::control::RUN_DIR;
+use crate::host::real::check::{findings as host_findings, CheckOptions};
+use crate::host::{Daemon, DatabaseFacts, Versions};
+use crate::journal::STATE_DIR;
+use crate::report::{CheckReport, Finding, Level, Severity};
+use crate::steps::{Host, Wish};
+
+/// What was found, for the report and for the steps that follow.
+#[derive(Debug)]
+pub struct Checked {
+    /// For the operator.
+    pub report: CheckReport,
+    /// The running ovs-vswitchd, where it was found.
+    pub vswitchd: Option<Daemon>,
+    /// What runs and what is installed.
+    pub versions: Option<Versions>,
+    /// What the database says.
+    pub facts: Option<DatabaseFacts>,
+}
+
+/// The check of a host that cannot even be looked at: no root, no module, no datapath.
+pub fn check_without_host(error: &anyhow::Error) -> CheckReport {
+    let mut findings = Vec::new();
+    let mut level = Level::None;
+    judge_environment(&environment(), &mut findings, &mut level);
+    if !findings.iter().any(|finding| finding.severity == Severity::Refused) {
+        findings.push(refused("host", "Open vSwitch", format!("{error:#}"), "start Open vSwitch first"));
+    }
+    CheckReport { level: Level::None, findings }
+}
+
+/// Looks at everything that a run depends on.
+pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
+    let mut findings = Vec::new();
+    let mut level = Level::None;
+    judge_environment(&environment(), &mut findings, &mut level);
+    prove_freeze(host, &mut findings, &mut level);
+    let vswitchd = find_vswitchd(host, &mut findings);
+    let versions = vswitchd.as_ref().and_then(|daemon| {
+        let versions = host.daemons.versions(daemon, until);
+        keep(versions, "versions", "ovs-vswitchd", "does it answer `ovs-appctl version`?", &mut findings)
+    });
+    let facts = host.database.facts(until);
+    let facts = keep(facts, "database", "ovsdb-server", "start ovsdb-server", &mut findings);
+    let options =
+        CheckOptions { replace_ovsdb: wish.ovsdb, state_directory: STATE_DIR.into(), run_directory: RUN_DIR.into() };
+    let Host { daemons, database, services, .. } = &*host;
+    findings.extend(host_findings(daemons.as_ref(), database.as_ref(), services.as_ref(), &options, until));
+    Checked { report: CheckReport { level, findings }, vswitchd, versions, facts }
+}
+
+fn find_vswitchd(host: &mut Host, findings: &mut Vec<Finding>) -> Option<Daemon> {
+    let remedy = "start ovs-vswitchd; `systemctl status ovs-vswitchd`";
+    let ids = keep(host.datapath.upcall_port_ids(), "datapath", "kernel datapath", remedy, findings)?;
+    match host.datapath.dispatches_per_cpu() {
+        Ok(true) => {}
+        Ok(false) => {
+            let cause = "it dispatches upcalls per vport, which this version of ovs-graceful does not take over yet";
+            findings.push(refused("dispatch", "kernel datapath", cause.into(), "use OVS 2.16 on Linux 5.15 or later"));
+        }
+        Err(error) => findings.push(refused("dispatch", "kernel datapath", error.to_string(), remedy)),
+    }
+    keep(host.daemons.find_vswitchd(&ids), "vswitchd", "ovs-vswitchd", remedy, findings)
+}
+
+/// Parking needs the sockets of another process; the freeze needs BPF on top.
+fn judge_environment(environment: &Environment, findings: &mut Vec<Finding>, level: &mut Level) {
+    if !nix::unistd::geteuid().is_root() {
+        findings.push(refused("root", "this process", "it is not root".into(), "run it with sudo"));
+    }
+    for fact in &environment.failures {
+        let severity = match fact.object.contains("BPF") {
+            true => Severity::Warning,
+            false => Severity::Refused,
+        };
+        findings.push(of_fact(fact, severity));
+    }
+    if environment.pidfd_getfd {
+        *level = match environment.hook {
+            Some(_) => Level::Full,
+            None => Level::Park,
+        };
+    }
+}
+
+/// A hook that loads and attaches may still refuse nothing: only the canary proves it.
+fn prove_freeze(host: &mut Host, findings: &mut Vec<Finding>, level: &mut Level) {
+    if *level != Level::Full {
+        return;
+    }
+    match host.datapath.prove_freeze() {
+        Ok(()) => findings.push(ok("canary", "freeze", "the kernel refuses, and stops when the lease ends")),
+        Err(error) => {
+            *level = Level::Park;
+            let remedy = "the run goes on at level park: kernel flows are flushed once, misses are parked";
+            findings.push(finding(Severity::Warning, "canary", "freeze", error.to_string(), remedy));
+        }
+    }
+}
+
+fn keep<T, E: std::fmt::Display>(
+    result: Result<T, E>,
+    name: &str,
+    object: &str,
+    remedy: &str,
+    findings: &mut Vec<Finding>,
+) -> Option<T> {
+    result.map_err(|error| findings.push(refused(name, object, error.to_string(), remedy))).ok()
+}
+
+fn of_fact(fact: &Fact, severity: Severity) -> Finding {
+    let cause = format!("{}: {}", fact.cause, fact.reason);
+    finding(severity, &fact.object.to_lowercase().replace(' ', "-"), &fact.object, cause, &fact.remedy)
+}
+
+fn ok(name: &str, object: &str, cause: &str) -> Finding {
+    finding(Severity::Ok, name, object, cause.to_owned(), "")
+}
+
+fn refused(name: &str, object: &str, cause: String, remedy: &str) -> Finding {
+    finding(Severity::Refused, name, object, cause, remedy)
+}
+
+fn finding(severity: Severity, name: &str, object: &str, cause: String, remedy: &str) -> Finding {
+    Finding { name: name.into(), severity, object: object.into(), cause, remedy: remedy.into() }
+}

@@ -1,0 +1,100 @@
+//! The kernel datapath as the steps see it. The bytes are dpfreeze's.
+
+use std::time::{Duration, Instant};
+
+use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
+use dpfreeze::snapshot::Snapshot;
+
+use super::{ProcessId, Result};
+
+/// The one datapath that OVS keeps in the kernel for all its bridges (ofproto-dpif.c, `open_dpif_backer`).
+pub const DATAPATH: &str = "ovs-system";
+
+/// What a freeze needs to know besides its classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lease {
+    /// How long a refusal outlives the last progress.
+    pub lease: Duration,
+    /// How long after arming nothing is refused any more, whatever renews.
+    pub end: Duration,
+}
+
+/// Something the freeze saw happen and let pass, or refused and wants repeated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FreezeEvent {
+    /// The deletion of this port was refused; its sender will not try again (hazards 7).
+    VportDelRefused {
+        /// The datapath's number of the port.
+        port_no: u32,
+    },
+    /// A process other than the standby bound the upcalls (hazards 1).
+    BoundByOther {
+        /// Its thread group.
+        pid: i32,
+    },
+}
+
+/// The kernel datapath.
+pub trait Datapath {
+    /// All of the state that can be compared after the run.
+    fn snapshot(&mut self) -> Result<Snapshot>;
+    /// The port ids that upcalls go to now, per CPU.
+    fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
+    /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.
+    fn dispatches_per_cpu(&mut self) -> Result<bool>;
+    /// Proves with a canary that the kernel can refuse, and stops refusing when the lease ends. Changes nothing.
+    fn prove_freeze(&mut self) -> Result<()>;
+    /// Loads the freeze and refuses `classes` from now on, for the lease.
+    fn arm(&mut self, classes: Classes, lease: Lease) -> Result<()>;
+    /// Is there a freeze to speak of (level `full`)?
+    fn is_armed(&self) -> bool;
+    /// Refuses exactly `classes` from now on.
+    fn refuse(&mut self, classes: Classes) -> Result<()>;
+    /// Progress was made: the lease begins again. An error where it has run out already.
+    fn renew(&mut self) -> Result<()>;
+    /// The process whose upcall binding is captured and refused.
+    fn watch_standby(&mut self, standby: ProcessId) -> Result<()>;
+    /// Lets `standby`, which has not yet taken over, find its tunnel ports in the kernel instead of deleting and
+    /// re-creating their devices (hazards 7; docs/tunnels.md). Does nothing where there is no tunnel port.
+    fn adopt_tunnels(&mut self, standby: ProcessId) -> Result<()>;
+    /// Waits until it has, for `patience` at most, and lets it go. Returns what could not be adopted, in words.
+    fn tunnels_adopted(&mut self, patience: Duration) -> Result<Vec<String>>;
+    /// The binding that the standby asked for, once it has; each port id is proved to be its own.
+    fn captured(&mut self) -> Result<Option<Captured>>;
+    /// How often what was refused.
+    fn refused(&mut self) -> Result<Refused>;
+    /// What was seen since the last call.
+    fn events(&mut self) -> Result<Vec<FreezeEvent>>;
+    /// Lifts every refusal and unloads the freeze. May be run twice.
+    fn thaw(&mut self) -> Result<()>;
+
+    /// Opens the parking sockets and keeps duplicates of those that `old` reads.
+    fn prepare_park(&mut self, old: ProcessId) -> Result<()>;
+    /// Binds the upcalls to the parking sockets.
+    fn take_upcalls(&mut self) -> Result<()>;
+    /// Binds the upcalls to the port ids they had before [`Datapath::take_upcalls`] and lets the parked packets go
+    /// to their owner. May be run twice.
+    fn return_upcalls(&mut self) -> Result<()>;
+    /// Has the old daemon nothing queued and nothing in hand (hazards 9)? Ask twice.
+    fn is_drained(&mut self) -> Result<bool>;
+    /// Reads what the old daemon left in its sockets, which it can no longer read.
+    fn read_left_over(&mut self) -> Result<()>;
+    /// How much is parked.
+    fn park_stats(&self) -> ParkStats;
+    /// Dumps the flows and decides which of them cannot survive; no flow is added while the upcalls are parked, so
+    /// the decision stands until [`Datapath::remove_doomed`].
+    fn choose_doomed(&mut self) -> Result<()>;
+    /// Removes them, in order and with grace periods (hazards 12).
+    fn remove_doomed(&mut self) -> Result<&RemovalReport>;
+    /// What [`Datapath::remove_doomed`] did, once it has.
+    fn removed(&self) -> Option<&RemovalReport>;
+    /// Binds the upcalls to what the new daemon asked for.
+    fn hand_over(&mut self, to: &Captured) -> Result<()>;
+    /// Takes note that `daemon` has bound the upcalls by itself (level `park`).
+    fn bound_by_itself(&mut self, daemon: ProcessId) -> Result<()>;
+    /// Replays what is parked, until nothing more arrives or `until`.
+    fn replay(&mut self, until: Instant) -> Result<ReplayReport>;
+    /// Deletes those of the ports with these numbers whose name is not among `wanted`; returns their names.
+    fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>>;
+}

@@ -1,0 +1,31 @@
+//! The whole of this machine, for a run.
+
+use dpfreeze::park::ParkLimits;
+
+use super::datapath::KernelDatapath;
+use super::{Ovsdb, RealDaemons, RealOpenFlow, Systemd};
+use crate::config::Config;
+use crate::steps::Host;
+
+/// Where the daemons keep their sockets and PID files (`ovs_rundir`).
+const RUN_DIRECTORY: &str = "/run/openvswitch";
+/// The database's socket.
+const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
+
+impl Host {
+    /// This machine.
+    ///
+    /// # Errors
+    /// Where there is no kernel datapath, or this process may not ask for it.
+    pub fn real(config: &Config) -> anyhow::Result<Host> {
+        let limits =
+            ParkLimits { bytes: config.park.max_bytes, packets: config.park.max_packets, ..ParkLimits::default() };
+        Ok(Host {
+            datapath: Box::new(KernelDatapath::open(limits)?),
+            daemons: Box::new(RealDaemons::new(DATABASE_SOCKET)),
+            database: Box::new(Ovsdb::new(DATABASE_SOCKET)),
+            openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY)),
+            services: Box::new(Systemd::default()),
+        })
+    }
+}

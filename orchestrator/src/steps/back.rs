@@ -1,0 +1,79 @@
+//! Back: an ovs-vswitchd on the database as it is, bound, and the parked packets replayed, after something went wrong
+//! past the point of no return.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::handover::{clear_restore_wait, remove_doomed, replay, wait_in_step};
+use super::standby::cancel_start;
+use super::{classes, notes, Ended, Run, Start, Stop};
+use crate::host::{DaemonKind, JobKind, Signal};
+use crate::machine::Event;
+use dpfreeze::freeze::Classes;
+
+/// Ends the daemon that did not come up and starts one in its place. May be done twice.
+pub fn go_back(run: &mut Run) -> Ended {
+    if run.host.datapath.is_armed() {
+        // Whoever comes may bind; what it would flush or delete before it is ready stays.
+        run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
+    }
+    end_new_daemon(run)?;
+    cancel_start(run)?;
+    let until = run.deadline;
+    run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
+    start_again(run)?;
+    super::restore::restore(run)?;
+    remove_doomed(run)?;
+    clear_restore_wait(run)?;
+    wait_in_step(run)?;
+    let daemon = run.new_daemon()?.id;
+    run.host.datapath.bound_by_itself(daemon)?;
+    notes::gap_ended(&mut run.report, run.known.gap_began);
+    replay(run)?;
+    Ok(Event::Done)
+}
+
+fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::host::HostError> {
+    match run.host.database.facts(run.deadline)?.is_on("flow-restore-wait") {
+        true => Ok(0),
+        false => Err(error),
+    }
+}
+
+fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
+    let Some(new) = run.known.new.take() else { return Ok(()) };
+    run.known.standby_stopped = false;
+    if run.host.daemons.is_alive(new.id) {
+        run.host.daemons.signal(new.id, Signal::Kill)?;
+        run.host.daemons.wait_end(new.id, Instant::now() + Duration::from_secs(5))?;
+    }
+    Ok(())
+}
+
+/// As the service manager would, or as the old one was started.
+fn start_again(run: &mut Run) -> Result<(), Stop> {
+    let until = run.deadline;
+    let old = run.old()?.clone();
+    let services = &run.host.services;
+    let Some(unit) = services.owner(&old, until)? else {
+        run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?));
+        run.known.new = Some(run.host.daemons.wait_pid_file(&old, until)?);
+        return run.checkpoint();
+    };
+    let mut job = services.start_job(&unit.name, JobKind::Restart, until)?;
+    match job.wait(until)?.as_deref() {
+        Some("done") => {}
+        other => return Err(bail_start(&unit.name, other).into()),
+    }
+    let started = services.unit(&unit.name, until)?.context("the unit has vanished")?;
+    run.known.new = Some(run.host.daemons.describe(DaemonKind::OvsVswitchd, started.main_pid)?);
+    run.checkpoint()
+}
+
+fn bail_start(unit: &str, result: Option<&str>) -> anyhow::Error {
+    anyhow::anyhow!(
+        "starting {unit} again ended as `{}`; see `journalctl -u {unit}`",
+        result.unwrap_or("not ended in time")
+    )
+}

@@ -1,0 +1,59 @@
+//! Check: can this host do it, and at which level? Touches nothing.
+
+use std::time::Duration;
+
+use super::{Ended, Run, Step, Stop};
+use crate::check;
+use crate::config::Config;
+use crate::machine::{Event, Phase};
+use crate::report::Severity;
+
+pub(super) struct Check;
+
+impl Step for Check {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Check)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        let checked = check::check(&mut run.host, &run.wish, run.deadline);
+        run.level = checked.report.level;
+        run.report.level = Some(run.level);
+        for finding in checked.report.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
+            run.warn(format!("{}: {}", finding.object, finding.cause));
+        }
+        let refused: Vec<String> = checked
+            .report
+            .findings
+            .iter()
+            .filter(|finding| finding.severity == Severity::Refused)
+            .map(ToString::to_string)
+            .collect();
+        if !refused.is_empty() {
+            return Err(anyhow::anyhow!("{}", refused.join("\n")).into());
+        }
+        take_in(run, checked)?;
+        match run.wish.if_needed && !is_needed(run) {
+            true => Ok(Event::NothingToDo),
+            false => Ok(Event::Done),
+        }
+    }
+}
+
+fn take_in(run: &mut Run, checked: check::Checked) -> Result<(), Stop> {
+    let Some(old) = checked.vswitchd else {
+        return Err(anyhow::anyhow!("ovs-vswitchd was not found although Check found nothing wrong").into());
+    };
+    if let Some(versions) = &checked.versions {
+        run.report.from.ovs = Some(versions.running.clone());
+        run.report.to.ovs = Some(versions.installed.clone());
+    }
+    run.known.facts = checked.facts.unwrap_or_default();
+    run.known.old = Some(old);
+    run.checkpoint()
+}
+
+/// Another version is installed, or the running program's file has been replaced.
+fn is_needed(run: &Run) -> bool {
+    run.report.from != run.report.to || run.known.old.as_ref().is_some_and(|old| old.exe_deleted)
+}

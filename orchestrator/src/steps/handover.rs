@@ -1,0 +1,88 @@
+//! Handover: flow-restore-wait goes, what cannot survive goes, the upcalls come to the new daemon, and what was parked
+//! is replayed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use super::restore::restore_bridges_with_controllers;
+use super::{classes, notes, Ended, Run, Step, Stop};
+use crate::config::Config;
+use crate::host::datapath::DATAPATH;
+use crate::host::Cleared;
+use crate::machine::{Event, Phase};
+
+pub(super) struct Handover;
+
+impl Step for Handover {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Handover)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        if run.host.datapath.is_armed() {
+            clear_restore_wait(run)?;
+            wait_until_captured(run)?;
+            restore_bridges_with_controllers(run)?;
+            remove_doomed(run)?;
+            bind(run)?;
+        } else {
+            // Without a freeze the daemon binds and flushes by itself as soon as the flag goes.
+            remove_doomed(run)?;
+            clear_restore_wait(run)?;
+            wait_in_step(run)?;
+            restore_bridges_with_controllers(run)?;
+            let new = run.new_daemon()?.id;
+            run.host.datapath.bound_by_itself(new)?;
+        }
+        notes::gap_ended(&mut run.report, run.known.gap_began);
+        replay(run)?;
+        Ok(Event::Done)
+    }
+}
+
+pub(super) fn clear_restore_wait(run: &mut Run) -> Result<(), Stop> {
+    run.restore_wait = None;
+    let until = run.deadline;
+    match run.host.database.clear_restore_wait(&run.id, until)? {
+        Cleared::Removed { next_cfg } => run.known.next_cfg = Some(next_cfg),
+        Cleared::AlreadyGone => run.warn("somebody else removed flow-restore-wait before us"),
+        Cleared::NotOurs => {}
+    }
+    run.checkpoint()
+}
+
+pub(super) fn wait_in_step(run: &mut Run) -> Result<(), Stop> {
+    if let Some(next_cfg) = run.known.next_cfg {
+        let until = run.deadline;
+        run.host.database.wait_in_step(next_cfg, until).context("the new ovs-vswitchd without flow-restore-wait")?;
+    }
+    run.checkpoint()
+}
+
+fn wait_until_captured(run: &mut Run) -> Result<(), Stop> {
+    run.wait_for("the new ovs-vswitchd to ask for its upcalls", |run| {
+        run.known.captured = run.host.datapath.captured()?;
+        Ok(run.known.captured.is_some())
+    })
+}
+
+pub(super) fn remove_doomed(run: &mut Run) -> Result<(), Stop> {
+    let removed = run.host.datapath.remove_doomed().context("removing the flows that cannot survive")?;
+    notes::removal(&mut run.report, DATAPATH, removed);
+    run.checkpoint()
+}
+
+fn bind(run: &mut Run) -> Result<(), Stop> {
+    let Some(captured) = run.known.captured.clone() else { return Ok(()) };
+    run.host.datapath.hand_over(&captured).context("binding the upcalls to the new ovs-vswitchd")?;
+    run.host.datapath.refuse(classes::handed_over())?;
+    run.checkpoint()
+}
+
+pub(super) fn replay(run: &mut Run) -> Result<(), Stop> {
+    let until: Instant = run.deadline;
+    let replayed = run.host.datapath.replay(until).context("replaying the parked packets")?;
+    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &replayed);
+    run.checkpoint()
+}

@@ -1,0 +1,161 @@
+//! What the steps found out, in the words of the report.
+
+use std::time::Instant;
+
+use dpfreeze::ovs::Flow;
+use dpfreeze::park::{doom_of, suspicious_since, ParkStats, RemovalReport, ReplayReport};
+use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
+
+use crate::host::real::openflow::compare as compare_rules;
+use crate::host::{BridgeRules, LearnReport, RestoredRules};
+use crate::report::{DatapathReport, OpenFlowReport, Refused, Report};
+
+/// The state before, as far as the report wants it.
+pub(super) fn before(report: &mut Report, before: &Snapshot) {
+    report.datapaths = before.datapaths.iter().map(datapath).collect();
+    report.conntrack.timeout_policies_before = before.timeout_policies.len() as u64;
+    report.conntrack.zone_limits_before = before.ct_limits.len() as u64;
+}
+
+fn datapath(before: &DatapathSnapshot) -> DatapathReport {
+    DatapathReport {
+        name: before.datapath.name.clone(),
+        flows_before: before.flows.len() as u64,
+        ..DatapathReport::default()
+    }
+}
+
+/// The end of the time without a daemon bound to the upcalls.
+pub(super) fn gap_ended(report: &mut Report, began: Option<Instant>) {
+    if let (Some(began), None) = (began, report.gap_ms) {
+        report.gap_ms = Some(milliseconds(began.elapsed()));
+    }
+}
+
+/// What was removed from datapath `name`, whose table held `removed.dump` just before.
+pub(super) fn removal(report: &mut Report, name: &str, removed: &RemovalReport) {
+    if let Some(datapath) = report.datapaths.iter_mut().find(|datapath| datapath.name == name) {
+        datapath.flows_before = removed.dump.len() as u64;
+        datapath.flows_removed = removed.by_reason();
+    }
+    report.details.insert("removal_ms".into(), milliseconds(removed.removal_time).into());
+    for (errno, count) in &removed.errors {
+        report.warnings.push(format!("{count} flows could not be removed: {errno}"));
+    }
+}
+
+/// What was parked and what became of it.
+pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayReport) {
+    report.parked.packets = stats.parked + stats.overflowed;
+    report.parked.overflowed = stats.overflowed + stats.socket_drops;
+    report.parked.replayed = replayed.replayed;
+    report.parked.unreplayable = replayed.unreplayable.clone();
+    report.parked.longest_ms = replayed.longest_ms as f64;
+    report.parked.p99_ms = replayed.p99_ms as f64;
+    for (errno, count) in &replayed.errors {
+        report.warnings.push(format!("{count} parked packets were not taken back by the kernel: {errno}"));
+    }
+}
+
+/// The flows of datapath `name` while nothing could delete them: those of the dump before the removal that were not
+/// removed on purpose must be there, under their UFID, with a packet count that never fell.
+pub(super) fn frozen_flows(
+    report: &mut Report,
+    name: &str,
+    removed: &RemovalReport,
+    before: &Snapshot,
+    now: &Snapshot,
+) {
+    let (Some(before), Some(now)) = (before.datapath(name), now.datapath(name)) else { return };
+    let Some(entry) = report.datapaths.iter_mut().find(|datapath| datapath.name == name) else { return };
+    let kept = DatapathSnapshot { flows: survivors(removed, &before.flows), ..now.clone() };
+    entry.flows_kept = kept_flows(&kept, now) as u64;
+    let missing = kept.flows.len() as u64 - entry.flows_kept;
+    if missing > 0 {
+        report.differences.push(format!("datapath {name}: {missing} kernel flows that should have been kept are gone"));
+    }
+}
+
+fn survivors(removed: &RemovalReport, snapshot: &[Flow]) -> Vec<Flow> {
+    let suspicious = suspicious_since(snapshot, &removed.dump);
+    let survives = |(i, flow): &(usize, &Flow)| !suspicious.contains(i) && !matches!(doom_of(flow), Ok(Some(_)));
+    removed.dump.iter().enumerate().filter(survives).map(|(_, flow)| flow.clone()).collect()
+}
+
+/// The state after: counters, and everything but flows (which may expire again by now).
+pub(super) fn after(report: &mut Report, before: &Snapshot, after: &Snapshot) {
+    for entry in &mut report.datapaths {
+        let (Some(old), Some(new)) = (before.datapath(&entry.name), after.datapath(&entry.name)) else { continue };
+        entry.lost_delta = new.datapath.stats.lost as i64 - old.datapath.stats.lost as i64;
+        entry.missed_delta = new.datapath.stats.missed as i64 - old.datapath.stats.missed as i64;
+    }
+    let lasting = compare(before, after)
+        .into_iter()
+        .filter(|difference| !matches!(difference, Difference::FlowGone { .. } | Difference::FlowReplaced { .. }));
+    report.differences.extend(lasting.map(|difference| difference.to_string()));
+}
+
+/// The freeze's counters.
+pub(super) fn refused(refused: &dpfreeze::freeze::Refused) -> Refused {
+    Refused {
+        flow_flush: refused.flow_flush,
+        flow_del: refused.flow_del,
+        flow_set: refused.flow_set,
+        dp_del: refused.dp_del,
+        vport_del: refused.vport_del,
+        meter_del: refused.meter_del,
+        ct_timeout_del: refused.ct_timeout_del,
+        upcall_bind: refused.upcall_bind,
+    }
+}
+
+/// OpenFlow rules before.
+pub(super) fn rules_before(report: &mut Report, rules: &[BridgeRules]) {
+    report.openflow = rules
+        .iter()
+        .map(|rules| OpenFlowReport {
+            bridge: rules.bridge.clone(),
+            flows_before: rules.flows.len() as u64,
+            groups_before: rules.groups.len() as u64,
+            meters_before: rules.meters.len() as u64,
+            ..OpenFlowReport::default()
+        })
+        .collect();
+}
+
+/// How the rules were restored.
+pub(super) fn restored(report: &mut Report, restored: &[RestoredRules]) {
+    for done in restored.iter().filter(|done| done.not_atomic) {
+        if let Some(entry) = report.openflow.iter_mut().find(|entry| entry.bridge == done.bridge) {
+            entry.not_atomic = true;
+        }
+    }
+}
+
+/// What became of learned addresses.
+pub(super) fn learned(report: &mut Report, learned: &LearnReport) {
+    report.details.insert("fdb_restored".into(), learned.restored.into());
+    for (reason, count) in &learned.skipped {
+        report.warnings.push(format!("{count} learned addresses were not restored: {reason}"));
+    }
+}
+
+/// OpenFlow rules after, by meaning. Rules with a time-out may have gone, or been learned, rightly.
+pub(super) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[BridgeRules]) {
+    for entry in &mut report.openflow {
+        let Some(now) = after.iter().find(|now| now.bridge == entry.bridge) else { continue };
+        entry.flows_after = now.flows.len() as u64;
+        entry.groups_after = now.groups.len() as u64;
+        entry.meters_after = now.meters.len() as u64;
+    }
+    for difference in compare_rules(before, after).into_iter().filter(|difference| !difference.timed) {
+        let sign = if difference.missing { "missing" } else { "new" };
+        report
+            .differences
+            .push(format!("bridge {}: {sign} {}: {}", difference.bridge, difference.kind, difference.rule));
+    }
+}
+
+fn milliseconds(duration: std::time::Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}

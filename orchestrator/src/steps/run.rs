@@ -1,0 +1,258 @@
+//! What a run carries from step to step, and how a step waits: never past its limit, never past an event that
+//! changes the plan.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+
+use crate::config::Config;
+use crate::control::{HookLink, Progress, Server};
+use crate::host::datapath::{Datapath, FreezeEvent};
+use crate::host::{
+    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, RestoreWaitWatch, RuleWatch,
+    ServiceManager, Starting,
+};
+use crate::machine::{Action, Event, Machine};
+use crate::report::{Level, Report, Strategy};
+
+use dpfreeze::freeze::Captured;
+use dpfreeze::snapshot::Snapshot;
+
+/// The host of a run.
+pub struct Host {
+    /// The kernel's side.
+    pub datapath: Box<dyn Datapath>,
+    /// Processes.
+    pub daemons: Box<dyn Daemons>,
+    /// OVSDB.
+    pub database: Box<dyn Database>,
+    /// Rules, groups, meters, learned addresses.
+    pub openflow: Box<dyn OpenFlow>,
+    /// systemd, where it is the first process.
+    pub services: Box<dyn ServiceManager>,
+}
+
+/// What the operator asked for.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// Standby, or stop before start.
+    pub strategy: Strategy,
+    /// Replace ovsdb-server too.
+    pub ovsdb: bool,
+    /// End with nothing done where the running daemons are the installed ones.
+    pub if_needed: bool,
+    /// A command that must succeed before the run settles.
+    pub gate_command: Option<String>,
+}
+
+/// How the new daemon is being started.
+pub enum Start {
+    /// By the reload hook, in the unit's cgroup.
+    Unit {
+        /// The unit's name.
+        unit: String,
+        /// The reload job.
+        job: Box<dyn Job>,
+        /// The hook.
+        link: HookLink,
+    },
+    /// By ourselves, where no service manager owns the daemons.
+    Own(Box<dyn Starting>),
+}
+
+/// What earlier steps found out or left under way.
+#[derive(Default)]
+pub struct Known {
+    /// The database's facts as Check saw them.
+    pub facts: DatabaseFacts,
+    /// The ovs-vswitchd to be replaced.
+    pub old: Option<Daemon>,
+    /// The ovsdb-server to be replaced.
+    pub old_database: Option<Daemon>,
+    /// The ovs-vswitchd that takes over.
+    pub new: Option<Daemon>,
+    /// The datapath before.
+    pub before: Option<Snapshot>,
+    /// OpenFlow rules as they are to be restored.
+    pub rules: Vec<BridgeRules>,
+    /// Sees changes of the rules since they were read.
+    pub rule_watch: Option<Box<dyn RuleWatch>>,
+    /// Learned addresses by bridge.
+    pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// The start of the new daemon.
+    pub start: Option<Start>,
+    /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
+    pub standby_stopped: bool,
+    /// Where the new daemon wants its upcalls.
+    pub captured: Option<Captured>,
+    /// Ports whose deletion was refused.
+    pub refused_ports: Vec<u32>,
+    /// When the upcalls left the old daemon.
+    pub gap_began: Option<Instant>,
+    /// The `next_cfg` of the removal of flow-restore-wait.
+    pub next_cfg: Option<i64>,
+}
+
+/// Why a step did not end as it should.
+#[derive(Debug)]
+pub enum Stop {
+    /// It failed.
+    Failed {
+        /// What and why.
+        error: anyhow::Error,
+        /// True where doing it again may help.
+        retryable: bool,
+    },
+    /// Its time ran out.
+    TimedOut(String),
+    /// Something happened that changes the plan.
+    CutOff(Action),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Stop {
+    fn from(error: E) -> Stop {
+        Stop::Failed { error: error.into(), retryable: false }
+    }
+}
+
+/// How a step ended: an event for the machine.
+pub type Ended = Result<Event, Stop>;
+
+/// One run.
+pub struct Run {
+    /// Its name, as in `/var/lib/ovs-graceful/runs/ID`.
+    pub id: String,
+    /// What was asked for.
+    pub wish: Wish,
+    /// What this host can do.
+    pub level: Level,
+    /// Limits and bounds.
+    pub config: Config,
+    /// The host.
+    pub host: Host,
+    /// Found out so far.
+    pub known: Known,
+    /// What will be reported.
+    pub report: Report,
+    /// Who listens and who may interrupt.
+    pub control: Server,
+    /// Decides what comes next.
+    pub machine: Machine,
+    /// Watches flow-restore-wait while it is ours.
+    pub restore_wait: Option<Box<dyn RestoreWaitWatch>>,
+    /// When the step under way must have ended.
+    pub deadline: Instant,
+    /// When events were last asked for.
+    pub looked: Instant,
+}
+
+/// How often a step that waits looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// How often it asks what else has happened meanwhile.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+impl Run {
+    /// The daemon to be replaced.
+    pub fn old(&self) -> anyhow::Result<&Daemon> {
+        self.known.old.as_ref().ok_or_else(|| anyhow!("the running ovs-vswitchd has not been looked up yet"))
+    }
+
+    /// The daemon that takes over.
+    pub fn new_daemon(&self) -> anyhow::Result<&Daemon> {
+        self.known.new.as_ref().ok_or_else(|| anyhow!("no new ovs-vswitchd has been started yet"))
+    }
+
+    /// Something worth a line.
+    pub fn note(&self, text: impl Into<String>) {
+        let text = text.into();
+        tracing::info!("{text}");
+        self.control.tell(&Progress::Note { text });
+    }
+
+    /// Something went wrong without ending the run.
+    pub fn warn(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        tracing::warn!("{text}");
+        self.report.warnings.push(text.clone());
+        self.control.tell(&Progress::Warning { text });
+    }
+
+    /// Progress: the lease is renewed, and what happened meanwhile is told to the machine.
+    ///
+    /// An error cuts the step off: its time is up, or the machine wants something else.
+    pub fn checkpoint(&mut self) -> Result<(), Stop> {
+        self.looked = Instant::now();
+        for event in self.happened()? {
+            self.tell_machine(event)?;
+        }
+        Ok(())
+    }
+
+    /// Tells the machine of an event, and cuts the step off where that changes the plan.
+    pub fn tell_machine(&mut self, event: Event) -> Result<(), Stop> {
+        match self.machine.on(event) {
+            // A request to abort past the point of no return is refused by the socket itself (`AbortGate`).
+            Action::Continue | Action::RefuseAbort => Ok(()),
+            action => Err(Stop::CutOff(action)),
+        }
+    }
+
+    /// Asks `ready` until it says yes; each question is a checkpoint.
+    pub fn wait_for(&mut self, what: &str, mut ready: impl FnMut(&mut Run) -> Result<bool, Stop>) -> Result<(), Stop> {
+        loop {
+            if ready(self)? {
+                return Ok(());
+            }
+            if self.looked.elapsed() >= ASK_AGAIN {
+                self.checkpoint()?;
+            }
+            if Instant::now() >= self.deadline {
+                return Err(Stop::TimedOut(what.to_owned()));
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn happened(&mut self) -> Result<Vec<Event>, Stop> {
+        let mut events = Vec::new();
+        if self.control.gate().abort_requested() {
+            events.push(Event::AbortRequested);
+        }
+        if self.host.datapath.is_armed() {
+            self.freeze_events(&mut events)?;
+        }
+        if let Some(watch) = &mut self.restore_wait {
+            if !watch.is_set()? {
+                events.push(Event::RestoreWaitRemoved);
+            }
+        }
+        if self.known.new.as_ref().is_some_and(|new| !self.host.daemons.is_alive(new.id)) {
+            events.push(Event::NewDaemonDied);
+        }
+        if self.known.old.as_ref().is_some_and(|old| !self.host.daemons.is_alive(old.id)) {
+            events.push(Event::OldDaemonDied);
+        }
+        Ok(events)
+    }
+
+    fn freeze_events(&mut self, events: &mut Vec<Event>) -> Result<(), Stop> {
+        for event in self.host.datapath.events()? {
+            match event {
+                FreezeEvent::VportDelRefused { port_no } => self.known.refused_ports.push(port_no),
+                FreezeEvent::BoundByOther { .. } => events.push(Event::BoundByOther),
+            }
+        }
+        if self.control.gate().thaw_requested() {
+            self.host.datapath.thaw()?;
+            self.warn("the freeze was lifted by hand");
+            events.push(Event::LeaseLost);
+        } else if let Err(lost) = self.host.datapath.renew() {
+            self.host.datapath.thaw()?;
+            self.warn(format!("{lost}"));
+            events.push(Event::LeaseLost);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,64 @@
+//! Settle: the new revalidators may delete and rewrite again, and do so twice; refused port deletions that are still
+//! true are repeated; systemd owns the new daemon; the freeze ends.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::handover::wait_in_step;
+use super::standby::finish_start;
+use super::{classes, notes, Ended, Run, Step, Stop};
+use crate::config::Config;
+use crate::machine::{Event, Phase};
+
+pub(super) struct Settle;
+
+/// `revalidator/wait` answers at the end of the dump under way, which may have begun before the refusals ended.
+const FULL_REVALIDATIONS: u32 = 2;
+
+impl Step for Settle {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Settle)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        if run.host.datapath.is_armed() {
+            run.host.datapath.refuse(classes::settling())?;
+        }
+        wait_in_step(run)?;
+        for _ in 0..FULL_REVALIDATIONS {
+            let until = run.deadline;
+            let new = run.new_daemon()?.clone();
+            run.host.daemons.command(&new, "revalidator/wait", &[], until).context("waiting for a revalidation")?;
+            run.checkpoint()?;
+        }
+        repeat_port_deletions(run)?;
+        finish_start(run)?;
+        run.report.refused = notes::refused(&run.host.datapath.refused()?);
+        run.host.datapath.thaw()?;
+        Ok(Event::Done)
+    }
+}
+
+/// Hazards 7: a daemon does not repeat a refused VPORT_DEL. Only ports that no interface of the database stands for
+/// are deleted.
+fn repeat_port_deletions(run: &mut Run) -> Result<(), Stop> {
+    if run.known.refused_ports.is_empty() {
+        return Ok(());
+    }
+    let facts = run.host.database.facts(run.deadline)?;
+    let mut ports = std::mem::take(&mut run.known.refused_ports);
+    ports.sort_unstable();
+    ports.dedup();
+    let wanted: Vec<String> = facts
+        .bridges
+        .iter()
+        .flat_map(|bridge| &bridge.ports)
+        .flat_map(|port| &port.interfaces)
+        .map(|interface| interface.name.clone())
+        .collect();
+    for name in run.host.datapath.delete_stale_ports(&ports, &wanted)? {
+        run.note(format!("{name}: deletion repeated, no interface of the database stands for it"));
+    }
+    run.checkpoint()
+}

@@ -1,0 +1,37 @@
+//! Snapshot: all that must be the same afterwards.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::{notes, Ended, Run, Step};
+use crate::config::Config;
+use crate::machine::{Event, Phase};
+
+pub(super) struct Snapshot;
+
+impl Step for Snapshot {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Snapshot)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        let until = run.deadline;
+        let before = run.host.datapath.snapshot().context("the datapath's state")?;
+        notes::before(&mut run.report, &before);
+        run.known.before = Some(before);
+        run.checkpoint()?;
+        let bridges = run.known.facts.bridges.clone();
+        // First the watch, then the reading: what changes in between is seen.
+        run.known.rule_watch = Some(run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?);
+        run.known.rules = run.host.openflow.snapshot(&bridges, until).context("OpenFlow rules")?;
+        notes::rules_before(&mut run.report, &run.known.rules);
+        run.checkpoint()?;
+        Ok(Event::Done)
+    }
+
+    fn undo(&self, run: &mut Run) -> Ended {
+        run.known.rule_watch = None;
+        Ok(Event::Done)
+    }
+}

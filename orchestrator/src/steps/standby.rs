@@ -1,0 +1,149 @@
+//! Standby: the new ovs-vswitchd is started while the old one forwards, reads the database, and is stopped before it
+//! could take the lock.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail, Context};
+
+use super::{Ended, Run, Start, Step, Stop};
+use crate::config::Config;
+use crate::control::{HookCommand, HookEvent, HookLink};
+use crate::host::{HandOver, Job, JobKind, Signal};
+use crate::machine::{Event, Phase};
+use crate::report::Strategy;
+
+pub(super) struct Standby;
+
+impl Step for Standby {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Standby)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        let until = run.deadline;
+        run.host.database.set_restore_wait(&run.id, until).context("setting flow-restore-wait")?;
+        run.restore_wait = Some(run.host.database.watch_restore_wait(until)?);
+        prepare_start(run)?;
+        if run.wish.strategy == Strategy::Standby {
+            start_new_daemon(run)?;
+            let new = run.new_daemon()?.clone();
+            run.host.daemons.wait_standby(&new, until).context("the standby to wait for the database's lock")?;
+            run.host.daemons.signal(new.id, Signal::Stop).context("stopping the standby")?;
+            run.known.standby_stopped = true;
+            run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
+        }
+        run.checkpoint()?;
+        Ok(Event::Done)
+    }
+
+    fn undo(&self, run: &mut Run) -> Ended {
+        let until = Instant::now() + run.config.limits.undo();
+        run.host.datapath.tunnels_adopted(Duration::ZERO)?;
+        if let Some(new) = run.known.new.take() {
+            if run.host.daemons.is_alive(new.id) {
+                run.host.daemons.signal(new.id, Signal::Kill)?;
+                run.host.daemons.wait_end(new.id, until)?;
+            }
+            run.known.standby_stopped = false;
+        }
+        cancel_start(run)?;
+        let old = run.old()?.clone();
+        run.host.daemons.settle_pid_file(&old)?;
+        run.restore_wait = None;
+        run.host.database.clear_restore_wait(&run.id, until)?;
+        Ok(Event::Done)
+    }
+}
+
+/// Gets a place to start the new daemon from: the unit's cgroup, by way of its reload hook.
+fn prepare_start(run: &mut Run) -> Result<(), Stop> {
+    let until = run.deadline;
+    let old = run.old()?.clone();
+    let services = &run.host.services;
+    let Some(unit) = services.owner(&old, until)? else { return Ok(()) };
+    let hand_over = HandOver {
+        unit: unit.name.clone(),
+        pid_file: old.pid_file.clone(),
+        hook: own_command(&["hook", "reload", "--"])?,
+        limit_s: (run.config.freeze.end().as_secs() + 60),
+    };
+    services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
+    let job = services.start_job(&unit.name, JobKind::Reload, until).context("asking systemd for a reload")?;
+    let link = run.control.wait_hook(until).ok_or_else(|| {
+        Stop::TimedOut(format!("the reload hook of {} to connect; see `journalctl -u {}`", unit.name, unit.name))
+    })?;
+    run.known.start = Some(Start::Unit { unit: unit.name, job, link });
+    run.checkpoint()
+}
+
+fn own_command(arguments: &[&str]) -> anyhow::Result<Vec<String>> {
+    let exe = std::env::current_exe().context("our own executable")?;
+    let exe = exe.to_str().context("our own executable's path is not UTF-8")?.to_owned();
+    Ok(std::iter::once(exe).chain(arguments.iter().map(|word| (*word).to_owned())).collect())
+}
+
+/// Starts the new daemon as its unit or ovs-ctl would, under the old one's PID file name.
+pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
+    let old = run.old()?.clone();
+    let until = run.deadline;
+    run.host.daemons.set_aside_pid_file(&old)?;
+    match &mut run.known.start {
+        Some(Start::Unit { link, .. }) => link.send(HookCommand::Start)?,
+        _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
+    }
+    let new = run.host.daemons.wait_pid_file(&old, until).context("the PID file of the new ovs-vswitchd")?;
+    run.host.datapath.watch_standby(new.id)?;
+    run.host.daemons.swap_pid_file(&old, &new)?;
+    run.known.new = Some(new);
+    run.checkpoint()
+}
+
+/// Waits for the starting command to end well, so that the service manager owns the new daemon.
+pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
+    let until = run.deadline;
+    match run.known.start.take() {
+        Some(Start::Unit { unit, mut job, mut link }) => {
+            wait_for_child(run, &mut link)?;
+            link.send(HookCommand::Finish)?;
+            wait_job(job.as_mut(), &unit, until)?;
+            run.host.services.end_hand_over(&unit, until)?;
+        }
+        Some(Start::Own(mut start)) => {
+            start.wait(until)?;
+        }
+        None => {}
+    }
+    Ok(())
+}
+
+fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
+    match job.wait(until)?.as_deref() {
+        Some("done") => Ok(()),
+        Some(result) => bail!("the reload of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
+        None => bail!("the reload of {unit} has not ended in time"),
+    }
+}
+
+fn wait_for_child(run: &mut Run, link: &mut HookLink) -> Result<(), Stop> {
+    run.wait_for("ovs-ctl to end", |_| match link.recv(Instant::now()) {
+        Some(HookEvent::ChildExited { status: 0 }) => Ok(true),
+        Some(HookEvent::ChildExited { status }) => Err(anyhow!("ovs-ctl ended with status {status}").into()),
+        Some(HookEvent::Closed) => Err(anyhow!("the reload hook has gone").into()),
+        Some(HookEvent::Connected { .. } | HookEvent::Spawned { .. }) | None => Ok(false),
+    })
+}
+
+/// Ends a start that is not wanted any more.
+pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
+    let until = Instant::now() + run.config.limits.undo();
+    match run.known.start.take() {
+        Some(Start::Unit { unit, mut job, mut link }) => {
+            let _gone_is_fine = link.send(HookCommand::Cancel);
+            job.wait(until)?;
+            run.host.services.end_hand_over(&unit, until)?;
+        }
+        Some(Start::Own(mut start)) => start.cancel(),
+        None => {}
+    }
+    Ok(())
+}

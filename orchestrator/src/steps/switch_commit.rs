@@ -1,0 +1,49 @@
+//! SwitchCommit, the point of no return: the standby wakes, the old daemon ends.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::standby::start_new_daemon;
+use super::{Ended, Run, Step, Stop};
+use crate::config::Config;
+use crate::control::Progress;
+use crate::host::Signal;
+use crate::machine::{Event, Phase};
+use crate::report::Strategy;
+
+pub(super) struct SwitchCommit;
+
+impl Step for SwitchCommit {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::SwitchCommit)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        run.control.tell(&Progress::PointOfNoReturn);
+        let old = run.old()?.clone();
+        if run.known.standby_stopped {
+            let new = run.new_daemon()?.id;
+            run.host.daemons.signal(new, Signal::Continue).context("waking the standby")?;
+            run.known.standby_stopped = false;
+        }
+        if run.host.daemons.is_alive(old.id) {
+            // Never `ovs-appctl exit`: it deletes rules while handlers still run (hazards 8).
+            run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
+        }
+        wait_for_end(run)?;
+        run.host.datapath.read_left_over()?;
+        if run.wish.strategy == Strategy::StopStart && run.known.new.is_none() {
+            start_new_daemon(run)?;
+        }
+        let new = run.new_daemon()?.clone();
+        run.host.daemons.settle_pid_file(&new).context("the PID file of the new ovs-vswitchd")?;
+        run.host.datapath.choose_doomed()?;
+        Ok(Event::Done)
+    }
+}
+
+fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
+    let old = run.old()?.id;
+    run.wait_for("the old ovs-vswitchd to end", |run| Ok(!run.host.daemons.is_alive(old)))
+}

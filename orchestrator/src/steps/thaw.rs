@@ -1,0 +1,15 @@
+//! Thaw: whatever happened, nothing stays frozen, and no flag of ours stays in the database.
+
+use std::time::Instant;
+
+use super::{Ended, Run};
+use crate::machine::Event;
+
+/// Lifts every freeze. May be done twice.
+pub fn thaw(run: &mut Run) -> Ended {
+    run.host.datapath.thaw()?;
+    run.restore_wait = None;
+    let until = Instant::now() + run.config.limits.undo();
+    run.host.database.clear_restore_wait(&run.id, until)?;
+    Ok(Event::Done)
+}

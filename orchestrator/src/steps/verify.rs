@@ -1,0 +1,33 @@
+//! Verify: is everything as it was? Before against after, by meaning.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::{notes, Ended, Run, Step};
+use crate::config::Config;
+use crate::machine::{Event, Phase};
+
+pub(super) struct Verify;
+
+impl Step for Verify {
+    fn limit(&self, config: &Config) -> Duration {
+        config.limits.of(Phase::Verify)
+    }
+
+    fn perform(&self, run: &mut Run) -> Ended {
+        let until = run.deadline;
+        let after = run.host.datapath.snapshot().context("the datapath's state")?;
+        if let Some(before) = run.known.before.take() {
+            notes::after(&mut run.report, &before, &after);
+            run.known.before = Some(before);
+        }
+        let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
+        notes::rules_after(&mut run.report, &run.known.rules, &rules);
+        run.checkpoint()?;
+        match run.report.differences.is_empty() {
+            true => Ok(Event::Done),
+            false => Ok(Event::DifferencesFound),
+        }
+    }
+}
