@@ -1,6 +1,6 @@
 //! Exercises the control handle on a real datapath; run by hand or by a VM scenario, as root.
 //!
-//! `datapath_exercise show|flows|snapshot|diff A B|delete|rebind|limits|policies|execute IN OUT`
+//! `datapath_exercise show|flows|snapshot|diff A B|delete|rebind|limits|policies|execute|keys|vport-del NAME`
 
 use std::error::Error;
 use std::time::Instant;
@@ -28,7 +28,11 @@ fn main() -> Outcome {
         ["limits"] => limits(&mut ovs),
         ["policies"] => policies(),
         ["execute"] => execute(&mut ovs),
-        _ => Err("usage: show|flows|snapshot|diff A B|delete|rebind|limits|policies|execute".into()),
+        ["keys"] => keys(&mut ovs),
+        ["vport-del", name] => vport_del(&mut ovs, name),
+        _ => {
+            Err("usage: show|flows|snapshot|diff A B|delete|rebind|limits|policies|execute|keys|vport-del NAME".into())
+        }
     }
 }
 
@@ -162,5 +166,32 @@ fn execute(ovs: &mut Ovs) -> Outcome {
     let after = the_datapath(ovs)?;
     let touched = |d: &Datapath| d.stats.hit + d.stats.missed;
     println!("seen {}", touched(&after) - touched(&datapath));
+    Ok(())
+}
+
+/// Removes the flows that have no UFID, by their keys.
+fn keys(ovs: &mut Ovs) -> Outcome {
+    let datapath = the_datapath(ovs)?;
+    let before = ovs.flows(datapath.ifindex)?;
+    let mut keys: Vec<Vec<u8>> = before.iter().filter(|f| f.ufid.is_none()).map(|f| f.key.clone()).collect();
+    println!("{} flows, {} without UFID", before.len(), keys.len());
+    keys.push(Vec::new());
+    println!("removed {:?}", ovs.flow_del_keys(datapath.ifindex, &keys)?);
+    println!("left {}", ovs.flows(datapath.ifindex)?.len());
+    Ok(())
+}
+
+fn vport_del(ovs: &mut Ovs, name: &str) -> Outcome {
+    let datapath = the_datapath(ovs)?;
+    let vports = ovs.vports(datapath.ifindex)?;
+    let port_no = vports.iter().find(|v| v.name == name).ok_or("no such port")?.port_no;
+    ovs.vport_del(datapath.ifindex, port_no)?;
+    println!("again: {:?}", ovs.vport_del(datapath.ifindex, port_no).map_err(|e| e.to_string()));
+    println!("left: {}", ovs.vports(datapath.ifindex)?.iter().all(|v| v.name != name));
+    ovs.set_features(&datapath, datapath.user_features & !1)?;
+    println!("features {} {:?}", datapath.user_features, the_datapath(ovs)?.user_features);
+    println!("pids stay {}", the_datapath(ovs)?.per_cpu_pids == datapath.per_cpu_pids);
+    ovs.set_features(&datapath, datapath.user_features)?;
+    println!("refused: {:?}", ovs.set_features(&datapath, 1 << 31).map_err(|e| e.to_string()));
     Ok(())
 }
