@@ -197,8 +197,9 @@ fn names_count_as_datapaths() {
 /// Hazard 6, and the messages whose refusal is fatal to the daemon.
 fn probes_pass() {
     let f = families();
-    let freeze = armed(Classes::all());
+    let mut freeze = armed(Classes::all());
     let mut sender = Sender::root();
+    freeze.watch_standby(sender.pid(), sender.start_time()).unwrap();
     for probe in [
         flow_del_probe(f, GHOST),
         meter_del(f, GHOST, 54_545_401),
@@ -211,6 +212,7 @@ fn probes_pass() {
         assert!(fate.passed(), "{probe:?}: {fate:?}");
     }
     assert_eq!(freeze.refused().unwrap(), Refused::default());
+    assert_eq!(freeze.captured().unwrap(), None);
 }
 
 fn messages_behind_others() {
@@ -449,12 +451,16 @@ fn end_is_not_moved() {
     let mut freeze = Freeze::load().unwrap();
     let mut sender = Sender::root();
     let end = Duration::from_millis(900);
-    freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, LONG, end).unwrap();
-    let Renewal::Held(left) = freeze.renew(LONG).unwrap() else { panic!("not held") };
-    assert!(left <= end, "{left:?}");
-    assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY);
-    std::thread::sleep(end);
-    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    for renewed in [false, true] {
+        freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, LONG, end).unwrap();
+        if renewed {
+            let Renewal::Held(left) = freeze.renew(LONG).unwrap() else { panic!("not held") };
+            assert!(left <= end, "{left:?}");
+        }
+        assert_eq!(sender.send(&flow_flush(families(), GHOST)), BUSY);
+        std::thread::sleep(end);
+        assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE, "renewed: {renewed}");
+    }
     assert_eq!(freeze.renew(LONG).unwrap(), Renewal::Ended);
     assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
 }
