@@ -183,7 +183,7 @@ impl Park {
     }
 
     /// Goes on with what [`Park::keep`] gave before a crash. Packets that were on their way to the datapath at the
-    /// crash (at most 192 for each lane) are neither parked any more nor certain to have arrived.
+    /// crash (at most 144 for each lane, and 64) are neither parked any more nor certain to have arrived.
     ///
     /// Adopted sockets are adopted again, and unread until [`Park::read_adopted`].
     ///

@@ -18,8 +18,11 @@ use crate::ovs::{Execute, Ovs, Upcall};
 
 /// More lanes than this do not make the daemon faster.
 const MOST_LANES: usize = 16;
-/// Packets executed with one request, at most.
-const BATCH: usize = 64;
+/// Packets executed with one request, at most: few, because each makes the daemon's handler run, on this very CPU, and
+/// packets of a batch that come late hold up the next look at the daemon's queues.
+const BATCH: usize = 16;
+/// Packets taken out of memory at once.
+const CHUNK: usize = 64;
 /// Packets that wait in front of a lane.
 const LANE_QUEUE: usize = 128;
 /// How long to wait where there is no room or nothing to do.
@@ -133,7 +136,7 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
 fn dispatch(shared: &Shared, lanes: &[SyncSender<Parked>], deadline: Instant, tally: &mut Tally) -> Result<()> {
     let mut silent_before = false;
     while Instant::now() < deadline {
-        let records = shared.store().pop(BATCH).map_err(|e| crate::Error::io("read parked packets", e))?;
+        let records = shared.store().pop(CHUNK).map_err(|e| crate::Error::io("read parked packets", e))?;
         if records.is_empty() {
             if !shared.is_empty() {
                 std::thread::sleep(PAUSE);

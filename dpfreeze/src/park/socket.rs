@@ -252,6 +252,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn nobody_but_the_kernel_can_send_to_an_upcall_socket() {
+        let Ok(ours) = UpcallSocket::open(1 << 16) else { return };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let other = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkGeneric).unwrap();
+        socket::bind(other.as_raw_fd(), &NetlinkAddr::new(0, 0)).unwrap();
+        let message = [&20u32.to_ne_bytes()[..], &[33, 0, 0, 0], &[0; 12]].concat();
+        let to = NetlinkAddr::new(ours.port_id(), 0);
+        let sent = socket::sendto(other.as_raw_fd(), &message, &to, socket::MsgFlags::empty());
+        assert!(sent.is_err(), "{sent:?}");
+        assert_eq!(ours.queue().unwrap().used, 0);
+    }
+
+    #[test]
     fn duplicates_of_our_own_sockets_are_found_by_port_id() {
         // As another user than root the buffer cannot be forced: then there is nothing to test with.
         let (Ok(a), Ok(b)) = (UpcallSocket::open(1 << 16), UpcallSocket::open(1 << 16)) else { return };
