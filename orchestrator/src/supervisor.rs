@@ -134,7 +134,7 @@ fn perform(run: &mut Run, phase: Phase, started: Instant) -> Action {
     run.control.tell(&Progress::PhaseBegun { phase, at_ms });
     let step = step(phase);
     run.deadline = begun + step.limit(&run.config);
-    let ended = step.perform(run);
+    let ended = run.checkpoint().and_then(|()| step.perform(run));
     let duration_ms = begun.elapsed().as_millis() as u64;
     run.report.phase(phase, at_ms, duration_ms);
     let ok = matches!(ended, Ok(Event::Done | Event::NothingToDo));

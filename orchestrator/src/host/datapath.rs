@@ -51,8 +51,8 @@ pub trait Datapath {
     fn is_armed(&self) -> bool;
     /// Refuses exactly `classes` from now on.
     fn refuse(&mut self, classes: Classes) -> Result<()>;
-    /// Progress was made: the lease begins again. An error where it has run out already.
-    fn renew(&mut self) -> Result<()>;
+    /// Progress was made: the lease begins again, for `lease`. An error where it has run out already.
+    fn renew(&mut self, lease: Duration) -> Result<()>;
     /// The process whose upcall binding is captured and refused.
     fn watch_standby(&mut self, standby: ProcessId) -> Result<()>;
     /// Lets `standby`, which has not yet taken over, find its tunnel ports in the kernel instead of deleting and

@@ -21,7 +21,7 @@ impl Step for Arm {
 
     fn perform(&self, run: &mut Run) -> Ended {
         if run.level == Level::Full {
-            let lease = Lease { lease: run.config.freeze.lease(), end: run.config.freeze.end() };
+            let lease = Lease { lease: run.lease(), end: run.config.freeze.end() };
             run.host.datapath.arm(classes::armed(), lease).context("arming the freeze")?;
         }
         if run.wish.ovsdb {

@@ -237,6 +237,11 @@ impl Run {
         Ok(events)
     }
 
+    /// A step that is within its time limit is no hang: the lease outlasts it.
+    pub fn lease(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now()) + self.config.freeze.lease()
+    }
+
     fn freeze_events(&mut self, events: &mut Vec<Event>) -> Result<(), Stop> {
         for event in self.host.datapath.events()? {
             match event {
@@ -248,7 +253,7 @@ impl Run {
             self.host.datapath.thaw()?;
             self.warn("the freeze was lifted by hand");
             events.push(Event::LeaseLost);
-        } else if let Err(lost) = self.host.datapath.renew() {
+        } else if let Err(lost) = self.host.datapath.renew(self.lease()) {
             self.host.datapath.thaw()?;
             self.warn(format!("{lost}"));
             events.push(Event::LeaseLost);

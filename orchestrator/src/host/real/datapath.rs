@@ -21,7 +21,6 @@ pub struct KernelDatapath {
     ovs: Ovs,
     limits: ParkLimits,
     freeze: Option<Freeze>,
-    lease: Duration,
     park: Option<Park>,
     returned_to: Vec<u32>,
     before: Vec<Flow>,
@@ -43,7 +42,6 @@ impl KernelDatapath {
             ovs,
             limits,
             freeze: None,
-            lease: Duration::ZERO,
             park: None,
             returned_to: Vec::new(),
             before: Vec::new(),
@@ -130,7 +128,6 @@ impl Datapath for KernelDatapath {
         let scope = Scope::here(&[dp.ifindex], &names, self.families()).about("freeze")?;
         freeze.arm(&scope, classes, lease.lease, lease.end).about("freeze")?;
         self.freeze = Some(freeze);
-        self.lease = lease.lease;
         Ok(())
     }
 
@@ -142,8 +139,7 @@ impl Datapath for KernelDatapath {
         self.freeze()?.set_classes(classes).about("freeze")
     }
 
-    fn renew(&mut self) -> Result<()> {
-        let lease = self.lease;
+    fn renew(&mut self, lease: Duration) -> Result<()> {
         match self.freeze()?.renew(lease).about("freeze")? {
             Renewal::Held(_) => Ok(()),
             Renewal::Expired => Err(HostError::new("freeze", "its lease ran out before the next step of the run")),
