@@ -23,7 +23,7 @@ const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG
 pub fn hook(config: &Path, command: HookCommand) -> u8 {
     match command {
         HookCommand::Supervise(mut args) => {
-            log::init();
+            let _log = log::init();
             args.config = config.to_path_buf();
             supervise_exit(supervisor::supervise(args))
         }

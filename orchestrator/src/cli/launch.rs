@@ -22,6 +22,9 @@ pub const UNIT: &str = "ovs-graceful-run.service";
 /// How long systemd may take to start the supervisor.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long the unit of the last run may take to go away.
+const LAST_ONE_LIMIT: Duration = Duration::from_secs(10);
+
 /// How long the supervisor may take until it listens.
 const LISTEN_LIMIT: Duration = Duration::from_secs(15);
 
@@ -67,17 +70,33 @@ pub fn launch(args: &SuperviseArgs) -> anyhow::Result<Launched> {
 fn start_unit(systemd: Systemd, args: &SuperviseArgs, program: &str) -> anyhow::Result<Started> {
     let words = args.command_line(program);
     let command: Result<Vec<String>, _> = words.into_iter().map(|word| word.into_string()).collect();
+    let config = args.config.to_str().context("the path of the configuration is not UTF-8")?.to_string();
+    wait_for_the_last_one(&systemd);
     let unit = SupervisorUnit {
         name: UNIT.to_string(),
         description: format!("ovs-graceful run {}", args.id),
         command: command.map_err(|word| anyhow::anyhow!("{} is not UTF-8", word.display()))?,
         // However the supervisor ends: a run that it left unfinished is finished or undone.
-        stop_post: vec![program.to_string(), "recover".to_string()],
+        stop_post: vec![program.to_string(), "--config".to_string(), config, "recover".to_string()],
         environment: log_environment(),
         nice: -10,
     };
     systemd.start_supervisor(&unit, Instant::now() + START_LIMIT).with_context(|| format!("cannot start {UNIT}"))?;
     Ok(Started::Unit(systemd))
+}
+
+/// The unit of a run that has just ended may still be on its way out; systemd refuses a second one of its name.
+fn wait_for_the_last_one(systemd: &Systemd) {
+    let until = Instant::now() + LAST_ONE_LIMIT;
+    while Instant::now() < until {
+        match systemd.unit(UNIT, until) {
+            Ok(Some(unit)) if !matches!(unit.active_state.as_str(), "inactive" | "failed") => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            // What is wrong here is said by the start.
+            Ok(_) | Err(_) => return,
+        }
+    }
 }
 
 fn log_environment() -> Vec<(String, String)> {

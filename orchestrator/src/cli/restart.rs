@@ -22,6 +22,9 @@ use crate::report::{summary, Report};
 /// How long a supervisor that has closed its socket may take to write its report.
 const REPORT_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a supervisor may take to end once it has told the end of the run.
+const GONE_LIMIT: Duration = Duration::from_secs(5);
+
 /// What reaches the client.
 enum Happening {
     Progress(Box<Progress>),
@@ -143,7 +146,9 @@ fn follow(socket: &Path, id: &str, args: &RestartArgs, happenings: &Receiver<Hap
                 display.show(&progress);
                 if let Progress::Finished { report, .. } = *progress {
                     display.clear();
-                    return end(&report, args);
+                    let code = end(&report, args);
+                    wait_until_gone(id, happenings);
+                    return code;
                 }
             }
             Happening::Interrupted => {
@@ -157,6 +162,22 @@ fn follow(socket: &Path, id: &str, args: &RestartArgs, happenings: &Receiver<Hap
     }
     display.clear();
     orphaned(id, args)
+}
+
+/// The lock goes with the supervisor: whoever starts the next run right after us should not find it held.
+fn wait_until_gone(id: &str, happenings: &Receiver<Happening>) {
+    let until = Instant::now() + GONE_LIMIT;
+    loop {
+        match happenings.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Happening::Progress(_)) => {}
+            Ok(Happening::Closed) => break,
+            Ok(Happening::Interrupted) | Err(_) => return,
+        }
+    }
+    let held = || matches!(RunLock::holder(Path::new(LOCK)), Ok(Some(holder)) if holder.id == id);
+    while held() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Before the point of no return Ctrl-C undoes the run, and we stay to see it; after it we detach.
@@ -225,7 +246,8 @@ mod tests {
         let socket = dir.path().join("run.sock");
         let server = Server::bind(&socket, "run-1").unwrap();
         let (sender, happenings) = mpsc::channel();
-        let events = Connection::open(&socket).unwrap().unwrap().subscribe().unwrap();
+        let mut events = Connection::open(&socket).unwrap().unwrap().subscribe().unwrap();
+        assert!(matches!(events.next_event(), Ok(Some(Progress::Hello { .. }))), "as launch() waits for it");
         let forwarder = sender.clone();
         thread::spawn(move || forward(events, &forwarder));
         Run { _dir: dir, socket, server, sender, happenings }
@@ -255,6 +277,7 @@ mod tests {
             let run = run();
             run.server.tell(&Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 });
             run.server.tell(&finished(code));
+            run.server.close(Duration::from_secs(5));
             assert_eq!(follow(&run.socket, "run-1", &args(), &run.happenings), code.code());
         }
     }
@@ -271,6 +294,7 @@ mod tests {
         }
         assert!(!client.is_finished());
         server.tell(&finished(ExitCode::Undone));
+        server.close(Duration::from_secs(5));
         assert_eq!(client.join().unwrap(), 20);
     }
 

@@ -93,7 +93,11 @@ fn run_line(answer: &Answer) -> String {
     match (&answer.run, &answer.lock) {
         (Some(run), _) => {
             let phase = run.phase.map_or_else(String::new, |phase| format!(" {phase}"));
-            let abort = if run.can_abort { "can be aborted" } else { "past the point of no return, or being undone" };
+            let abort = match (run.can_abort, run.doing.as_str()) {
+                (_, "finished") => "its report is being delivered",
+                (true, _) => "can be aborted",
+                (false, _) => "past the point of no return, or being undone",
+            };
             let seconds = run.elapsed_ms as f64 / 1000.0;
             format!("run {}: {}{phase}, {seconds:.1} s, {} packets parked; {abort}", run.id, run.doing, run.parked)
         }

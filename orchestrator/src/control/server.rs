@@ -61,6 +61,23 @@ struct Audience {
     clients: usize,
 }
 
+/// The log has what subscribers are told; notes and warnings are logged where they arise.
+fn log(progress: &Progress) {
+    match progress {
+        Progress::Hello { id, .. } => tracing::info!("run {id}"),
+        Progress::PhaseBegun { phase, at_ms } => tracing::info!("{phase}: begins at {at_ms} ms"),
+        Progress::PhaseEnded { phase, duration_ms, ok: true } => tracing::info!("{phase}: done in {duration_ms} ms"),
+        Progress::PhaseEnded { phase, duration_ms, ok: false } => {
+            tracing::warn!("{phase}: did not end as it should, after {duration_ms} ms");
+        }
+        Progress::PointOfNoReturn => tracing::info!("point of no return"),
+        Progress::Undoing { phase } => tracing::warn!("{phase}: being undone"),
+        Progress::GoingBack { why } => tracing::warn!("going back to the old version: {why}"),
+        Progress::Note { .. } | Progress::Warning { .. } => {}
+        Progress::Finished { exit_code, report } => tracing::info!("exit {exit_code}: {}", report.reason),
+    }
+}
+
 /// A panic in one client's thread must not take the run with it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -105,6 +122,7 @@ impl Server {
 
     /// Tells every subscriber, now and later. Never blocks: a subscriber that does not read is dropped.
     pub fn tell(&self, progress: &Progress) {
+        log(progress);
         self.shared.note_status(progress);
         let Ok(line) = to_line(progress) else { return };
         let line: Arc<[u8]> = line.into();

@@ -17,8 +17,8 @@ const SHOWN: usize = 6;
 pub fn summary(report: &Report, colour: bool) -> String {
     let mut out = String::new();
     headline(&mut out, report, colour);
-    // A run that never began has no numbers, and zeros would look like some.
-    if !matches!(report.exit_code, ExitCode::Refused | ExitCode::Busy) {
+    // A run that never came to touch anything has no numbers, and zeros would look like some.
+    if report.gap_ms.is_some() || report.parked.packets > 0 || !report.datapaths.is_empty() {
         numbers(&mut out, report);
         bridges(&mut out, &report.openflow);
         list(&mut out, "differences", &report.differences);
