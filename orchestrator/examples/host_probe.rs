@@ -155,21 +155,36 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.take("the old daemon is in step", database.wait_in_step(next, soon()));
 
     let Some(before) = tally.take("snapshot", bridges.snapshot(&facts.bridges, soon())) else { return };
-    println!("     {before:?}");
+    println!("     {:?}", before.iter().map(|r| (&r.bridge, &r.protocol, r.flows.len())).collect::<Vec<_>>());
     let Some(mut watch) = tally.take("watch", bridges.watch(&facts.bridges, soon())) else { return };
     tally.check("nothing changed yet", watch.changed(soon()).is_ok_and(|set| set.is_empty()));
     shell("ovs-ofctl add-flow br0 table=77,priority=3,actions=drop");
     let changed = watch.changed(soon()).unwrap_or_default();
     tally.check("the change was seen", changed.iter().eq(["br0"]));
+    let small = watch.small_tables("br0", soon());
+    let same = small.as_ref().zip(before.iter().find(|r| r.bridge == "br0")).is_some_and(|(small, before)| {
+        (&small.groups, &small.meters, &small.tlv_map, &small.protocol)
+            == (&before.groups, &before.meters, &before.tlv_map, &before.protocol)
+    });
+    tally.check("small tables read through the open connection are the same", same);
+    if !same {
+        println!("     {small:?}");
+    }
+    let begin = Instant::now();
     let Some(before) = tally.take("refresh", bridges.refresh(&facts.bridges, &before, &mut *watch, soon())) else {
         return;
     };
+    println!("     after {:?}", begin.elapsed());
+    let begin = Instant::now();
+    tally.take("refresh without changes", bridges.refresh(&facts.bridges[1..], &before, &mut *watch, soon()));
+    println!("     after {:?}", begin.elapsed());
+    let prepared = tally.take("prepare the restore", bridges.prepare_restore(&before));
     tally.check("the refresh has the new rule", before.iter().any(|r| r.flows.iter().any(|f| f.contains("table=77"))));
     drop(watch);
     shell("ping -c1 -W1 10.1.1.2; ip netns exec a ping -c2 -i0.2 10.0.0.2");
     let fdb: Vec<_> =
         facts.bridges.iter().map(|b| (b, bridges.fdb(&old, &b.name, soon()).unwrap_or_default())).collect();
-    println!("     {fdb:?}");
+    println!("     {:?}", fdb.iter().map(|(b, e)| (&b.name, e.len())).collect::<Vec<_>>());
 
     let mut flag = tally.take("watch flow-restore-wait", database.watch_restore_wait(soon()));
     tally.take("set flow-restore-wait", database.set_restore_wait("probe-1", soon()));
@@ -222,9 +237,12 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.take("settle PID files", daemons.settle_pid_file(&new));
     tally.take("bridges are ready", bridges.wait_ready(&new, &facts.bridges, soon()));
     println!("     after {:?}", begin.elapsed());
-    tally.take("restore", bridges.restore(&before, soon()));
+    if let Some(prepared) = prepared {
+        tally.take("commit the prepared restore", prepared.commit(&before, soon()));
+    }
     println!("     after {:?}", begin.elapsed());
     tally.take("restore again", bridges.restore(&before, soon()));
+    println!("     after {:?}", begin.elapsed());
     if let Some(after) = tally.take("snapshot after", bridges.snapshot(&facts.bridges, soon())) {
         let differences = openflow::compare(&before, &after);
         tally.check("rules are the same", differences.is_empty());
@@ -238,7 +256,8 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         let report = tally.take("learn", bridges.learn(&new, bridge, entries, soon()));
         println!("     {report:?} after {:?}", begin.elapsed());
         tally.check("all are learned", report.is_some_and(|r| r.restored == entries.len() as u64));
-        println!("{}", daemons.command(&new, "fdb/show", &[&bridge.name], soon()).unwrap_or_default());
+        let show = daemons.command(&new, "fdb/show", &[&bridge.name], soon()).unwrap_or_default();
+        println!("{}", show.lines().take(8).collect::<Vec<_>>().join("\n"));
     }
     std::thread::sleep(Duration::from_millis(200));
     tally.check("no port saw a frame", shell("cat /sys/class/net/silent/statistics/rx_packets") == quiet);

@@ -484,14 +484,25 @@ pub trait OpenFlow {
     fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()>;
     /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. May be run twice.
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
+    /// Does all of a restore that can be done before the new daemon is there: programs started, rules parsed.
+    fn prepare_restore(&self, rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>>;
     /// The learned addresses of `bridge` in `daemon`, the latest first.
     fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
 }
 
+/// A restore that waits for the new daemon.
+pub trait PreparedRestore: Send {
+    /// As [`OpenFlow::restore`], fast for each bridge whose rules are still those that it was prepared with.
+    fn commit(self: Box<Self>, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
+}
+
 /// Notices changes of flows.
 pub trait RuleWatch: Send {
     /// The bridges whose flows have changed since the watch began, or may have.
     fn changed(&mut self, until: Instant) -> Result<std::collections::BTreeSet<String>>;
+    /// TLV map, meters and groups of a bridge as of now, through the connection that is open already; the flows of the
+    /// answer are empty. `None` where it cannot, as with versions before OpenFlow 1.3.
+    fn small_tables(&mut self, bridge: &str, until: Instant) -> Option<BridgeRules>;
 }

@@ -31,19 +31,32 @@ pub struct Output {
 /// Runs `program` with `arguments` until it ends or `until` passes, feeding it `input`. The environment is ours with
 /// `LC_ALL=C`. A program that does not end well is no error here: see [`run_well`].
 pub fn run<S: AsRef<OsStr>>(program: &str, arguments: &[S], input: Option<&[u8]>, until: Instant) -> Result<Output> {
+    let mut child = start(program, arguments, if input.is_some() { Stdio::piped() } else { Stdio::null() })?;
+    finish(&mut child, program, input, until)
+}
+
+/// Starts `program` with pipes for its outputs.
+pub(super) fn start<S: AsRef<OsStr>>(program: &str, arguments: &[S], stdin: Stdio) -> Result<Child> {
     let mut command = Command::new(program);
-    command.args(arguments).env("LC_ALL", "C").stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.args(arguments).env("LC_ALL", "C").stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
     // A Ctrl-C at the terminal is for us, not for what we run.
     command.process_group(0);
-    let mut child = command.spawn().map_err(|e| HostError::new(program, format!("cannot be run: {e}")))?;
-    let result = converse(&mut child, program, input, until);
+    command.spawn().map_err(|e| HostError::new(program, format!("cannot be run: {e}")))
+}
+
+/// Feeds a started program what is left of its input, then waits for its end; ends it where that fails.
+pub(super) fn finish(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
+    let result = converse(child, program, input, until);
     if result.is_err() {
-        // The whole group: a script may have started what holds our pipes open.
-        let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
-        let _ = child.wait();
+        end(child);
     }
     result
+}
+
+/// Ends a started program: the whole group, because a script may have started what holds our pipes open.
+pub(super) fn end(child: &mut Child) {
+    let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+    let _ = child.wait();
 }
 
 /// [`run`], and an error with the program's own words where it does not end with status 0.

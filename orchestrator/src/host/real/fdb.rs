@@ -6,7 +6,7 @@
 //! after its own look-up (`packet_xlate`), and `fdb/add` makes entries that never age.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -15,6 +15,9 @@ use crate::host::{Bridge, FdbEntry, LearnReport, Port, Result};
 
 /// IEEE 802 local experimental EtherType 1: nothing looks into such a frame.
 const ETHER_TYPE: &str = "0x88b5";
+
+/// So many commands are under way at once: a daemon takes ten of a connection in each turn of its main loop.
+const BATCH: usize = 40;
 
 /// The rows of `fdb/show`: port, VLAN, MAC, age.
 pub fn parse(text: &str) -> Vec<FdbEntry> {
@@ -35,24 +38,24 @@ pub fn learn(control: &Path, bridge: &Bridge, entries: &[FdbEntry], until: Insta
     let mut report = LearnReport::default();
     let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
     let mut connection = Connection::connect(control)?;
-    for entry in entries {
-        if entry.age_s.is_none() {
-            skip("static entries come from whoever configured them");
-        } else if remaining(until).is_none() {
-            skip("no time left");
-        } else {
-            let frame = frame(entry, port_of(bridge, &entry.port));
-            let arguments = json!([bridge.name, frame, "-generate", "NORMAL"]);
-            match connection.call("ofproto/trace-packet-out", arguments, until) {
-                Ok(_) => {}
-                Err(error) if error.timed_out => skip("no time left"),
-                Err(error) => skip(&error.cause),
-            }
+    let (learned, fixed): (Vec<&FdbEntry>, Vec<&FdbEntry>) = entries.iter().partition(|entry| entry.age_s.is_some());
+    fixed.iter().for_each(|_| skip("static entries come from whoever configured them"));
+    for batch in learned.chunks(BATCH) {
+        if remaining(until).is_none() {
+            batch.iter().for_each(|_| skip("no time left"));
+            continue;
+        }
+        let arguments =
+            |entry: &&FdbEntry| json!([bridge.name, frame(entry, port_of(bridge, &entry.port)), "-generate", "NORMAL"]);
+        let calls = batch.iter().map(arguments).collect();
+        match connection.call_many("ofproto/trace-packet-out", calls, until) {
+            Ok(answers) => answers.into_iter().filter_map(|answer| answer.err()).for_each(|error| skip(&error.cause)),
+            Err(error) if error.timed_out => batch.iter().for_each(|_| skip("no time left")),
+            Err(error) => return Err(error),
         }
     }
     // Counted by what is in the table, not by what was asked for.
-    let table =
-        connection.call("fdb/show", json!([bridge.name]), Instant::now() + std::time::Duration::from_secs(1))?;
+    let table = connection.call("fdb/show", json!([bridge.name]), Instant::now() + Duration::from_secs(1))?;
     let there = parse(table.as_str().unwrap_or_default());
     let same = |a: &FdbEntry, b: &FdbEntry| (&a.port, a.vlan, &a.mac) == (&b.port, b.vlan, &b.mac);
     report.restored = entries.iter().filter(|entry| there.iter().any(|other| same(entry, other))).count() as u64;

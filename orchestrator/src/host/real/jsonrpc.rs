@@ -91,6 +91,11 @@ impl Connection {
         let id = self.next_id;
         self.next_id += 1;
         self.send(&json!({"method": method, "params": params, "id": id}), until)?;
+        self.answer(method, id, until)?
+    }
+
+    /// Waits for the answer to request `id`: the outer error is the connection's, the inner one the daemon's.
+    fn answer(&mut self, method: &str, id: u64, until: Instant) -> Result<Result<Value>> {
         loop {
             let Some(mut message) = self.receive(until)? else {
                 return Err(HostError::timeout(self.object(), method));
@@ -102,12 +107,23 @@ impl Connection {
             if message.get("id") != Some(&json!(id)) {
                 continue;
             }
-            return match message.get("error") {
+            return Ok(match message.get("error") {
                 None | Some(Value::Null) => Ok(message.get_mut("result").map(Value::take).unwrap_or(Value::Null)),
                 Some(Value::String(text)) => Err(HostError::new(self.object(), format!("{method}: {}", text.trim()))),
                 Some(other) => Err(HostError::new(self.object(), format!("{method}: {other}"))),
-            };
+            });
         }
+    }
+
+    /// Calls `method` once for each of `params`, all sent before the first answer is waited for. Keep the list short:
+    /// what is sent has to fit into the socket.
+    pub fn call_many(&mut self, method: &str, params: Vec<Value>, until: Instant) -> Result<Vec<Result<Value>>> {
+        let first = self.next_id;
+        for params in params {
+            self.send(&json!({"method": method, "params": params, "id": self.next_id}), until)?;
+            self.next_id += 1;
+        }
+        (first..self.next_id).map(|id| self.answer(method, id, until)).collect()
     }
 
     /// The next notification, or `None` where `until` passes first.

@@ -1,27 +1,23 @@
 //! The bridges through the installed ovs-ofctl: it speaks the version of the package, whatever that is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{fcntl, FcntlArg, OFlag};
-
 use super::jsonrpc::remaining;
+use super::prepared::{Prepared, PreparedBridge};
+use super::rule_watch::Watch;
 use super::{command, fdb, unixctl};
 use crate::host::{
-    Bridge, BridgeRules, Context, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, RestoredRules, Result,
+    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
     RuleDifference, RuleWatch,
 };
 
-const OVS_OFCTL: &str = "ovs-ofctl";
+pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
 /// All versions there are; the bridge takes the highest that it speaks.
-const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
+pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
 /// Between two looks at a daemon that starts.
-const LOOK_AGAIN: Duration = Duration::from_millis(3);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(3);
 
 /// The bridges of this host.
 #[derive(Debug, Clone)]
@@ -35,17 +31,28 @@ impl RealOpenFlow {
         RealOpenFlow { run_directory: run_directory.into() }
     }
 
+    /// Where control sockets of programs are, too.
+    pub(super) fn run_directory(&self) -> &Path {
+        &self.run_directory
+    }
+
     fn socket(&self, bridge: &str) -> PathBuf {
         self.run_directory.join(format!("{bridge}.mgmt"))
     }
 
     /// The management socket as ovs-ofctl takes it. Never the bare name, which may mean another thing to it.
-    fn target(&self, bridge: &str) -> String {
+    pub(super) fn target(&self, bridge: &str) -> String {
         format!("unix:{}", self.socket(bridge).display())
     }
 
     /// Runs `ovs-ofctl -O PROTOCOL ARGUMENTS`.
-    fn ofctl(&self, protocol: &str, arguments: &[&str], input: Option<&str>, until: Instant) -> Result<String> {
+    pub(super) fn ofctl(
+        &self,
+        protocol: &str,
+        arguments: &[&str],
+        input: Option<&str>,
+        until: Instant,
+    ) -> Result<String> {
         let mut words = vec!["--no-names", "-O", protocol];
         words.extend(arguments);
         command::run_well(OVS_OFCTL, &words, input.map(str::as_bytes), until)
@@ -63,10 +70,7 @@ impl RealOpenFlow {
         let number = version_number(&protocol);
         let flows = match flows {
             Some(flows) => flows,
-            None => {
-                let words = ["--no-stats", "dump-flows", &target];
-                parse_flows(&self.ofctl(&protocol, &words, None, until)?)
-            }
+            None => self.flows(bridge, &protocol, until)?,
         };
         Ok(BridgeRules {
             bridge: bridge.name.clone(),
@@ -79,13 +83,17 @@ impl RealOpenFlow {
         })
     }
 
-    fn restore_one(&self, rules: &BridgeRules, until: Instant) -> Result<RestoredRules> {
+    fn flows(&self, bridge: &Bridge, protocol: &str, until: Instant) -> Result<Vec<String>> {
+        let words = ["--no-stats", "dump-flows", &self.target(&bridge.name)];
+        Ok(parse_flows(&self.ofctl(protocol, &words, None, until)?))
+    }
+
+    pub(super) fn restore_one(&self, rules: &BridgeRules, until: Instant) -> Result<RestoredRules> {
         let target = self.target(&rules.bridge);
-        let object = format!("bridge {}", rules.bridge);
-        let about = |error: HostError| HostError { object: format!("{object}: {}", error.object), ..error };
-        self.restore_meters(&target, rules, until).map_err(about)?;
-        self.restore_tlv_map(&target, rules, until).map_err(about)?;
-        let bundled = version_number(&rules.protocol) >= 13;
+        let about =
+            |error: HostError| HostError { object: format!("bridge {}: {}", rules.bridge, error.object), ..error };
+        self.restore_small(&target, rules, until).map_err(about)?;
+        let bundled = has_bundles(rules);
         if bundled {
             let words = ["bundle", &target, "-"];
             self.ofctl(&rules.protocol, &words, Some(&bundle_text(rules)), until).map_err(about)?;
@@ -95,30 +103,27 @@ impl RealOpenFlow {
         Ok(RestoredRules { bridge: rules.bridge.clone(), not_atomic: !bundled })
     }
 
-    fn restore_meters(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
-        if rules.meters.is_empty() {
-            return Ok(());
+    /// What no bundle takes, and what the flows need before them.
+    pub(super) fn restore_small(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
+        for meter in &rules.meters {
+            // It is there already when this is the second time: then it is made what it should be.
+            if self.ofctl(&rules.protocol, &["add-meter", target, meter], None, until).is_err() {
+                self.ofctl(&rules.protocol, &["mod-meter", target, meter], None, until)?;
+            }
         }
-        let there = parse_meters(&self.ofctl(&rules.protocol, &["dump-meters", target], None, until)?);
-        let ids: BTreeSet<&str> = there.iter().filter_map(|meter| meter.split(' ').next()).collect();
-        for meter in rules.meters.iter().filter(|meter| !there.contains(meter)) {
-            let known = meter.split(' ').next().is_some_and(|id| ids.contains(id));
-            let verb = if known { "mod-meter" } else { "add-meter" };
-            self.ofctl(&rules.protocol, &[verb, target, meter], None, until)?;
-        }
-        Ok(())
-    }
-
-    fn restore_tlv_map(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
         if rules.tlv_map.is_empty() {
             return Ok(());
         }
+        let add = |tlvs: &[&str]| self.ofctl(&rules.protocol, &["add-tlv-map", target, &tlvs.join(",")], None, until);
+        let all: Vec<&str> = rules.tlv_map.iter().map(String::as_str).collect();
+        let Err(first) = add(&all) else { return Ok(()) };
         let there = parse_tlv_map(&self.ofctl(&rules.protocol, &["dump-tlv-map", target], None, until)?);
-        let lacking: Vec<&str> = rules.tlv_map.iter().filter(|tlv| !there.contains(tlv)).map(String::as_str).collect();
-        if lacking.is_empty() {
-            return Ok(());
+        let lacking: Vec<&str> = all.into_iter().filter(|tlv| !there.iter().any(|other| other == tlv)).collect();
+        match lacking.len() {
+            0 => Ok(()),
+            n if n == rules.tlv_map.len() => Err(first),
+            _ => add(&lacking).map(drop),
         }
-        self.ofctl(&rules.protocol, &["add-tlv-map", target, &lacking.join(",")], None, until).map(drop)
     }
 
     /// For versions without bundles.
@@ -146,19 +151,23 @@ impl OpenFlow for RealOpenFlow {
         until: Instant,
     ) -> Result<Vec<BridgeRules>> {
         let changed = watch.changed(until)?;
-        side_by_side(bridges, |bridge| {
+        let mut work = Vec::new();
+        for bridge in bridges {
+            let small = watch.small_tables(&bridge.name, until);
             let known = before.iter().find(|rules| rules.bridge == bridge.name && !changed.contains(&bridge.name));
-            self.read(bridge, known.map(|rules| rules.flows.clone()), until)
+            work.push((bridge, known.map(|rules| rules.flows.clone()), small));
+        }
+        side_by_side(&work, |(bridge, flows, small)| match (flows, small) {
+            (Some(flows), Some(small)) => Ok(BridgeRules { flows: flows.clone(), ..small.clone() }),
+            (None, Some(small)) => {
+                Ok(BridgeRules { flows: self.flows(bridge, &small.protocol, until)?, ..small.clone() })
+            }
+            (flows, None) => self.read(bridge, flows.clone(), until),
         })
     }
 
     fn watch(&self, bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>> {
-        let start = |bridge: &Bridge| Watcher::start(self, bridge, until);
-        let mut watchers = Vec::new();
-        for bridge in bridges {
-            watchers.push((bridge.name.clone(), start(bridge)?));
-        }
-        Ok(Box::new(Watch(watchers)))
+        Watch::start(self, bridges, until).map(|watch| Box::new(watch) as _)
     }
 
     fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {
@@ -167,9 +176,8 @@ impl OpenFlow for RealOpenFlow {
             // While it takes over it answers late; its control socket is there all the time.
             let list = unixctl::command(&daemon.control, "ofproto/list", &[], until)?;
             let there: BTreeSet<&str> = list.lines().map(str::trim).collect();
-            let ready = |bridge: &Bridge| {
-                there.contains(bridge.name.as_str()) && UnixStream::connect(self.socket(&bridge.name)).is_ok()
-            };
+            // Its main loop answers only between two turns: a bridge in the list has its management socket too.
+            let ready = |bridge: &Bridge| there.contains(bridge.name.as_str()) && self.socket(&bridge.name).exists();
             let missing: Vec<&str> = bridges.iter().filter(|b| !ready(b)).map(|b| b.name.as_str()).collect();
             if missing.is_empty() {
                 return Ok(());
@@ -184,6 +192,12 @@ impl OpenFlow for RealOpenFlow {
 
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
         side_by_side(rules, |rules| self.restore_one(rules, until))
+    }
+
+    fn prepare_restore(&self, rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>> {
+        let prepared = rules.iter().filter(|rules| has_bundles(rules)).map(|rules| PreparedBridge::start(self, rules));
+        let bridges = prepared.collect::<Result<Vec<_>>>()?;
+        Ok(Box::new(Prepared { openflow: self.clone(), bridges }))
     }
 
     fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>> {
@@ -220,7 +234,7 @@ fn protocol_of(reply: &str) -> Option<String> {
 }
 
 /// 10 for `OpenFlow10` and so on.
-fn version_number(protocol: &str) -> u32 {
+pub(super) fn version_number(protocol: &str) -> u32 {
     protocol.strip_prefix("OpenFlow").and_then(|number| number.parse().ok()).unwrap_or(10)
 }
 
@@ -246,12 +260,12 @@ fn flow(line: &str) -> String {
     format!("{} actions={actions}", fields.join(","))
 }
 
-fn parse_groups(dump: &str) -> Vec<String> {
+pub(super) fn parse_groups(dump: &str) -> Vec<String> {
     dump.lines().map(str::trim).filter(|line| line.starts_with("group_id=")).map(str::to_owned).collect()
 }
 
 /// A meter and its bands are a line each.
-fn parse_meters(dump: &str) -> Vec<String> {
+pub(super) fn parse_meters(dump: &str) -> Vec<String> {
     let mut meters: Vec<String> = Vec::new();
     for line in dump.lines().map(str::trim) {
         match (line.starts_with("meter="), line.starts_with("type="), meters.last_mut()) {
@@ -267,7 +281,7 @@ fn parse_meters(dump: &str) -> Vec<String> {
 }
 
 /// Rows `0xffff 0x0 4 tun_metadata0` of the mapping table.
-fn parse_tlv_map(dump: &str) -> Vec<String> {
+pub(super) fn parse_tlv_map(dump: &str) -> Vec<String> {
     let row = |line: &str| match line.split_whitespace().collect::<Vec<_>>()[..] {
         [class, kind, length, field] if class.starts_with("0x") => {
             Some(format!("{{class={class},type={kind},len={length}}}->{field}"))
@@ -277,8 +291,13 @@ fn parse_tlv_map(dump: &str) -> Vec<String> {
     dump.lines().filter_map(row).collect()
 }
 
+/// Bundles came with OpenFlow 1.4, and to 1.3 as an extension.
+fn has_bundles(rules: &BridgeRules) -> bool {
+    version_number(&rules.protocol) >= 13
+}
+
 /// One ordered, atomic bundle that replaces everything.
-fn bundle_text(rules: &BridgeRules) -> String {
+pub(super) fn bundle_text(rules: &BridgeRules) -> String {
     let mut text = String::from("flow delete\ngroup delete\n");
     for group in &rules.groups {
         text.push_str(&format!("group add {group}\n"));
@@ -325,69 +344,6 @@ fn count(before: &[String], after: &[String]) -> Vec<(String, bool)> {
     before.iter().for_each(|rule| *counts.entry(rule).or_default() += 1);
     after.iter().for_each(|rule| *counts.entry(rule).or_default() -= 1);
     counts.into_iter().filter(|(_, n)| *n != 0).map(|(rule, n)| (rule.to_owned(), n > 0)).collect()
-}
-
-/// One `ovs-ofctl monitor` for each bridge.
-struct Watch(Vec<(String, Watcher)>);
-
-impl RuleWatch for Watch {
-    fn changed(&mut self, until: Instant) -> Result<BTreeSet<String>> {
-        let changed = self.0.iter_mut().filter_map(|(bridge, watcher)| watcher.changed(until).then(|| bridge.clone()));
-        Ok(changed.collect())
-    }
-}
-
-/// A child that prints every change of a flow on its standard error (unbuffered, unlike its standard output).
-struct Watcher {
-    child: Child,
-    control: PathBuf,
-    text: String,
-}
-
-impl Watcher {
-    fn start(bridges: &RealOpenFlow, bridge: &Bridge, until: Instant) -> Result<Self> {
-        let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
-        let mut command = Command::new(OVS_OFCTL);
-        command.args(["--no-names", "-O", &versions, "monitor", &bridges.target(&bridge.name), "watch:!initial"]);
-        command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
-        let child = command.spawn().map_err(|e| HostError::new(OVS_OFCTL, format!("cannot be run: {e}")))?;
-        if let Some(pipe) = &child.stderr {
-            fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).about(OVS_OFCTL)?;
-        }
-        let control = bridges.run_directory.join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
-        let mut watcher = Watcher { child, control, text: String::new() };
-        // Established once a barrier has passed; one that cannot watch has ended by then and counts as changed.
-        while !watcher.barrier(until) && matches!(watcher.child.try_wait(), Ok(None)) {
-            let Some(left) = remaining(until) else { break };
-            std::thread::sleep(left.min(LOOK_AGAIN));
-        }
-        Ok(watcher)
-    }
-
-    /// All changes before this call have been printed when it returns true.
-    fn barrier(&mut self, until: Instant) -> bool {
-        Path::new(&self.control).exists() && unixctl::command(&self.control, "ofctl/barrier", &[], until).is_ok()
-    }
-
-    fn changed(&mut self, until: Instant) -> bool {
-        if !self.barrier(until) {
-            return true;
-        }
-        let mut bytes = Vec::new();
-        // It ends in "would block": the pipe stays open. What was read until then is in `bytes`.
-        let _ = self.child.stderr.as_mut().map(|pipe| pipe.read_to_end(&mut bytes));
-        self.text.push_str(&String::from_utf8_lossy(&bytes));
-        self.text.contains("event=")
-    }
-}
-
-impl Drop for Watcher {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        // Killed, it leaves its socket behind.
-        let _ = std::fs::remove_file(&self.control);
-    }
 }
 
 #[cfg(test)]

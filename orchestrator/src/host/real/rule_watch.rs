@@ -1,0 +1,243 @@
+//! One `ovs-ofctl monitor` for each bridge: it prints every change of a flow on its standard error, and through its
+//! control socket it takes requests for its open connection, so that nothing has to be started while misses are parked.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, Stdio};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
+
+use super::jsonrpc::remaining;
+use super::openflow::{
+    parse_groups, parse_meters, parse_tlv_map, version_number, RealOpenFlow, ANY_VERSION, LOOK_AGAIN, OVS_OFCTL,
+};
+use super::{command, unixctl};
+use crate::host::{Bridge, BridgeRules, Result, RuleWatch};
+
+/// More text than this is not kept: the bridge then counts as changed.
+const TEXT_MAX: usize = 32 << 20;
+/// What the monitor prints when a barrier has come back.
+const BARRIER: &str = "OFPT_BARRIER_REPLY";
+
+/// The watchers of all bridges.
+pub struct Watch(Vec<Watcher>);
+
+impl Watch {
+    /// Starts one for each bridge and waits until they are established, or have failed.
+    pub fn start(openflow: &RealOpenFlow, bridges: &[Bridge], until: Instant) -> Result<Self> {
+        let watchers = bridges.iter().map(|bridge| Watcher::start(openflow, bridge));
+        let mut watch = Watch(watchers.collect::<Result<_>>()?);
+        watch.0.iter_mut().for_each(|watcher| watcher.establish(until));
+        Ok(watch)
+    }
+}
+
+impl RuleWatch for Watch {
+    fn changed(&mut self, until: Instant) -> Result<BTreeSet<String>> {
+        let changed = self.0.iter_mut().filter_map(|watcher| watcher.changed(until).then(|| watcher.bridge.clone()));
+        Ok(changed.collect())
+    }
+
+    fn small_tables(&mut self, bridge: &str, until: Instant) -> Option<BridgeRules> {
+        self.0.iter_mut().find(|watcher| watcher.bridge == bridge)?.small_tables(until)
+    }
+}
+
+/// What the child has printed, filled by a thread: a child whose pipe is full answers no more.
+#[derive(Default)]
+struct Printed {
+    text: Mutex<Text>,
+    more: Condvar,
+}
+
+#[derive(Default)]
+struct Text {
+    text: String,
+    barriers: usize,
+    changed: bool,
+    ended: bool,
+}
+
+impl Text {
+    /// Takes in whole lines.
+    fn take(&mut self, lines: &str) {
+        self.barriers += lines.matches(BARRIER).count();
+        self.changed |= lines.contains("event=") || self.text.len() + lines.len() > TEXT_MAX;
+        if self.text.len() + lines.len() <= TEXT_MAX {
+            self.text.push_str(lines);
+        }
+    }
+}
+
+struct Watcher {
+    bridge: String,
+    child: Child,
+    control: PathBuf,
+    printed: Arc<Printed>,
+    barriers: usize,
+}
+
+impl Watcher {
+    fn start(openflow: &RealOpenFlow, bridge: &Bridge) -> Result<Self> {
+        let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
+        let target = openflow.target(&bridge.name);
+        let words = ["--no-names", "-O", &versions, "monitor", &target, "watch:!initial"];
+        let mut child = command::start(OVS_OFCTL, &words, Stdio::null())?;
+        drop(child.stdout.take());
+        let printed = Arc::new(Printed::default());
+        if let Some(pipe) = child.stderr.take() {
+            let printed = printed.clone();
+            std::thread::spawn(move || follow(pipe, &printed));
+        }
+        let control = openflow.run_directory().join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
+        Ok(Watcher { bridge: bridge.name.clone(), child, control, printed, barriers: 0 })
+    }
+
+    /// It is established once a barrier has passed; one that cannot watch has ended by then and counts as changed.
+    fn establish(&mut self, until: Instant) {
+        while !self.barrier(until) && matches!(self.child.try_wait(), Ok(None)) {
+            let Some(left) = remaining(until) else { return };
+            std::thread::sleep(left.min(LOOK_AGAIN));
+        }
+    }
+
+    fn command(&self, command: &str, arguments: &[&str], until: Instant) -> bool {
+        Path::new(&self.control).exists() && unixctl::command(&self.control, command, arguments, until).is_ok()
+    }
+
+    /// When it returns true, all that came before is in `printed`.
+    fn barrier(&mut self, until: Instant) -> bool {
+        if !self.command("ofctl/barrier", &[], until) {
+            return false;
+        }
+        self.barriers += 1;
+        let mut text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        while text.barriers < self.barriers && !text.ended {
+            let Some(left) = remaining(until) else { return false };
+            text = self.printed.more.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        !text.ended
+    }
+
+    fn changed(&mut self, until: Instant) -> bool {
+        !self.barrier(until) || self.printed.text.lock().unwrap_or_else(PoisonError::into_inner).changed
+    }
+
+    fn small_tables(&mut self, until: Instant) -> Option<BridgeRules> {
+        let number = self.protocol()?;
+        let from = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner).text.len();
+        let requests = requests(number)?;
+        let words: Vec<&str> = requests.iter().map(String::as_str).collect();
+        if !self.command("ofctl/send", &words, until) || !self.barrier(until) {
+            return None;
+        }
+        let text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        let answers = text.text.get(from..)?;
+        // All three must have been answered, and none with an error.
+        let answered = ["OFPST_GROUP_DESC reply", "OFPST_METER_CONFIG reply", "NXT_TLV_TABLE_REPLY"];
+        if answers.contains("OFPT_ERROR") || !answered.iter().all(|reply| answers.contains(reply)) {
+            return None;
+        }
+        Some(BridgeRules {
+            bridge: self.bridge.clone(),
+            protocol: format!("OpenFlow{number}"),
+            tlv_map: parse_tlv_map(answers),
+            meters: parse_meters(answers),
+            groups: parse_groups(answers),
+            flows: Vec::new(),
+        })
+    }
+
+    /// The version of the connection, as its barriers were printed: `OFPT_BARRIER_REPLY (OF1.5) (xid=...):`.
+    fn protocol(&self) -> Option<u32> {
+        let text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, rest) = text.text.split_once(BARRIER)?;
+        let minor = rest.strip_prefix(" (OF1.")?.split(')').next()?;
+        Some(version_number(&format!("OpenFlow1{minor}"))).filter(|number| *number >= 13)
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        command::end(&mut self.child);
+        // Killed, it leaves its socket behind.
+        let _ = std::fs::remove_file(&self.control);
+    }
+}
+
+/// Reads the child's text until it ends, by whole lines.
+fn follow(mut pipe: ChildStderr, printed: &Printed) {
+    let mut rest = Vec::new();
+    let mut chunk = [0; 65536];
+    loop {
+        let n = match pipe.read(&mut chunk) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(_) => 0,
+        };
+        rest.extend_from_slice(&chunk[..n]);
+        let whole = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let lines: Vec<u8> = rest.drain(..whole).collect();
+        let mut text = printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        text.take(&String::from_utf8_lossy(&lines));
+        text.ended |= n == 0;
+        printed.more.notify_all();
+        if n == 0 {
+            return;
+        }
+    }
+}
+
+/// Requests for all groups, all meters and the TLV map, as hexadecimal text for `ofctl/send`.
+/// OpenFlow 1.3 to 1.5, A.3.5 (multipart); `include/openflow/nicira-ext.h` (NXT_TLV_TABLE_REQUEST).
+fn requests(number: u32) -> Option<[String; 3]> {
+    // ofp_version: 4 is OpenFlow 1.3.
+    let version = u8::try_from(number.checked_sub(13)? + 4).ok()?;
+    let message = |kind: u8, xid: u32, body: &[u8]| {
+        let length = u16::try_from(8 + body.len()).unwrap_or(u16::MAX);
+        let header = [&[version, kind][..], &length.to_be_bytes(), &xid.to_be_bytes()].concat();
+        header.iter().chain(body).map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    const MULTIPART_REQUEST: u8 = 18;
+    const EXPERIMENTER: u8 = 4;
+    // Type, no flags, padding; then, from 1.5 on for groups, OFPG_ALL; for meters OFPM_ALL.
+    let mut groups = vec![0, 7, 0, 0, 0, 0, 0, 0];
+    if number >= 15 {
+        groups.extend([0xff, 0xff, 0xff, 0xfc, 0, 0, 0, 0]);
+    }
+    let meters = [0, 10, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0];
+    let tlv_map = [0, 0, 0x23, 0x20, 0, 0, 0, 25];
+    Some([
+        message(MULTIPART_REQUEST, 0x0f67_0001, &groups),
+        message(MULTIPART_REQUEST, 0x0f67_0002, &meters),
+        message(EXPERIMENTER, 0x0f67_0003, &tlv_map),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_their_version_and_length() {
+        let [groups, meters, tlv_map] = requests(15).unwrap();
+        assert_eq!(groups, "061200180f6700010007000000000000fffffffc00000000");
+        assert_eq!(meters, "061200180f670002000a000000000000ffffffff00000000");
+        assert_eq!(tlv_map, "060400100f6700030000232000000019");
+        assert_eq!(requests(13).unwrap()[0], "041200100f6700010007000000000000");
+        assert!(requests(10).is_none());
+    }
+
+    #[test]
+    fn changes_and_barriers_are_counted_and_text_is_bounded() {
+        let mut text = Text::default();
+        text.take("OFPT_BARRIER_REPLY (OF1.5) (xid=0x3):\n");
+        assert_eq!((text.barriers, text.changed), (1, false));
+        text.take(" event=ADDED table=0\n");
+        assert!(text.changed);
+        let mut text = Text { text: "x".repeat(TEXT_MAX), ..Text::default() };
+        text.take("y\n");
+        assert!(text.changed && text.text.len() == TEXT_MAX);
+    }
+}
