@@ -8,7 +8,7 @@ pub mod error;
 pub mod real;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -121,7 +121,7 @@ pub enum Signal {
 }
 
 /// The daemons of the host.
-pub trait Daemons {
+pub trait Daemons: Send + Sync {
     /// The ovs-vswitchd that owns the upcall port ids which the datapath is bound to. Never looked up by PID file.
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
     /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
@@ -155,6 +155,12 @@ pub trait Daemons {
     /// Starts a daemon as `model` was started, where no service manager owns it. Returns once the command has been
     /// started: an ovs-vswitchd that finds the lock taken lets its starter wait.
     fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>>;
+    /// As [`Daemons::start_like`] with another program, such as the one that [`Daemons::save_program`] kept: the way
+    /// back. The process is put into the cgroup of `model`, so that its unit goes on owning it.
+    fn start_program_like(&self, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>>;
+    /// Copies the program of a running daemon (even where the package has replaced its file) into `directory` under its
+    /// own name, proves that the copy runs (`--version`) and returns its path. May be run twice.
+    fn save_program(&self, daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf>;
 }
 
 /// A start under way.
@@ -269,7 +275,7 @@ pub enum Cleared {
 }
 
 /// The database.
-pub trait Database {
+pub trait Database: Send + Sync {
     /// Everything Check and the report want to know.
     fn facts(&self, until: Instant) -> Result<DatabaseFacts>;
     /// Sets `other_config:flow-restore-wait=true` and our mark of run `run`, and increments `next_cfg`, in one
@@ -372,7 +378,7 @@ pub enum JobKind {
 }
 
 /// The service manager. Jobs are queued with mode `ignore-dependencies`: no other unit is pulled along.
-pub trait ServiceManager {
+pub trait ServiceManager: Send + Sync {
     /// Is it there at all?
     fn is_running(&self) -> bool;
     /// The service unit that owns this daemon (by its main process, or by being Open vSwitch's own unit).
@@ -466,7 +472,7 @@ pub struct LearnReport {
 }
 
 /// The bridges, through their management sockets.
-pub trait OpenFlow {
+pub trait OpenFlow: Send + Sync {
     /// Flows, groups, meters and TLV maps of `bridges`, read side by side.
     fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>>;
     /// `before` brought up to now: everything is read again but the flows of those bridges that `watch` saw no change

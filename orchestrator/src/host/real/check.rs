@@ -73,6 +73,7 @@ pub fn findings(
         return found.0;
     }
     let Some((vswitchd, server)) = running(daemons, &mut found) else { return found.0 };
+    tools(until, &mut found);
     namespaces(&vswitchd, &mut found);
     versions(daemons, &vswitchd, until, &mut found);
     match database.facts(until) {
@@ -112,6 +113,15 @@ fn running(daemons: &dyn Daemons, found: &mut Findings) -> Option<(Daemon, Daemo
             let remedy = "stop all but the one that forwards; after an interrupted run: ovs-graceful recover";
             found.refuse("ovs-running", "ovs-vswitchd", format!("it runs more than once: {pids:?}"), remedy);
             None
+        }
+    }
+}
+
+/// The programs of the package that a run works with.
+fn tools(until: Instant, found: &mut Findings) {
+    for tool in ["ovs-ofctl", "ovsdb-tool"] {
+        if let Err(e) = command::run_well(tool, &["--version"], None, until) {
+            found.refuse("tools", tool, e.cause, "install the openvswitch package's command line tools");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -193,6 +194,33 @@ impl Daemons for RealDaemons {
     fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>> {
         spawn::start_like(model, &installed_program(model)?)
     }
+
+    fn start_program_like(&self, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
+        spawn::start_like(model, program)
+    }
+
+    fn save_program(&self, daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf> {
+        self.hold(daemon.id)?;
+        save_program(daemon, directory, until)
+    }
+}
+
+/// Copies `/proc/PID/exe`, which stays readable when the file has been replaced, and tries the copy.
+fn save_program(daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf> {
+    let object = directory.display().to_string();
+    let expected = daemon.exe.file_name().unwrap_or(daemon.kind.program().as_ref());
+    let (path, new) = (directory.join(expected), directory.join(format!("{}.new", daemon.kind.program())));
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).about(&object)?;
+    fs::copy(format!("/proc/{}/exe", daemon.id.pid), &new).about(&object)?;
+    // Written aside and renamed: a program that runs cannot be written to.
+    fs::rename(&new, &path).about(&object)?;
+    let program = path.to_string_lossy();
+    let text = command::run_well(&program, &["--version"], None, until).map_err(|e| {
+        HostError::new(&*program, format!("the copy of the running program does not run: {}", e.cause))
+            .remedy("is the file system mounted noexec? Name another directory")
+    })?;
+    unixctl::parse_version(&text).ok_or_else(|| HostError::new(&*program, format!("it says {text:?}")))?;
+    Ok(path)
 }
 
 /// Sleeps a moment, or fails with a time-out of `object` where `until` has passed.
