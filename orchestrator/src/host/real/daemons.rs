@@ -398,4 +398,26 @@ mod tests {
         child.wait().unwrap();
         assert!(!daemons.is_alive(id) && daemons.signal(id, Signal::Kill).is_err());
     }
+
+    #[test]
+    fn the_program_of_a_running_process_is_kept_and_proved() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("sleep");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = std::process::Command::new(&program).arg("30").spawn().unwrap();
+        let id = procfs::identity(child.id() as i32).unwrap();
+        // What an upgrade does: the file is gone, the process is not.
+        fs::remove_file(&program).unwrap();
+        let daemon = describe(DaemonKind::OvsVswitchd, id).unwrap();
+        assert!(daemon.exe_deleted);
+        let until = Instant::now() + Duration::from_secs(10);
+        let kept = directory.path().join("kept");
+        for _ in 0..2 {
+            assert_eq!(save_program(&daemon, &kept, until).unwrap(), kept.join("sleep"));
+        }
+        assert_eq!(fs::read(kept.join("sleep")).unwrap(), fs::read("/bin/sleep").unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(save_program(&daemon, &kept, until).is_err());
+    }
 }
