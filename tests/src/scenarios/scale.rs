@@ -23,8 +23,8 @@ const RULES_PER_BRIDGE: u32 = 5000;
 const FLOWS: u32 = 15_000;
 /// Port of the crowd of flows.
 const CROWD_PORT: u16 = 9003;
-/// Source ports of the crowd: beside those of the new-flow stream, whose addresses differ.
-const CROWD_FIRST: u16 = 20_000;
+/// Source ports of the crowd: beside those of the new-flow stream.
+const CROWD_FIRST: u16 = 45_000;
 /// Refreshing each flow every 30 s takes a packet every 2 ms.
 const CROWD_US: u64 = 2000;
 /// The burst: new flows at the highest rate that stock carries here without loss when nothing restarts.
@@ -93,11 +93,11 @@ impl Traffic for Scale {
         }
         network::ping("ns1", "10.9.0.2")?;
         // Something must listen, or the fill is answered by ICMP errors that make flows of their own.
-        let _sink = std::thread::spawn(|| -> Result<UdpSocket> {
+        let sink = std::thread::spawn(|| -> Result<UdpSocket> {
             Place::named("ns2").enter()?;
             Ok(UdpSocket::bind(("0.0.0.0", CROWD_PORT))?)
         });
-        let sink = _sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
+        let sink = sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
         fill()?;
         drop(sink);
         say(&format!("the kernel holds {} flows", present()));

@@ -64,9 +64,9 @@ impl Ports {
     }
 }
 
-/// Source ports of [`Ports::EachNew`]: enough for eight minutes at a packet every 10 ms.
+/// Source ports of [`Ports::EachNew`]: enough for minutes, and below those of [`Ports::Cycle`] and of constant flows.
 const FIRST_NEW: u16 = 10_000;
-const NEW_PORTS: u32 = 50_000;
+const NEW_PORTS: u32 = 30_000;
 
 /// A probe to run.
 #[derive(Debug, Clone)]

@@ -21,6 +21,8 @@ use crate::outcome::{ProbeOutcome, UdpOutcome};
 const LENGTH: usize = 64;
 /// Source sockets kept open for replies: 20 s of the new-flow stream at 10 ms.
 const KEPT_SOCKETS: usize = 2048;
+/// Source port of a constant flow, plus the last digits of its destination port.
+const CONSTANT_FIRST: u16 = 62_000;
 /// How long arrivals are waited for once sending has stopped.
 const GRACE: Duration = Duration::from_secs(4);
 /// Receive buffers that a burst of replayed packets does not fill, bytes.
@@ -190,7 +192,8 @@ fn send(
 ) -> Result<Sent> {
     place.enter()?;
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
-    let constant = source_socket(0)?;
+    // Fixed, so that it never takes a port that another probe needs.
+    let constant = source_socket(CONSTANT_FIRST + target.port() % 1000)?;
     hand_over.send(constant.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
     let begin = now();
     let mut sequence = 0u32;
