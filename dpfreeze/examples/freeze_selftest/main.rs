@@ -65,6 +65,7 @@ const TESTS: &[(&str, fn())] = &[
     ("canary_lsm", || canary_on(Hook::Lsm)),
     ("canary_without_openvswitch", canary_without_openvswitch),
     ("load_proven", load_proven),
+    ("proof_leaves_a_freeze_alone", proof_leaves_a_freeze_alone),
     ("each_class_alone", each_class_alone),
     ("disguised_flush", disguised_flush),
     ("names_count_as_datapaths", names_count_as_datapaths),
@@ -140,6 +141,17 @@ fn load_proven() {
     let (freeze, report) = Freeze::load_proven(&canary_command(), families()).unwrap();
     assert_eq!(freeze.hook(), Hook::FmodRet);
     assert!(report.with_openvswitch);
+}
+
+fn proof_leaves_a_freeze_alone() {
+    let mut holder = start_holder(LONG);
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    let (hook, report) = freeze::prove(&canary_command(), families()).unwrap();
+    assert!(hook == Hook::FmodRet && report.with_openvswitch);
+    assert_eq!(Sender::root().send(&flow_flush(families(), GHOST)), BUSY);
+    let pins: Vec<_> = fs::read_dir("/sys/fs/bpf").unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(pins, [PathBuf::from(PIN_DIR)]);
 }
 
 type Counter = fn(&Refused) -> u64;

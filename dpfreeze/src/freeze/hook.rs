@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::mem::MaybeUninit;
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
@@ -10,7 +9,8 @@ use libbpf_rs::{Link, MapMut, PrintLevel};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::freeze::{environment, pins};
+use crate::freeze::environment;
+use crate::freeze::pins::{Pins, LINK};
 
 /// The generated skeleton of `bpf/freeze.bpf.c`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -59,8 +59,8 @@ fn said() -> String {
 }
 
 /// Loads, attaches and pins the program on the first of `hooks` that takes it.
-pub fn load_and_pin(hooks: &[Hook]) -> Result<Hook> {
-    first_that_takes_it(hooks, Some(pins::path("")).as_deref())
+pub fn load_and_pin(hooks: &[Hook], pins: &Pins) -> Result<Hook> {
+    first_that_takes_it(hooks, Some(pins))
 }
 
 /// Which hook takes the program? Nothing is pinned: it is gone again on return.
@@ -68,19 +68,19 @@ pub fn try_hooks(hooks: &[Hook]) -> Result<Hook> {
     first_that_takes_it(hooks, None)
 }
 
-fn first_that_takes_it(hooks: &[Hook], pin_dir: Option<&Path>) -> Result<Hook> {
+fn first_that_takes_it(hooks: &[Hook], pins: Option<&Pins>) -> Result<Hook> {
     environment::require_bpf()?;
     libbpf_rs::set_print(Some((PrintLevel::Info, listen)));
     let mut failures = Vec::new();
     for hook in hooks {
         said();
-        match attach(*hook, pin_dir) {
+        match attach(*hook, pins) {
             Ok(()) => return Ok(*hook),
             Err(error) => {
                 failures.push(format!("{hook}: {error:#} ({})", said()));
-                if pin_dir.is_some() {
-                    pins::remove()?;
-                    pins::prepare()?;
+                if let Some(pins) = pins {
+                    pins.remove()?;
+                    pins.prepare()?;
                 }
             }
         }
@@ -94,15 +94,15 @@ fn first_that_takes_it(hooks: &[Hook], pin_dir: Option<&Path>) -> Result<Hook> {
     })
 }
 
-fn attach(hook: Hook, pin_dir: Option<&Path>) -> libbpf_rs::Result<()> {
+fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
     let mut object = MaybeUninit::uninit();
     let mut open = skeleton::FreezeSkelBuilder::default().open(&mut object)?;
     open.progs.freeze_fmod_ret.set_autoload(hook == Hook::FmodRet);
     open.progs.freeze_lsm.set_autoload(hook == Hook::Lsm);
     let mut loaded = open.load()?;
-    if let Some(dir) = pin_dir {
+    if let Some(pins) = pins {
         let maps = &mut loaded.maps;
-        let pin = |map: &mut MapMut<'_>, name: &str| map.pin(dir.join(name));
+        let pin = |map: &mut MapMut<'_>, name: &str| map.pin(pins.path(name));
         pin(&mut maps.config, "config")?;
         pin(&mut maps.refused, "refused")?;
         pin(&mut maps.captured, "captured")?;
@@ -116,8 +116,8 @@ fn attach(hook: Hook, pin_dir: Option<&Path>) -> libbpf_rs::Result<()> {
         Hook::Lsm => loaded.progs.freeze_lsm.attach()?,
     };
     // The link last: its pin says that everything else is in place.
-    match pin_dir {
-        Some(dir) => link.pin(dir.join(pins::LINK)),
+    match pins {
+        Some(pins) => link.pin(pins.path(LINK)),
         None => Ok(()),
     }
 }

@@ -20,7 +20,7 @@ mod state;
 
 use std::time::Duration;
 
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use libbpf_rs::{MapCore, MapHandle};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,7 @@ pub use state::{state, Refused, State};
 
 use crate::error::{Error, Result};
 use abi::Config;
+use pins::Pins;
 
 bitflags::bitflags! {
     /// The classes of messages that can be refused. The bit numbers are those of `enum class` in the BPF program.
@@ -93,6 +94,7 @@ pub struct Captured {
 /// A loaded freeze: frozen or not as [`Freeze::arm`] says. Dropping it lifts nothing: the pins keep it, the lease ends it.
 #[derive(Debug)]
 pub struct Freeze {
+    pins: Pins,
     hook: Hook,
     config: MapHandle,
     refused: MapHandle,
@@ -110,60 +112,53 @@ impl Freeze {
     /// Where a living process holds a freeze, or no hook takes the program: the error says what is missing (capability,
     /// kernel version, BTF, lockdown) and the remedy.
     pub fn load() -> Result<Freeze> {
-        Self::load_from(&Hook::ALL)
+        Self::load_shared(&Hook::ALL)
     }
 
     /// Like [`Freeze::load`], on this hook and no other.
     pub fn load_on(hook: Hook) -> Result<Freeze> {
-        Self::load_from(&[hook])
+        Self::load_shared(&[hook])
     }
 
     /// Like [`Freeze::load`], but proves the hook with a canary and goes on to the next hook where that one loads
     /// without refusing anything (`lsm/` without `bpf` in the boot-time list of LSMs).
     pub fn load_proven(canary: &CanaryCommand, families: Families) -> Result<(Freeze, CanaryReport)> {
-        let mut failures = Vec::new();
-        for hook in Hook::ALL {
-            let proof = Self::load_on(hook).and_then(|mut freeze| match freeze.canary(canary, families) {
-                Ok(report) => Ok((freeze, report)),
-                Err(error) => {
-                    freeze.thaw()?;
-                    Err(error)
-                }
-            });
-            match proof {
-                Ok(proof) => return Ok(proof),
-                Err(error) => failures.push(format!("{hook}: {error}")),
-            }
-        }
-        Err(Error::Unsupported {
-            what: "freeze".into(),
-            why: failures.join("; "),
-            remedy: "run at level park, without a freeze".into(),
-        })
+        first_proven(canary, families, Self::load_on)
     }
 
     /// The freeze that is pinned, left by another process (after a crash, for `thaw`), or None.
     pub fn open() -> Result<Option<Freeze>> {
-        let Some(hook) = pins::pinned_hook()? else { return Ok(None) };
+        Self::open_in(Pins::shared())
+    }
+
+    fn open_in(pins: Pins) -> Result<Option<Freeze>> {
+        let Some(hook) = pins.pinned_hook()? else { return Ok(None) };
         Ok(Some(Freeze {
             hook,
-            config: pins::open_map("config")?,
-            refused: pins::open_map("refused")?,
-            captured: pins::open_map("captured")?,
-            datapaths: pins::open_map("datapaths")?,
-            dp_names: pins::open_map("dp_names")?,
-            timeouts: pins::open_map("timeouts")?,
-            events: pins::open_map("events")?,
+            config: pins.open_map("config")?,
+            refused: pins.open_map("refused")?,
+            captured: pins.open_map("captured")?,
+            datapaths: pins.open_map("datapaths")?,
+            dp_names: pins.open_map("dp_names")?,
+            timeouts: pins.open_map("timeouts")?,
+            events: pins.open_map("events")?,
+            pins,
         }))
     }
 
-    fn load_from(hooks: &[Hook]) -> Result<Freeze> {
-        process::require_initial_pid_namespace()?;
+    fn load_shared(hooks: &[Hook]) -> Result<Freeze> {
         refuse_if_held()?;
         thaw()?;
-        pins::prepare()?;
-        hook::load_and_pin(hooks)?;
-        Self::open()?.ok_or_else(|| Error::io(format!("link in {PIN_DIR}"), nix::errno::Errno::ENOENT))
+        Self::load_in(Pins::shared(), hooks)
+    }
+
+    fn load_in(pins: Pins, hooks: &[Hook]) -> Result<Freeze> {
+        process::require_initial_pid_namespace()?;
+        pins.remove()?;
+        pins.prepare()?;
+        hook::load_and_pin(hooks, &pins)?;
+        let link = pins.path(pins::LINK);
+        Self::open_in(pins)?.ok_or_else(|| Error::io(link.display().to_string(), nix::errno::Errno::ENOENT))
     }
 
     /// The hook that the program is attached to.
@@ -236,7 +231,7 @@ impl Freeze {
     /// Moves the lease to `lease` from now, never beyond the absolute end. To be called by the step that makes
     /// progress, never by a thread of its own (hazard 5).
     pub fn renew(&mut self, lease: Duration) -> Result<Renewal> {
-        if pins::pinned_hook()?.is_none() {
+        if self.pins.pinned_hook()?.is_none() {
             return Ok(Renewal::Thawed);
         }
         let config = self.read_config()?;
@@ -302,7 +297,7 @@ impl Freeze {
 
     /// Lifts the freeze at once and removes program and pins; counters and events go with them, so read those first.
     pub fn thaw(self) -> Result<()> {
-        thaw()
+        thaw_in(&self.pins)
     }
 
     fn read_config(&self) -> Result<Config> {
@@ -328,16 +323,59 @@ impl Freeze {
     }
 }
 
+/// Proves with a canary that a freeze works on this host, and by which hook, and leaves alone whatever is frozen: what
+/// `check` calls.
+///
+/// # Errors
+/// As [`Freeze::load_proven`].
+pub fn prove(canary: &CanaryCommand, families: Families) -> Result<(Hook, CanaryReport)> {
+    let (freeze, report) = first_proven(canary, families, |hook| {
+        let pins = Pins::private();
+        Freeze::load_in(pins.clone(), &[hook]).inspect_err(|_| drop(pins.remove()))
+    })?;
+    let hook = freeze.hook;
+    freeze.thaw()?;
+    Ok((hook, report))
+}
+
+fn first_proven(
+    canary: &CanaryCommand,
+    families: Families,
+    load: impl Fn(Hook) -> Result<Freeze>,
+) -> Result<(Freeze, CanaryReport)> {
+    let mut failures = Vec::new();
+    for hook in Hook::ALL {
+        let proof = load(hook).and_then(|mut freeze| match freeze.canary(canary, families) {
+            Ok(report) => Ok((freeze, report)),
+            Err(error) => {
+                freeze.thaw()?;
+                Err(error)
+            }
+        });
+        match proof {
+            Ok(proof) => return Ok(proof),
+            Err(error) => failures.push(format!("{hook}: {error}")),
+        }
+    }
+    Err(Error::Unsupported {
+        what: "freeze".into(),
+        why: failures.join("; "),
+        remedy: "run at level park, without a freeze".into(),
+    })
+}
+
 /// Lifts whatever freeze is pinned, armed by whomever, and removes program and pins. Done twice it does nothing.
 pub fn thaw() -> Result<()> {
+    thaw_in(&Pins::shared())?;
+    pins::sweep_proofs()
+}
+
+fn thaw_in(pins: &Pins) -> Result<()> {
     // The classes first: with the pin gone, the program may live on until the kernel's deferred release.
-    if let Ok(config) = pins::open_map("config") {
-        let off = Config::default().encode();
-        config
-            .update(&0u32.to_ne_bytes(), &off, MapFlags::ANY)
-            .map_err(|error| abi::bpf_error(format!("map config in {PIN_DIR}"), &error))?;
+    if let Ok(config) = pins.open_map("config") {
+        abi::update(&config, "config", 0, &Config::default().encode())?;
     }
-    pins::remove()
+    pins.remove()
 }
 
 /// Another process's freeze is not ours to replace, unless that process is dead or holds nothing.
