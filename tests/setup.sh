@@ -6,10 +6,17 @@ wanted_cargo=89 # rust-version of the workspace: 1.89
 
 say() { echo "setup: $*" >&2; }
 
+apt_updated=no
+
+# Old lists know of old packages (a rustc-web that is too old, versions that the mirror no longer has).
+apt_update() {
+	[ "$apt_updated" = yes ] || apt-get update -q >&2
+	apt_updated=yes
+}
+
 apt_install() {
 	say "installing $*"
-	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@" >&2 && return
-	apt-get update -q >&2
+	apt_update
 	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@" >&2
 }
 
@@ -40,7 +47,7 @@ ensure_cargo() {
 	[ -x "$HOME/.cargo/bin/cargo" ] && PATH="$HOME/.cargo/bin:$PATH"
 	if ! cargo_is_new_enough cargo; then
 		# Debian's own rustc is older; the one its browsers are built with is new enough.
-		[ -x /usr/bin/cargo ] && cargo_is_new_enough /usr/bin/cargo || apt_install rustc-web cargo-web
+		if ! cargo_is_new_enough /usr/bin/cargo; then apt_install rustc-web cargo-web; fi
 		PATH="/usr/bin:$PATH"
 		cargo_is_new_enough cargo || {
 			say "no cargo of at least 1.$wanted_cargo: neither this machine's nor Debian's rustc-web and cargo-web"
@@ -57,6 +64,7 @@ qemu_major() { qemu-system-x86_64 --version 2>/dev/null | sed -n 's/.*version \(
 ensure_qemu() {
 	[ "$(qemu_major)" ] && [ "$(qemu_major)" -ge 10 ] && return
 	local codename mirror
+	apt_update
 	codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
 	if ! apt-cache policy qemu-system-x86 | grep -q "^ *[a-z0-9:.+~-]*~bpo\|^ *1:1[0-9]\."; then
 		mirror=$(cargo run -q -p lab -- mirror)
