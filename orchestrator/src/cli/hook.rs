@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Read;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -108,6 +108,12 @@ fn spawn(command: &[OsString], old: Option<&str>) -> anyhow::Result<Child> {
     let environ = old.map(|pid| PathBuf::from("/proc").join(pid).join("environ"));
     for name in reload_only(&environ.and_then(read).unwrap_or_default()) {
         child.env_remove(name);
+    }
+    // SAFETY: the closure does nothing between fork and exec. It is there because std then forks and execs instead of
+    // calling posix_spawn(3), which leaves glibc's SIGCANCEL (32) ignored in the program (spawni.c): the daemon's
+    // SigIgn would not be that of a stock start.
+    unsafe {
+        child.pre_exec(|| Ok(()));
     }
     child.spawn().with_context(|| format!("cannot run {}", program.display()))
 }

@@ -17,10 +17,12 @@ const SHOWN: usize = 6;
 pub fn summary(report: &Report, colour: bool) -> String {
     let mut out = String::new();
     headline(&mut out, report, colour);
-    // A run that never came to touch anything has no numbers, and zeros would look like some.
-    if report.gap_ms.is_some() || report.parked.packets > 0 || !report.datapaths.is_empty() {
+    // A run that never came to Switch has no numbers, and zeros would look like some.
+    if report.gap_ms.is_some() || report.parked.packets > 0 || report.exit_code == ExitCode::Done {
         numbers(&mut out, report);
-        bridges(&mut out, &report.openflow);
+        if report.exit_code != ExitCode::Undone {
+            bridges(&mut out, &report.openflow);
+        }
         list(&mut out, "differences", &report.differences);
     }
     list(&mut out, "warnings", &report.warnings);
