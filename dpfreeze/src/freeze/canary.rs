@@ -58,6 +58,9 @@ pub struct CanaryReport {
     pub with_openvswitch: bool,
 }
 
+/// The remedy where the kernel does not do what the program says.
+const GIVE_UP: &str = "run at level park, without a freeze, and report this kernel";
+
 /// How the kernel took the canary's message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -110,7 +113,10 @@ impl Freeze {
             return if late && refused == passes {
                 Ok(None)
             } else {
-                Err(failed(&format!("a message to be refused met {refused:?}"), "the hook refuses nothing"))
+                Err(failed(
+                    &format!("the hook refuses nothing: a message to be refused met {refused:?}"),
+                    "boot with `bpf` in the list of LSMs (lsm=), or run at level park",
+                ))
             };
         }
         if self.refused()?.flow_flush == 0 {
@@ -118,12 +124,12 @@ impl Freeze {
         }
         let own = send_flush(scope.families.flow)?;
         if own != passes {
-            return Err(failed(&format!("the exempt process met {own:?}"), "the exemption does not hold"));
+            return Err(failed(&format!("the exemption does not hold: the exempt process met {own:?}"), GIVE_UP));
         }
         std::thread::sleep((lease + Duration::from_millis(2)).saturating_sub(armed.elapsed()));
         let after = child.send()?;
         if after != passes {
-            return Err(failed(&format!("after the lease a message met {after:?}"), "the lease does not end"));
+            return Err(failed(&format!("the lease does not end: after it a message met {after:?}"), GIVE_UP));
         }
         Ok(Some(armed.elapsed().as_millis() as u64))
     }
