@@ -253,3 +253,85 @@ pub fn judge_thawed(outcome: &mut Outcome) {
     let flush = shell_lenient("ovs-dpctl del-flows && echo flushed");
     outcome.check("the kernel takes a flush again", flush.contains("flushed"), flush.trim());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::facts::{Counters, Flows, Promised};
+    use crate::outcome::Job;
+
+    fn evidence() -> Evidence {
+        let flow = |packets| Flow { key: "recirc_id(0),in_port(1)".to_owned(), actions: "2".to_owned(), packets };
+        let flows = |packets| Flows::from([("u1".to_owned(), flow(packets))]);
+        let job = Job {
+            scenario: "plain".to_owned(),
+            action: Action::Ours,
+            product: true,
+            before_s: 5.0,
+            extra_args: Vec::new(),
+        };
+        Evidence {
+            job,
+            bridges: Vec::new(),
+            daemons_before: [Vec::new(), Vec::new()],
+            daemons_after: [Vec::new(), Vec::new()],
+            flows_earlier: flows(10),
+            flows_before: flows(20),
+            flows_after: flows(30),
+            counters_before: Counters::default(),
+            counters_after: Counters::default(),
+            flows_begun: 0,
+            promised_before: Promised::default(),
+            promised_after: Promised::default(),
+            failed_before: String::new(),
+            log: String::new(),
+            exit: Some(0),
+            report: Some(json!({
+                "schema": 1, "exit_code": 0, "level": "full", "strategy": "standby",
+                "refused": { "flow_flush": 1, "upcall_bind": 1 },
+                "parked": { "packets": 7, "replayed": 7, "overflowed": 0, "unreplayable": {} },
+                "datapaths": [{ "name": "ovs-system", "lost_delta": 0 }], "differences": []
+            })),
+        }
+    }
+
+    /// The failed assertions about a report that was changed at one place.
+    fn failures(pointer: &str, value: Value) -> Vec<String> {
+        let mut evidence = evidence();
+        if let Some(place) = evidence.report.as_mut().and_then(|r| r.pointer_mut(pointer)) {
+            *place = value;
+        }
+        let mut outcome = Outcome::new("plain", Action::Ours);
+        report(&evidence, &Expect::default(), &mut outcome);
+        outcome.checks.into_iter().filter(|c| !c.pass).map(|c| c.name).collect()
+    }
+
+    #[test]
+    fn a_good_report_passes_and_each_change_of_it_does_not() {
+        assert!(failures("/none", Value::Null).is_empty());
+        assert_eq!(failures("/level", json!("park")), ["level as asked"]);
+        assert_eq!(failures("/strategy", json!("stop-start")), ["strategy as asked"]);
+        assert_eq!(failures("/refused/flow_flush", json!(0)), ["refused flow_flush"]);
+        assert_eq!(failures("/datapaths/0/lost_delta", json!(3)), ["report lost_delta 0"]);
+        assert_eq!(failures("/differences", json!(["x"])), ["report has no differences"]);
+        let nothing_parked = json!({ "packets": 0, "replayed": 0, "overflowed": 0, "unreplayable": {} });
+        assert_eq!(failures("/parked", nothing_parked), ["packets were parked"]);
+        let two_gone = json!({ "packets": 7, "replayed": 5, "overflowed": 0, "unreplayable": {} });
+        assert_eq!(failures("/parked", two_gone).len(), 2);
+        let counted = json!({ "packets": 7, "replayed": 5, "overflowed": 0, "unreplayable": { "nat": 2 } });
+        assert_eq!(failures("/parked", counted), ["all parked were replayed"]);
+    }
+
+    #[test]
+    fn a_kept_flow_is_there_and_its_count_never_fell() {
+        let mut evidence = evidence();
+        assert_eq!(kept_flows(&evidence)["kept"], 1);
+        evidence.flows_after.values_mut().for_each(|f| f.packets = 19);
+        assert_eq!(kept_flows(&evidence)["fallen"].as_array().map(Vec::len), Some(1));
+        evidence.flows_after.clear();
+        assert_eq!(kept_flows(&evidence)["missing"].as_array().map(Vec::len), Some(1));
+        // Not in use before: an idle flow may go.
+        evidence.flows_earlier.clear();
+        assert_eq!(kept_flows(&evidence)["missing"].as_array().map(Vec::len), Some(0));
+    }
+}
