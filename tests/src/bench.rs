@@ -20,6 +20,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PRODUCT: [&str; 2] = ["ovs-graceful", "dpfreeze"];
 /// A scenario takes about a minute; TCG on a busy machine much more.
 const LIMIT: Duration = Duration::from_secs(420);
+/// Those that go through many hosts or runs.
+const CUSTOM_LIMIT: Duration = Duration::from_secs(900);
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -96,7 +98,7 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
         input: input.path(),
         output: &out,
         kernel_args: scenario.kernel_args(),
-        limit: LIMIT,
+        limit: if matches!(scenario, Scenario::Custom(_)) { CUSTOM_LIMIT } else { LIMIT },
     };
     let ran = vm::boot(&boot)?;
     let path = out.join("result.json");
