@@ -20,6 +20,15 @@ pub struct Lease {
     pub end: Duration,
 }
 
+/// A hand-over that was done.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// When the new daemon was bound.
+    pub bound: Instant,
+    /// What became of the parked packets.
+    pub replay: ReplayReport,
+}
+
 /// Something the freeze saw happen and let pass, or refused and wants repeated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FreezeEvent {
@@ -89,12 +98,11 @@ pub trait Datapath {
     fn remove_doomed(&mut self) -> Result<&RemovalReport>;
     /// What [`Datapath::remove_doomed`] did, once it has.
     fn removed(&self) -> Option<&RemovalReport>;
-    /// Binds the upcalls to what the new daemon asked for.
-    fn hand_over(&mut self, to: &Captured) -> Result<()>;
-    /// Takes note that `daemon` has bound the upcalls by itself (level `park`).
-    fn bound_by_itself(&mut self, daemon: ProcessId) -> Result<()>;
-    /// Replays what is parked, until nothing more arrives or `until`.
-    fn replay(&mut self, until: Instant) -> Result<ReplayReport>;
+    /// Binds the upcalls to what the new daemon asked for and replays what is parked, until nothing more arrives or
+    /// `until`. All that can be made ready is made ready before the binding: after it new misses overtake parked ones.
+    fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver>;
+    /// Replays what is parked to `daemon`, which has bound the upcalls by itself (level `park`).
+    fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
     /// Deletes those of the ports with these numbers whose name is not among `wanted`; returns their names.
     fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>>;
 }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::handover::{clear_restore_wait, remove_doomed, replay, wait_in_step};
+use super::handover::let_it_bind;
 use super::standby::cancel_start;
-use super::{classes, notes, Ended, Run, Start, Stop};
+use super::{classes, Ended, Run, Start, Stop};
 use crate::host::{DaemonKind, JobKind, Signal};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
@@ -24,13 +24,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
     start_again(run)?;
     super::restore::restore(run)?;
-    remove_doomed(run)?;
-    clear_restore_wait(run)?;
-    wait_in_step(run)?;
-    let daemon = run.new_daemon()?.id;
-    run.host.datapath.bound_by_itself(daemon)?;
-    notes::gap_ended(&mut run.report, run.known.gap_began);
-    replay(run)?;
+    let_it_bind(run)?;
     Ok(Event::Done)
 }
 

@@ -20,25 +20,40 @@ impl Step for Handover {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
-        if run.host.datapath.is_armed() {
-            clear_restore_wait(run)?;
-            wait_until_captured(run)?;
-            restore_bridges_with_controllers(run)?;
-            remove_doomed(run)?;
-            bind(run)?;
-        } else {
-            // Without a freeze the daemon binds and flushes by itself as soon as the flag goes.
-            remove_doomed(run)?;
-            clear_restore_wait(run)?;
-            wait_in_step(run)?;
-            restore_bridges_with_controllers(run)?;
-            let new = run.new_daemon()?.id;
-            run.host.datapath.bound_by_itself(new)?;
+        match run.host.datapath.is_armed() {
+            true => hand_over(run)?,
+            false => let_it_bind(run)?,
         }
-        notes::gap_ended(&mut run.report, run.known.gap_began);
-        replay(run)?;
         Ok(Event::Done)
     }
+}
+
+/// The binding was refused and captured; it is carried out when everything is ready.
+fn hand_over(run: &mut Run) -> Result<(), Stop> {
+    clear_restore_wait(run)?;
+    wait_until_captured(run)?;
+    restore_bridges_with_controllers(run)?;
+    remove_doomed(run)?;
+    let Some(captured) = run.known.captured.clone() else { return Ok(()) };
+    let until = run.deadline;
+    let done = run.host.datapath.hand_over(&captured, until).context("binding the new ovs-vswitchd, and replaying")?;
+    notes::gap_ended(&mut run.report, run.known.gap_began, done.bound);
+    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &done.replay);
+    run.host.datapath.refuse(classes::handed_over())?;
+    run.checkpoint()
+}
+
+/// Without a freeze the daemon binds and flushes by itself as soon as the flag goes.
+pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
+    remove_doomed(run)?;
+    clear_restore_wait(run)?;
+    wait_in_step(run)?;
+    notes::gap_ended(&mut run.report, run.known.gap_began, Instant::now());
+    restore_bridges_with_controllers(run)?;
+    let (daemon, until) = (run.new_daemon()?.id, run.deadline);
+    let replayed = run.host.datapath.replay_to(daemon, until).context("replaying the parked packets")?;
+    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &replayed);
+    run.checkpoint()
 }
 
 pub(super) fn clear_restore_wait(run: &mut Run) -> Result<(), Stop> {
@@ -70,19 +85,5 @@ fn wait_until_captured(run: &mut Run) -> Result<(), Stop> {
 pub(super) fn remove_doomed(run: &mut Run) -> Result<(), Stop> {
     let removed = run.host.datapath.remove_doomed().context("removing the flows that cannot survive")?;
     notes::removal(&mut run.report, DATAPATH, removed);
-    run.checkpoint()
-}
-
-fn bind(run: &mut Run) -> Result<(), Stop> {
-    let Some(captured) = run.known.captured.clone() else { return Ok(()) };
-    run.host.datapath.hand_over(&captured).context("binding the upcalls to the new ovs-vswitchd")?;
-    run.host.datapath.refuse(classes::handed_over())?;
-    run.checkpoint()
-}
-
-pub(super) fn replay(run: &mut Run) -> Result<(), Stop> {
-    let until: Instant = run.deadline;
-    let replayed = run.host.datapath.replay(until).context("replaying the parked packets")?;
-    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &replayed);
     run.checkpoint()
 }

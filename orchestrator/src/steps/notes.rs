@@ -26,9 +26,9 @@ fn datapath(before: &DatapathSnapshot) -> DatapathReport {
 }
 
 /// The end of the time without a daemon bound to the upcalls.
-pub(super) fn gap_ended(report: &mut Report, began: Option<Instant>) {
-    if let (Some(began), None) = (began, report.gap_ms) {
-        report.gap_ms = Some(milliseconds(began.elapsed()));
+pub(super) fn gap_ended(report: &mut Report, began: Option<Instant>, ended: Instant) {
+    if let Some(began) = began {
+        report.gap_ms = Some(milliseconds(ended.saturating_duration_since(began)));
     }
 }
 

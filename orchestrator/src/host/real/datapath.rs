@@ -10,7 +10,7 @@ use dpfreeze::park::{
 use dpfreeze::snapshot::{self, Snapshot};
 use dpfreeze::tunnel::{Adoption, Guard};
 
-use crate::host::datapath::{Datapath, FreezeEvent, Lease, DATAPATH};
+use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
 use crate::host::{Context, HostError, ProcessId, Result};
 
 /// How long the replay to the old daemon may take, when a run is undone.
@@ -26,9 +26,9 @@ pub struct KernelDatapath {
     before: Vec<Flow>,
     dump: Option<Vec<Flow>>,
     removed: Option<RemovalReport>,
+    old: Option<ProcessId>,
     drain: Option<DrainWatch>,
     adoption: Option<Adoption>,
-    bound: Option<(u32, Vec<u32>)>,
 }
 
 impl KernelDatapath {
@@ -47,9 +47,9 @@ impl KernelDatapath {
             before: Vec::new(),
             dump: None,
             removed: None,
+            old: None,
             drain: None,
             adoption: None,
-            bound: None,
         })
     }
 
@@ -208,7 +208,7 @@ impl Datapath for KernelDatapath {
             .remedy("is a second ovs-vswitchd running?"));
         }
         self.drain = Some(DrainWatch::new(pid, &port_ids));
-        self.bound = Some((pid, port_ids.clone()));
+        self.old = Some(old);
         self.returned_to = port_ids;
         self.park = Some(park);
         Ok(())
@@ -228,7 +228,9 @@ impl Datapath for KernelDatapath {
         // The old daemon knows its own recirculation ids and reads its own sockets: all goes back as it came.
         self.park()?.release_adopted();
         self.choose_doomed()?;
-        self.replay(Instant::now() + RETURN_LIMIT)?;
+        if let Some(old) = self.old {
+            self.replay_to(old, Instant::now() + RETURN_LIMIT)?;
+        }
         self.park = None;
         self.dump = None;
         Ok(())
@@ -265,31 +267,23 @@ impl Datapath for KernelDatapath {
         self.removed.as_ref()
     }
 
-    fn hand_over(&mut self, to: &Captured) -> Result<()> {
-        self.bind(to.features, &to.port_ids)?;
-        self.bound = Some((to.process.tgid, to.port_ids.clone()));
-        Ok(())
+    fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver> {
+        let reader = raised(to.process.tgid, &to.port_ids, self.limits)?;
+        let dp = self.dp()?;
+        let origins = Origins::of(dump(&self.removed, &self.dump));
+        // A DP_SET without USER_FEATURES would zero them.
+        let features = to.features.unwrap_or(dp.user_features);
+        self.ovs.set_per_cpu_pids(&dp, features, &to.port_ids).about(DATAPATH)?;
+        let bound = Instant::now();
+        let replay = give_back(&mut self.park, &origins, &reader, until)?;
+        Ok(HandedOver { bound, replay })
     }
 
-    fn bound_by_itself(&mut self, daemon: ProcessId) -> Result<()> {
+    fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport> {
         let port_ids = self.upcall_port_ids()?;
-        self.bound = Some((number(daemon)?, port_ids));
-        Ok(())
-    }
-
-    fn replay(&mut self, until: Instant) -> Result<ReplayReport> {
-        let dump = self.removed.as_ref().map(|removed| &removed.dump).or(self.dump.as_ref());
-        let origins = Origins::of(dump.into_iter().flatten());
-        let daemon = match &self.bound {
-            Some((pid, port_ids)) => Duplicates::of(*pid, port_ids).about("upcall sockets of the ovs-vswitchd")?,
-            None => return Err(HostError::new("parked packets", "no daemon is bound to the upcalls")),
-        };
-        let limit = until.saturating_duration_since(Instant::now());
-        let input = ReplayInput { origins: &origins, daemon: &daemon, limit };
-        match &mut self.park {
-            Some(park) => park.replay(&input).about("parked packets"),
-            None => Err(HostError::new("parked packets", "nothing was parked")),
-        }
+        let reader = raised(number(daemon)?, &port_ids, self.limits)?;
+        let origins = Origins::of(dump(&self.removed, &self.dump));
+        give_back(&mut self.park, &origins, &reader, until)
     }
 
     fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>> {
@@ -304,6 +298,32 @@ impl Datapath for KernelDatapath {
             deleted.push(vport.name.clone());
         }
         Ok(deleted)
+    }
+}
+
+/// The sockets that the daemon `pid` reads, with room for what is parked.
+fn raised(pid: u32, port_ids: &[u32], limits: ParkLimits) -> Result<Duplicates> {
+    let object = "upcall sockets of the ovs-vswitchd";
+    let reader = Duplicates::of(pid, port_ids).about(object)?;
+    reader.raise_buffers(limits.socket_bytes).about(object)?;
+    Ok(reader)
+}
+
+/// The flow table as it was before anything was removed from it.
+fn dump<'a>(removed: &'a Option<RemovalReport>, dump: &'a Option<Vec<Flow>>) -> &'a [Flow] {
+    removed.as_ref().map(|removed| removed.dump.as_slice()).or(dump.as_deref()).unwrap_or_default()
+}
+
+fn give_back(
+    park: &mut Option<Park>,
+    origins: &Origins<'_>,
+    daemon: &Duplicates,
+    until: Instant,
+) -> Result<ReplayReport> {
+    let limit = until.saturating_duration_since(Instant::now());
+    match park {
+        Some(park) => park.replay(&ReplayInput { origins, daemon, limit }).about("parked packets"),
+        None => Err(HostError::new("parked packets", "nothing was parked")),
     }
 }
 
