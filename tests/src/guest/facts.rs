@@ -104,6 +104,12 @@ pub type Flows = BTreeMap<String, Flow>;
 pub fn flows(file: &Path) -> Result<Flows> {
     let text = shell("ovs-dpctl dump-flows -m")?;
     fs::write(file, &text)?;
+    read_flows(file)
+}
+
+/// Flows from a file that `ovs-dpctl dump-flows -m` was written to.
+pub fn read_flows(file: &Path) -> Result<Flows> {
+    let text = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
     Ok(text.lines().filter_map(parse_flow).collect())
 }
 

@@ -22,6 +22,8 @@ use nix::sys::resource::{setrlimit, Resource};
 use facts::{Counters, Daemon, Flows, Promised};
 use probe::Running;
 
+/// The kernel's flows as our gate command saw them.
+const FLOWS_AT_GATES: &str = "flows-gates";
 /// Where `ovs-graceful restart` leaves its report.
 const REPORT: &str = "report.json";
 const VSWITCHD_LOG: &str = "/var/log/openvswitch/ovs-vswitchd.log";
@@ -173,7 +175,10 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
 
     act(job, out, outcome)?;
     evidence.exit = outcome.action_exit;
-    evidence.flows_after = facts::flows(&out.join("flows-after")).unwrap_or_default();
+    let now = facts::flows(&out.join("flows-after")).unwrap_or_default();
+    // Ours: what was there when the new daemon was bound and deletions were not yet let go. Later its first
+    // revalidation deletes adopted flows and makes them anew (docs/adoption.md).
+    evidence.flows_after = facts::read_flows(&out.join(FLOWS_AT_GATES)).unwrap_or(now);
     std::thread::sleep(Duration::from_secs_f64(scenario.after_s()));
     evidence.flows_begun = live.iter().map(|l| l.probe.flows_begun()).sum::<u64>() - begun_before;
     outcome.probes = finish_all(live)?;
@@ -242,7 +247,9 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         Action::Nothing => words("true", &[]),
         Action::Ours => {
             let mut command = words("ovs-graceful", &["restart", "--report"]);
-            command.arg(&report).args(&job.extra_args);
+            command.arg(&report).arg("--gate-command");
+            command.arg(format!("ovs-dpctl dump-flows -m > {}", out.join(FLOWS_AT_GATES).display()));
+            command.args(&job.extra_args);
             command
         }
     };

@@ -69,7 +69,7 @@ impl Traffic for Conntrack {
     }
 
     fn expect(&self) -> Expect {
-        Expect { refused: &["flow_flush", "upcall_bind", "ct_timeout_del"], keeps_flows: false, ..Expect::default() }
+        Expect { refused: &["upcall_bind", "ct_timeout_del"], keeps_flows: false, ..Expect::default() }
     }
 
     fn before_action(&self, outcome: &mut Outcome) -> Result<()> {

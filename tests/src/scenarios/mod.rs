@@ -43,7 +43,7 @@ impl Default for Expect {
     fn default() -> Self {
         Expect {
             level: "full",
-            refused: &["flow_flush", "upcall_bind"],
+            refused: &["upcall_bind"],
             keeps_flows: true,
             overflow: false,
             in_units: true,
