@@ -80,7 +80,7 @@ pub trait Datapath {
 
     /// Opens the parking sockets and keeps duplicates of those that `old` reads.
     fn prepare_park(&mut self, old: ProcessId) -> Result<()>;
-    /// Binds the upcalls to the parking sockets.
+    /// Binds the upcalls to the parking sockets, which are opened now where they are not yet.
     fn take_upcalls(&mut self) -> Result<()>;
     /// Binds the upcalls to the port ids they had before [`Datapath::take_upcalls`] and lets the parked packets go
     /// to their owner. May be run twice.

@@ -1,12 +1,14 @@
 //! Restore: the new daemon gets back what the old one had been told and had learned.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{bail, Context};
 
-use super::{notes, Ended, Run, Step, Stop};
+use super::{notes, Ended, Host, Known, Run, Step, Stop};
 use crate::config::Config;
-use crate::host::{Bridge, BridgeRules, LearnReport};
+use crate::host::{Bridge, BridgeRules, Daemon, FdbEntry, LearnReport, OpenFlow, PreparedRestore, RestoredRules};
 use crate::machine::{Event, Phase};
 
 pub(super) struct Restore;
@@ -35,30 +37,55 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
         run.warn(format!("tunnel port not kept: {failed}"));
     }
     raise_flow_limit(run)?;
-    let rules = run.known.rules.clone();
-    restore_rules(run, &rules)?;
-    teach_addresses(run, &bridges)
+    let Known { rules, addresses, prepared, .. } = &mut run.known;
+    let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
+    note(run, done)
 }
 
-fn restore_rules(run: &mut Run, rules: &[BridgeRules]) -> Result<(), Stop> {
-    let restored = run.host.openflow.restore(rules, run.deadline).context("restoring OpenFlow rules")?;
-    notes::restored(&mut run.report, &restored);
-    run.checkpoint()
+/// Rules and addresses, side by side: the one waits for the daemon's table, the other for its control socket.
+fn put_back(
+    host: &Host,
+    new: &Daemon,
+    bridges: &[Bridge],
+    rules: &[BridgeRules],
+    addresses: &BTreeMap<String, Vec<FdbEntry>>,
+    prepared: Option<Box<dyn PreparedRestore>>,
+    until: Instant,
+) -> anyhow::Result<(Vec<RestoredRules>, LearnReport)> {
+    thread::scope(|scope| {
+        let openflow = host.openflow.as_ref();
+        let learned = scope.spawn(move || teach_addresses(openflow, new, bridges, addresses, until));
+        let restored = match prepared {
+            Some(prepared) => prepared.commit(rules, until),
+            None => openflow.restore(rules, until),
+        };
+        let learned = learned.join().unwrap_or_else(|_| bail!("teaching learned addresses panicked"));
+        Ok((restored.context("restoring OpenFlow rules")?, learned.context("restoring learned addresses")?))
+    })
 }
 
 /// Hazards 24: NORMAL would flood what it had learned to send to one port.
-fn teach_addresses(run: &mut Run, bridges: &[Bridge]) -> Result<(), Stop> {
-    let until = run.deadline;
-    let new = run.new_daemon()?.clone();
+fn teach_addresses(
+    openflow: &dyn OpenFlow,
+    new: &Daemon,
+    bridges: &[Bridge],
+    addresses: &BTreeMap<String, Vec<FdbEntry>>,
+    until: Instant,
+) -> anyhow::Result<LearnReport> {
     let mut learned = LearnReport::default();
     for bridge in bridges {
-        let Some(entries) = run.known.addresses.get(&bridge.name) else { continue };
-        let taught = run.host.openflow.learn(&new, bridge, entries, until).context("learned addresses")?;
+        let Some(entries) = addresses.get(&bridge.name) else { continue };
+        let taught = openflow.learn(new, bridge, entries, until)?;
         learned.restored += taught.restored;
         for (reason, count) in taught.skipped {
             *learned.skipped.entry(reason).or_default() += count;
         }
     }
+    Ok(learned)
+}
+
+fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -> Result<(), Stop> {
+    notes::restored(&mut run.report, &restored);
     notes::learned(&mut run.report, &learned);
     run.checkpoint()
 }
@@ -88,8 +115,9 @@ pub(super) fn restore_bridges_with_controllers(run: &mut Run) -> Result<(), Stop
         .filter(|rules| with_controllers.iter().any(|bridge| bridge.name == rules.bridge))
         .cloned()
         .collect();
-    restore_rules(run, &rules)?;
-    teach_addresses(run, &with_controllers)
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
+    let done = put_back(&run.host, &new, &with_controllers, &rules, &run.known.addresses, None, until)?;
+    note(run, done)
 }
 
 fn retryable(stop: Stop) -> Stop {

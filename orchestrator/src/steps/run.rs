@@ -11,8 +11,8 @@ use crate::config::Config;
 use crate::control::{HookLink, Progress, Server};
 use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::{
-    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, RestoreWaitWatch, RuleWatch,
-    ServiceManager, Starting,
+    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
+    RuleWatch, ServiceManager, Starting,
 };
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
@@ -79,6 +79,8 @@ pub struct Known {
     pub rules: Vec<BridgeRules>,
     /// Sees changes of the rules since they were read.
     pub rule_watch: Option<Box<dyn RuleWatch>>,
+    /// The restore of [`Known::rules`], ready to be carried out.
+    pub prepared: Option<Box<dyn PreparedRestore>>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
     /// The start of the new daemon.

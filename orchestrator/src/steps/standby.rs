@@ -32,12 +32,15 @@ impl Step for Standby {
             run.known.standby_stopped = true;
             run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
         }
+        // Parsed and ready now, so that the gap does not pay for it.
+        run.known.prepared = Some(run.host.openflow.prepare_restore(&run.known.rules)?);
         run.checkpoint()?;
         Ok(Event::Done)
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
         let until = Instant::now() + run.config.limits.undo();
+        run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         if let Some(new) = run.known.new.take() {
             if run.host.daemons.is_alive(new.id) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::standby::start_new_daemon;
+use super::switch_prepare::take_upcalls;
 use super::{Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
@@ -21,6 +22,10 @@ impl Step for SwitchCommit {
 
     fn perform(&self, run: &mut Run) -> Ended {
         run.control.tell(&Progress::PointOfNoReturn);
+        if run.known.gap_began.is_none() {
+            // The old daemon has ended by itself before SwitchPrepare came to it.
+            take_upcalls(run)?;
+        }
         let old = run.old()?.clone();
         if run.known.standby_stopped {
             let new = run.new_daemon()?.id;

@@ -22,11 +22,7 @@ impl Step for SwitchPrepare {
     fn perform(&self, run: &mut Run) -> Ended {
         let old = run.old()?.id;
         run.host.datapath.prepare_park(old).context("opening the parking sockets")?;
-        if run.host.datapath.is_armed() {
-            run.host.datapath.refuse(classes::switching())?;
-        }
-        run.known.gap_began = Some(Instant::now());
-        run.host.datapath.take_upcalls().context("taking the upcalls over")?;
+        take_upcalls(run)?;
         wait_until_drained(run)?;
         take_in_openflow_changes(run)?;
         run.checkpoint()?;
@@ -45,6 +41,16 @@ impl Step for SwitchPrepare {
         }
         Ok(Event::Done)
     }
+}
+
+/// From here on misses are parked, and nothing may be deleted that the new daemon will want.
+pub(super) fn take_upcalls(run: &mut Run) -> Result<(), Stop> {
+    if run.host.datapath.is_armed() {
+        run.host.datapath.refuse(classes::switching())?;
+    }
+    run.known.gap_began = Some(Instant::now());
+    run.host.datapath.take_upcalls().context("taking the upcalls over")?;
+    Ok(())
 }
 
 fn wait_until_drained(run: &mut Run) -> Result<(), Stop> {

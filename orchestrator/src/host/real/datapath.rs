@@ -215,6 +215,10 @@ impl Datapath for KernelDatapath {
     }
 
     fn take_upcalls(&mut self) -> Result<()> {
+        if self.park.is_none() {
+            // The old daemon has ended by itself before its sockets could be adopted.
+            self.park = Some(Park::open(self.limits).about("parking sockets")?);
+        }
         let port_ids = self.park()?.port_ids();
         self.bind(None, &port_ids)
     }
