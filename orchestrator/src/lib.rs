@@ -7,6 +7,7 @@ pub mod control;
 pub mod host;
 pub mod journal;
 pub mod machine;
+pub mod recovery;
 pub mod report;
 pub mod steps;
 pub mod supervisor;

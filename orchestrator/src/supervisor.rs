@@ -3,14 +3,15 @@
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{bail, Context};
+use anyhow::{anyhow, Context};
 
 use crate::check::check_without_host;
 use crate::cli::SuperviseArgs;
 use crate::config::Config;
 use crate::control::{Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
-use crate::journal::Runs;
+use crate::journal::{Runs, STATE_DIR};
 use crate::machine::{Action, Event, ExitCode, Machine, Outcome, Phase};
+use crate::recovery::{self, Recorder};
 use crate::report::{CheckReport, Level, Report, Strategy};
 use crate::steps::{go_back, step, Ended, Host, Known, Run, Stop, Wish};
 
@@ -44,14 +45,19 @@ pub fn check(config: &Config) -> anyhow::Result<CheckReport> {
 }
 
 /// Finishes or undoes an interrupted run and returns the exit code.
-pub fn recover(_config: &Config) -> anyhow::Result<i32> {
-    bail!("recover: not wired yet")
+///
+/// # Errors
+/// As [`recovery::recover`].
+pub fn recover(config: &Config) -> anyhow::Result<i32> {
+    recovery::recover(config)
 }
 
 /// The emergency thaw where no supervisor lives; returns the exit code.
-pub fn thaw(_config: &Config) -> anyhow::Result<i32> {
-    dpfreeze::freeze::thaw()?;
-    bail!("thaw: every freeze is lifted; binding the running daemon and replaying is not wired yet")
+///
+/// # Errors
+/// As [`recovery::thaw`].
+pub fn thaw(config: &Config) -> anyhow::Result<i32> {
+    recovery::thaw(config)
 }
 
 fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitCode, Option<Report>)> {
@@ -66,15 +72,13 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitC
     };
     protect_from_paging_and_oom();
     let control = Server::bind(Path::new(SOCKET), id).with_context(|| format!("cannot listen on {SOCKET}"))?;
-    if let Err(error) = Runs::default().create(id, config.run.keep) {
-        tracing::warn!("no folder for this run: {error:#}");
-    }
     let started = Instant::now();
     let mut report = Report::new(id, wish.strategy, unix_ms());
-    let outcome = match Host::real(&config) {
-        Ok(host) => {
+    let ready = open_journal(id, &config).and_then(|journal| Ok((journal, Host::real(&config)?)));
+    let outcome = match ready {
+        Ok((journal, host)) => {
             let mut run = new_run(id, wish, config, host, report, control);
-            let outcome = drive(&mut run, started);
+            let outcome = drive(&mut run, journal, started);
             report = run.report;
             (outcome, run.control)
         }
@@ -86,9 +90,26 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitC
     let (outcome, control) = outcome;
     report.finish(&outcome, started.elapsed().as_millis() as u64);
     keep(id, &report);
+    if outcome.exit_code != ExitCode::NeedsPerson {
+        let _not_there_is_fine = std::fs::remove_file(recovery::rules_file(id));
+    }
     control.tell(&Progress::Finished { exit_code: outcome.exit_code.code(), report: Box::new(report.clone()) });
     control.close(Duration::from_secs(5));
     Ok((outcome.exit_code, Some(report)))
+}
+
+/// A run that cannot be written down cannot be recovered: it must not begin.
+fn open_journal(id: &str, config: &Config) -> anyhow::Result<Recorder> {
+    let runs = Runs::default();
+    if let Some(other) = runs.interrupted()? {
+        return Err(anyhow!("run {other} was cut off and has to be undone or finished first; `ovs-graceful recover`"));
+    }
+    let opened = runs.create(id, config.run.keep).and_then(|_| Recorder::open(&runs, id));
+    opened.map_err(|error| {
+        // Without a journal there is nothing to recover.
+        let _may_not_be_there = std::fs::remove_dir_all(runs.folder(id));
+        error.context(format!("no journal can be kept; make {STATE_DIR} writable and free some space there"))
+    })
 }
 
 fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Server) -> Run {
@@ -110,14 +131,15 @@ fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, con
 }
 
 /// Does what the machine says until the run is over.
-fn drive(run: &mut Run, started: Instant) -> Outcome {
+fn drive(run: &mut Run, mut journal: Recorder, started: Instant) -> Outcome {
+    let journal = &mut journal;
     let mut action = run.machine.start();
     loop {
         action = match action {
             Action::Finish(outcome) => return outcome,
-            Action::Do(phase) => perform(run, phase, started),
-            Action::Undo(phase) => undo(run, phase),
-            Action::Back => back(run, started),
+            Action::Do(phase) => perform(run, journal, phase, started),
+            Action::Undo(phase) => undo(run, journal, phase),
+            Action::Back => back(run, journal, started),
             Action::Thaw => {
                 let ended = crate::steps::thaw(run);
                 told(run, "thaw", ended)
@@ -128,13 +150,18 @@ fn drive(run: &mut Run, started: Instant) -> Outcome {
     }
 }
 
-fn perform(run: &mut Run, phase: Phase, started: Instant) -> Action {
+fn perform(run: &mut Run, journal: &mut Recorder, phase: Phase, started: Instant) -> Action {
     let begun = Instant::now();
     let at_ms = begun.duration_since(started).as_millis() as u64;
     run.control.tell(&Progress::PhaseBegun { phase, at_ms });
     let step = step(phase);
     run.deadline = begun + step.limit(&run.config);
-    let ended = run.checkpoint().and_then(|()| step.perform(run));
+    let written = intent(run, journal, phase, phase.name());
+    let ended = written.and_then(|()| run.checkpoint()).and_then(|()| step.perform(run));
+    if ended.is_ok() {
+        let written = journal.done(run, phase, phase.name());
+        unless_written(run, written);
+    }
     let duration_ms = begun.elapsed().as_millis() as u64;
     run.report.phase(phase, at_ms, duration_ms);
     let ok = matches!(ended, Ok(Event::Done | Event::NothingToDo));
@@ -142,19 +169,44 @@ fn perform(run: &mut Run, phase: Phase, started: Instant) -> Action {
     told(run, phase.name(), ended)
 }
 
-fn undo(run: &mut Run, phase: Phase) -> Action {
+/// What is not written down must not be done, unless not going on would be worse.
+fn intent(run: &mut Run, journal: &mut Recorder, phase: Phase, step: &str) -> Result<(), Stop> {
+    match journal.intent(run, phase, step) {
+        Err(error) if !phase.past_no_return() => Err(error.into()),
+        written => {
+            unless_written(run, written);
+            Ok(())
+        }
+    }
+}
+
+fn unless_written(run: &mut Run, written: anyhow::Result<()>) {
+    if let Err(error) = written {
+        run.warn(format!("journal: {error:#}"));
+    }
+}
+
+fn undo(run: &mut Run, journal: &mut Recorder, phase: Phase) -> Action {
     run.control.tell(&Progress::Undoing { phase });
     run.deadline = Instant::now() + run.config.limits.undo();
     let ended = step(phase).undo(run);
+    if ended.is_ok() {
+        let written = journal.undone(phase);
+        unless_written(run, written);
+    }
     told(run, phase.name(), ended)
 }
 
-fn back(run: &mut Run, started: Instant) -> Action {
+fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     let begun = Instant::now();
     let why = run.report.warnings.last().cloned().unwrap_or_default();
     run.control.tell(&Progress::GoingBack { why });
     run.deadline = begun + run.config.limits.back();
+    let written = journal.intent(run, Phase::SwitchCommit, "back");
+    unless_written(run, written);
     let ended = go_back(run);
+    let written = journal.done(run, Phase::SwitchCommit, "back");
+    unless_written(run, written);
     run.report.phase_named(
         "back",
         begun.duration_since(started).as_millis() as u64,

@@ -6,6 +6,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -18,6 +19,9 @@ use crate::supervisor;
 /// Variables that systemd gives to ExecReload= (systemd.exec(5), `service_spawn()` in src/core/service.c) and that
 /// ExecStart= may lack. `PIDFILE` is there once our drop-in sets PIDFile=.
 const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG_PID", "WATCHDOG_USEC", "MANAGERPID"];
+
+/// How long the hook of a run that was cut off waits for its recovery; systemd gives that 90 s.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(100);
 
 /// Does it and returns the exit code.
 pub fn hook(config: &Path, command: HookCommand) -> u8 {
@@ -75,11 +79,28 @@ fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
             Order::Cancel => return Ok(1),
         }
     }
-    // The supervisor is gone. Where the old daemon is gone too, only a reload that succeeds makes systemd look for the
-    // new one; a failed one would stop the unit with the new daemon in it.
-    let old_is_gone = old.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
     complain("hook reload: the run went without a word");
+    // The supervisor is gone. Where the old daemon is gone too, only a reload that succeeds makes systemd look for the
+    // new one; a failed one would stop the unit with the new daemon in it. Who it is to be, the recovery decides.
+    if started {
+        wait_settled(std::env::var_os("PIDFILE").map(PathBuf::from), Instant::now() + RECOVERY_LIMIT);
+    }
+    let old_is_gone = old.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
     Ok(u8::from(!(started && old_is_gone)))
+}
+
+/// Waits until the recovery has made the name of the PID file somebody's (`host::real::pid_file`): systemd reads it
+/// when we end. Older systemds do not tell which it is.
+fn wait_settled(pid_file: Option<PathBuf>, until: Instant) {
+    let Some(pid_file) = pid_file else { return };
+    let aside = [".ovsg-old", ".ovsg-new"].map(|suffix| {
+        let mut name = pid_file.clone().into_os_string();
+        name.push(suffix);
+        PathBuf::from(name)
+    });
+    while Instant::now() < until && aside.iter().any(|path| path.exists()) {
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Spawns the command and tells the supervisor of its end, from a thread of its own.
@@ -139,8 +160,6 @@ fn status_number(status: ExitStatus) -> i32 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
     use crate::control::{HookEvent, Server};
 
@@ -191,6 +210,20 @@ mod tests {
         link.send(Order::Start).unwrap();
         assert_eq!(link.recv(soon()), Some(HookEvent::ChildExited { status: 127 }));
         assert!(format!("{:#}", hook.join().unwrap().unwrap_err()).contains("/nonexistent/ovs-ctl"));
+    }
+
+    #[test]
+    fn the_hook_of_a_run_that_was_cut_off_waits_for_the_pid_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (name, aside) = (dir.path().join("d.pid"), dir.path().join("d.pid.ovsg-new"));
+        std::fs::write(&aside, "1").unwrap();
+        let begun = Instant::now();
+        wait_settled(Some(name.clone()), begun + Duration::from_millis(100));
+        assert!(begun.elapsed() >= Duration::from_millis(100));
+        std::fs::rename(&aside, &name).unwrap();
+        wait_settled(Some(name), soon());
+        wait_settled(None, soon());
+        assert!(begun.elapsed() < Duration::from_secs(5));
     }
 
     #[test]

@@ -85,6 +85,9 @@ pub trait Datapath {
     /// Binds the upcalls to the port ids they had before [`Datapath::take_upcalls`] and lets the parked packets go
     /// to their owner. May be run twice.
     fn return_upcalls(&mut self) -> Result<()>;
+    /// Binds the upcalls to these port ids, one for each CPU; `features` as the datapath has them where not given. The
+    /// caller has proved whose they are.
+    fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()>;
     /// Has the old daemon nothing queued and nothing in hand (hazards 9)? Ask twice.
     fn is_drained(&mut self) -> Result<bool>;
     /// Reads what the old daemon left in its sockets, which it can no longer read.

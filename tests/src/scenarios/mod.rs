@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod conntrack;
+mod killed;
 mod local_port;
 pub mod network;
 mod no_systemd;
@@ -160,6 +161,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&no_systemd::StopStart),
     Scenario::Traffic(&no_systemd::NoSystemd),
     Scenario::Custom(&systemd::Systemd),
+    Scenario::Custom(&killed::Killed),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
 ];

@@ -240,6 +240,10 @@ impl Datapath for KernelDatapath {
         Ok(())
     }
 
+    fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
+        self.bind(features, port_ids)
+    }
+
     fn is_drained(&mut self) -> Result<bool> {
         match &mut self.drain {
             Some(watch) => watch.idle().about("the old ovs-vswitchd"),

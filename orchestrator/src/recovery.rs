@@ -1,0 +1,501 @@
+//! Finishes or undoes a run whose supervisor has gone: killed, crashed, or the machine went down.
+//!
+//! Each step collects its errors and goes on: at the end nothing is frozen, no flow-restore-wait of ours is set, and
+//! one ovs-vswitchd that lives is bound to the upcalls, or the report says what is left to a person. All of it may be
+//! done twice, and may itself be cut off.
+
+mod plan;
+mod record;
+
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{bail, Context};
+use dpfreeze::freeze::{self, Captured, Freeze};
+
+use crate::config::Config;
+use crate::control::{Holder, LockError, RunLock, LOCK};
+use crate::host::real::procfs;
+use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, JobKind, ProcessId, Signal};
+use crate::journal::{Entry, Journal, Runs};
+use crate::machine::{ExitCode, Outcome};
+use crate::report::{Report, Strategy};
+use crate::steps::Host;
+
+pub use plan::{plan, Alive, Plan};
+pub use record::{boot_id, rules_file, Mark, Recorder};
+
+/// Within what systemd gives an ExecStopPost= (90 s unless it was changed).
+const LIMIT: Duration = Duration::from_secs(80);
+/// How long a daemon may take to end when asked to.
+const END_LIMIT: Duration = Duration::from_secs(3);
+/// How long a daemon may take to have its bridges, or to be in step with the database.
+const READY_LIMIT: Duration = Duration::from_secs(20);
+/// How long a daemon that may bind its upcalls takes to do so.
+const BIND_LIMIT: Duration = Duration::from_secs(3);
+/// How long anything else may take.
+const SHORT: Duration = Duration::from_secs(10);
+/// Between two looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
+/// The unit of the database server: its drop-in may be left over from Arm.
+const DATABASE_UNIT: &str = "ovsdb-server.service";
+/// The unit of the switch where the run had not found out another.
+const SWITCH_UNIT: &str = "ovs-vswitchd.service";
+
+/// Finishes or undoes the run that was interrupted, if there is one. Returns the exit code: 0 nothing to do, 11 a run
+/// is under way, 20 undone, 21 gone forward, 30 the run was over but for its last look, 40 needs a person.
+///
+/// # Errors
+/// Where the lock cannot be taken or past runs cannot be listed.
+pub fn recover(config: &Config) -> anyhow::Result<i32> {
+    let runs = Runs::default();
+    let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: "recover".to_owned(), pid: std::process::id() });
+    let _lock = match lock {
+        Ok(lock) => lock,
+        Err(held @ LockError::Held { .. }) => {
+            eprintln!("{held}");
+            return Ok(ExitCode::Busy.code().into());
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let Some(id) = runs.interrupted()? else { return Ok(0) };
+    println!("run {id} was cut off");
+    let mut recovery = Recovery::new(&id);
+    let outcome = recovery.run(&runs, config);
+    let mut report = recovery.report;
+    report.warnings.extend(recovery.errors);
+    report.finish(&outcome, recovery.begun.elapsed().as_millis() as u64);
+    for line in report.warnings.iter().chain([&report.reason]) {
+        println!("{line}");
+    }
+    report.write(&runs.report(&id))?;
+    let _not_there_is_fine = std::fs::remove_file(rules_file(&id));
+    Ok(outcome.exit_code.code().into())
+}
+
+/// The emergency thaw without a supervisor. Returns the exit code: 0 done, 40 needs a person.
+///
+/// # Errors
+/// Where the freeze cannot be lifted.
+pub fn thaw(config: &Config) -> anyhow::Result<i32> {
+    let holder = RunLock::holder(Path::new(LOCK))?;
+    if holder.is_none() && Runs::default().interrupted()?.is_some() {
+        let code = recover(config)?;
+        let well = [ExitCode::Undone, ExitCode::Back, ExitCode::Differences].map(|code| i32::from(code.code()));
+        return Ok(if well.contains(&code) { 0 } else { code });
+    }
+    freeze::thaw()?;
+    println!("thaw: nothing is frozen any more");
+    if let Some(holder) = holder {
+        bail!(
+            "the supervisor of run {} (process {}) lives and does not answer; remedy: `kill -KILL {}`, and `ovs-graceful \
+             recover` where systemd does not run it by itself",
+            holder.id,
+            holder.pid,
+            holder.pid
+        );
+    }
+    let mut host = Host::real(config)?;
+    let until = Instant::now() + SHORT;
+    let facts = host.database.facts(until)?;
+    match facts.external_ids.get(MARK) {
+        Some(run) if host.database.clear_restore_wait(run, until)? != Cleared::NotOurs => {
+            println!("thaw: flow-restore-wait of run {run} is removed");
+        }
+        _ if facts.is_on("flow-restore-wait") => {
+            bail!(
+                "flow-restore-wait is set and not by us; remedy, if nobody is restoring flows: `ovs-vsctl remove \
+                   open_vswitch . other_config flow-restore-wait`"
+            );
+        }
+        _ => {}
+    }
+    let bound = host.datapath.upcall_port_ids()?;
+    let daemon = host.daemons.find_vswitchd(&bound)?;
+    println!("thaw: ovs-vswitchd (process {}) is bound to the upcalls", daemon.id.pid);
+    Ok(0)
+}
+
+/// The key of `external_ids` that says whose flow-restore-wait it is.
+const MARK: &str = "ovs-graceful-run";
+
+/// A recovery under way.
+struct Recovery {
+    id: String,
+    begun: Instant,
+    report: Report,
+    errors: Vec<String>,
+}
+
+impl Recovery {
+    fn new(id: &str) -> Recovery {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let report = Report::new(id, Strategy::Standby, now.as_millis() as u64);
+        Recovery { id: id.to_owned(), begun: Instant::now(), report, errors: Vec::new() }
+    }
+
+    /// `limit` from now, but not beyond the end of all.
+    fn until(&self, limit: Duration) -> Instant {
+        (Instant::now() + limit).min(self.begun + LIMIT)
+    }
+
+    /// The value, or its error kept for the report.
+    fn keep<T, E: Into<anyhow::Error>>(&mut self, what: &str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.errors.push(format!("{what}: {:#}", error.into()))).ok()
+    }
+
+    fn told(&mut self, text: impl Into<String>) {
+        self.report.warnings.push(text.into());
+    }
+
+    fn run(&mut self, runs: &Runs, config: &Config) -> Outcome {
+        let journal = Journal::open(runs.journal(&self.id));
+        let entries = self.keep("journal", journal).map(|(_, entries)| entries).unwrap_or_default();
+        let mark = plan::last_mark(&entries);
+        if let Some(last) = entries.last() {
+            self.told(format!("cut off in {}, step `{}` {:?}", last.phase, last.step, last.state));
+        }
+        let host = Host::real(config);
+        let Some(mut host) = self.keep("host", host) else {
+            let thawed = freeze::thaw();
+            self.keep("thaw", thawed);
+            return needs_person("the datapath cannot be looked at; nothing is frozen any more".into());
+        };
+        let mark = mark.unwrap_or_default();
+        self.database(&host);
+        let (plan, survivor) = self.decide(&host, &entries, &mark);
+        self.report.details.insert("recovery".into(), format!("{plan:?}").into());
+        let outcome = match (plan, mark.old.clone()) {
+            (Plan::Undo, Some(old)) => self.undo(&mut host, &mark, &old),
+            (Plan::Forward { flush }, Some(_)) => self.forward(&mut host, &mark, survivor, flush),
+            (Plan::AfterReboot, _) => self.after_reboot(&host, &entries),
+            (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
+        };
+        self.leave_nothing(&host);
+        match outcome {
+            Ok(outcome) if plan::had_settled(&entries) && outcome.exit_code == ExitCode::Back => Outcome {
+                exit_code: ExitCode::Differences,
+                reason: "done, but verify was cut off: nothing was compared".into(),
+            },
+            Ok(outcome) => outcome,
+            Err(error) => needs_person(format!("{error:#}")),
+        }
+    }
+
+    /// Who lives, and so what is to be done; with the daemon that is to take over, where one lives.
+    fn decide(&mut self, host: &Host, entries: &[Entry], mark: &Mark) -> (Plan, Option<Daemon>) {
+        let same_boot = mark.boot == boot_id();
+        let old = mark.old.as_ref().filter(|_| same_boot).map(|old| old.id);
+        let mut new = mark.new.clone().filter(|new| same_boot && host.daemons.is_alive(new.id));
+        if new.is_none() {
+            let found = host.daemons.find_all(DaemonKind::OvsVswitchd);
+            let others = self.keep("running daemons", found).unwrap_or_default();
+            new = others.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|daemon| daemon.id.start_time);
+        }
+        if let (true, None, Some(old)) = (plan::past_no_return(entries), &new, old) {
+            // It may be on its way out.
+            let ended = host.daemons.wait_end(old, self.until(END_LIMIT));
+            self.keep("the old ovs-vswitchd", ended);
+        }
+        let alive = Alive { same_boot, old: old.is_some_and(|old| host.daemons.is_alive(old)), new: new.is_some() };
+        (plan(entries, Some(mark), alive), new)
+    }
+
+    /// Arm may have been cut off while ovsdb-server was replaced.
+    fn database(&mut self, host: &Host) {
+        let until = self.until(SHORT);
+        if host.services.is_running() {
+            let ended = host.services.end_hand_over(DATABASE_UNIT, until);
+            self.keep(DATABASE_UNIT, ended);
+        }
+        let waited = Instant::now() + Duration::from_secs(3);
+        while host.database.facts(until).is_err() && Instant::now() < waited {
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        if let Err(error) = host.database.facts(until) {
+            self.told(format!("{error}"));
+            if host.services.is_running() {
+                let started = job(host, DATABASE_UNIT, JobKind::Start, self.until(SHORT));
+                self.keep(DATABASE_UNIT, started);
+            }
+        }
+    }
+
+    /// The old daemon goes on. First its upcalls: what is missed now is lost.
+    fn undo(&mut self, host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<Outcome> {
+        let bound = bind_back(host, mark, old);
+        self.keep("binding the old ovs-vswitchd", bound);
+        let ended = self.end_leftovers(host, mark, old);
+        self.keep("ending what the run had started", ended);
+        let settled = host.daemons.settle_pid_file(old);
+        self.keep("PID file", settled);
+        self.end_hand_over(host, mark);
+        let thawed = freeze::thaw();
+        self.keep("thaw", thawed);
+        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        self.keep("flow-restore-wait", cleared);
+        if !bound_to(host, old.id)? {
+            bail!("ovs-vswitchd (process {}) is not bound to the upcalls; remedy: restart it", old.id.pid);
+        }
+        let reason = "the supervisor was cut off before the point of no return; undone".to_owned();
+        Ok(Outcome { exit_code: ExitCode::Undone, reason })
+    }
+
+    /// Standby, its waiting parent and ovs-ctl: whatever the run has started in the unit's cgroup, and every other
+    /// ovs-vswitchd. SIGKILL, because a standby may be stopped.
+    fn end_leftovers(&mut self, host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
+        let until = self.until(SHORT);
+        loop {
+            let mut left = started_since(mark, old)?;
+            let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
+            left.extend(all.into_iter().map(|daemon| daemon.id).filter(|id| *id != old.id));
+            left.sort_unstable();
+            left.dedup();
+            if left.is_empty() {
+                return Ok(());
+            }
+            for id in &left {
+                // One that has ended by itself is what was wanted.
+                let _ = host.daemons.signal(*id, Signal::Kill);
+                host.daemons.wait_end(*id, until)?;
+            }
+            if Instant::now() >= until {
+                bail!("processes {:?} do not end", left.iter().map(|id| id.pid).collect::<Vec<_>>());
+            }
+        }
+    }
+
+    /// The new daemon takes over, or whichever there is; if that fails, the unit is started anew.
+    fn forward(
+        &mut self,
+        host: &mut Host,
+        mark: &Mark,
+        survivor: Option<Daemon>,
+        flush: bool,
+    ) -> anyhow::Result<Outcome> {
+        let mut how = "the new ovs-vswitchd was made to take over";
+        let tried = match survivor {
+            Some(survivor) => self.take_over(host, mark, &survivor, flush),
+            None => Err(anyhow::anyhow!("no ovs-vswitchd lives")),
+        };
+        if let Err(error) = tried {
+            how = "ovs-vswitchd was started anew";
+            self.told(format!("{error:#}: starting it anew"));
+            let started = self.start_anew(host, mark)?;
+            self.take_over(host, mark, &started, true)?;
+        }
+        let reason = format!("the supervisor was cut off past the point of no return; {how}, with losses");
+        Ok(Outcome { exit_code: ExitCode::Back, reason })
+    }
+
+    fn take_over(&mut self, host: &mut Host, mark: &Mark, survivor: &Daemon, flush: bool) -> anyhow::Result<()> {
+        // Read while it is there: the freeze takes it along.
+        let captured = Freeze::open().map(|freeze| freeze.map(|freeze| freeze.captured()));
+        let captured = self.keep("freeze", captured).flatten();
+        let captured = captured.and_then(|captured| self.keep("captured binding", captured)).flatten();
+        let woken = host.daemons.signal(survivor.id, Signal::Continue);
+        self.keep("waking the new ovs-vswitchd", woken);
+        let ended = self.end_old(host, mark, survivor);
+        self.keep("ending the old ovs-vswitchd", ended);
+        // The reload hook waits for this.
+        let settled = host.daemons.settle_pid_file(survivor);
+        self.keep("PID file", settled);
+        let facts = host.database.facts(self.until(SHORT));
+        let bridges = self.keep("database", facts).map(|facts| facts.bridges).unwrap_or_default();
+        host.openflow.wait_ready(survivor, &bridges, self.until(READY_LIMIT))?;
+        let restored = self.restore(host);
+        self.keep("OpenFlow rules", restored);
+        // Before flow-restore-wait goes: what the daemon does then, binding and flushing, is what is needed now.
+        let thawed = freeze::thaw();
+        self.keep("thaw", thawed);
+        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        let next_cfg = match self.keep("flow-restore-wait", cleared) {
+            Some(Cleared::Removed { next_cfg }) => next_cfg,
+            _ => host.database.bump(self.until(SHORT))?,
+        };
+        host.database.wait_in_step(next_cfg, self.until(READY_LIMIT))?;
+        self.bind(host, survivor, captured)?;
+        // A bridge with a controller loses its rules when flow-restore-wait goes.
+        let restored = self.restore(host);
+        self.keep("OpenFlow rules", restored);
+        if flush {
+            let flushed = host.daemons.command(survivor, "dpctl/del-flows", &[], self.until(SHORT));
+            self.keep("flows that belong to the old ovs-vswitchd", flushed);
+        }
+        self.end_hand_over(host, mark);
+        self.owned(host, mark, survivor);
+        match host.daemons.is_alive(survivor.id) {
+            true => Ok(()),
+            false => bail!("ovs-vswitchd (process {}) has ended", survivor.id.pid),
+        }
+    }
+
+    fn end_old(&mut self, host: &Host, mark: &Mark, survivor: &Daemon) -> anyhow::Result<()> {
+        let Some(old) = mark.old.as_ref().map(|old| old.id).filter(|old| *old != survivor.id) else { return Ok(()) };
+        for signal in [Signal::Terminate, Signal::Kill] {
+            if !host.daemons.is_alive(old) {
+                return Ok(());
+            }
+            host.daemons.signal(old, signal)?;
+            host.daemons.wait_end(old, self.until(END_LIMIT))?;
+        }
+        match host.daemons.is_alive(old) {
+            true => bail!("process {} does not end", old.pid),
+            false => Ok(()),
+        }
+    }
+
+    /// The rules of the old daemon, where the survivor has fewer.
+    fn restore(&mut self, host: &Host) -> anyhow::Result<()> {
+        let path = rules_file(&self.id);
+        let Ok(text) = std::fs::read(&path) else { return Ok(()) };
+        let wanted: Vec<BridgeRules> =
+            serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
+        let facts = host.database.facts(self.until(SHORT))?;
+        let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
+        let lacking: Vec<BridgeRules> = wanted
+            .into_iter()
+            // A bridge that has gone since is nobody's loss.
+            .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && now.flows.len() < rules.flows.len()))
+            .collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let names: Vec<String> = lacking.iter().map(|rules| rules.bridge.clone()).collect();
+        host.openflow.restore(&lacking, self.until(READY_LIMIT))?;
+        self.told(format!("OpenFlow rules restored: {}", names.join(", ")));
+        Ok(())
+    }
+
+    /// The survivor binds by itself as flow-restore-wait goes; one that was refused before does not try again.
+    fn bind(&mut self, host: &mut Host, survivor: &Daemon, captured: Option<Captured>) -> anyhow::Result<()> {
+        let until = self.until(BIND_LIMIT);
+        while !bound_to(host, survivor.id)? {
+            let own = captured.as_ref().filter(|captured| {
+                captured.process.tgid == survivor.id.pid as u32 && captured.process.start_time == survivor.id.start_time
+            });
+            if let Some(captured) = own {
+                host.datapath.bind_upcalls(captured.features, &captured.port_ids)?;
+                self.told("the upcalls were bound to what the new ovs-vswitchd had asked for");
+            } else if Instant::now() >= until {
+                bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Stock behaviour: rather a restart than a host without anybody who answers.
+    fn start_anew(&mut self, host: &Host, mark: &Mark) -> anyhow::Result<Daemon> {
+        let thawed = freeze::thaw();
+        self.keep("thaw", thawed);
+        let until = self.until(Duration::from_secs(30));
+        if !host.services.is_running() {
+            let old = mark.old.as_ref().context("how ovs-vswitchd was started is not known")?;
+            host.daemons.start_like(old)?;
+            return Ok(host.daemons.wait_pid_file(old, until)?);
+        }
+        let unit = mark.unit.clone().unwrap_or_else(|| SWITCH_UNIT.to_owned());
+        let ended = host.services.end_hand_over(&unit, until);
+        self.keep("drop-in", ended);
+        job(host, &unit, JobKind::Restart, until)?;
+        loop {
+            let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
+            match all.into_iter().max_by_key(|daemon| daemon.id.start_time) {
+                Some(daemon) => return Ok(daemon),
+                None if Instant::now() >= until => bail!("{unit} was started, and no ovs-vswitchd runs"),
+                None => std::thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    /// The drop-in goes once the reload has ended: it says where the PID file is.
+    fn end_hand_over(&mut self, host: &Host, mark: &Mark) {
+        let Some(unit) = mark.unit.clone().filter(|_| host.services.is_running()) else { return };
+        let until = self.until(SHORT);
+        while let Ok(Some(now)) = host.services.unit(&unit, until) {
+            if now.active_state != "reloading" || Instant::now() >= until {
+                break;
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        let ended = host.services.end_hand_over(&unit, self.until(SHORT));
+        self.keep("drop-in", ended);
+    }
+
+    /// systemd has to know the survivor; where it does not, that is told: nothing it can be made to do is harmless.
+    fn owned(&mut self, host: &Host, mark: &Mark, survivor: &Daemon) {
+        let Some(unit) = mark.unit.clone().filter(|_| host.services.is_running()) else { return };
+        let now = host.services.unit(&unit, self.until(SHORT));
+        if let Some(Some(now)) = self.keep(&unit, now) {
+            if now.main_pid != survivor.id.pid {
+                self.errors.push(format!(
+                    "{unit} is {} with main process {}, and ovs-vswitchd is process {}; remedy: `systemctl restart {unit}`",
+                    now.active_state, now.main_pid, survivor.id.pid
+                ));
+            }
+        }
+    }
+
+    /// Only the database outlives a boot.
+    fn after_reboot(&mut self, host: &Host, entries: &[Entry]) -> anyhow::Result<Outcome> {
+        host.database.clear_restore_wait(&self.id, self.until(SHORT)).context("flow-restore-wait")?;
+        let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
+        Ok(Outcome { exit_code, reason: "the machine was booted during the run; nothing of it is left".into() })
+    }
+
+    /// Whatever came before.
+    fn leave_nothing(&mut self, host: &Host) {
+        let thawed = freeze::thaw();
+        self.keep("thaw", thawed);
+        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        self.keep("flow-restore-wait", cleared);
+    }
+}
+
+fn needs_person(reason: String) -> Outcome {
+    Outcome { exit_code: ExitCode::NeedsPerson, reason }
+}
+
+fn nothing_touched() -> Outcome {
+    Outcome { exit_code: ExitCode::Undone, reason: "the supervisor was cut off; nothing had been touched".into() }
+}
+
+/// Is the datapath bound to sockets of this process?
+fn bound_to(host: &mut Host, process: ProcessId) -> anyhow::Result<bool> {
+    let bound = host.datapath.upcall_port_ids()?;
+    Ok(host.daemons.find_vswitchd(&bound).is_ok_and(|daemon| daemon.id == process))
+}
+
+fn bind_back(host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
+    if bound_to(host, old.id)? {
+        return Ok(());
+    }
+    // Port ids of sockets that have been closed since could be anybody's.
+    if host.daemons.find_vswitchd(&mark.old_port_ids)?.id != old.id {
+        bail!("port ids {:?} are not those of process {}", mark.old_port_ids, old.id.pid);
+    }
+    Ok(host.datapath.bind_upcalls(None, &mark.old_port_ids)?)
+}
+
+/// The processes in the unit's cgroup that are younger than the run: ovs-ctl and what it started. Our own reload hook
+/// ends by itself, and has to: systemd waits for its word.
+fn started_since(mark: &Mark, old: &Daemon) -> anyhow::Result<Vec<ProcessId>> {
+    if mark.unit.as_ref().is_none_or(|unit| !old.cgroup.ends_with(unit.as_str())) {
+        return Ok(Vec::new());
+    }
+    let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|cgroup| cgroup == old.cgroup);
+    let hook = |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|w| w == "hook"));
+    let all = procfs::pids().context("/proc")?.into_iter();
+    let young = all.filter(inside).filter(|pid| !hook(pid)).filter_map(|pid| procfs::identity(pid).ok());
+    Ok(young.filter(|id| *id != old.id && id.start_time >= mark.began).collect())
+}
+
+fn job(host: &Host, unit: &str, kind: JobKind, until: Instant) -> anyhow::Result<()> {
+    match host.services.start_job(unit, kind, until)?.wait(until)?.as_deref() {
+        Some("done") => Ok(()),
+        Some(other) => bail!("the job of {unit} ended as `{other}`; see `journalctl -u {unit}`"),
+        None => bail!("the job of {unit} has not ended in time"),
+    }
+}

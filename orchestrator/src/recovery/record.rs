@@ -1,0 +1,141 @@
+//! What a run writes down for whoever has to finish or undo it.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+use crate::control::RUN_DIR;
+use crate::host::{BridgeRules, Daemon};
+use crate::journal::{Entry, Journal, Runs};
+use crate::machine::Phase;
+use crate::report::write_private_json;
+use crate::steps::Run;
+
+/// All that a recovery must know of the run, besides how far it came.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The boot it belongs to (`/proc/sys/kernel/random/boot_id`): process ids mean nothing in another.
+    pub boot: String,
+    /// When the supervisor was started, in clock ticks after boot: what the run has started is younger.
+    pub began: u64,
+    /// The ovs-vswitchd to be replaced.
+    pub old: Option<Daemon>,
+    /// The one that takes over.
+    pub new: Option<Daemon>,
+    /// The port ids that the upcalls went to before the run.
+    pub old_port_ids: Vec<u32>,
+    /// The unit that owns the daemon.
+    pub unit: Option<String>,
+}
+
+/// The boot that this is.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// The OpenFlow rules of run `id`, in memory: between Switch and Handover nothing may wait for a disk.
+pub fn rules_file(id: &str) -> PathBuf {
+    PathBuf::from(RUN_DIR).join(format!("rules.{id}.json"))
+}
+
+/// The run's journal, and what it has said already.
+pub struct Recorder {
+    journal: Journal,
+    mark: Mark,
+    said: Option<Mark>,
+    rules: Option<u64>,
+}
+
+impl Recorder {
+    /// Opens the journal of run `id`, whose folder is there.
+    ///
+    /// # Errors
+    /// Where the journal cannot be written: then the run must not begin.
+    pub fn open(runs: &Runs, id: &str) -> anyhow::Result<Recorder> {
+        let (journal, _) = Journal::open(runs.journal(id))?;
+        let began = dpfreeze::freeze::ProcessId::current()?.start_time;
+        let mark = Mark { boot: boot_id(), began, ..Mark::default() };
+        Ok(Recorder { journal, mark, said: None, rules: None })
+    }
+
+    /// `step` of `phase` is about to be done.
+    ///
+    /// # Errors
+    /// Where it could not be written down.
+    pub fn intent(&mut self, run: &mut Run, phase: Phase, step: &str) -> anyhow::Result<()> {
+        self.place(phase)?;
+        self.look(run);
+        let data = self.news()?;
+        self.journal.append(&Entry::intent(phase, step, data))
+    }
+
+    /// It is done.
+    ///
+    /// # Errors
+    /// As [`Recorder::intent`].
+    pub fn done(&mut self, run: &mut Run, phase: Phase, step: &str) -> anyhow::Result<()> {
+        self.look(run);
+        if matches!(phase, Phase::Snapshot | Phase::SwitchPrepare) {
+            self.keep_rules(&run.id, &run.known.rules)?;
+        }
+        let data = self.news()?;
+        self.journal.append(&Entry::done(phase, step, data))
+    }
+
+    /// It is undone.
+    ///
+    /// # Errors
+    /// As [`Recorder::intent`].
+    pub fn undone(&mut self, phase: Phase) -> anyhow::Result<()> {
+        self.place(phase)?;
+        self.journal.append(&Entry::undone(phase, phase.name()))
+    }
+
+    /// Hazards 27: between Switch and Handover nothing may wait for a disk.
+    fn place(&mut self, phase: Phase) -> anyhow::Result<()> {
+        match (Phase::SwitchPrepare..=Phase::Handover).contains(&phase) {
+            true => self.journal.to_memory(),
+            false => self.journal.to_disk(),
+        }
+    }
+
+    fn look(&mut self, run: &mut Run) {
+        if self.mark.old.is_none() {
+            if let Some(old) = run.known.old.clone() {
+                // What cannot be found out now is looked up by the recovery, as far as it can.
+                self.mark.old_port_ids = run.host.datapath.upcall_port_ids().unwrap_or_default();
+                self.mark.unit = run.host.services.owner(&old, run.deadline).ok().flatten().map(|unit| unit.name);
+                self.mark.old = Some(old);
+            }
+        }
+        if self.mark.new.as_ref().map(|new| new.id) != run.known.new.as_ref().map(|new| new.id) {
+            self.mark.new = run.known.new.clone();
+        }
+    }
+
+    /// The mark where it has changed; a daemon's description is long, and the gap is short.
+    fn news(&mut self) -> anyhow::Result<serde_json::Value> {
+        if self.said.as_ref() == Some(&self.mark) {
+            return Ok(serde_json::Value::Null);
+        }
+        self.said = Some(self.mark.clone());
+        Ok(serde_json::to_value(&self.mark)?)
+    }
+
+    /// Hazards 22: the rules of the switch, not of the snapshot.
+    fn keep_rules(&mut self, id: &str, rules: &[BridgeRules]) -> anyhow::Result<()> {
+        let mut hasher = DefaultHasher::new();
+        for bridge in rules {
+            (&bridge.bridge, &bridge.tlv_map, &bridge.meters, &bridge.groups, &bridge.flows).hash(&mut hasher);
+        }
+        let hash = hasher.finish();
+        if self.rules != Some(hash) {
+            let path = rules_file(id);
+            write_private_json(&path, &rules).with_context(|| format!("cannot write {}", path.display()))?;
+            self.rules = Some(hash);
+        }
+        Ok(())
+    }
+}

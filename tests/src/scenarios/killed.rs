@@ -1,0 +1,203 @@
+//! The supervisor is killed in the middle of a run: systemd runs `recover`, and the host forwards with nothing left.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::{json, Value};
+
+use super::{plain, Custom, Traffic};
+use crate::command::{shell_lenient, wait_until};
+use crate::guest::probe::Running;
+use crate::guest::{facts, say};
+use crate::outcome::{Job, Outcome, ProbeOutcome};
+
+/// See the module.
+pub struct Killed;
+
+/// When the supervisor is killed, and what must come of it.
+struct Case {
+    name: &'static str,
+    /// Seen in the journal of the run, on disk or in memory.
+    phase: &'static str,
+    /// What `recover` reports.
+    exit: u64,
+    /// True where the old ovs-vswitchd must live on, and nothing may be lost.
+    undone: bool,
+}
+
+const CASES: [Case; 3] = [
+    Case { name: "standby", phase: "standby", exit: 20, undone: true },
+    Case { name: "point of no return", phase: "switch-commit", exit: 21, undone: false },
+    Case { name: "restore", phase: "restore", exit: 21, undone: false },
+];
+
+/// Where runs leave their journals and reports.
+const RUNS: &str = "/var/lib/ovs-graceful/runs";
+
+impl Custom for Killed {
+    fn name(&self) -> &'static str {
+        "killed"
+    }
+
+    fn about(&self) -> &'static str {
+        "the supervisor is killed before and after the point of no return; systemd recovers"
+    }
+
+    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        for case in &CASES {
+            say(&format!("killed in {}", case.name));
+            one(case, out, outcome).with_context(|| format!("killed in {}", case.name))?;
+        }
+        let failed = facts::failed_units();
+        outcome.check("no unit failed", failed.is_empty(), failed);
+        Ok(())
+    }
+}
+
+fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
+    for (name, spec) in plain::Plain.probes() {
+        live.push((name, spec.start()?));
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let rules = facts::promised(&plain::Plain.bridges());
+    let before = facts::daemons("ovs-vswitchd");
+    let known = runs();
+    let log = fs::File::create(out.join(format!("run-{}", case.phase)))?;
+    let mut client = Command::new("ovs-graceful")
+        .args(["restart", "--no-ovsdb"])
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start ovs-graceful")?;
+    let killed = kill_in(case.phase, &known);
+    let id = match killed {
+        Ok(id) => id,
+        Err(error) => {
+            let _ = client.kill();
+            let _ = client.wait();
+            return Err(error);
+        }
+    };
+    let report = Path::new(RUNS).join(&id).join("report.json");
+    wait_until("recover has written its report", Duration::from_secs(100), Duration::from_millis(100), || {
+        report.exists()
+    })?;
+    client.wait()?;
+    wait_until("the supervisor's unit has gone", Duration::from_secs(20), Duration::from_millis(100), || {
+        facts::unit_property("ovs-graceful-run.service", "ActiveState") != "deactivating"
+    })?;
+    std::thread::sleep(Duration::from_secs(3));
+    let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
+    let check = |what: &str| format!("{}: {what}", case.name);
+    outcome.check(check("exit code of the report"), report["exit_code"] == case.exit, &report);
+    let after = facts::daemons("ovs-vswitchd");
+    let same = before == after;
+    outcome.check(check("one ovs-vswitchd, the right one"), after.len() == 1 && same == case.undone, &after);
+    nothing_left(case, outcome);
+    owned(case, outcome);
+    let now = facts::promised(&plain::Plain.bridges());
+    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
+    let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
+    outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);
+    finish(case, live, outcome)
+}
+
+fn finish(case: &Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<()> {
+    for (name, probe) in live {
+        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
+        let udp = match &ended {
+            ProbeOutcome::Udp(udp) => Some((udp.requests.lost + udp.replies.lost, udp.requests.received)),
+            _ => None,
+        };
+        if let Some((lost, received)) = udp {
+            let name = format!("{}: {name}: {}", case.name, if case.undone { "nothing lost" } else { "passes" });
+            outcome.check(name, received > 0 && (!case.undone || lost == 0), json!({ "lost": lost }));
+        }
+        outcome.probes.insert(format!("{} {name}", case.phase), ended);
+    }
+    Ok(())
+}
+
+fn nothing_left(case: &Case, outcome: &mut Outcome) {
+    let check = |what: &str| format!("{}: {what}", case.name);
+    let frozen = shell_lenient("dpfreeze status --json");
+    let thawed = serde_json::from_str::<Value>(&frozen).is_ok_and(|s| s.is_null() || s["armed"] == false);
+    outcome.check(check("nothing is frozen"), thawed, frozen);
+    let flag = shell_lenient("ovs-vsctl get open_vswitch . other_config external_ids");
+    let unset = !flag.contains("flow-restore-wait") && !flag.contains("ovs-graceful");
+    outcome.check(check("no flow-restore-wait, no mark"), unset, flag);
+    let files = shell_lenient("ls /run/openvswitch /run/ovs-graceful; ls /run/systemd/system/*.d 2>/dev/null");
+    let clean = !["ovsg", "rules.", "journal.", "90-ovs-graceful"].iter().any(|word| files.contains(word));
+    outcome.check(check("no file of the run is left"), clean, files);
+    let status = shell_lenient("ovs-graceful status --json");
+    let parsed: Value = serde_json::from_str(&status).unwrap_or(Value::Null);
+    outcome.check(
+        check("status: no run, none interrupted"),
+        parsed["lock"].is_null() && parsed["interrupted"].is_null(),
+        status,
+    );
+}
+
+fn owned(case: &Case, outcome: &mut Outcome) {
+    let found = facts::daemons("ovs-vswitchd");
+    let unit = "ovs-vswitchd.service";
+    let state = facts::unit_property(unit, "ActiveState");
+    let main = facts::unit_property(unit, "MainPID");
+    let right = matches!(found.as_slice(), [d] if main == d.pid.to_string()) && state == "active";
+    let value = json!({ "state": state, "main_pid": main, "daemons": found });
+    outcome.check(format!("{}: the unit is active and owns its daemon", case.name), right, value);
+    let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
+    outcome.check(format!("{}: ovs-appctl by name", case.name), by_name.contains("Open vSwitch"), by_name);
+}
+
+fn runs() -> Vec<String> {
+    let entries = fs::read_dir(RUNS).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
+/// run's id.
+fn kill_in(phase: &str, known: &[String]) -> Result<String> {
+    let end = Instant::now() + Duration::from_secs(120);
+    let wanted = format!("\"phase\":\"{phase}\"");
+    while Instant::now() < end {
+        if let Some(id) = runs().into_iter().find(|id| !known.contains(id)) {
+            let journals = [format!("{RUNS}/{id}/journal"), format!("/run/ovs-graceful/journal.{id}")];
+            let begun = journals.iter().filter_map(|path| fs::read(path).ok()).any(|bytes| holds(&bytes, &wanted));
+            if begun {
+                // In Standby: with the daemon that was started, if it can be had.
+                if phase == "standby" {
+                    let _ = wait_until("a second daemon", Duration::from_secs(20), Duration::from_millis(20), || {
+                        facts::daemons("ovs-vswitchd").len() > 1
+                    });
+                }
+                kill(supervisor()?, Signal::SIGKILL)?;
+                return Ok(id);
+            }
+            if Path::new(RUNS).join(&id).join("report.json").exists() {
+                bail!("run {id} ended before it came to {phase}");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bail!("no run came to {phase}")
+}
+
+/// The process that holds the run lock.
+fn supervisor() -> Result<Pid> {
+    let holder: Value = serde_json::from_slice(&fs::read("/run/ovs-graceful/lock")?)?;
+    let pid = holder["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
+    pid.map(Pid::from_raw).with_context(|| format!("no supervisor in the lock: {holder}"))
+}
+
+fn holds(bytes: &[u8], word: &str) -> bool {
+    String::from_utf8_lossy(bytes).contains(word)
+}
