@@ -87,6 +87,14 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// A range of UDP ports that the stream of new flows wanders through: once it has passed, the flow is idle and the
+    /// old daemon rightly removes it before the switch. The upper half (`/0x8000`) holds the constant flow's own port.
+    pub fn covers_moving_ports(&self) -> bool {
+        let Some((_, udp)) = self.key.split_once("udp(") else { return false };
+        let Some((_, port)) = udp.split_once("dst=") else { return false };
+        port.split([',', ')']).next().is_some_and(|port| port.contains('/') && !port.ends_with("/0x8000"))
+    }
+
     /// Whether a restart may keep it: nothing in it belongs to the old process.
     ///
     /// Recirculation ids, slow-path and controller cookies, and meters do (design, idea 5).

@@ -158,7 +158,9 @@ fn losses(udp: &UdpOutcome) -> Value {
 /// Flows that were in use before and hold nothing of the old process: present afterwards? Counts never fell?
 fn kept_flows(evidence: &Evidence) -> Value {
     let in_use = |ufid: &String, flow: &Flow| {
-        flow.may_be_kept() && evidence.flows_earlier.get(ufid).is_some_and(|earlier| flow.packets > earlier.packets)
+        flow.may_be_kept()
+            && !flow.covers_moving_ports()
+            && evidence.flows_earlier.get(ufid).is_some_and(|earlier| flow.packets > earlier.packets)
     };
     let mut kept = 0;
     let (mut missing, mut fallen) = (Vec::new(), Vec::new());
