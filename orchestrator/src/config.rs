@@ -63,14 +63,10 @@ pub struct Config {
     pub switch: SwitchConfig,
     /// OpenFlow into the new daemon.
     pub restore: RestoreConfig,
-    /// The replay of parked packets.
-    pub replay: ReplayConfig,
     /// What has to be true before the freeze is lifted.
     pub gates: GatesConfig,
     /// Letting go.
     pub settle: SettleConfig,
-    /// Timeout policies of conntrack.
-    pub guard: GuardConfig,
 }
 
 /// Runs in general.
@@ -79,13 +75,11 @@ pub struct Config {
 pub struct RunConfig {
     /// So many past runs are kept with their reports; older ones are removed.
     pub keep: u32,
-    /// Check refuses where /var/lib/ovs-graceful or /run has less free space, in MiB.
-    pub free_mib: u64,
 }
 
 impl Default for RunConfig {
     fn default() -> RunConfig {
-        RunConfig { keep: 20, free_mib: 64 }
+        RunConfig { keep: 20 }
     }
 }
 
@@ -244,33 +238,13 @@ impl Default for SwitchConfig {
 pub struct RestoreConfig {
     /// So often Restore is tried again.
     pub retries: u32,
-    /// So many bridges are restored side by side.
-    pub parallel_bridges: u32,
     /// The limit of datapath flows that the new daemon starts with (`upcall/set-flow-limit`).
     pub flow_limit: u32,
 }
 
 impl Default for RestoreConfig {
     fn default() -> RestoreConfig {
-        RestoreConfig { retries: 2, parallel_bridges: 4, flow_limit: 200_000 }
-    }
-}
-
-/// The replay of parked packets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct ReplayConfig {
-    /// So many packets a second are replayed at most; 0 is no bound but the queues.
-    pub packets_per_second: u64,
-    /// The replay waits while a queue of the new daemon holds more, in bytes.
-    pub max_queue_bytes: u64,
-    /// Between removing roots and their children, where membarrier(2) is refused, in milliseconds.
-    pub grace_ms: u64,
-}
-
-impl Default for ReplayConfig {
-    fn default() -> ReplayConfig {
-        ReplayConfig { packets_per_second: 50_000, max_queue_bytes: 1024 * 1024, grace_ms: 20 }
+        RestoreConfig { retries: 2, flow_limit: 200_000 }
     }
 }
 
@@ -303,22 +277,6 @@ pub struct SettleConfig {
 impl Default for SettleConfig {
     fn default() -> SettleConfig {
         SettleConfig { revalidations: 2, revalidate_wait_ms: 15_000 }
-    }
-}
-
-/// Timeout policies of conntrack.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GuardConfig {
-    /// A policy is let go after so long in any case, in seconds.
-    pub max_age_s: u64,
-    /// The guard looks so often, in seconds.
-    pub interval_s: u64,
-}
-
-impl Default for GuardConfig {
-    fn default() -> GuardConfig {
-        GuardConfig { max_age_s: 86_400, interval_s: 60 }
     }
 }
 
@@ -368,12 +326,8 @@ impl Config {
             ("freeze.lease_ms", self.freeze.lease_ms),
             ("park.max_packets", self.park.max_packets),
             ("park.max_bytes", self.park.max_bytes),
-            ("restore.parallel_bridges", u64::from(self.restore.parallel_bridges)),
             ("restore.flow_limit", u64::from(self.restore.flow_limit)),
-            ("replay.max_queue_bytes", self.replay.max_queue_bytes),
             ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms),
-            ("guard.max_age_s", self.guard.max_age_s),
-            ("guard.interval_s", self.guard.interval_s),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             return Some((key, POSITIVE));

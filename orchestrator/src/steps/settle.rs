@@ -1,7 +1,7 @@
 //! Settle: the new revalidators may delete and rewrite again, and do so twice; refused port deletions that are still
 //! true are repeated; systemd owns the new daemon; the freeze ends.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -13,9 +13,6 @@ use crate::machine::{Event, Phase};
 
 pub(super) struct Settle;
 
-/// `revalidator/wait` answers at the end of the dump under way, which may have begun before the refusals ended.
-const FULL_REVALIDATIONS: u32 = 2;
-
 impl Step for Settle {
     fn limit(&self, config: &Config) -> Duration {
         config.limits.of(Phase::Settle)
@@ -26,8 +23,11 @@ impl Step for Settle {
             run.host.datapath.refuse(classes::settling())?;
         }
         wait_in_step(run)?;
-        for _ in 0..FULL_REVALIDATIONS {
-            let until = run.deadline;
+        // `revalidator/wait` answers at the end of the dump under way, which may have begun before the refusals ended:
+        // hence more than one.
+        let patience = Duration::from_millis(run.config.settle.revalidate_wait_ms);
+        for _ in 0..run.config.settle.revalidations {
+            let until = run.deadline.min(Instant::now() + patience);
             let new = run.new_daemon()?.clone();
             run.host.daemons.command(&new, "revalidator/wait", &[], until).context("waiting for a revalidation")?;
             run.checkpoint()?;

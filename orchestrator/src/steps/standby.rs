@@ -106,10 +106,10 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
-            wait_for_child(run, &mut link)?;
-            link.send(HookCommand::Finish)?;
-            wait_job(job.as_mut(), &unit, until)?;
+            let ended = end_start(run, job.as_mut(), &mut link, &unit, until);
+            // Whatever came of it, the unit goes back to what the package wrote.
             run.host.services.end_hand_over(&unit, until)?;
+            ended?;
         }
         Some(Start::Own(mut start)) => {
             start.wait(until)?;
@@ -117,6 +117,12 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
         None => {}
     }
     Ok(())
+}
+
+fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut HookLink, unit: &str, until: Instant) -> Result<(), Stop> {
+    wait_for_child(run, link)?;
+    link.send(HookCommand::Finish)?;
+    Ok(wait_job(job, unit, until)?)
 }
 
 fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {

@@ -1,6 +1,6 @@
 //! SwitchCommit, the point of no return: the standby wakes, the old daemon ends.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -50,5 +50,18 @@ impl Step for SwitchCommit {
 
 fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.id;
-    run.wait_for("the old ovs-vswitchd to end", |run| Ok(!run.host.daemons.is_alive(old)))
+    let patience = Duration::from_millis(run.config.switch.kill_after_ms);
+    let told = Instant::now();
+    let mut killed = false;
+    run.wait_for("the old ovs-vswitchd to end", |run| {
+        if !run.host.daemons.is_alive(old) {
+            return Ok(true);
+        }
+        if !killed && told.elapsed() >= patience {
+            killed = true;
+            run.warn("the old ovs-vswitchd did not end by SIGTERM and gets SIGKILL");
+            run.host.daemons.signal(old, Signal::Kill)?;
+        }
+        Ok(false)
+    })
 }

@@ -11,9 +11,6 @@ use crate::machine::{Event, Phase};
 
 pub(super) struct SwitchPrepare;
 
-/// Hazards 9: two looks, this far apart.
-const LOOKS_APART: Duration = Duration::from_millis(5);
-
 impl Step for SwitchPrepare {
     fn limit(&self, config: &Config) -> Duration {
         config.limits.of(Phase::SwitchPrepare)
@@ -54,13 +51,15 @@ pub(super) fn take_upcalls(run: &mut Run) -> Result<(), Stop> {
 }
 
 fn wait_until_drained(run: &mut Run) -> Result<(), Stop> {
+    // Hazards 9: two looks, this far apart.
+    let apart = Duration::from_millis(run.config.switch.drain_poll_ms);
     let mut idle_since: Option<Instant> = None;
     run.wait_for("the old ovs-vswitchd to finish the upcalls it holds", |run| {
         if !run.host.datapath.is_drained()? {
             idle_since = None;
             return Ok(false);
         }
-        Ok(idle_since.get_or_insert_with(Instant::now).elapsed() >= LOOKS_APART)
+        Ok(idle_since.get_or_insert_with(Instant::now).elapsed() >= apart)
     })
 }
 
