@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context};
-use dpfreeze::freeze::{self, Captured, Freeze};
+use dpfreeze::freeze::{self, Captured, Classes, Freeze};
 
 use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
@@ -163,7 +163,6 @@ impl Recovery {
             return needs_person("the datapath cannot be looked at; nothing is frozen any more".into());
         };
         let mark = mark.unwrap_or_default();
-        self.database(&host);
         let (plan, survivor) = self.decide(&host, &entries, &mark);
         self.report.details.insert("recovery".into(), format!("{plan:?}").into());
         let outcome = match (plan, mark.old.clone()) {
@@ -226,6 +225,7 @@ impl Recovery {
     fn undo(&mut self, host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<Outcome> {
         let bound = bind_back(host, mark, old);
         self.keep("binding the old ovs-vswitchd", bound);
+        self.database(host);
         let ended = self.end_leftovers(host, mark, old);
         self.keep("ending what the run had started", ended);
         let settled = host.daemons.settle_pid_file(old);
@@ -274,6 +274,7 @@ impl Recovery {
         survivor: Option<Daemon>,
         flush: bool,
     ) -> anyhow::Result<Outcome> {
+        self.database(host);
         let mut how = "the new ovs-vswitchd was made to take over";
         let tried = match survivor {
             Some(survivor) => self.take_over(host, mark, &survivor, flush),
@@ -306,9 +307,8 @@ impl Recovery {
         host.openflow.wait_ready(survivor, &bridges, self.until(READY_LIMIT))?;
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
-        // Before flow-restore-wait goes: what the daemon does then, binding and flushing, is what is needed now.
-        let thawed = freeze::thaw();
-        self.keep("thaw", thawed);
+        let let_go = let_it_bind();
+        self.keep("freeze", let_go);
         let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
         let next_cfg = match self.keep("flow-restore-wait", cleared) {
             Some(Cleared::Removed { next_cfg }) => next_cfg,
@@ -316,6 +316,8 @@ impl Recovery {
         };
         host.database.wait_in_step(next_cfg, self.until(READY_LIMIT))?;
         self.bind(host, survivor, captured)?;
+        let thawed = freeze::thaw();
+        self.keep("thaw", thawed);
         // A bridge with a controller loses its rules when flow-restore-wait goes.
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
@@ -440,6 +442,7 @@ impl Recovery {
 
     /// Only the database outlives a boot.
     fn after_reboot(&mut self, host: &Host, entries: &[Entry]) -> anyhow::Result<Outcome> {
+        self.database(host);
         host.database.clear_restore_wait(&self.id, self.until(SHORT)).context("flow-restore-wait")?;
         let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
         Ok(Outcome { exit_code, reason: "the machine was booted during the run; nothing of it is left".into() })
@@ -460,6 +463,17 @@ fn needs_person(reason: String) -> Outcome {
 
 fn nothing_touched() -> Outcome {
     Outcome { exit_code: ExitCode::Undone, reason: "the supervisor was cut off; nothing had been touched".into() }
+}
+
+/// As flow-restore-wait goes, the daemon flushes and binds: the first is refused until the second is done, or what is
+/// established would miss with nobody to answer. A freeze whose lease is over stays so.
+fn let_it_bind() -> anyhow::Result<()> {
+    if let Some(mut freeze) = Freeze::open()? {
+        freeze.take_over()?;
+        freeze.set_classes(Classes::FLOW_FLUSH)?;
+        let _held_or_over = freeze.renew(LIMIT)?;
+    }
+    Ok(())
 }
 
 /// Is the datapath bound to sockets of this process?
