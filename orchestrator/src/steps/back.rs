@@ -49,18 +49,18 @@ fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
 fn start_again(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let old = run.old()?.clone();
-    let services = &run.host.services;
-    let Some(unit) = services.owner(&old, until)? else {
+    let Some(unit) = run.known.unit.clone() else {
         run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?));
         run.known.new = Some(run.host.daemons.wait_pid_file(&old, until)?);
         return run.checkpoint();
     };
-    let mut job = services.start_job(&unit.name, JobKind::Restart, until)?;
+    let services = &run.host.services;
+    let mut job = services.start_job(&unit, JobKind::Restart, until)?;
     match job.wait(until)?.as_deref() {
         Some("done") => {}
-        other => return Err(bail_start(&unit.name, other).into()),
+        other => return Err(bail_start(&unit, other).into()),
     }
-    let started = services.unit(&unit.name, until)?.context("the unit has vanished")?;
+    let started = services.unit(&unit, until)?.context("the unit has vanished")?;
     run.known.new = Some(run.host.daemons.describe(DaemonKind::OvsVswitchd, started.main_pid)?);
     run.checkpoint()
 }

@@ -71,6 +71,8 @@ pub struct Known {
     pub old: Option<Daemon>,
     /// The ovsdb-server to be replaced.
     pub old_database: Option<Daemon>,
+    /// The unit that owns it, where one does.
+    pub unit: Option<String>,
     /// The ovs-vswitchd that takes over.
     pub new: Option<Daemon>,
     /// The datapath before.

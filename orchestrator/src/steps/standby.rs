@@ -64,6 +64,7 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     let services = &run.host.services;
     let Some(unit) = services.owner(&old, until)? else { return Ok(()) };
+    run.known.unit = Some(unit.name.clone());
     let hand_over = HandOver {
         unit: unit.name.clone(),
         pid_file: old.pid_file.clone(),
@@ -89,16 +90,23 @@ fn own_command(arguments: &[&str]) -> anyhow::Result<Vec<String>> {
 pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     let until = run.deadline;
-    run.host.daemons.set_aside_pid_file(&old)?;
+    // A daemon that has ended has taken its PID file along.
+    let beside_the_old = run.host.daemons.is_alive(old.id);
+    if beside_the_old {
+        run.host.daemons.set_aside_pid_file(&old)?;
+    }
     match &mut run.known.start {
         Some(Start::Unit { link, .. }) => link.send(HookCommand::Start)?,
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
     let new = run.host.daemons.wait_pid_file(&old, until).context("the PID file of the new ovs-vswitchd")?;
     run.host.datapath.watch_standby(new.id)?;
-    run.host.daemons.swap_pid_file(&old, &new)?;
+    if beside_the_old {
+        run.host.daemons.swap_pid_file(&old, &new)?;
+    }
+    let control = new.control.clone();
     run.known.new = Some(new);
-    run.checkpoint()
+    run.wait_for("the new ovs-vswitchd to listen", |_| Ok(control.exists()))
 }
 
 /// Waits for the starting command to end well, so that the service manager owns the new daemon.
