@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::{plain, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{self, facts, say};
 use crate::outcome::{Job, Outcome};
 
@@ -146,6 +147,10 @@ impl Custom for Systemd {
         for verb in ["reload", "restart", "stop", "start"] {
             works(&format!("systemctl {verb}"), &format!("systemctl {verb} openvswitch-switch"), outcome);
             if verb == "stop" {
+                // `systemctl stop` waits for the umbrella's own job only; its parts follow.
+                let gone = || facts::DAEMONS.map(facts::daemons).concat().is_empty();
+                let _told_below =
+                    wait_until("the daemons to end", Duration::from_secs(30), Duration::from_millis(200), gone);
                 let left = facts::DAEMONS.map(facts::daemons).concat();
                 outcome.check("stop leaves no daemon", left.is_empty(), json!(left));
             } else {
