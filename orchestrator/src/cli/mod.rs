@@ -89,6 +89,11 @@ fn exit_code(code: i32) -> u8 {
 }
 
 fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
+    // What is found in the middle of another run says nothing. Who may not look at the lock is told so by the check.
+    if let Ok(Some(holder)) = RunLock::holder(Path::new(LOCK)) {
+        complain(&restart::busy(&holder));
+        return Ok(ExitCode::Busy);
+    }
     let report = supervisor::check(&load(config)?)?;
     match json {
         true => say_json(&report),

@@ -14,7 +14,7 @@ use super::output::{complain, say, say_json};
 use super::plan::{in_words, plan};
 use super::progress::Display;
 use super::{answered, load, RestartArgs, SuperviseArgs};
-use crate::control::{AbortAnswer, Connection, Progress, RunLock, Subscription, LOCK, SOCKET};
+use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, Subscription, LOCK, SOCKET};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
 use crate::report::{summary, Report};
@@ -47,10 +47,7 @@ pub fn restart(config: &Path, args: RestartArgs) -> u8 {
     match RunLock::holder(Path::new(LOCK)) {
         Ok(None) => {}
         Ok(Some(holder)) => {
-            complain(&format!(
-                "run {} (process {}) holds {LOCK}; wait for it (`ovs-graceful status`) or undo it (`ovs-graceful abort`)",
-                holder.id, holder.pid
-            ));
+            complain(&busy(&holder));
             return ExitCode::Busy.code();
         }
         Err(error) => return answered(Err(error.into())),
@@ -82,6 +79,14 @@ fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<Supervise
         report: args.report.as_ref().map(std::path::absolute).transpose()?,
         config: std::path::absolute(config)?,
     })
+}
+
+/// What to tell who comes while another run is under way.
+pub(super) fn busy(holder: &Holder) -> String {
+    format!(
+        "another run holds {LOCK}: {}, process {}; wait for it (`ovs-graceful status`) or undo it (`ovs-graceful abort`)",
+        holder.id, holder.pid
+    )
 }
 
 fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {

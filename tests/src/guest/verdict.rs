@@ -313,7 +313,7 @@ mod tests {
         assert!(failures("/none", Value::Null).is_empty());
         assert_eq!(failures("/level", json!("park")), ["level as asked"]);
         assert_eq!(failures("/strategy", json!("stop-start")), ["strategy as asked"]);
-        assert_eq!(failures("/refused/flow_flush", json!(0)), ["refused flow_flush"]);
+        assert_eq!(failures("/refused/upcall_bind", json!(0)), ["refused upcall_bind"]);
         assert_eq!(failures("/datapaths/0/lost_delta", json!(3)), ["report lost_delta 0"]);
         assert_eq!(failures("/differences", json!(["x"])), ["report has no differences"]);
         let nothing_parked = json!({ "packets": 0, "replayed": 0, "overflowed": 0, "unreplayable": {} });
