@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -22,6 +22,9 @@ const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG
 
 /// How long the hook of a run that was cut off waits for its recovery; systemd gives that 90 s.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(100);
+
+/// How long it then waits for the command that it has started; the recovery waits for the hook for 10 s.
+const CHILD_LIMIT: Duration = Duration::from_secs(8);
 
 /// Does it and returns the exit code.
 pub fn hook(config: &Path, command: HookCommand) -> u8 {
@@ -67,14 +70,11 @@ fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
     let mut hook = hook.context(
         "no run of ovs-graceful is under way; remedy: `ovs-graceful restart` instead of reloading the unit by hand",
     )?;
-    let mut started = false;
+    let mut started = None;
     while let Some(order) = hook.next_command()? {
         match order {
-            Order::Start if started => complain("hook reload: told to start twice; started once"),
-            Order::Start => {
-                started = true;
-                start(command, old.as_deref(), hook.reporter()?)?;
-            }
+            Order::Start if started.is_some() => complain("hook reload: told to start twice; started once"),
+            Order::Start => started = Some(start(command, old.as_deref(), hook.reporter()?)?),
             Order::Finish => return Ok(0),
             Order::Cancel => return Ok(1),
         }
@@ -82,11 +82,16 @@ fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
     complain("hook reload: the run went without a word");
     // The supervisor is gone. Where the old daemon is gone too, only a reload that succeeds makes systemd look for the
     // new one; a failed one would stop the unit with the new daemon in it. Who it is to be, the recovery decides.
-    if started {
+    if let Some(child) = &started {
         wait_settled(std::env::var_os("PIDFILE").map(PathBuf::from), Instant::now() + RECOVERY_LIMIT);
+        // systemd notices the end of a daemon only where it is its parent: after the end of the daemon's own.
+        let until = Instant::now() + CHILD_LIMIT;
+        while !child.is_finished() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(20));
+        }
     }
     let old_is_gone = old.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
-    Ok(u8::from(!(started && old_is_gone)))
+    Ok(u8::from(!(started.is_some() && old_is_gone)))
 }
 
 /// Waits until the recovery has made the name of the PID file somebody's (`host::real::pid_file`): systemd reads it
@@ -104,7 +109,7 @@ fn wait_settled(pid_file: Option<PathBuf>, until: Instant) {
 }
 
 /// Spawns the command and tells the supervisor of its end, from a thread of its own.
-fn start(command: &[OsString], old: Option<&str>, mut reporter: HookReporter) -> anyhow::Result<()> {
+fn start(command: &[OsString], old: Option<&str>, mut reporter: HookReporter) -> anyhow::Result<JoinHandle<()>> {
     let mut child = match spawn(command, old) {
         Ok(child) => child,
         Err(error) => {
@@ -114,12 +119,11 @@ fn start(command: &[OsString], old: Option<&str>, mut reporter: HookReporter) ->
         }
     };
     reporter.spawned(child.id() as i32)?;
-    thread::spawn(move || {
+    Ok(thread::spawn(move || {
         let status = child.wait().map_or(-1, status_number);
         // A supervisor that has gone is seen by the thread that reads from it.
         let _ = reporter.child_exited(status);
-    });
-    Ok(())
+    }))
 }
 
 fn spawn(command: &[OsString], old: Option<&str>) -> anyhow::Result<Child> {
