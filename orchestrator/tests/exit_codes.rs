@@ -81,7 +81,15 @@ fn without_root_every_command_refuses_with_10_and_says_what_to_do() {
         if root {
             command.uid(NOBODY).gid(NOBODY);
         }
-        let output = command.output().unwrap();
+        // A test beside this one may have forked while the copy was still open for writing.
+        let output = loop {
+            match command.output() {
+                Err(busy) if busy.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                ended => break ended.unwrap(),
+            }
+        };
         assert_eq!(code(&output), 10, "{words:?}: {}", stderr(&output));
         assert!(stderr(&output).contains("needs root") && stderr(&output).contains("remedy"), "{words:?}");
         assert!(output.stdout.is_empty(), "{words:?}");

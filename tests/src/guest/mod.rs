@@ -152,6 +152,9 @@ struct Live {
 fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
     say(&format!("{}: setting up", scenario.name()));
     let bridges = scenario.bridges();
+    // A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
+    // before Open vSwitch sees it.
+    shell("sysctl -qw net.core.netdev_max_backlog=100000")?;
     if let Err(error) = scenario.set_up() {
         facts::save_everything(&out.join("before"), &bridges);
         let _ = facts::flows(&out.join("flows-before"));
