@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use dpfreeze::freeze::Captured;
 
 use super::restore::restore_bridges_with_controllers;
 use super::{classes, notes, Ended, Run, Step, Stop};
@@ -31,10 +32,9 @@ impl Step for Handover {
 /// The binding was refused and captured; it is carried out when everything is ready.
 fn hand_over(run: &mut Run) -> Result<(), Stop> {
     clear_restore_wait(run)?;
-    wait_until_captured(run)?;
+    let captured = wait_until_captured(run)?;
     restore_bridges_with_controllers(run)?;
     remove_doomed(run)?;
-    let Some(captured) = run.known.captured.clone() else { return Ok(()) };
     let until = run.deadline;
     let done = run.host.datapath.hand_over(&captured, until).context("binding the new ovs-vswitchd, and replaying")?;
     notes::gap_ended(&mut run.report, run.known.gap_began, done.bound);
@@ -75,11 +75,13 @@ pub(super) fn wait_in_step(run: &mut Run) -> Result<(), Stop> {
     run.checkpoint()
 }
 
-fn wait_until_captured(run: &mut Run) -> Result<(), Stop> {
+fn wait_until_captured(run: &mut Run) -> Result<Captured, Stop> {
+    let mut captured = None;
     run.wait_for("the new ovs-vswitchd to ask for its upcalls", |run| {
-        run.known.captured = run.host.datapath.captured()?;
-        Ok(run.known.captured.is_some())
-    })
+        captured = run.host.datapath.captured()?;
+        Ok(captured.is_some())
+    })?;
+    Ok(captured.context("the upcall binding of the new ovs-vswitchd has vanished")?)
 }
 
 pub(super) fn remove_doomed(run: &mut Run) -> Result<(), Stop> {

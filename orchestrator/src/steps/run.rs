@@ -17,7 +17,6 @@ use crate::host::{
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
 
-use dpfreeze::freeze::Captured;
 use dpfreeze::snapshot::Snapshot;
 
 /// The host of a run.
@@ -69,8 +68,6 @@ pub struct Known {
     pub facts: DatabaseFacts,
     /// The ovs-vswitchd to be replaced.
     pub old: Option<Daemon>,
-    /// The ovsdb-server to be replaced.
-    pub old_database: Option<Daemon>,
     /// The unit that owns it, where one does.
     pub unit: Option<String>,
     /// The ovs-vswitchd that takes over.
@@ -89,8 +86,6 @@ pub struct Known {
     pub start: Option<Start>,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
-    /// Where the new daemon wants its upcalls.
-    pub captured: Option<Captured>,
     /// Ports whose deletion was refused.
     pub refused_ports: Vec<u32>,
     /// When the upcalls left the old daemon.

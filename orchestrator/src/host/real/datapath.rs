@@ -62,9 +62,7 @@ impl KernelDatapath {
 
     fn bind(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
         let dp = self.dp()?;
-        // A DP_SET without USER_FEATURES would zero them.
-        let features = features.unwrap_or(dp.user_features);
-        self.ovs.set_per_cpu_pids(&dp, features, port_ids).about(DATAPATH)
+        bind(&mut self.ovs, &dp, features, port_ids)
     }
 
     fn freeze(&mut self) -> Result<&mut Freeze> {
@@ -76,13 +74,7 @@ impl KernelDatapath {
     }
 
     fn families(&self) -> Families {
-        let known = self.ovs.families();
-        Families {
-            datapath: known.datapath,
-            vport: known.vport,
-            flow: known.flow,
-            meter: known.meter.unwrap_or_default(),
-        }
+        self.ovs.families().into()
     }
 }
 
@@ -279,9 +271,7 @@ impl Datapath for KernelDatapath {
         let reader = raised(to.process.tgid, &to.port_ids, self.limits)?;
         let dp = self.dp()?;
         let origins = Origins::of(dump(&self.removed, &self.dump));
-        // A DP_SET without USER_FEATURES would zero them.
-        let features = to.features.unwrap_or(dp.user_features);
-        self.ovs.set_per_cpu_pids(&dp, features, &to.port_ids).about(DATAPATH)?;
+        bind(&mut self.ovs, &dp, to.features, &to.port_ids)?;
         let bound = Instant::now();
         let replay = give_back(&mut self.park, &origins, &reader, until)?;
         Ok(HandedOver { bound, replay })
@@ -307,6 +297,11 @@ impl Datapath for KernelDatapath {
         }
         Ok(deleted)
     }
+}
+
+/// Binds the upcalls, with the features as they are where none are given: a DP_SET without USER_FEATURES zeroes them.
+fn bind(ovs: &mut Ovs, dp: &Dp, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
+    ovs.set_per_cpu_pids(dp, features.unwrap_or(dp.user_features), port_ids).about(DATAPATH)
 }
 
 /// The sockets that the daemon `pid` reads, with room for what is parked.
