@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{bail, Context, Result};
 
 use crate::command::run;
+use crate::guest;
 use crate::image;
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
 use crate::places;
@@ -20,6 +21,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PRODUCT: [&str; 2] = ["ovs-graceful", "dpfreeze"];
 /// A scenario takes about a minute; TCG on a busy machine much more.
 const LIMIT: Duration = Duration::from_secs(420);
+/// What a further round in the same VM adds.
+const ROUND_LIMIT: Duration = Duration::from_secs(240);
 /// Those that go through many hosts or runs.
 const CUSTOM_LIMIT: Duration = Duration::from_secs(900);
 
@@ -65,7 +68,15 @@ pub fn binaries(product: bool) -> Result<PathBuf> {
 
 /// Makes one run. An error is a lab error; a failed assertion is an outcome.
 pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
+    rounds(request, 1)?.pop().context("the guest made no round")
+}
+
+/// Boots once and makes `rounds` runs in a row in that VM.
+pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)>> {
     let scenario = scenarios::find(&request.scenario)?;
+    if rounds != 1 && matches!(scenario, Scenario::Custom(_)) {
+        bail!("{} makes its own runs: it takes no number of rounds", request.scenario);
+    }
     let out = match &request.out {
         Some(out) => {
             fs::create_dir_all(out)?;
@@ -76,40 +87,58 @@ pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
     let image = image::ensure(&request.suite)?;
     let input = tempfile::tempdir()?;
     let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
-    let bin = binaries(product)?;
-    fs::copy(bin.join("lab"), input.path().join("lab"))?;
-    if product {
-        let folder = input.path().join("bin");
-        fs::create_dir(&folder)?;
-        for name in PRODUCT {
-            fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
-        }
-    }
+    put_binaries(input.path(), product)?;
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,
         product,
         before_s: 5.0,
+        rounds,
         extra_args: scenario.extra_args().iter().map(|a| (*a).to_owned()).chain(request.extra_args.clone()).collect(),
     };
     fs::write(input.path().join("job.json"), serde_json::to_string_pretty(&job)?)?;
+    let more = ROUND_LIMIT * u32::try_from(rounds.saturating_sub(1)).unwrap_or(0);
     let boot = vm::Boot {
         image: &image,
         input: input.path(),
         output: &out,
         kernel_args: scenario.kernel_args(),
-        limit: if matches!(scenario, Scenario::Custom(_)) { CUSTOM_LIMIT } else { LIMIT },
+        limit: more + if matches!(scenario, Scenario::Custom(_)) { CUSTOM_LIMIT } else { LIMIT },
     };
     let ran = vm::boot(&boot)?;
+    (1..=rounds)
+        .map(|round| {
+            let out = guest::round_folder(&out, round, rounds);
+            Ok((finish_outcome(&out, &ran, &image.suite)?, out))
+        })
+        .collect()
+}
+
+/// What the guest finds in `/lab`.
+fn put_binaries(input: &Path, product: bool) -> Result<()> {
+    let bin = binaries(product)?;
+    fs::copy(bin.join("lab"), input.join("lab"))?;
+    if product {
+        let folder = input.join("bin");
+        fs::create_dir(&folder)?;
+        for name in PRODUCT {
+            fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Reads what the guest left of a round and adds what only the host knows.
+fn finish_outcome(out: &Path, ran: &vm::Ran, suite: &str) -> Result<Outcome> {
     let path = out.join("result.json");
     let text = fs::read_to_string(&path)
-        .with_context(|| format!("the guest left no result (a lab error): see {}", out.join("console").display()))?;
+        .with_context(|| format!("the guest left no {} (a lab error): see its console", path.display()))?;
     let mut outcome: Outcome = serde_json::from_str(&text).context("the guest's result is not readable")?;
-    outcome.versions.insert("qemu".to_owned(), ran.qemu);
-    outcome.versions.insert("suite".to_owned(), image.suite.clone());
+    outcome.versions.insert("qemu".to_owned(), ran.qemu.clone());
+    outcome.versions.insert("suite".to_owned(), suite.to_owned());
     outcome.note("vm_seconds", ran.seconds);
     fs::write(&path, serde_json::to_string_pretty(&outcome)?)?;
-    Ok((outcome, out))
+    Ok(outcome)
 }
 
 /// Prints one outcome: probes, then assertions (failed ones with what was found).

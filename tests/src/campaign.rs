@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{bail, Result};
+use anyhow::{bail, Context, Result};
 use comfy_table::{presets::ASCII_MARKDOWN, Table};
 
 use crate::bench::{self, Request};
@@ -26,16 +26,19 @@ fn request(scenario: &str, action: Action, suite: &str, out: Option<String>) -> 
     Request { scenario: scenario.to_owned(), action, suite: suite.to_owned(), out, extra_args: Vec::new() }
 }
 
-/// Makes one run and says how it went in cargo test's manner. A lab error counts as failed, and says so.
-fn tell(request: &Request) -> Option<Outcome> {
+/// Makes runs in a row in one VM and says how each went in cargo test's manner. A lab error counts as failed, and
+/// says so.
+fn tell(request: &Request, rounds: usize) -> Option<Vec<Outcome>> {
     let name = format!("lab::{}::{}", request.scenario, request.action.name());
-    match bench::one(request) {
-        Ok((outcome, folder)) => {
-            println!("test {name} ... {}", if outcome.passed { "ok" } else { "FAILED" });
-            if !outcome.passed {
-                bench::print(&outcome, &folder);
+    match bench::rounds(request, rounds) {
+        Ok(results) => {
+            for (outcome, folder) in &results {
+                println!("test {name} ... {}", if outcome.passed { "ok" } else { "FAILED" });
+                if !outcome.passed {
+                    bench::print(outcome, folder);
+                }
             }
-            Some(outcome)
+            Some(results.into_iter().map(|(outcome, _)| outcome).collect())
         }
         Err(error) => {
             println!("test {name} ... FAILED\n  lab error, neither pass nor loss: {error:#}");
@@ -62,8 +65,8 @@ pub fn all(only: &[String], suite: &str) -> Result<bool> {
     let chosen: Vec<Scenario> =
         scenarios::ALL.iter().copied().filter(|s| only.is_empty() || only.iter().any(|o| o == s.name())).collect();
     println!("\nrunning {} tests", chosen.len());
-    let results: Vec<bool> =
-        chosen.iter().map(|s| tell(&request(s.name(), Action::Ours, suite, None)).is_some_and(|o| o.passed)).collect();
+    let once = |s: &Scenario| tell(&request(s.name(), Action::Ours, suite, None), 1);
+    let results: Vec<bool> = chosen.iter().map(|s| once(s).is_some_and(|o| o.iter().all(|o| o.passed))).collect();
     let passed = results.iter().filter(|r| **r).count();
     Ok(closing(passed, results.len() - passed, started))
 }
@@ -185,6 +188,16 @@ struct Sides {
 }
 
 impl Sides {
+    fn take(&mut self, action: Action, outcomes: Vec<Outcome>) {
+        for outcome in outcomes {
+            match action {
+                _ if outcome.error.is_some() => self.lab_errors += 1,
+                Action::Ours => self.ours.push(outcome),
+                _ => self.stock.push(outcome),
+            }
+        }
+    }
+
     fn row(&self, name: &str) -> (Vec<String>, bool) {
         let of = |side: &[Outcome], what: fn(&Outcome, &str) -> f64, probe: &str| -> f64 {
             median(&side.iter().map(|o| what(o, probe)).collect::<Vec<_>>())
@@ -198,7 +211,7 @@ impl Sides {
         let quick = ours_new <= NEW_FLOW_SHARE * stock_gap;
         let steady = ours_constant <= CONSTANT_SHARE * stock_constant;
         let passed = self.ours.iter().filter(|o| o.passed).count();
-        let good = quick && steady && passed == self.ours.len() && self.lab_errors == 0;
+        let good = quick && steady && passed == self.ours.len() && passed > 0 && self.lab_errors == 0;
         let row = vec![
             name.to_owned(),
             list(&self.stock, &both),
@@ -215,86 +228,98 @@ impl Sides {
     }
 }
 
+/// The VMs of one scenario's long list: which side, and how many runs in a row. The side that begins also ends, and
+/// alternates from scenario to scenario, so that a machine that gets slower or faster favours neither.
+fn shifts(runs: usize, ours_first: bool) -> Vec<(Action, usize)> {
+    let (first, second) =
+        if ours_first { (Action::Ours, Action::StockReload) } else { (Action::StockReload, Action::Ours) };
+    let shifts = [(first, runs.div_ceil(2)), (second, runs), (first, runs / 2)];
+    shifts.into_iter().filter(|(_, runs)| *runs > 0).collect()
+}
+
 /// The long list: each traffic scenario five times with stock's reload and five times with ours, order alternated.
-/// The table goes to `docs/measured.md`, written anew after every scenario.
+/// The table goes to `docs/measured.md`: a scenario's row is replaced when it has been measured, the others stay.
 pub fn whole(only: &[String], suite: &str, runs: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let runs = runs.unwrap_or(LONG_RUNS);
-    let mut rows = Vec::new();
+    for name in only {
+        scenarios::find(name)?;
+    }
     let (mut passed, mut failed) = (0, 0);
-    for scenario in scenarios::ALL {
-        if !only.is_empty() && !only.iter().any(|o| o == scenario.name()) {
-            continue;
-        }
+    let chosen = scenarios::ALL.iter().filter(|s| only.is_empty() || only.iter().any(|o| o == s.name()));
+    for (index, scenario) in chosen.enumerate() {
         let Scenario::Traffic(traffic) = scenario else { continue };
         let mut sides = Sides::default();
-        for round in 0..runs {
-            let order =
-                if round % 2 == 0 { [Action::StockReload, Action::Ours] } else { [Action::Ours, Action::StockReload] };
-            for action in order {
-                let out = format!("whole/{}-{}-{round}", traffic.name(), action.name());
-                match tell(&request(traffic.name(), action, suite, Some(out))) {
-                    Some(outcome) if outcome.error.is_some() => sides.lab_errors += 1,
-                    Some(outcome) if action == Action::Ours => sides.ours.push(outcome),
-                    Some(outcome) => sides.stock.push(outcome),
-                    None => sides.lab_errors += 1,
-                }
+        for (shift, (action, runs)) in shifts(runs, index % 2 == 0).into_iter().enumerate() {
+            let out = format!("whole/{}-{suite}-{shift}-{}", traffic.name(), action.name());
+            match tell(&request(traffic.name(), action, suite, Some(out)), runs) {
+                Some(outcomes) => sides.take(action, outcomes),
+                None => sides.lab_errors += 1,
             }
         }
-        let (row, good) = sides.row(traffic.name());
-        rows.push(row);
+        let (row, good) = sides.row(&format!("{}, {suite}", traffic.name()));
         if good {
             passed += 1;
         } else {
             failed += 1;
         }
-        write_table(&rows, runs)?;
+        write_table(row)?;
     }
     Ok(closing(passed, failed, started))
 }
 
-fn write_table(rows: &[Vec<String>], runs: usize) -> Result<()> {
-    let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN);
-    table.set_header([
-        "scenario",
-        "stock: lost",
-        "ours: lost",
-        "ours: duplicated",
-        "stock: longest gap",
-        "ours: longest delay of a new flow (share of it)",
-        "stock: worst of the constant flow",
-        "ours: worst of the constant flow (share)",
-        "ours: passed",
-        "within the limits",
-    ]);
-    for row in rows {
-        table.add_row(row);
-    }
+const HEADER: [&str; 12] = [
+    "scenario, Debian",
+    "stock: lost",
+    "ours: lost",
+    "ours: duplicated",
+    "stock: longest gap",
+    "ours: longest delay of a new flow (share of it)",
+    "stock: worst of the constant flow",
+    "ours: worst of the constant flow (share)",
+    "ours: passed",
+    "within the limits",
+    "commit",
+    "date",
+];
+
+/// The rows of an earlier table, by their first cell.
+fn earlier_rows(text: &str) -> Vec<Vec<String>> {
+    let cells = |line: &str| line.trim().trim_matches('|').split('|').map(|c| c.trim().to_owned()).collect::<Vec<_>>();
+    let is_row = |row: &Vec<String>| row.len() == HEADER.len() && row[0] != HEADER[0] && !row[0].starts_with("--");
+    text.lines().filter(|l| l.starts_with('|')).map(cells).filter(is_row).collect()
+}
+
+fn write_table(mut row: Vec<String>) -> Result<()> {
     let git = |args: &[&str]| {
         let text = capture(Command::new("git").current_dir(places::workspace()).args(args));
         text.map(|t| t.trim().to_owned()).unwrap_or_default()
     };
+    row.extend([git(&["rev-parse", "--short", "HEAD"]), today()]);
+    let path = places::workspace().join("docs/measured.md");
+    let mut rows = earlier_rows(&fs::read_to_string(&path).unwrap_or_default());
+    match rows.iter_mut().find(|r| r[0] == row[0]) {
+        Some(old) => *old = row,
+        None => rows.push(row),
+    }
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(HEADER);
+    table.add_rows(rows);
     let mut text = String::from("# What was measured\n\n");
     let _ = writeln!(
         text,
-        "Command: `tests/all --whole`. Commit: {}. Date: {}.",
-        git(&["rev-parse", "--short", "HEAD"]),
-        today()
-    );
-    let _ = writeln!(
-        text,
-        "Stock is `systemctl reload openvswitch-switch`; {runs} runs of each side, order alternated, in a VM under qemu TCG. \
-         Times are medians, and TCG's: compare them with each other only. Losses are listed run by run, requests and \
-         replies of all UDP probes together. Limits: longest delay of a new flow at most {NEW_FLOW_SHARE} of stock's \
-         longest gap; worst latency of the constant flow at most {CONSTANT_SHARE} of stock's.\n"
+        "Command: `tests/all --whole` (`lab all --whole NAME` measures one scenario and replaces its row). Stock is \
+         `systemctl reload openvswitch-switch`; {LONG_RUNS} runs of each side under qemu TCG with two CPUs, those of stock in \
+         VMs of their own, several in a row in one VM, order alternated (3 of one side, 5 of the other, 2 of the first). \
+         Times are medians, and TCG's: compare them with each other only. Losses are listed run by run, \
+         requests and replies of all UDP probes together. Limits: longest delay of a new flow at most {NEW_FLOW_SHARE} \
+         of stock's longest gap; worst latency of the constant flow at most {CONSTANT_SHARE} of stock's. Other runs: \
+         [measured-single.md](measured-single.md).\n"
     );
     let _ = writeln!(text, "{table}");
     println!("\n{table}\n");
-    let docs = places::workspace().join("docs");
-    fs::create_dir_all(&docs)?;
-    fs::write(docs.join("measured.md"), text)?;
-    Ok(())
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn today() -> String {
@@ -321,6 +346,29 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn both_sides_get_their_runs_and_neither_begins_always() {
+        let ours = Action::Ours;
+        let stock = Action::StockReload;
+        assert_eq!(shifts(5, true), [(ours, 3), (stock, 5), (ours, 2)]);
+        assert_eq!(shifts(5, false), [(stock, 3), (ours, 5), (stock, 2)]);
+        assert_eq!(shifts(1, true), [(ours, 1), (stock, 1)]);
+    }
+
+    #[test]
+    fn rows_of_an_earlier_table_are_found_again() {
+        let row = |name: &str| -> Vec<String> {
+            std::iter::once(name).chain(HEADER[1..].iter().map(|_| "1 ms (0.2)")).map(str::to_owned).collect()
+        };
+        let mut table = Table::new();
+        table.load_style(ASCII_MARKDOWN);
+        table.set_header(HEADER);
+        table.add_rows([row("plain, bookworm"), row("scale, bookworm")]);
+        let text = format!("# Title\n\nwords\n\n{table}\n");
+        assert_eq!(earlier_rows(&text), [row("plain, bookworm"), row("scale, bookworm")]);
+        assert!(earlier_rows("# none\n| a | b |\n").is_empty());
     }
 
     #[test]

@@ -41,6 +41,9 @@ enum Cmd {
         /// Debian suite of the image
         #[arg(long, default_value = "bookworm")]
         suite: String,
+        /// Runs in a row in the same VM, each judged for itself
+        #[arg(long, default_value_t = 1)]
+        rounds: usize,
         /// More arguments for `ovs-graceful restart`
         #[arg(last = true)]
         extra: Vec<String>,
@@ -115,11 +118,11 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Cmd) -> anyhow::Result<bool> {
     match command {
-        Cmd::Run { scenario, action, out, suite, extra } => {
+        Cmd::Run { scenario, action, out, suite, rounds, extra } => {
             let request = bench::Request { scenario, action, suite, out, extra_args: extra };
-            let (outcome, folder) = bench::one(&request)?;
-            bench::print(&outcome, &folder);
-            Ok(outcome.passed)
+            let results = bench::rounds(&request, rounds)?;
+            results.iter().for_each(|(outcome, folder)| bench::print(outcome, folder));
+            Ok(!results.is_empty() && results.iter().all(|(outcome, _)| outcome.passed))
         }
         Cmd::All { scenarios, whole: false, suite, .. } => campaign::all(&scenarios, &suite),
         Cmd::All { scenarios, whole: true, runs, suite } => campaign::whole(&scenarios, &suite, runs),

@@ -47,6 +47,9 @@ pub struct Job {
     pub product: bool,
     /// Seconds of traffic before the action.
     pub before_s: f64,
+    /// Actions one after the other in the same guest, each with its own traffic, judgement and `result.json`; only
+    /// scenarios with traffic take more than one.
+    pub rounds: usize,
     /// More arguments for `ovs-graceful restart`.
     pub extra_args: Vec<String>,
 }

@@ -112,7 +112,9 @@ fn start(job: &Boot, input: &Path, output: &Path, console: &Path) -> Result<Chil
     command.args(["-display", "none", "-monitor", "none", "-no-reboot", "-nic", "none"]);
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.arg("-kernel").arg(&job.image.kernel).arg("-initrd").arg(&job.image.initrd);
-    command.arg("-append").arg(format!("console=ttyS0 root=/dev/vda rw quiet panic=-1 {}", job.kernel_args));
+    command
+        .arg("-append")
+        .arg(format!("console=ttyS0 root=/dev/vda rw quiet panic=-1 tsc=reliable mitigations=off {}", job.kernel_args));
     command.arg("-drive").arg(drive(&job.image.disk, "snapshot=on,cache=unsafe"));
     command.arg("-drive").arg(drive(input, "readonly=on"));
     command.arg("-drive").arg(drive(output, "cache=unsafe"));

@@ -64,21 +64,40 @@ pub struct Evidence {
     pub report: Option<serde_json::Value>,
 }
 
-/// Entry of `lab guest agent JOB OUT`: the result is written in any case.
+/// Entry of `lab guest agent JOB OUT`: each round's result is written in any case.
 pub fn agent(job: &Path, out: &Path) -> Result<()> {
     let text = fs::read_to_string(job).with_context(|| format!("cannot read {}", job.display()))?;
     let job: Job = serde_json::from_str(&text).context("the job is not what this agent understands")?;
-    let mut outcome = Outcome::new(&job.scenario, job.action);
     // The stream of new flows keeps a socket a packet.
     setrlimit(Resource::RLIMIT_NOFILE, 65_536, 65_536)?;
-    if let Err(error) = run_job(&job, out, &mut outcome) {
-        outcome.error = Some(format!("{error:#}"));
-        say(&format!("error: {error:#}"));
+    let prepared = prepare(&job, out);
+    for round in 1..=job.rounds {
+        let out = round_folder(out, round, job.rounds);
+        fs::create_dir_all(&out)?;
+        let mut outcome = Outcome::new(&job.scenario, job.action);
+        versions(&mut outcome);
+        let ran = match &prepared {
+            Ok(scenario) => run_round(&job, *scenario, &out, &mut outcome),
+            Err(error) => Err(anyhow!("{error:#}")),
+        };
+        if let Err(error) = ran {
+            outcome.error = Some(format!("{error:#}"));
+            say(&format!("error: {error:#}"));
+        }
+        outcome.passed = outcome.error.is_none() && !outcome.checks.is_empty() && outcome.checks.iter().all(|c| c.pass);
+        fs::write(out.join("result.json"), serde_json::to_string_pretty(&outcome)?)?;
     }
-    outcome.passed = outcome.error.is_none() && !outcome.checks.is_empty() && outcome.checks.iter().all(|c| c.pass);
-    fs::write(out.join("result.json"), serde_json::to_string_pretty(&outcome)?)?;
     collect_logs(out);
     Ok(())
+}
+
+/// Where a round leaves its results: `out` itself where there is only one.
+pub fn round_folder(out: &Path, round: usize, rounds: usize) -> PathBuf {
+    if rounds == 1 {
+        out.to_owned()
+    } else {
+        out.join(format!("round-{round}"))
+    }
 }
 
 /// A line on the console.
@@ -88,15 +107,35 @@ pub fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "[lab {uptime}] {line}\r");
 }
 
-fn run_job(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
-    versions(outcome);
+/// What all rounds share: running daemons, our files, the scenario's network.
+fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     wait_for_daemons()?;
     outlive_the_first_seconds()?;
     wait_for_daemons()?;
     if job.product {
         install_product()?;
     }
-    match scenarios::find(&job.scenario)? {
+    let scenario = scenarios::find(&job.scenario)?;
+    if let Scenario::Traffic(traffic) = scenario {
+        set_up(traffic, out)?;
+    }
+    Ok(scenario)
+}
+
+fn set_up(scenario: &dyn Traffic, out: &Path) -> Result<()> {
+    say(&format!("{}: setting up", scenario.name()));
+    // A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
+    // before Open vSwitch sees it.
+    shell("sysctl -qw net.core.netdev_max_backlog=100000")?;
+    scenario.set_up().map_err(|error| {
+        facts::save_everything(&out.join("before"), &scenario.bridges());
+        let _ = facts::flows(&out.join("flows-before"));
+        error.context(format!("setting up {}", scenario.name()))
+    })
+}
+
+fn run_round(job: &Job, scenario: Scenario, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    match scenario {
         Scenario::Traffic(traffic) => run_traffic(job, traffic, out, outcome),
         Scenario::Custom(custom) => custom.run(job, out, outcome),
     }
@@ -150,16 +189,7 @@ struct Live {
 }
 
 fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
-    say(&format!("{}: setting up", scenario.name()));
     let bridges = scenario.bridges();
-    // A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
-    // before Open vSwitch sees it.
-    shell("sysctl -qw net.core.netdev_max_backlog=100000")?;
-    if let Err(error) = scenario.set_up() {
-        facts::save_everything(&out.join("before"), &bridges);
-        let _ = facts::flows(&out.join("flows-before"));
-        return Err(error.context(format!("setting up {}", scenario.name())));
-    }
     let mut live = Vec::new();
     for (name, spec) in scenario.probes() {
         let probe = spec.start().with_context(|| format!("starting probe {name}"))?;

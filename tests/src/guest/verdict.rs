@@ -270,6 +270,7 @@ mod tests {
             action: Action::Ours,
             product: true,
             before_s: 5.0,
+            rounds: 1,
             extra_args: Vec::new(),
         };
         Evidence {

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{anyhow, Context, Result};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -25,8 +26,11 @@ const KEPT_SOCKETS: usize = 2048;
 const CONSTANT_FIRST: u16 = 62_000;
 /// How long arrivals are waited for once sending has stopped.
 const GRACE: Duration = Duration::from_secs(4);
-/// Receive buffers that a burst of replayed packets does not fill, bytes.
+/// Buffers that a burst of replayed packets does not fill, bytes.
 const RECEIVE_BUFFER: usize = 8 << 20;
+/// A parked packet is charged to the socket that sent it until it is delivered: with the system's 208 KiB the constant
+/// flow's sender would get EAGAIN after some hundred parked packets, bytes.
+const SEND_BUFFER: usize = 32 << 20;
 
 /// Builds packet `sequence`: number, filling that depends on it, checksum.
 fn packet(sequence: u32) -> [u8; LENGTH] {
@@ -115,6 +119,7 @@ fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) 
     place.enter()?;
     let socket = UdpSocket::bind(("0.0.0.0", target.port())).context("cannot bind the echo socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+    setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
     let _ = ready.send(());
     let mut log = Log::default();
@@ -179,6 +184,7 @@ fn source_socket(port: u16) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(("0.0.0.0", port)).with_context(|| format!("cannot bind source port {port}"))?;
     socket.set_nonblocking(true)?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+    setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
     Ok(socket)
 }
 
@@ -225,7 +231,15 @@ fn send(
 
 fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut Sent) -> std::io::Result<()> {
     sent.at.push(now());
-    socket.send_to(&packet(sequence), target).map(drop)
+    loop {
+        match socket.send_to(&packet(sequence), target) {
+            // It has not left: a full buffer delays the packet, the network did not lose it.
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::from(100u8))?;
+            }
+            result => return result.map(drop),
+        }
+    }
 }
 
 impl Running for UdpProbe {
