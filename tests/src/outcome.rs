@@ -96,6 +96,22 @@ pub struct Direction {
     pub first_lost_ms: Option<f64>,
     /// When the last lost packet was sent, ms since the probe began.
     pub last_lost_ms: Option<f64>,
+    /// When packets took long, the first ones of them.
+    #[serde(default)]
+    pub slow: Vec<Spell>,
+}
+
+/// Packets in a row that took long.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spell {
+    /// Sending time of the first, ms of the guest's uptime (as in the journal that comes along).
+    pub from_ms: f64,
+    /// Sending time of the last, ms of the guest's uptime.
+    pub to_ms: f64,
+    /// How many.
+    pub packets: u64,
+    /// The longest delay among them, ms.
+    pub worst_ms: f64,
 }
 
 /// A UDP probe.

@@ -1,6 +1,7 @@
 //! One VM from boot to power-off: input as a tar on the second disk, output as a tar on the third.
 
 use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -40,16 +41,15 @@ pub struct Ran {
 }
 
 /// The machine itself failed: never a pass and never a loss.
-#[derive(Debug)]
-pub struct Panic(String);
-
-impl std::fmt::Display for Panic {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "the guest's kernel panicked (a lab error, neither pass nor loss): {}", self.0)
-    }
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// A panic of the guest's kernel, its line on the console.
+    #[error("the guest's kernel panicked (a lab error, neither pass nor loss): {0}")]
+    Panic(String),
+    /// qemu was ended by a signal of its own, such as an assertion of its (10.0.2 has one in `iotlb_to_section`).
+    #[error("{QEMU} broke down (a lab error, neither pass nor loss): {0}")]
+    Qemu(String),
 }
-
-impl std::error::Error for Panic {}
 
 /// The version line of qemu, and its major number.
 pub fn qemu_version() -> Result<(String, u32)> {
@@ -61,13 +61,13 @@ pub fn qemu_version() -> Result<(String, u32)> {
     Ok((line, major))
 }
 
-/// Boots, waits for the end, unpacks the output. A kernel panic is tried once more.
+/// Boots, waits for the end, unpacks the output. A machine that breaks down is tried once more.
 pub fn boot(job: &Boot) -> Result<Ran> {
     let first = boot_once(job);
     match first {
-        Err(error) if error.is::<Panic>() => {
+        Err(error) if error.is::<Broken>() => {
             eprintln!("lab: {error:#}; once more");
-            fs::rename(job.output.join("console"), job.output.join("console-of-the-panic"))?;
+            fs::rename(job.output.join("console"), job.output.join("console-of-the-first"))?;
             boot_once(job)
         }
         other => other,
@@ -128,7 +128,11 @@ fn wait(child: &mut Child, console: &Path, limit: Duration) -> Result<()> {
     loop {
         if let Some(status) = child.try_wait()? {
             if let Some(line) = panic_line(console) {
-                return Err(Panic(line).into());
+                return Err(Broken::Panic(line).into());
+            }
+            if let Some(signal) = status.signal() {
+                let words = fs::read_to_string(console.with_file_name("qemu-stderr")).unwrap_or_default();
+                return Err(Broken::Qemu(format!("signal {signal}: {}", words.trim())).into());
             }
             if !status.success() {
                 bail!("{QEMU} ended with {status}; see qemu-stderr beside {}", console.display());
@@ -139,7 +143,7 @@ fn wait(child: &mut Child, console: &Path, limit: Duration) -> Result<()> {
             let _ = child.kill();
             let _ = child.wait();
             if let Some(line) = panic_line(console) {
-                return Err(Panic(line).into());
+                return Err(Broken::Panic(line).into());
             }
             bail!(
                 "the VM did not end within {} s (a lab error); its console is {}",

@@ -288,6 +288,7 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
     };
     say(&format!("action: {}", job.action.name()));
     let started = Instant::now();
+    outcome.note("action_uptime_ms", probe::now() / 1_000_000);
     let status = command
         .stdin(Stdio::null())
         .stdout(fs::File::create(out.join("action-stdout"))?)

@@ -1,6 +1,6 @@
 //! From send times and arrivals to losses and latencies. Pure: tested without a network.
 
-use crate::outcome::Direction;
+use crate::outcome::{Direction, Spell};
 
 /// One packet's arrival.
 #[derive(Debug, Clone, Copy)]
@@ -10,6 +10,13 @@ pub struct Arrival {
     /// When, ns on the monotonic clock.
     pub at: u64,
 }
+
+/// A delay worth telling when it was, ms: stock's quiet latency in this VM is below 10.
+const SLOW_MS: f64 = 100.0;
+/// Slow packets sent this close to each other are one spell, ms.
+const SPELL_GAP_MS: f64 = 500.0;
+/// Spells kept.
+const SPELLS: usize = 20;
 
 fn ms(ns: u64) -> f64 {
     ns as f64 / 1e6
@@ -46,7 +53,30 @@ pub fn judge(sent_at: &[u64], set_out: &[bool], arrivals: &[Arrival], corrupted:
     }
     count_losses(&mut result, sent_at, set_out, &first, interval_ns);
     latencies(&mut result, sent_at, &first);
+    result.slow = spells(sent_at, &first);
     result
+}
+
+fn spells(sent_at: &[u64], first: &[Option<u64>]) -> Vec<Spell> {
+    let mut spells: Vec<Spell> = Vec::new();
+    for (sent, arrived) in sent_at.iter().zip(first) {
+        let Some(delay) = arrived.map(|at| ms(at.saturating_sub(*sent))) else { continue };
+        if delay < SLOW_MS {
+            continue;
+        }
+        let sent = ms(*sent);
+        let full = spells.len() == SPELLS;
+        match spells.last_mut() {
+            Some(spell) if sent - spell.to_ms < SPELL_GAP_MS => {
+                spell.to_ms = sent;
+                spell.packets += 1;
+                spell.worst_ms = spell.worst_ms.max(delay);
+            }
+            _ if full => break,
+            _ => spells.push(Spell { from_ms: sent, to_ms: sent, packets: 1, worst_ms: delay }),
+        }
+    }
+    spells
 }
 
 fn count_losses(result: &mut Direction, sent_at: &[u64], set_out: &[bool], first: &[Option<u64>], interval_ns: u64) {
@@ -101,6 +131,15 @@ mod tests {
 
     fn arrivals(list: &[(u32, u64)]) -> Vec<Arrival> {
         list.iter().map(|&(sequence, at)| Arrival { sequence, at: at * MS }).collect()
+    }
+
+    #[test]
+    fn slow_packets_are_told_by_spells() {
+        let sent: Vec<u64> = [0, 10, 20, 30, 2000, 2010].map(|at| at * MS).to_vec();
+        let got = arrivals(&[(0, 1), (1, 300), (2, 301), (3, 31), (4, 2200), (5, 2011)]);
+        let d = judge(&sent, &[true; 6], &got, 0, 10 * MS);
+        let spell = |from_ms, to_ms, packets, worst_ms| Spell { from_ms, to_ms, packets, worst_ms };
+        assert_eq!(d.slow, [spell(10.0, 20.0, 2, 290.0), spell(2000.0, 2000.0, 1, 200.0)]);
     }
 
     #[test]

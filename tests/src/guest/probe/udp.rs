@@ -15,7 +15,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::stats::{judge, Arrival};
-use super::{now, Place, Ports, Running};
+use super::{measure_first, now, Place, Ports, Running};
 use crate::outcome::{ProbeOutcome, UdpOutcome};
 
 /// Bytes of a probe packet.
@@ -117,6 +117,7 @@ pub fn start(from: &Place, to: &Place, target: SocketAddrV4, interval_us: u64, p
 
 fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
     place.enter()?;
+    measure_first();
     let socket = UdpSocket::bind(("0.0.0.0", target.port())).context("cannot bind the echo socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
@@ -140,6 +141,7 @@ fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) 
 }
 
 fn collect(target: SocketAddrV4, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
+    measure_first();
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let mut open: VecDeque<(u64, UdpSocket)> = VecDeque::new();
     let mut next_id = 0u64;
@@ -197,6 +199,7 @@ fn send(
     hand_over: &Sender<UdpSocket>,
 ) -> Result<Sent> {
     place.enter()?;
+    measure_first();
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
     // Fixed, so that it never takes a port that another probe needs.
     let constant = source_socket(CONSTANT_FIRST + target.port() % 1000)?;
