@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -24,8 +24,10 @@ const LENGTH: usize = 64;
 const KEPT_SOCKETS: usize = 2048;
 /// Source port of a constant flow, plus the last digits of its destination port.
 const CONSTANT_FIRST: u16 = 62_000;
-/// How long arrivals are waited for once sending has stopped.
+/// Once sending has stopped: no arrival for so long means that there will be none.
 const GRACE: Duration = Duration::from_secs(4);
+/// A guest that is too slow for its traffic has this long to work off what waits in its sockets.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Buffers that a burst of replayed packets does not fill, bytes.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// A parked packet is charged to the socket that sent it until it is delivered: with the system's 208 KiB the constant
@@ -72,6 +74,7 @@ struct Flags {
     stop_sending: AtomicBool,
     stop_listening: AtomicBool,
     sent: AtomicU64,
+    arrived: AtomicU64,
 }
 
 struct Sent {
@@ -132,6 +135,7 @@ fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) 
             None => log.corrupted += 1,
             Some(sequence) => {
                 log.arrivals.push(Arrival { sequence, at: now() });
+                flags.arrived.fetch_add(1, Ordering::Relaxed);
                 // A reply that the kernel refuses shows as a lost reply.
                 let _ = socket.send_to(bytes, sender);
             }
@@ -162,6 +166,7 @@ fn collect(target: SocketAddrV4, flags: &Flags, sockets: &Receiver<UdpSocket>) -
             let index = event.data().checked_sub(oldest).and_then(|i| usize::try_from(i).ok());
             if let Some((_, socket)) = index.and_then(|i| open.get(i)) {
                 receive_all(socket, target, &mut log);
+                flags.arrived.fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -245,6 +250,17 @@ fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut 
     }
 }
 
+fn wait_for_stragglers(arrived: &AtomicU64) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let before = arrived.load(Ordering::Relaxed);
+        std::thread::sleep(GRACE);
+        if arrived.load(Ordering::Relaxed) == before || Instant::now() > end {
+            return;
+        }
+    }
+}
+
 impl Running for UdpProbe {
     fn flows_begun(&self) -> u64 {
         match self.ports {
@@ -256,7 +272,7 @@ impl Running for UdpProbe {
     fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
         self.flags.stop_sending.store(true, Ordering::Relaxed);
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
-        std::thread::sleep(GRACE);
+        wait_for_stragglers(&self.flags.arrived);
         self.flags.stop_listening.store(true, Ordering::Relaxed);
         let there = self.echo.join().map_err(|_| anyhow!("the echo panicked"))??;
         let back = self.collector.join().map_err(|_| anyhow!("the collector panicked"))??;
