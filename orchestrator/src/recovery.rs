@@ -22,7 +22,7 @@ use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
 use crate::steps::Host;
 
-pub use plan::{plan, Alive, Plan};
+pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{boot_id, rules_file, Mark, Recorder};
 
 /// Within what systemd gives an ExecStopPost= (90 s unless it was changed).

@@ -11,7 +11,7 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
 use crate::journal::{Runs, STATE_DIR};
 use crate::machine::{Action, Event, ExitCode, Machine, Outcome, Phase};
-use crate::recovery::{self, Recorder};
+use crate::recovery::{self, Recorder, BACK};
 use crate::report::{CheckReport, Level, Report, Strategy};
 use crate::steps::{go_back, step, Ended, Host, Known, Run, Stop, Wish};
 
@@ -158,10 +158,7 @@ fn perform(run: &mut Run, journal: &mut Recorder, phase: Phase, started: Instant
     run.deadline = begun + step.limit(&run.config);
     let written = intent(run, journal, phase, phase.name());
     let ended = written.and_then(|()| run.checkpoint()).and_then(|()| step.perform(run));
-    if ended.is_ok() {
-        let written = journal.done(run, phase, phase.name());
-        unless_written(run, written);
-    }
+    done_if_well(run, journal, phase, phase.name(), &ended);
     let duration_ms = begun.elapsed().as_millis() as u64;
     run.report.phase(phase, at_ms, duration_ms);
     let ok = matches!(ended, Ok(Event::Done | Event::NothingToDo));
@@ -177,6 +174,14 @@ fn intent(run: &mut Run, journal: &mut Recorder, phase: Phase, step: &str) -> Re
             unless_written(run, written);
             Ok(())
         }
+    }
+}
+
+/// What failed is not written down as done: a recovery would build on it.
+fn done_if_well(run: &mut Run, journal: &mut Recorder, phase: Phase, step: &str, ended: &Ended) {
+    if ended.is_ok() {
+        let written = journal.done(run, phase, step);
+        unless_written(run, written);
     }
 }
 
@@ -202,17 +207,12 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     let why = run.report.warnings.last().cloned().unwrap_or_default();
     run.control.tell(&Progress::GoingBack { why });
     run.deadline = begun + run.config.limits.back();
-    let written = journal.intent(run, Phase::SwitchCommit, "back");
+    let written = journal.intent(run, Phase::SwitchCommit, BACK);
     unless_written(run, written);
     let ended = go_back(run);
-    let written = journal.done(run, Phase::SwitchCommit, "back");
-    unless_written(run, written);
-    run.report.phase_named(
-        "back",
-        begun.duration_since(started).as_millis() as u64,
-        begun.elapsed().as_millis() as u64,
-    );
-    told(run, "back", ended)
+    done_if_well(run, journal, Phase::SwitchCommit, BACK, &ended);
+    run.report.phase_named(BACK, begun.duration_since(started).as_millis() as u64, begun.elapsed().as_millis() as u64);
+    told(run, BACK, ended)
 }
 
 /// Tells the machine how an action ended.

@@ -4,6 +4,9 @@ use super::record::Mark;
 use crate::journal::{Entry, StepState};
 use crate::machine::Phase;
 
+/// The step of going back, in the journal and the report.
+pub const BACK: &str = "back";
+
 /// Who lives, and when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Alive {
@@ -55,7 +58,7 @@ pub fn plan(entries: &[Entry], mark: Option<&Mark>, alive: Alive) -> Plan {
     if !alive.same_boot {
         return Plan::AfterReboot;
     }
-    let forward = Plan::Forward { flush: !is_done(entries, Phase::Handover) };
+    let forward = Plan::Forward { flush: !is_handed_over(entries) };
     match (past_no_return(entries), alive.old, alive.new) {
         (false, true, _) => Plan::Undo,
         // It was not told to end, or has refused to; there is nobody to take its place.
@@ -64,8 +67,11 @@ pub fn plan(entries: &[Entry], mark: Option<&Mark>, alive: Alive) -> Plan {
     }
 }
 
-fn is_done(entries: &[Entry], phase: Phase) -> bool {
-    entries.iter().any(|entry| entry.phase == phase && entry.state == StepState::Done)
+/// Are the kernel's flows rid of all that belongs to another daemon than the one that was bound last? Going back
+/// binds another one and has to remove such flows again.
+fn is_handed_over(entries: &[Entry]) -> bool {
+    let binds = |entry: &&Entry| entry.phase == Phase::Handover || entry.step == BACK;
+    entries.iter().rev().find(binds).is_some_and(|entry| entry.state == StepState::Done)
 }
 
 #[cfg(test)]
@@ -143,6 +149,27 @@ mod tests {
                 assert_eq!(planned(&until(last), false, new), Plan::Forward { flush }, "{last:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_way_back_that_was_not_finished_leaves_flows_of_another_daemon() {
+        let mut entries = until(Phase::Gates);
+        assert_eq!(planned(&entries, false, true), Plan::Forward { flush: false });
+        let phase = Phase::SwitchCommit;
+        entries.push(Entry::intent(phase, BACK, Value::Null));
+        assert_eq!(planned(&entries, false, true), Plan::Forward { flush: true });
+        entries.push(Entry::intent(phase, BACK, Value::Null));
+        entries.push(Entry::done(phase, BACK, Value::Null));
+        assert_eq!(planned(&entries, false, true), Plan::Forward { flush: false });
+    }
+
+    #[test]
+    fn a_way_back_before_the_hand_over_has_handed_over_once_it_is_done() {
+        let mut entries = until(Phase::Restore);
+        entries.push(Entry::intent(Phase::SwitchCommit, BACK, Value::Null));
+        assert_eq!(planned(&entries, false, true), Plan::Forward { flush: true });
+        entries.push(Entry::done(Phase::SwitchCommit, BACK, Value::Null));
+        assert_eq!(planned(&entries, false, true), Plan::Forward { flush: false });
     }
 
     #[test]
