@@ -578,7 +578,9 @@ fn real_flow_survives() {
     let mut freeze = Freeze::load().unwrap();
     let result = catch_unwind(AssertUnwindSafe(|| {
         assert_eq!(sender.send(&flow_new(f, ifindex)), Fate::Answered(0));
-        assert_eq!(ovs.flows(ifindex).unwrap().len(), 1);
+        let flows = ovs.flows(ifindex).unwrap();
+        assert_eq!(flows.len(), 1);
+        assert_eq!(ovs.flow_counts(ifindex).unwrap(), flows.into_iter().collect());
         let scope = Scope::here(&[ifindex], &[], f).unwrap();
         assert_eq!(scope.names, [NAME]);
         freeze.arm(&scope, Classes::all(), LONG, LONG).unwrap();

@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::ct_limit::{self, ZoneLimit};
 use super::meter::{self, Meter, MeterFeatures};
-use super::{datapath, flow, header, vport, Datapath, Execute, Flow, Vport};
+use super::{datapath, flow, header, vport, Datapath, Execute, Flow, FlowCounts, Vport};
 use crate::error::{Error, Result};
 use crate::netlink::attr::AttrBuf;
 use crate::netlink::{family, Protocol, Socket};
@@ -188,11 +188,23 @@ impl Ovs {
     /// # Errors
     /// [`Error::IncompleteDump`] if flows came twice in every try; as [`Socket::dump`]; [`Error::Malformed`].
     pub fn flows(&mut self, ifindex: u32) -> Result<Vec<Flow>> {
+        self.dump_flows(ifindex, &flow::dump_all(ifindex))
+    }
+
+    /// How often each flow of a datapath has matched. The kernel leaves keys, masks and actions out of the answer,
+    /// which is most of a dump.
+    ///
+    /// # Errors
+    /// As [`Ovs::flows`].
+    pub fn flow_counts(&mut self, ifindex: u32) -> Result<FlowCounts> {
+        Ok(self.dump_flows(ifindex, &flow::dump_counts(ifindex))?.into_iter().collect())
+    }
+
+    fn dump_flows(&mut self, ifindex: u32, body: &[u8]) -> Result<Vec<Flow>> {
         let what = format!("dump of the flows of datapath {ifindex}");
-        let body = header::build(flow::CMD_GET, flow::VERSION, ifindex, &[]);
         for last in (1..=FLOW_DUMP_TRIES).map(|n| n == FLOW_DUMP_TRIES) {
             let before = self.flow_count(ifindex)?;
-            let answers = self.socket.dump(&what, self.families.flow, &body)?;
+            let answers = self.socket.dump(&what, self.families.flow, body)?;
             let after = self.flow_count(ifindex)?;
             let flows = answers.iter().map(|payload| Flow::parse(payload)).collect::<Result<Vec<_>>>()?;
             // Equal counts may hide as many new flows as old ones went, so this alone is no error in the end.

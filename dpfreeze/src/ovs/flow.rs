@@ -1,5 +1,7 @@
 //! Flows of a datapath: family `ovs_flow`.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::header;
@@ -8,9 +10,9 @@ use crate::error::{Error, Result};
 use crate::netlink::attr::{AttrBuf, NLA_F_NESTED};
 
 // enum ovs_flow_cmd
-pub(crate) const VERSION: u8 = 1; // OVS_FLOW_VERSION
-pub(crate) const CMD_DEL: u8 = 2;
-pub(crate) const CMD_GET: u8 = 3;
+const VERSION: u8 = 1; // OVS_FLOW_VERSION
+const CMD_DEL: u8 = 2;
+const CMD_GET: u8 = 3;
 // enum ovs_flow_attr
 const ATTR_KEY: u16 = 1;
 const ATTR_ACTIONS: u16 = 2;
@@ -85,6 +87,44 @@ impl Flow {
     pub fn name(&self) -> String {
         self.ufid.as_ref().map_or_else(|| crate::bytes::encode(&self.key), ufid_text)
     }
+}
+
+/// What the kernel tells a flow by: its UFID, or its key where it was made without one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Identity {
+    Ufid([u8; 16]),
+    Key(Vec<u8>),
+}
+
+/// How often each flow of a datapath has matched; nothing else of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowCounts(HashMap<Identity, u64>);
+
+impl FlowCounts {
+    /// The packets that `flow` has matched; None if it is not there.
+    pub fn packets(&self, flow: &Flow) -> Option<u64> {
+        let identity = flow.ufid.map_or_else(|| Identity::Key(flow.key.clone()), Identity::Ufid);
+        self.0.get(&identity).copied()
+    }
+}
+
+impl FromIterator<Flow> for FlowCounts {
+    fn from_iter<I: IntoIterator<Item = Flow>>(flows: I) -> Self {
+        let identity = |flow: Flow| flow.ufid.map_or(Identity::Key(flow.key), Identity::Ufid);
+        FlowCounts(flows.into_iter().map(|flow| (flow.packets, flow)).map(|(n, flow)| (identity(flow), n)).collect())
+    }
+}
+
+/// `OVS_FLOW_CMD_GET` of every flow.
+pub(crate) fn dump_all(ifindex: u32) -> Vec<u8> {
+    header::build(CMD_GET, VERSION, ifindex, &[])
+}
+
+/// `OVS_FLOW_CMD_GET` of the identity and the counters of every flow: a flow without a UFID still comes with its key.
+pub(crate) fn dump_counts(ifindex: u32) -> Vec<u8> {
+    let mut attrs = AttrBuf::new();
+    attrs.push_u32(ATTR_UFID_FLAGS, UFID_OMIT_ALL);
+    header::build(CMD_GET, VERSION, ifindex, attrs.as_bytes())
 }
 
 /// A UFID as `ovs-dpctl dump-flows -m` and the logs write it: four host-order words as a UUID (`odp_format_ufid`).
@@ -211,6 +251,16 @@ mod tests {
         attrs.push(ATTR_UFID, &[1, 2, 3, 4]);
         let flow = Flow::parse(&header::build(1, 1, 5, attrs.as_bytes())).unwrap();
         assert_eq!((flow.ufid, flow.unknown), (None, attrs.into_bytes()));
+    }
+
+    #[test]
+    fn counts_are_found_by_ufid_and_else_by_key() {
+        let named = Flow { ufid: Some([1; 16]), key: vec![7], packets: 3, ..Flow::default() };
+        let keyed = Flow { ufid: None, key: vec![8], packets: 5, ..Flow::default() };
+        // As the kernel answers a dump of counts: no key beside a UFID, no mask, no actions.
+        let counts: FlowCounts = [Flow { key: vec![], ..named.clone() }, keyed.clone()].into_iter().collect();
+        assert_eq!((counts.packets(&named), counts.packets(&Flow { mask: vec![1], ..keyed })), (Some(3), Some(5)));
+        assert_eq!(counts.packets(&Flow { key: vec![7], ..Flow::default() }), None);
     }
 
     /// A DEL that names no flow empties the table.

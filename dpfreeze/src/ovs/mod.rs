@@ -17,7 +17,7 @@ mod vport;
 pub use control::{Families, Ovs};
 pub use ct_limit::{ZoneLimit, DEFAULT_ZONE};
 pub use datapath::{Datapath, DatapathStats, Dispatch, Features};
-pub use flow::{parse_ufid, ufid_text, Flow};
+pub use flow::{parse_ufid, ufid_text, Flow, FlowCounts};
 pub use meter::{Band, Meter, MeterFeatures};
 pub use packet::{Execute, Upcall, UpcallKind};
 pub use vport::{Vport, VportKind, VportStats};

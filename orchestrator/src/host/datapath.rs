@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::ovs::FlowCounts;
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::Snapshot;
 
@@ -48,6 +49,8 @@ pub enum FreezeEvent {
 pub trait Datapath {
     /// All of the state that can be compared after the run.
     fn snapshot(&mut self) -> Result<Snapshot>;
+    /// How often each flow has matched: a small part of [`Datapath::snapshot`], and cheap.
+    fn flow_counts(&mut self) -> Result<FlowCounts>;
     /// The port ids that upcalls go to now, per CPU.
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
     /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.

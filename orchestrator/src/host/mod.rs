@@ -475,6 +475,8 @@ pub struct LearnReport {
 pub trait OpenFlow: Send + Sync {
     /// Flows, groups, meters and TLV maps of `bridges`, read side by side.
     fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>>;
+    /// How many flows each of `bridges` has now, in their order: asked of the daemon as a number, not dumped.
+    fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>>;
     /// `before` brought up to now: everything is read again but the flows of those bridges that `watch` saw no change
     /// of (hazards 22).
     fn refresh(

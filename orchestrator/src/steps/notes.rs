@@ -1,8 +1,9 @@
 //! What the steps found out, in the words of the report.
 
+use std::collections::HashSet;
 use std::time::Instant;
 
-use dpfreeze::ovs::Flow;
+use dpfreeze::ovs::{Flow, FlowCounts};
 use dpfreeze::park::{doom_of, suspicious_since, ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
 
@@ -63,23 +64,23 @@ pub(super) fn frozen_flows(
     report: &mut Report,
     name: &str,
     removed: &RemovalReport,
-    before: &Snapshot,
-    now: &Snapshot,
+    snapshot: &[Flow],
+    now: &FlowCounts,
 ) {
-    let (Some(before), Some(now)) = (before.datapath(name), now.datapath(name)) else { return };
     let Some(entry) = report.datapaths.iter_mut().find(|datapath| datapath.name == name) else { return };
-    let kept = DatapathSnapshot { flows: survivors(removed, &before.flows), ..now.clone() };
-    entry.flows_kept = kept_flows(&kept, now) as u64;
-    let missing = kept.flows.len() as u64 - entry.flows_kept;
-    if missing > 0 {
+    let survivors = survivors(removed, snapshot);
+    let kept = kept_flows(survivors.iter().copied(), now);
+    entry.flows_kept = kept as u64;
+    if kept < survivors.len() {
+        let missing = survivors.len() - kept;
         report.differences.push(format!("datapath {name}: {missing} kernel flows that should have been kept are gone"));
     }
 }
 
-fn survivors(removed: &RemovalReport, snapshot: &[Flow]) -> Vec<Flow> {
-    let suspicious = suspicious_since(snapshot, &removed.dump);
+fn survivors<'a>(removed: &'a RemovalReport, snapshot: &[Flow]) -> Vec<&'a Flow> {
+    let suspicious: HashSet<usize> = suspicious_since(snapshot, &removed.dump).into_iter().collect();
     let survives = |(i, flow): &(usize, &Flow)| !suspicious.contains(i) && !matches!(doom_of(flow), Ok(Some(_)));
-    removed.dump.iter().enumerate().filter(survives).map(|(_, flow)| flow.clone()).collect()
+    removed.dump.iter().enumerate().filter(survives).map(|(_, flow)| flow).collect()
 }
 
 /// The state after: counters, and everything but flows (which may expire again by now).

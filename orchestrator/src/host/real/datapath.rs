@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Refused, Renewal, Scope};
-use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, Ovs};
+use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs};
 use dpfreeze::park::{
     self, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput, ReplayReport,
 };
@@ -85,6 +85,11 @@ impl Datapath for KernelDatapath {
             self.before = snapshot.datapath(DATAPATH).map(|dp| dp.flows.clone()).unwrap_or_default();
         }
         Ok(snapshot)
+    }
+
+    fn flow_counts(&mut self) -> Result<FlowCounts> {
+        let dp = self.dp()?;
+        self.ovs.flow_counts(dp.ifindex).about(DATAPATH)
     }
 
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {

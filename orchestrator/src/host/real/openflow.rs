@@ -143,6 +143,19 @@ impl OpenFlow for RealOpenFlow {
         side_by_side(bridges, |bridge| self.read(bridge, None, until))
     }
 
+    fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>> {
+        side_by_side(bridges, |rules| {
+            let words = ["dump-aggregate", &self.target(&rules.bridge)];
+            let answer = self.ofctl(&rules.protocol, &words, None, until)?;
+            parse_flow_count(&answer).ok_or_else(|| {
+                HostError::new(
+                    format!("bridge {}", rules.bridge),
+                    format!("`ovs-ofctl dump-aggregate` says {answer:?}"),
+                )
+            })
+        })
+    }
+
     fn refresh(
         &self,
         bridges: &[Bridge],
@@ -260,6 +273,17 @@ fn flow(line: &str) -> String {
     format!("{} actions={actions}", fields.join(","))
 }
 
+/// The number of flows in an aggregate reply.
+fn parse_flow_count(reply: &str) -> Option<u64> {
+    reply.split_whitespace().find_map(|word| word.strip_prefix("flow_count="))?.parse().ok()
+}
+
+/// Does the rule go by itself? What is in its actions (`learn`) is about other rules.
+pub fn is_timed(rule: &str) -> bool {
+    let own = rule.split("actions=").next().unwrap_or(rule);
+    own.contains("idle_timeout=") || own.contains("hard_timeout=")
+}
+
 pub(super) fn parse_groups(dump: &str) -> Vec<String> {
     dump.lines().map(str::trim).filter(|line| line.starts_with("group_id=")).map(str::to_owned).collect()
 }
@@ -330,7 +354,7 @@ pub fn compare(before: &[BridgeRules], after: &[BridgeRules]) -> Vec<RuleDiffere
                 bridge: bridge.to_owned(),
                 kind: kind.to_owned(),
                 missing,
-                timed: rule.contains("idle_timeout=") || rule.contains("hard_timeout="),
+                timed: is_timed(&rule),
                 rule,
             }));
         }
@@ -372,6 +396,20 @@ mod tests {
         );
         assert_eq!(flows[1], "cookie=0x0,priority=1,ip,nw_proto=2,tp_src=17 actions=drop");
         assert_eq!(flows.len(), 2);
+    }
+
+    #[test]
+    fn flows_are_counted_in_aggregate_replies_of_every_version() {
+        let old = "NXST_AGGREGATE reply (xid=0x4): packet_count=7 byte_count=0 flow_count=5000\n";
+        let new = "OFPST_AGGREGATE reply (OF1.5) (xid=0x2): packet_count=7 byte_count=0 flow_count=3\n";
+        assert_eq!((parse_flow_count(old), parse_flow_count(new)), (Some(5000), Some(3)));
+        assert_eq!(parse_flow_count("OFPT_ERROR (OF1.5) (xid=0x2): OFPBRC_BAD_TYPE"), None);
+    }
+
+    #[test]
+    fn a_rule_that_learns_rules_with_a_time_out_stays_itself() {
+        assert!(is_timed("cookie=0x5,idle_timeout=60,priority=7 actions=drop"));
+        assert!(!is_timed("priority=7 actions=learn(table=2,idle_timeout=1,actions=drop)"));
     }
 
     #[test]
