@@ -11,6 +11,7 @@ use anyhow::{bail, Context};
 
 use super::SuperviseArgs;
 use crate::control::{Connection, Progress, Subscription, RUN_DIR, SOCKET};
+use crate::host::real::procfs::own_program;
 use crate::host::real::Systemd;
 use crate::host::{ServiceManager, SupervisorUnit};
 use crate::journal::Runs;
@@ -46,8 +47,7 @@ enum Started {
 
 /// Starts the supervisor and waits until it says that it is there.
 pub fn launch(args: &SuperviseArgs) -> anyhow::Result<Launched> {
-    let program = std::env::current_exe().context("cannot find our own program")?;
-    let program = program.to_str().context("the path of our own program is not UTF-8")?.to_string();
+    let program = own_program()?;
     let systemd = Systemd::default();
     let mut started = match systemd.is_running() {
         true => start_unit(systemd, args, &program)?,

@@ -8,6 +8,7 @@ use anyhow::{anyhow, bail, Context};
 use super::{Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{HookCommand, HookEvent, HookLink};
+use crate::host::real::procfs::own_program;
 use crate::host::{HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
 use crate::report::Strategy;
@@ -68,7 +69,7 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     let hand_over = HandOver {
         unit: unit.name.clone(),
         pid_file: old.pid_file.clone(),
-        hook: own_command(&["hook", "reload", "--"])?,
+        hook: [own_program()?.as_str(), "hook", "reload", "--"].map(str::to_owned).to_vec(),
         limit_s: (run.config.freeze.end().as_secs() + 60),
     };
     services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
@@ -78,12 +79,6 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     })?;
     run.known.start = Some(Start::Unit { unit: unit.name, job, link });
     run.checkpoint()
-}
-
-fn own_command(arguments: &[&str]) -> anyhow::Result<Vec<String>> {
-    let exe = std::env::current_exe().context("our own executable")?;
-    let exe = exe.to_str().context("our own executable's path is not UTF-8")?.to_owned();
-    Ok(std::iter::once(exe).chain(arguments.iter().map(|word| (*word).to_owned())).collect())
 }
 
 /// Starts the new daemon as its unit or ovs-ctl would, under the old one's PID file name.

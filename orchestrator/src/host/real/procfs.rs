@@ -6,6 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use anyhow::{anyhow, Context};
+
 use crate::host::{Limit, ProcessId};
 
 /// `/proc/PID/NAME`.
@@ -65,6 +67,15 @@ pub fn exe(pid: i32) -> io::Result<(PathBuf, bool)> {
         Some(name) => Ok((PathBuf::from(std::ffi::OsStr::from_bytes(name)), true)),
         None => Ok((link, false)),
     }
+}
+
+/// Our own program, for those who are to start it: the path it was started from, even where it was replaced there.
+///
+/// # Errors
+/// The path is not UTF-8, so that no unit and no hook could name it.
+pub fn own_program() -> anyhow::Result<String> {
+    let (program, _) = exe(std::process::id().cast_signed()).context("cannot find our own program")?;
+    program.into_os_string().into_string().map_err(|path| anyhow!("our own program's path {path:?} is not UTF-8"))
 }
 
 /// The working directory.
@@ -158,6 +169,7 @@ mod tests {
         assert_eq!(identity(pid).unwrap(), id);
         assert!(pids().unwrap().contains(&pid));
         assert_eq!(exe(pid).unwrap(), (std::env::current_exe().unwrap(), false));
+        assert_eq!(Path::new(&own_program().unwrap()), std::env::current_exe().unwrap());
         assert_eq!(words(pid, "cmdline").unwrap(), std::env::args().collect::<Vec<_>>());
         assert!(limits(pid).unwrap().iter().any(|l| l.name == "Max open files" && l.soft.is_some()));
         assert!(runs(pid, exe(pid).unwrap().0.file_name().unwrap().to_str().unwrap()));
