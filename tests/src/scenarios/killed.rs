@@ -10,7 +10,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::{json, Value};
 
-use super::{plain, Custom, Traffic};
+use super::{plain, Custom};
 use crate::command::{shell_lenient, wait_until};
 use crate::guest::probe::Running;
 use crate::guest::{facts, say};
@@ -67,11 +67,11 @@ impl Custom for Killed {
 
 fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (name, spec) in plain::Plain.probes() {
+    for (name, spec) in plain::probes() {
         live.push((name, spec.start()?));
     }
     std::thread::sleep(Duration::from_secs(2));
-    let rules = facts::promised(&plain::Plain.bridges());
+    let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
     let known = runs();
     let log = fs::File::create(out.join(format!("run-{}", case.phase)))?;
@@ -113,7 +113,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     outcome.check(check("one ovs-vswitchd, the right one"), after.len() == 1 && same == case.undone, &after);
     nothing_left(case, outcome);
     owned(case, outcome);
-    let now = facts::promised(&plain::Plain.bridges());
+    let now = facts::promised(&plain::bridges());
     outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
     let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
     outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);

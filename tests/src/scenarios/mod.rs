@@ -53,7 +53,7 @@ impl Default for Expect {
     }
 }
 
-/// A scenario with traffic through a restart.
+/// A scenario with traffic through a restart. What it does not say is as in [`plain`].
 pub trait Traffic: Sync {
     /// Name on the command line.
     fn name(&self) -> &'static str;
@@ -72,11 +72,17 @@ pub trait Traffic: Sync {
         15.0
     }
     /// Makes the network.
-    fn set_up(&self) -> Result<()>;
+    fn set_up(&self) -> Result<()> {
+        plain::set_up()
+    }
     /// Its bridges.
-    fn bridges(&self) -> Vec<String>;
+    fn bridges(&self) -> Vec<String> {
+        plain::bridges()
+    }
     /// Its traffic.
-    fn probes(&self) -> Vec<(String, Spec)>;
+    fn probes(&self) -> Vec<(String, Spec)> {
+        plain::probes()
+    }
     /// What is asked of our restart.
     fn expect(&self) -> Expect {
         Expect::default()

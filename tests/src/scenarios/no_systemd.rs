@@ -4,7 +4,6 @@ use anyhow::Result;
 
 use super::{plain, Expect, Traffic};
 use crate::command::shell;
-use crate::guest::probe::Spec;
 
 /// plain with daemons that no unit knows.
 pub struct NoSystemd;
@@ -28,14 +27,6 @@ impl Traffic for NoSystemd {
         plain::set_up()
     }
 
-    fn bridges(&self) -> Vec<String> {
-        plain::Plain.bridges()
-    }
-
-    fn probes(&self) -> Vec<(String, Spec)> {
-        plain::Plain.probes()
-    }
-
     fn expect(&self) -> Expect {
         Expect { in_units: false, ..Expect::default() }
     }
@@ -51,18 +42,6 @@ impl Traffic for StopStart {
 
     fn about(&self) -> &'static str {
         "plain with --strategy stop-start"
-    }
-
-    fn set_up(&self) -> Result<()> {
-        plain::set_up()
-    }
-
-    fn bridges(&self) -> Vec<String> {
-        plain::Plain.bridges()
-    }
-
-    fn probes(&self) -> Vec<(String, Spec)> {
-        plain::Plain.probes()
     }
 
     fn extra_args(&self) -> &'static [&'static str] {

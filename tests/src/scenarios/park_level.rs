@@ -1,9 +1,6 @@
 //! plain without BPF: the kernel is locked down, so the restart works at level park.
 
-use anyhow::Result;
-
-use super::{plain, Expect, Traffic};
-use crate::guest::probe::Spec;
+use super::{Expect, Traffic};
 
 /// See the module.
 pub struct ParkLevel;
@@ -19,18 +16,6 @@ impl Traffic for ParkLevel {
 
     fn kernel_args(&self) -> &'static str {
         "lockdown=confidentiality"
-    }
-
-    fn set_up(&self) -> Result<()> {
-        plain::set_up()
-    }
-
-    fn bridges(&self) -> Vec<String> {
-        plain::Plain.bridges()
-    }
-
-    fn probes(&self) -> Vec<(String, Spec)> {
-        plain::Plain.probes()
     }
 
     fn expect(&self) -> Expect {

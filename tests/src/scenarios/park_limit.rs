@@ -1,13 +1,10 @@
 //! plain with a park too small for it: what the report says overflowed is exactly what the probes lost.
 
-use std::net::Ipv4Addr;
-
 use anyhow::Result;
 use serde_json::json;
 
-use super::network;
 use super::{plain, Expect, Traffic};
-use crate::guest::probe::{Place, Spec};
+use crate::guest::probe::Spec;
 use crate::guest::Evidence;
 use crate::outcome::{Outcome, ProbeOutcome};
 
@@ -26,18 +23,9 @@ impl Traffic for ParkLimit {
         "plain with a park of 20 packets: overflowed = lost"
     }
 
-    fn set_up(&self) -> Result<()> {
-        plain::set_up()
-    }
-
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         // No TCP: it would hide its losses.
-        let all = network::usual_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
-        all.into_iter().filter(|(name, _)| name != "tcp").collect()
+        plain::probes().into_iter().filter(|(name, _)| name != "tcp" && name != "silent").collect()
     }
 
     fn expect(&self) -> Expect {

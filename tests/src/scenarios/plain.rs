@@ -1,5 +1,7 @@
 //! Two namespaces on one bridge, explicit rules and NORMAL.
 
+use std::net::Ipv4Addr;
+
 use anyhow::Result;
 
 use super::network::{self, UNWILDCARD};
@@ -26,6 +28,18 @@ pub fn set_up() -> Result<()> {
     network::ping("ns1", "10.9.0.2")
 }
 
+/// Its bridges.
+pub fn bridges() -> Vec<String> {
+    vec!["br0".to_owned()]
+}
+
+/// Its traffic.
+pub fn probes() -> Vec<(String, Spec)> {
+    let mut probes = network::usual_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
+    probes.push(network::silent("ns3"));
+    probes
+}
+
 impl Traffic for Plain {
     fn name(&self) -> &'static str {
         "plain"
@@ -33,20 +47,5 @@ impl Traffic for Plain {
 
     fn about(&self) -> &'static str {
         "two namespaces on a bridge, explicit rules and NORMAL"
-    }
-
-    fn set_up(&self) -> Result<()> {
-        set_up()
-    }
-
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
-    fn probes(&self) -> Vec<(String, Spec)> {
-        let mut probes =
-            network::usual_probes(Place::named("ns1"), Place::named("ns2"), std::net::Ipv4Addr::new(10, 9, 0, 2));
-        probes.push(network::silent("ns3"));
-        probes
     }
 }
