@@ -59,6 +59,13 @@ fn find_vswitchd(host: &mut Host, findings: &mut Vec<Finding>) -> Option<Daemon>
     let remedy = "start ovs-vswitchd; `systemctl status ovs-vswitchd`";
     let ids = keep(host.datapath.upcall_port_ids(), "datapath", "kernel datapath", remedy, findings)?;
     match host.datapath.dispatches_per_cpu() {
+        Ok(true) if nobody_bound(&ids) => {
+            let cause = "ovs-vswitchd has bound no socket for its upcalls: every packet without a kernel flow is lost \
+                         already (OVS 3.1 does so when it was started in the first 10 s after boot)";
+            let remedy = "start Open vSwitch again without ovs-graceful (`systemctl restart openvswitch-switch`)";
+            findings.push(refused("upcalls", "kernel datapath", cause.into(), remedy));
+            return None;
+        }
         Ok(true) => {}
         Ok(false) => {
             let cause = "it dispatches upcalls per vport, which this version of ovs-graceful does not take over yet";
@@ -67,6 +74,11 @@ fn find_vswitchd(host: &mut Host, findings: &mut Vec<Finding>) -> Option<Daemon>
         Err(error) => findings.push(refused("dispatch", "kernel datapath", error.to_string(), remedy)),
     }
     keep(host.daemons.find_vswitchd(&ids), "vswitchd", "ovs-vswitchd", remedy, findings)
+}
+
+/// A port id of 0 takes no upcalls.
+fn nobody_bound(port_ids: &[u32]) -> bool {
+    port_ids.iter().all(|id| *id == 0)
 }
 
 /// Parking needs the sockets of another process; the freeze needs BPF on top.
@@ -129,4 +141,15 @@ fn refused(name: &str, object: &str, cause: String, remedy: &str) -> Finding {
 
 fn finding(severity: Severity, name: &str, object: &str, cause: String, remedy: &str) -> Finding {
     Finding { name: name.into(), severity, object: object.into(), cause, remedy: remedy.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datapath_without_a_port_id_is_bound_to_nobody() {
+        assert!(nobody_bound(&[]) && nobody_bound(&[0, 0]));
+        assert!(!nobody_bound(&[0, 7]));
+    }
 }

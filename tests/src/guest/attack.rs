@@ -10,6 +10,8 @@ use anyhow::{bail, Context, Result};
 pub enum Attack {
     /// Redirect the datapath's upcalls to the own socket (OVS_DP_CMD_SET with OVS_DP_ATTR_PER_CPU_PIDS).
     Bind,
+    /// Redirect them to nobody (port id 0).
+    Unbind,
     /// Flush all flows (OVS_FLOW_CMD_DEL without a key).
     Flush,
 }
@@ -136,9 +138,9 @@ pub fn attempt(attack: Attack) -> Result<i32> {
     let mut socket = Socket::open()?;
     let mut body = index.to_ne_bytes().to_vec();
     let bytes = match attack {
-        Attack::Bind => {
+        Attack::Bind | Attack::Unbind => {
             let family = family_id(&mut socket, "ovs_datapath")?;
-            let port = socket.port_id()?.to_ne_bytes();
+            let port = if attack == Attack::Bind { socket.port_id()? } else { 0 }.to_ne_bytes();
             body.extend(attribute(OVS_DP_ATTR_USER_FEATURES, &OVS_DP_F_DISPATCH_UPCALL_PER_CPU.to_ne_bytes()));
             body.extend(attribute(OVS_DP_ATTR_PER_CPU_PIDS, &[port, port].concat()));
             message(family, OVS_DP_CMD_SET, OVS_DATAPATH_VERSION, &body)

@@ -88,6 +88,13 @@ const CASES: &[Case] = &[
         ..BASE
     },
     Case {
+        name: "no upcall socket",
+        prepare: "/lab/lab guest attack unbind | grep -qx 'errno 0'",
+        restore: "systemctl restart openvswitch-switch",
+        cause: &["no socket for its upcalls"],
+        ..BASE
+    },
+    Case {
         name: "OVS not running",
         prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server",
         restore: "systemctl start openvswitch-switch",
@@ -229,7 +236,7 @@ impl Custom for Refusals {
                 refused(case, words, &before, out, outcome)?;
             }
             shell(case.restore).with_context(|| format!("restoring {}", case.name))?;
-            if case.restore.contains("systemctl start") {
+            if case.restore.contains("openvswitch-switch") {
                 guest::wait_for_daemons()?;
             }
         }
