@@ -48,10 +48,18 @@ pub struct Park {
     shared: Arc<reader::Shared>,
     limits: ParkLimits,
     own: Vec<Arc<UpcallSocket>>,
-    adopted: Vec<(Arc<UpcallSocket>, u32)>,
-    adopted_are_read: bool,
+    adopted: Vec<Adopted>,
     lanes: Vec<replay::Lane>,
     reader: Option<JoinHandle<()>>,
+}
+
+/// A duplicate of a daemon's socket.
+#[derive(Debug)]
+struct Adopted {
+    socket: Arc<UpcallSocket>,
+    /// What it had dropped before we had it.
+    drops_before: u32,
+    is_read: bool,
 }
 
 impl Park {
@@ -77,7 +85,7 @@ impl Park {
             .name("park-reader".into())
             .spawn(move || thread.run())
             .map_err(|e| Error::io("start the thread that reads parked packets", e))?;
-        Ok(Park { shared, limits, own, adopted: Vec::new(), adopted_are_read: false, lanes, reader: Some(reader) })
+        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, reader: Some(reader) })
     }
 
     /// The port ids to bind the datapath's upcalls to, by CPU.
@@ -92,14 +100,21 @@ impl Park {
     /// # Errors
     /// As [`Duplicates::of`] and [`UpcallSocket::raise_buffer`].
     pub fn adopt(&mut self, pid: u32, port_ids: &[u32]) -> Result<Vec<u32>> {
-        let found = Duplicates::of(pid, port_ids)?;
+        self.adopt_duplicates(Duplicates::of(pid, port_ids)?)
+    }
+
+    /// [`Park::adopt`] of duplicates that were taken before: their process may have ended since.
+    ///
+    /// # Errors
+    /// As [`UpcallSocket::raise_buffer`].
+    pub fn adopt_duplicates(&mut self, found: Duplicates) -> Result<Vec<u32>> {
         found.raise_buffers(self.limits.socket_bytes)?;
         let mut adopted = Vec::new();
         for socket in found.into_sockets() {
             adopted.push(socket.port_id());
-            if !self.adopted.iter().any(|(s, _)| s.port_id() == socket.port_id()) {
-                let drops = socket.queue()?.drops;
-                self.adopted.push((Arc::new(socket), drops));
+            if !self.adopted.iter().any(|known| known.socket.port_id() == socket.port_id()) {
+                let drops_before = socket.queue()?.drops;
+                self.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });
             }
         }
         Ok(adopted)
@@ -110,7 +125,7 @@ impl Park {
     /// # Errors
     /// getsockopt(2) failed.
     pub fn adopted_bytes(&self) -> Result<u64> {
-        self.adopted.iter().map(|(s, _)| Ok(u64::from(s.queue()?.used))).sum()
+        self.adopted.iter().map(|adopted| Ok(u64::from(adopted.socket.queue()?.used))).sum()
     }
 
     /// Reads the adopted sockets from now on: only when the process they were taken from has ended, else both would
@@ -119,24 +134,20 @@ impl Park {
     /// # Errors
     /// There is no memory for it; then they stay unread, and a second call tries again.
     pub fn read_adopted(&mut self) -> Result<()> {
-        if self.adopted_are_read {
-            return Ok(());
-        }
         self.shared.store().expect_adopted()?;
-        for (socket, _) in &self.adopted {
-            self.shared.read_from(store::Queue::Adopted, Arc::clone(socket))?;
+        for adopted in self.adopted.iter_mut().filter(|adopted| !adopted.is_read) {
+            self.shared.read_from(store::Queue::Adopted, Arc::clone(&adopted.socket))?;
+            adopted.is_read = true;
         }
-        self.adopted_are_read = true;
         Ok(())
     }
 
     /// Lets go of the adopted sockets, read or not: the process they were taken from lives on and has them to itself
     /// again. What was already read from them stays parked.
     pub fn release_adopted(&mut self) {
-        for (socket, _) in self.adopted.drain(..) {
-            self.shared.stop_reading(&socket);
+        for adopted in self.adopted.drain(..) {
+            self.shared.stop_reading(&adopted.socket);
         }
-        self.adopted_are_read = false;
     }
 
     /// What was parked so far.
@@ -144,7 +155,8 @@ impl Park {
         let mut stats = self.shared.store().snapshot();
         let drops = |socket: &UpcallSocket| socket.queue().map_or(0, |q| q.drops);
         let own: u64 = self.own.iter().map(|s| u64::from(drops(s))).sum();
-        let adopted: u64 = self.adopted.iter().map(|(s, before)| u64::from(drops(s).saturating_sub(*before))).sum();
+        let since = |adopted: &Adopted| drops(&adopted.socket).saturating_sub(adopted.drops_before);
+        let adopted: u64 = self.adopted.iter().map(|adopted| u64::from(since(adopted))).sum();
         stats.socket_drops = own + adopted;
         stats
     }
@@ -176,8 +188,8 @@ impl Park {
         for (i, socket) in self.own.iter().enumerate() {
             kept.push(copy(format!("{KEPT_SOCKET}{i}"), socket.as_fd())?);
         }
-        for (i, (socket, _)) in self.adopted.iter().enumerate() {
-            kept.push(copy(format!("{KEPT_ADOPTED_SOCKET}{i}"), socket.as_fd())?);
+        for (i, adopted) in self.adopted.iter().enumerate() {
+            kept.push(copy(format!("{KEPT_ADOPTED_SOCKET}{i}"), adopted.socket.as_fd())?);
         }
         Ok(kept)
     }
@@ -209,8 +221,8 @@ impl Park {
         let store = store::Store::reopen(limits, memory, adopted_memory)?;
         let mut park = Self::start(limits, store, own.into_values().collect())?;
         for socket in adopted {
-            let drops = socket.queue()?.drops;
-            park.adopted.push((Arc::new(socket), drops));
+            let drops_before = socket.queue()?.drops;
+            park.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });
         }
         Ok(park)
     }

@@ -9,12 +9,12 @@ use crate::ovs::Ovs;
 const NLMSG_HEADER: usize = 16;
 const TYPE_AT: usize = 4;
 // linux/rtnetlink.h
-const RTM_DELLINK: u16 = 17;
+pub(super) const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 /// `struct ifinfomsg {u8 family; u8 pad; u16 type; int index; u32 flags; u32 change}`
-const IFINFOMSG: usize = 16;
+pub(super) const IFINFOMSG: usize = 16;
 // linux/if_link.h
-const IFLA_IFNAME: u16 = 3;
+pub(super) const IFLA_IFNAME: u16 = 3;
 // linux/openvswitch.h
 const OVS_VPORT_VERSION: u8 = 1;
 const OVS_VPORT_CMD_NEW: u8 = 1;

@@ -18,6 +18,11 @@ mod tracee;
 pub use adoption::{Adoption, Report};
 pub use message::{Guard, Request};
 
+use nix::errno::Errno;
+
+use crate::error::{Error, Result};
+use crate::netlink::attr::AttrBuf;
+use crate::netlink::{Protocol, Socket};
 use crate::ovs::Vport;
 
 /// A port of the datapath that Open vSwitch made for tunnels.
@@ -29,35 +34,59 @@ pub struct Backer {
     pub port_no: u32,
 }
 
-/// `dpif_port` of each tunnel class in OVS's lib/netdev-vport.c: the device is named so, or so with `_PORT` behind.
-const BACKER_NAMES: [&str; 10] = [
-    "genev_sys",
-    "gre_sys",
-    "vxlan_sys",
-    "lisp_sys",
-    "stt_sys",
-    "erspan_sys",
-    "ip6erspan_sys",
-    "ip6gre_sys",
-    "gtpu_sys",
-    "udp_sys", // bareudp
+/// The tunnel classes of OVS's lib/netdev-vport.c: type of an interface; `dpif_port`, which the device is named, or
+/// named with `_PORT` behind; and that port where an interface does not say it.
+const CLASSES: [(&str, &str, Option<u16>); 10] = [
+    ("geneve", "genev_sys", Some(6081)),
+    ("gre", "gre_sys", None),
+    ("vxlan", "vxlan_sys", Some(4789)),
+    ("lisp", "lisp_sys", Some(4341)),
+    ("stt", "stt_sys", Some(7471)),
+    ("erspan", "erspan_sys", None),
+    ("ip6erspan", "ip6erspan_sys", None),
+    ("ip6gre", "ip6gre_sys", None),
+    ("gtpu", "gtpu_sys", Some(2152)),
+    ("bareudp", "udp_sys", Some(0)),
 ];
 
 /// The tunnel ports among `vports`, told by their names as OVS itself tells them (`netdev_vport_type_from_name`).
 pub fn backers(vports: &[Vport]) -> Vec<Backer> {
-    vports
-        .iter()
-        .filter(|v| is_backer_name(&v.name))
-        .map(|v| Backer { name: v.name.clone(), port_no: v.port_no })
-        .collect()
+    vports.iter().filter(|v| is_backer(&v.name)).map(|v| Backer { name: v.name.clone(), port_no: v.port_no }).collect()
 }
 
-fn is_backer_name(name: &str) -> bool {
-    BACKER_NAMES.iter().any(|known| match name.strip_prefix(known) {
+/// Is a port of this name a tunnel port of Open vSwitch?
+pub fn is_backer(name: &str) -> bool {
+    CLASSES.iter().any(|(_, known, _)| match name.strip_prefix(known) {
         Some("") => true,
         Some(rest) => rest.strip_prefix('_').is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())),
         None => false,
     })
+}
+
+/// The tunnel port behind an interface of type `kind` with `options:dst_port` as given; None if that is no tunnel
+/// (`netdev_vport_get_dpif_port`).
+pub fn backer_of(kind: &str, dst_port: Option<&str>) -> Option<String> {
+    let (_, name, usual) = CLASSES.iter().find(|(class, _, _)| *class == kind)?;
+    let Some(usual) = usual else { return Some((*name).to_owned()) };
+    // OVS reads it by atoi(): nothing that is a number is 0.
+    let port = dst_port.map_or(*usual, |text| text.trim().parse().unwrap_or(0));
+    Some(format!("{name}_{port}"))
+}
+
+/// Deletes the device of a tunnel port that was taken out of the datapath, as OVS does; false if it is not there.
+///
+/// # Errors
+/// As [`Socket::request`].
+pub fn delete_device(name: &str) -> Result<bool> {
+    let mut attrs = AttrBuf::new();
+    attrs.push_str(message::IFLA_IFNAME, name);
+    let body = [&[0; message::IFINFOMSG], attrs.as_bytes()].concat();
+    let what = format!("RTM_DELLINK of {name}");
+    match Socket::open(Protocol::Route)?.request(&what, message::RTM_DELLINK, 0, &body) {
+        Ok(_) => Ok(true),
+        Err(Error::Netlink { errno: Errno::ENODEV, .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 #[cfg(test)]
@@ -67,11 +96,26 @@ mod tests {
     #[test]
     fn backers_are_told_by_ovs_own_names() {
         for name in ["vxlan_sys_4789", "genev_sys_6081", "gre_sys", "ip6gre_sys", "udp_sys_6635", "erspan_sys"] {
-            assert!(is_backer_name(name), "{name}");
+            assert!(is_backer(name), "{name}");
         }
         for name in ["vxlan0", "gre_sysx", "vxlan_sys_", "vxlan_sys_a", "eth0", "xgre_sys", "br-int"] {
-            assert!(!is_backer_name(name), "{name}");
+            assert!(!is_backer(name), "{name}");
         }
+    }
+
+    #[test]
+    fn an_interface_stands_for_the_port_that_ovs_would_make_for_it() {
+        for (kind, dst_port, name) in [
+            ("vxlan", None, "vxlan_sys_4789"),
+            ("vxlan", Some("8472"), "vxlan_sys_8472"),
+            ("geneve", None, "genev_sys_6081"),
+            ("gre", Some("7"), "gre_sys"),
+            ("bareudp", Some("6635"), "udp_sys_6635"),
+        ] {
+            assert_eq!(backer_of(kind, dst_port).as_deref(), Some(name));
+            assert!(is_backer(name));
+        }
+        assert!(backer_of("", None).is_none() && backer_of("internal", None).is_none());
     }
 
     #[test]

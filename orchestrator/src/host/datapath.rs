@@ -78,7 +78,7 @@ pub trait Datapath {
     fn refused(&mut self) -> Result<Refused>;
     /// What was seen since the last call.
     fn events(&mut self) -> Result<Vec<FreezeEvent>>;
-    /// Lifts every refusal and unloads the freeze. May be run twice.
+    /// Lifts every refusal and unloads the freeze; what was held of the new daemon is let go. May be run twice.
     fn thaw(&mut self) -> Result<()>;
 
     /// Opens the parking sockets and keeps duplicates of those that `old` reads.
@@ -109,6 +109,10 @@ pub trait Datapath {
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver>;
     /// Replays what is parked to `daemon`, which has bound the upcalls by itself (level `park`).
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
-    /// Deletes those of the ports with these numbers whose name is not among `wanted`; returns their names.
+    /// After the end of a daemon that was handed over to: misses are parked again, and what it left unread in its
+    /// sockets as well, of which duplicates are held until the thaw (hazards 1). False where there was none.
+    fn retake_upcalls(&mut self) -> Result<bool>;
+    /// Deletes those of the ports with these numbers, and of the tunnel ports that the new daemon wanted to delete
+    /// while they were adopted, whose name is not among `wanted`; returns their names.
     fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>>;
 }

@@ -180,6 +180,8 @@ pub struct Interface {
     pub kind: String,
     /// Its OpenFlow port number, where it has one.
     pub ofport: Option<i64>,
+    /// `options:dst_port`, where set: it names the datapath's port of a tunnel.
+    pub dst_port: Option<String>,
     /// True where BFD is enabled on it.
     pub bfd: bool,
     /// True where CFM is enabled on it.

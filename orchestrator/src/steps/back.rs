@@ -19,6 +19,10 @@ pub fn go_back(run: &mut Run) -> Ended {
         run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
     }
     end_new_daemon(run)?;
+    // Hazards 1: it may have been bound already.
+    if run.host.datapath.retake_upcalls().context("taking the upcalls back")? {
+        run.known.gap_began = Some(Instant::now());
+    }
     cancel_start(run)?;
     let until = run.deadline;
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;

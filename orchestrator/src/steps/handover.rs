@@ -37,7 +37,7 @@ fn hand_over(run: &mut Run) -> Result<(), Stop> {
     remove_doomed(run)?;
     let until = run.deadline;
     let done = run.host.datapath.hand_over(&captured, until).context("binding the new ovs-vswitchd, and replaying")?;
-    notes::gap_ended(&mut run.report, run.known.gap_began, done.bound);
+    notes::gap_ended(&mut run.report, &mut run.known.gap_began, done.bound);
     notes::replay(&mut run.report, &run.host.datapath.park_stats(), &done.replay);
     run.host.datapath.refuse(classes::handed_over())?;
     run.checkpoint()
@@ -48,7 +48,7 @@ pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
     remove_doomed(run)?;
     clear_restore_wait(run)?;
     wait_in_step(run)?;
-    notes::gap_ended(&mut run.report, run.known.gap_began, Instant::now());
+    notes::gap_ended(&mut run.report, &mut run.known.gap_began, Instant::now());
     restore_bridges_with_controllers(run)?;
     let (daemon, until) = (run.new_daemon()?.id, run.deadline);
     let replayed = run.host.datapath.replay_to(daemon, until).context("replaying the parked packets")?;

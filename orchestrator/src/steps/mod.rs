@@ -9,6 +9,7 @@ mod classes;
 mod gates;
 mod handover;
 mod notes;
+mod ports;
 mod restore;
 mod run;
 mod settle;

@@ -26,10 +26,11 @@ fn datapath(before: &DatapathSnapshot) -> DatapathReport {
     }
 }
 
-/// The end of the time without a daemon bound to the upcalls.
-pub(super) fn gap_ended(report: &mut Report, began: Option<Instant>, ended: Instant) {
-    if let Some(began) = began {
-        report.gap_ms = Some(milliseconds(ended.saturating_duration_since(began)));
+/// The end of a time without a daemon bound to the upcalls: a run that goes back after its hand-over has two.
+pub(super) fn gap_ended(report: &mut Report, began: &mut Option<Instant>, ended: Instant) {
+    if let Some(began) = began.take() {
+        let gap = milliseconds(ended.saturating_duration_since(began));
+        report.gap_ms = Some(report.gap_ms.unwrap_or_default() + gap);
     }
 }
 
@@ -45,14 +46,16 @@ pub(super) fn removal(report: &mut Report, name: &str, removed: &RemovalReport) 
     }
 }
 
-/// What was parked and what became of it.
+/// What was parked, in all, and what became of it in this replay.
 pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayReport) {
     report.parked.packets = stats.parked + stats.overflowed;
     report.parked.overflowed = stats.overflowed + stats.socket_drops;
-    report.parked.replayed = replayed.replayed;
-    report.parked.unreplayable = replayed.unreplayable.clone();
-    report.parked.longest_ms = replayed.longest_ms as f64;
-    report.parked.p99_ms = replayed.p99_ms as f64;
+    report.parked.replayed += replayed.replayed;
+    for (reason, count) in &replayed.unreplayable {
+        *report.parked.unreplayable.entry(reason.clone()).or_default() += count;
+    }
+    report.parked.longest_ms = report.parked.longest_ms.max(replayed.longest_ms as f64);
+    report.parked.p99_ms = report.parked.p99_ms.max(replayed.p99_ms as f64);
     for (errno, count) in &replayed.errors {
         report.warnings.push(format!("{count} parked packets were not taken back by the kernel: {errno}"));
     }
@@ -83,17 +86,21 @@ fn survivors<'a>(removed: &'a RemovalReport, snapshot: &[Flow]) -> Vec<&'a Flow>
     removed.dump.iter().enumerate().filter(survives).map(|(_, flow)| flow).collect()
 }
 
-/// The state after: counters, and everything but flows (which may expire again by now).
-pub(super) fn after(report: &mut Report, before: &Snapshot, after: &Snapshot) {
+/// The state after: counters, and everything but flows (which may expire again by now) and ports that are not among
+/// `wanted` any more: those were taken out of the database meanwhile.
+pub(super) fn after(report: &mut Report, before: &Snapshot, after: &Snapshot, wanted: &[String]) {
     for entry in &mut report.datapaths {
         let (Some(old), Some(new)) = (before.datapath(&entry.name), after.datapath(&entry.name)) else { continue };
         entry.lost_delta = new.datapath.stats.lost as i64 - old.datapath.stats.lost as i64;
         entry.missed_delta = new.datapath.stats.missed as i64 - old.datapath.stats.missed as i64;
     }
-    let lasting = compare(before, after)
-        .into_iter()
-        .filter(|difference| !matches!(difference, Difference::FlowGone { .. } | Difference::FlowReplaced { .. }));
-    report.differences.extend(lasting.map(|difference| difference.to_string()));
+    let wrong = |difference: &Difference| match difference {
+        Difference::FlowGone { .. } | Difference::FlowReplaced { .. } => false,
+        Difference::PortGone { port, .. } => wanted.contains(port),
+        _ => true,
+    };
+    let wrong = compare(before, after).into_iter().filter(wrong);
+    report.differences.extend(wrong.map(|difference| difference.to_string()));
 }
 
 /// The freeze's counters.

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::handover::wait_in_step;
 use super::standby::finish_start;
-use super::{classes, notes, Ended, Run, Step, Stop};
+use super::{classes, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -43,21 +43,9 @@ impl Step for Settle {
 /// Hazards 7: a daemon does not repeat a refused VPORT_DEL. Only ports that no interface of the database stands for
 /// are deleted.
 fn repeat_port_deletions(run: &mut Run) -> Result<(), Stop> {
-    if run.known.refused_ports.is_empty() {
-        return Ok(());
-    }
     let facts = run.host.database.facts(run.deadline)?;
-    let mut ports = std::mem::take(&mut run.known.refused_ports);
-    ports.sort_unstable();
-    ports.dedup();
-    let wanted: Vec<String> = facts
-        .bridges
-        .iter()
-        .flat_map(|bridge| &bridge.ports)
-        .flat_map(|port| &port.interfaces)
-        .map(|interface| interface.name.clone())
-        .collect();
-    for name in run.host.datapath.delete_stale_ports(&ports, &wanted)? {
+    let ports = std::mem::take(&mut run.known.refused_ports);
+    for name in run.host.datapath.delete_stale_ports(&ports, &ports::wanted(&facts))? {
         run.note(format!("{name}: deletion repeated, no interface of the database stands for it"));
     }
     run.checkpoint()

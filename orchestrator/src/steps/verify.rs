@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{notes, Ended, Run, Step};
+use super::{notes, ports, Ended, Run, Step};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -18,9 +18,9 @@ impl Step for Verify {
     fn perform(&self, run: &mut Run) -> Ended {
         let until = run.deadline;
         let after = run.host.datapath.snapshot().context("the datapath's state")?;
-        if let Some(before) = run.known.before.take() {
-            notes::after(&mut run.report, &before, &after);
-            run.known.before = Some(before);
+        let wanted = ports::wanted(&run.host.database.facts(until).context("the database")?);
+        if let Some(before) = &run.known.before {
+            notes::after(&mut run.report, before, &after, &wanted);
         }
         let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules);

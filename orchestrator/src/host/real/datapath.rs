@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Refused, Renewal, Scope};
-use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs};
+use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport};
 use dpfreeze::park::{
     self, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput, ReplayReport,
 };
 use dpfreeze::snapshot::{self, Snapshot};
-use dpfreeze::tunnel::{Adoption, Guard};
+use dpfreeze::tunnel::{self, Adoption, Guard};
 
 use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
 use crate::host::{Context, HostError, ProcessId, Result};
@@ -29,6 +29,10 @@ pub struct KernelDatapath {
     old: Option<ProcessId>,
     drain: Option<DrainWatch>,
     adoption: Option<Adoption>,
+    /// Tunnel ports that the new daemon wanted to delete and has not adopted.
+    stale_tunnels: Vec<String>,
+    /// The upcall sockets of the new daemon.
+    bound: Option<Duplicates>,
 }
 
 impl KernelDatapath {
@@ -50,6 +54,8 @@ impl KernelDatapath {
             old: None,
             drain: None,
             adoption: None,
+            stale_tunnels: Vec::new(),
+            bound: None,
         })
     }
 
@@ -168,6 +174,7 @@ impl Datapath for KernelDatapath {
         let Some(adoption) = self.adoption.take() else { return Ok(Vec::new()) };
         adoption.wait(patience);
         let report = adoption.finish();
+        self.stale_tunnels.extend(report.stale);
         Ok(report.failed)
     }
 
@@ -188,6 +195,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn thaw(&mut self) -> Result<()> {
+        self.bound = None;
         self.freeze = None;
         freeze::thaw().about("freeze")
     }
@@ -234,6 +242,7 @@ impl Datapath for KernelDatapath {
         }
         self.park = None;
         self.dump = None;
+        self.bound = None;
         Ok(())
     }
 
@@ -278,7 +287,8 @@ impl Datapath for KernelDatapath {
         let origins = Origins::of(dump(&self.removed, &self.dump));
         bind(&mut self.ovs, &dp, to.features, &to.port_ids)?;
         let bound = Instant::now();
-        let replay = give_back(&mut self.park, &origins, &reader, until)?;
+        let reader = self.bound.insert(reader);
+        let replay = give_back(&mut self.park, &origins, reader, until)?;
         Ok(HandedOver { bound, replay })
     }
 
@@ -286,22 +296,42 @@ impl Datapath for KernelDatapath {
         let port_ids = self.upcall_port_ids()?;
         let reader = raised(number(daemon)?, &port_ids, self.limits)?;
         let origins = Origins::of(dump(&self.removed, &self.dump));
-        give_back(&mut self.park, &origins, &reader, until)
+        give_back(&mut self.park, &origins, self.bound.insert(reader), until)
+    }
+
+    fn retake_upcalls(&mut self) -> Result<bool> {
+        if self.bound.is_none() {
+            return Ok(false);
+        }
+        self.take_upcalls()?;
+        if let (Some(bound), Some(park)) = (self.bound.take(), &mut self.park) {
+            park.adopt_duplicates(bound).about("upcall sockets of the new ovs-vswitchd")?;
+            park.read_adopted().about("what the new ovs-vswitchd left unread")?;
+        }
+        Ok(true)
     }
 
     fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>> {
         let dp = self.dp()?;
         let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
         let mut deleted = Vec::new();
-        for vport in vports.iter().filter(|vport| port_nos.contains(&vport.port_no)) {
-            if vport.name == DATAPATH || wanted.contains(&vport.name) {
-                continue;
+        for vport in vports.iter().filter(|vport| is_stale(vport, port_nos, &self.stale_tunnels, wanted)) {
+            let about = || format!("port {}", vport.name);
+            self.ovs.vport_del(dp.ifindex, vport.port_no).about(about())?;
+            if tunnel::is_backer(&vport.name) {
+                // Its device is Open vSwitch's own, and taken out of the datapath it is nobody's.
+                tunnel::delete_device(&vport.name).about(about())?;
             }
-            self.ovs.vport_del(dp.ifindex, vport.port_no).about(format!("port {}", vport.name))?;
             deleted.push(vport.name.clone());
         }
         Ok(deleted)
     }
+}
+
+/// Should this port have been deleted by the daemon, and does nobody want it?
+fn is_stale(vport: &Vport, port_nos: &[u32], tunnels: &[String], wanted: &[String]) -> bool {
+    let asked_for = port_nos.contains(&vport.port_no) || tunnels.contains(&vport.name);
+    asked_for && vport.name != DATAPATH && !wanted.contains(&vport.name)
 }
 
 /// Binds the upcalls, with the features as they are where none are given: a DP_SET without USER_FEATURES zeroes them.
@@ -344,5 +374,27 @@ fn known_event(event: freeze::Event) -> Option<FreezeEvent> {
         EventKind::VportDelRefused(freeze::Port::Number(port_no)) => Some(FreezeEvent::VportDelRefused { port_no }),
         EventKind::BoundByOther { .. } => Some(FreezeEvent::BoundByOther { pid: event.sender.tgid as i32 }),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ports_that_were_to_go_and_that_nobody_wants_are_stale() {
+        let ports = [(0, DATAPATH), (1, "br0"), (2, "v1"), (3, "v2"), (4, "vxlan_sys_4789"), (5, "genev_sys_6081")];
+        let vports = ports.map(|(port_no, name)| Vport { port_no, name: name.into(), ..Vport::default() });
+        let stale = |port_nos: &[u32], tunnels: &[&str], wanted: &[&str]| {
+            let [tunnels, wanted] =
+                [tunnels, wanted].map(|names| names.iter().map(|n| n.to_string()).collect::<Vec<_>>());
+            let is_stale = |vport: &&Vport| is_stale(vport, port_nos, &tunnels, &wanted);
+            vports.iter().filter(is_stale).map(|vport| vport.port_no).collect::<Vec<_>>()
+        };
+        let wanted = ["br0", "v2", "vxlan_sys_4789"];
+        assert!(stale(&[], &[], &wanted).is_empty());
+        assert_eq!(stale(&[0, 2, 3], &[], &wanted), [2]);
+        assert_eq!(stale(&[4], &["vxlan_sys_4789", "genev_sys_6081"], &wanted), [5]);
+        assert_eq!(stale(&[2], &["genev_sys_6081"], &wanted), [2, 5]);
     }
 }

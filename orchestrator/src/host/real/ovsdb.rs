@@ -273,7 +273,7 @@ const WANTED: &[(&str, &[&str])] = &[
         ],
     ),
     ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
-    ("Interface", &["name", "type", "ofport", "bfd", "cfm_mpid"]),
+    ("Interface", &["name", "type", "ofport", "options", "bfd", "cfm_mpid"]),
     ("Controller", &["target"]),
 ];
 
@@ -339,6 +339,7 @@ fn interface(row: &Value) -> Interface {
         name: string(&row["name"]),
         kind: string(&row["type"]),
         ofport: row["ofport"].as_i64(),
+        dst_port: map(&row["options"]).remove("dst_port"),
         bfd: map(&row["bfd"]).get("enable").is_some_and(|v| v == "true"),
         cfm: row["cfm_mpid"].is_i64(),
     }
@@ -403,7 +404,11 @@ mod tests {
                 "Interface",
                 BTreeMap::from([
                     row("i", json!({"name": "e0", "type": "", "ofport": 1, "bfd": ["map", [["enable", "true"]]]})),
-                    row("j", json!({"name": "e1", "type": "", "ofport": ["set", []], "cfm_mpid": 7})),
+                    row(
+                        "j",
+                        json!({"name": "e1", "type": "vxlan", "ofport": ["set", []], "cfm_mpid": 7,
+                        "options": ["map", [["dst_port", "8472"], ["remote_ip", "10.0.0.1"]]]}),
+                    ),
                 ]),
             ),
         ]));
