@@ -41,12 +41,13 @@ pub struct Request {
     pub extra_args: Vec<String>,
 }
 
-/// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them.
-pub fn binaries(product: bool) -> Result<PathBuf> {
+/// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them; `programs` are examples of dpfreeze.
+pub fn binaries(product: bool, programs: &[&str]) -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os(BIN_DIR) {
         let folder = PathBuf::from(folder);
         let mut wanted = vec!["lab"];
         wanted.extend(PRODUCT.iter().filter(|_| product));
+        wanted.extend(programs);
         for name in wanted {
             if !folder.join(name).is_file() {
                 bail!("{BIN_DIR} is {}, which has no {name}: put it there, or unset {BIN_DIR}", folder.display());
@@ -54,16 +55,23 @@ pub fn binaries(product: bool) -> Result<PathBuf> {
         }
         return Ok(folder);
     }
+    let packages: &[&str] = if product { &["lab", "orchestrator", "dpfreeze"] } else { &["lab"] };
+    build(&packages.iter().flat_map(|package| ["-p", package]).collect::<Vec<_>>())?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| places::workspace().join("target"), PathBuf::from);
+    let folder = target.join(TARGET).join("release");
+    for program in programs {
+        build(&["-p", "dpfreeze", "--example", program])?;
+        fs::copy(folder.join("examples").join(program), folder.join(program))?;
+    }
+    Ok(folder)
+}
+
+fn build(what: &[&str]) -> Result<()> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(places::workspace());
-    command.args(["build", "--quiet", "--release", "--target", TARGET, "-p", "lab"]);
-    if product {
-        command.args(["-p", "orchestrator", "-p", "dpfreeze"]);
-    }
+    command.args(["build", "--quiet", "--release", "--target", TARGET]).args(what);
     command.env("RUSTFLAGS", "-C target-feature=+crt-static");
-    run(&mut command).context("building the static binaries")?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| places::workspace().join("target"), PathBuf::from);
-    Ok(target.join(TARGET).join("release"))
+    run(&mut command).context("building the static binaries")
 }
 
 /// Makes one run. An error is a lab error; a failed assertion is an outcome.
@@ -87,7 +95,7 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
     let image = image::ensure(&request.suite)?;
     let input = tempfile::tempdir()?;
     let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
-    put_binaries(input.path(), product)?;
+    put_binaries(input.path(), product, scenario.programs())?;
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,
@@ -115,13 +123,13 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
 }
 
 /// What the guest finds in `/lab`.
-fn put_binaries(input: &Path, product: bool) -> Result<()> {
-    let bin = binaries(product)?;
+fn put_binaries(input: &Path, product: bool, programs: &[&str]) -> Result<()> {
+    let bin = binaries(product, programs)?;
     fs::copy(bin.join("lab"), input.join("lab"))?;
     if product {
         let folder = input.join("bin");
         fs::create_dir(&folder)?;
-        for name in PRODUCT {
+        for name in PRODUCT.iter().chain(programs) {
             fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
         }
     }

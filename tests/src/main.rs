@@ -142,7 +142,7 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
             Ok(true)
         }
         Cmd::Binaries => {
-            println!("{}", bench::binaries(true)?.display());
+            println!("{}", bench::binaries(true, &[])?.display());
             Ok(true)
         }
         Cmd::Guest { command: GuestCmd::Attack { attack } } => {

@@ -10,6 +10,7 @@ mod park_limit;
 mod plain;
 mod refusals;
 mod scale;
+mod selftest;
 mod systemd;
 mod tunnel;
 mod unprivileged;
@@ -105,6 +106,10 @@ pub trait Custom: Sync {
     fn kernel_args(&self) -> &'static str {
         ""
     }
+    /// Programs that go into the VM beside the product.
+    fn programs(&self) -> &'static [&'static str] {
+        &[]
+    }
     /// Does everything.
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()>;
 }
@@ -143,6 +148,14 @@ impl Scenario {
         }
     }
 
+    /// Programs that go into the VM beside the product.
+    pub fn programs(self) -> &'static [&'static str] {
+        match self {
+            Scenario::Traffic(_) => &[],
+            Scenario::Custom(s) => s.programs(),
+        }
+    }
+
     /// More words for the kernel's command line.
     pub fn kernel_args(self) -> &'static str {
         match self {
@@ -170,6 +183,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
+    Scenario::Custom(&selftest::SelfTest),
 ];
 
 /// The scenario of that name.
