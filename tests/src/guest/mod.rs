@@ -3,7 +3,8 @@
 pub mod attack;
 pub mod facts;
 pub mod probe;
-mod verdict;
+pub mod run;
+pub mod verdict;
 
 use std::fs;
 use std::io::Write;
@@ -124,9 +125,7 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
 
 fn set_up(scenario: &dyn Traffic, out: &Path) -> Result<()> {
     say(&format!("{}: setting up", scenario.name()));
-    // A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
-    // before Open vSwitch sees it.
-    shell("sysctl -qw net.core.netdev_max_backlog=100000")?;
+    scenarios::network::patient_veth()?;
     scenario.set_up().map_err(|error| {
         facts::save_everything(&out.join("before"), &scenario.bridges());
         let _ = facts::flows(&out.join("flows-before"));

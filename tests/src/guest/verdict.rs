@@ -87,7 +87,8 @@ fn units(evidence: &Evidence, outcome: &mut Outcome) {
     outcome.check("no unit failed by it", failed == evidence.failed_before, found);
 }
 
-fn probes_sent(outcome: &mut Outcome) {
+/// Every probe sent what it should.
+pub fn probes_sent(outcome: &mut Outcome) {
     let mut checks = Vec::new();
     for (name, probe) in &outcome.probes {
         match probe {
@@ -108,7 +109,8 @@ fn probes_sent(outcome: &mut Outcome) {
     }
 }
 
-fn no_losses(expect: &Expect, outcome: &mut Outcome) {
+/// No probe lost, doubled or spoiled anything.
+pub fn no_losses(expect: &Expect, outcome: &mut Outcome) {
     let mut checks = Vec::new();
     for (name, probe) in &outcome.probes {
         match probe {

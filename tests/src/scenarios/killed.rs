@@ -3,9 +3,9 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::{json, Value};
@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 use super::{plain, Custom};
 use crate::command::{shell_lenient, wait_until};
 use crate::guest::probe::Running;
-use crate::guest::{facts, say};
+use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome, ProbeOutcome};
 
 /// See the module.
@@ -40,9 +40,6 @@ const CASES: [Case; 4] = [
     Case { name: "no return", phase: "switch-commit", exit: 21, undone: false, lossless: false, daemons_too: false },
     Case { name: "nobody left", phase: "restore", exit: 21, undone: false, lossless: false, daemons_too: true },
 ];
-
-/// Where runs leave their journals and reports.
-const RUNS: &str = "/var/lib/ovs-graceful/runs";
 
 impl Custom for Killed {
     fn name(&self) -> &'static str {
@@ -73,7 +70,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
-    let known = runs();
+    let known = run::known();
     let log = fs::File::create(out.join(format!("run-{}", case.phase)))?;
     let mut client = Command::new("ovs-graceful")
         .args(["restart", "--no-ovsdb"])
@@ -96,7 +93,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
             let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
         }
     }
-    let report = Path::new(RUNS).join(&id).join("report.json");
+    let report = run::report(&id);
     wait_until("recover has written its report", Duration::from_secs(100), Duration::from_millis(100), || {
         report.exists()
     })?;
@@ -168,46 +165,16 @@ fn owned(case: &Case, outcome: &mut Outcome) {
     outcome.check(format!("{}: ovs-appctl by name", case.name), by_name.contains("Open vSwitch"), by_name);
 }
 
-fn runs() -> Vec<String> {
-    let entries = fs::read_dir(RUNS).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
-}
-
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
 /// run's id.
 fn kill_in(phase: &str, known: &[String]) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(120);
-    let wanted = format!("\"phase\":\"{phase}\"");
-    while Instant::now() < end {
-        if let Some(id) = runs().into_iter().find(|id| !known.contains(id)) {
-            let journals = [format!("{RUNS}/{id}/journal"), format!("/run/ovs-graceful/journal.{id}")];
-            let begun = journals.iter().filter_map(|path| fs::read(path).ok()).any(|bytes| holds(&bytes, &wanted));
-            if begun {
-                // In Standby: with the daemon that was started, if it can be had.
-                if phase == "standby" {
-                    let _ = wait_until("a second daemon", Duration::from_secs(20), Duration::from_millis(20), || {
-                        facts::daemons("ovs-vswitchd").len() > 1
-                    });
-                }
-                kill(supervisor()?, Signal::SIGKILL)?;
-                return Ok(id);
-            }
-            if Path::new(RUNS).join(&id).join("report.json").exists() {
-                bail!("run {id} ended before it came to {phase}");
-            }
-        }
-        std::thread::sleep(Duration::from_millis(1));
+    let id = run::wait_for(phase, known)?;
+    // In Standby: with the daemon that was started, if it can be had.
+    if phase == "standby" {
+        let _ = wait_until("a second daemon", Duration::from_secs(20), Duration::from_millis(20), || {
+            facts::daemons("ovs-vswitchd").len() > 1
+        });
     }
-    bail!("no run came to {phase}")
-}
-
-/// The process that holds the run lock.
-fn supervisor() -> Result<Pid> {
-    let holder: Value = serde_json::from_slice(&fs::read("/run/ovs-graceful/lock")?)?;
-    let pid = holder["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
-    pid.map(Pid::from_raw).with_context(|| format!("no supervisor in the lock: {holder}"))
-}
-
-fn holds(bytes: &[u8], word: &str) -> bool {
-    String::from_utf8_lossy(bytes).contains(word)
+    kill(run::supervisor()?, Signal::SIGKILL)?;
+    Ok(id)
 }

@@ -3,12 +3,15 @@
 mod conntrack;
 mod killed;
 mod local_port;
+mod meanwhile;
 pub mod network;
 mod no_systemd;
 mod park_level;
 mod park_limit;
 mod plain;
+mod port_removed;
 mod refusals;
+mod rule_change;
 mod scale;
 mod selftest;
 mod systemd;
@@ -179,6 +182,8 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&park_level::ParkLevel),
     Scenario::Traffic(&no_systemd::StopStart),
     Scenario::Traffic(&no_systemd::NoSystemd),
+    Scenario::Custom(&rule_change::RuleChange),
+    Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&refusals::Refusals),

@@ -22,6 +22,12 @@ pub const TCP_PORT: u16 = 9002;
 /// Actions that make every source port a megaflow of its own: what is copied must be matched exactly.
 pub const UNWILDCARD: &str = "move:NXM_OF_UDP_SRC[]->NXM_NX_REG0[0..15]";
 
+/// A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
+/// before Open vSwitch sees it.
+pub fn patient_veth() -> Result<()> {
+    shell("sysctl -qw net.core.netdev_max_backlog=100000").map(drop)
+}
+
 /// Makes namespace `ns`, whose device `e-ns` is the other end of port `v-ns` of `bridge`.
 ///
 /// IPv6 is off, so that a silent port hears nothing but what the switch sends it.

@@ -1,0 +1,57 @@
+//! A run of ours as a scenario follows it: by its journal, and by its lock.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+/// Where runs leave their journals and reports.
+const RUNS: &str = "/var/lib/ovs-graceful/runs";
+
+/// The ids of all runs so far.
+pub fn known() -> Vec<String> {
+    let entries = fs::read_dir(RUNS).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+}
+
+/// Where run `id` leaves its report.
+pub fn report(id: &str) -> PathBuf {
+    Path::new(RUNS).join(id).join("report.json")
+}
+
+/// Whether the journal of run `id`, on disk or in memory, has the intent of `phase`.
+pub fn has_begun(id: &str, phase: &str) -> bool {
+    let wanted = format!("\"phase\":\"{phase}\"");
+    let journals = [format!("{RUNS}/{id}/journal"), format!("/run/ovs-graceful/journal.{id}")];
+    journals
+        .iter()
+        .filter_map(|path| fs::read(path).ok())
+        .any(|bytes| String::from_utf8_lossy(&bytes).contains(&wanted))
+}
+
+/// Waits until a run that is not among `known` begins `phase`; returns its id.
+pub fn wait_for(phase: &str, known: &[String]) -> Result<String> {
+    let end = Instant::now() + Duration::from_secs(120);
+    while Instant::now() < end {
+        if let Some(id) = self::known().into_iter().find(|id| !known.contains(id)) {
+            if has_begun(&id, phase) {
+                return Ok(id);
+            }
+            if report(&id).exists() {
+                bail!("run {id} ended before it came to {phase}");
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bail!("no run came to {phase}")
+}
+
+/// The process that holds the run lock.
+pub fn supervisor() -> Result<Pid> {
+    let holder: Value = serde_json::from_slice(&fs::read("/run/ovs-graceful/lock")?)?;
+    let pid = holder["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
+    pid.map(Pid::from_raw).with_context(|| format!("no supervisor in the lock: {holder}"))
+}

@@ -1,0 +1,59 @@
+//! A whole run of ours under plain's traffic, with something that happens in the middle of it.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::{network, plain, Expect};
+use crate::guest::probe::Running;
+use crate::guest::{run, say, verdict};
+use crate::outcome::Outcome;
+
+/// Runs `ovs-graceful restart` with `arguments`; `meanwhile` is called as it begins, with the runs there were before.
+/// Nothing may be lost, the run has to end with 0 and without a difference. Returns its report.
+pub fn restart(
+    arguments: &[&str],
+    out: &Path,
+    outcome: &mut Outcome,
+    meanwhile: impl FnOnce(&[String], &mut Outcome) -> Result<()>,
+) -> Result<Value> {
+    network::patient_veth()?;
+    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
+    for (name, spec) in plain::probes() {
+        live.push((name, spec.start()?));
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    live.iter().for_each(|(_, probe)| probe.action_begins());
+    let known = run::known();
+    let report = out.join("report.json");
+    let mut client = Command::new("ovs-graceful")
+        .args(["restart", "--report"])
+        .arg(&report)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(out.join("action-stdout"))?)
+        .stderr(fs::File::create(out.join("action-stderr"))?)
+        .spawn()
+        .context("cannot start ovs-graceful")?;
+    let happened = meanwhile(&known, outcome);
+    let exit = client.wait()?.code();
+    say(&format!("the run ended with {exit:?}"));
+    happened?;
+    std::thread::sleep(Duration::from_secs(5));
+    for (name, probe) in live {
+        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
+        outcome.probes.insert(name, ended);
+    }
+    let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
+    outcome.note("report", &report);
+    outcome.check("exit code 0", exit == Some(0) && report["exit_code"] == 0, exit);
+    let none = report["differences"].as_array().is_some_and(Vec::is_empty);
+    outcome.check("report has no differences", none, &report["differences"]);
+    verdict::probes_sent(outcome);
+    verdict::no_losses(&Expect::default(), outcome);
+    Ok(report)
+}

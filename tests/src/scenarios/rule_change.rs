@@ -1,0 +1,87 @@
+//! Rules change while a run is under way (hazards 4 and 22): what is deleted reaches the kernel at once and does not
+//! come back, what is added is not forgotten.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::{meanwhile, plain, Custom};
+use crate::command::{shell, shell_lenient, wait_until};
+use crate::guest::{run, say};
+use crate::outcome::{Job, Outcome};
+
+/// See the module.
+pub struct RuleChange;
+
+/// Lets pings pass; deleted during the run.
+const DELETED: &str = "cookie=0x222,priority=100,icmp,nw_dst=10.9.0.2";
+/// What is below it.
+const BELOW: &str = "cookie=0x221,priority=90,icmp,nw_dst=10.9.0.2,actions=drop";
+/// Added during the run.
+const ADDED: &str = "cookie=0x333,priority=100,udp,tp_dst=9009,actions=drop";
+
+fn with_cookie(cookie: &str) -> String {
+    shell_lenient(&format!("ovs-ofctl --no-stats dump-flows br0 cookie={cookie}/-1 | grep cookie=")).trim().to_owned()
+}
+
+/// The actions of the kernel's flows for pings to ns2.
+fn kernel_actions() -> Vec<String> {
+    let flows = shell_lenient("ovs-dpctl dump-flows");
+    let pings = flows.lines().filter(|flow| flow.contains("dst=10.9.0.2,proto=1"));
+    pings.filter_map(|flow| flow.split_once("actions:").map(|(_, actions)| actions.to_owned())).collect()
+}
+
+fn change(known: &[String], outcome: &mut Outcome) -> Result<()> {
+    let id = run::wait_for("standby", known)?;
+    say("the run stands by: rules change");
+    shell(&format!(
+        "ovs-ofctl --strict del-flows br0 {} && ovs-ofctl add-flow br0 '{ADDED}'",
+        DELETED.replace("cookie=0x222,", "cookie=0x222/-1,")
+    ))?;
+    let dropped = || {
+        let actions = kernel_actions();
+        !actions.is_empty() && actions.iter().all(|actions| actions == "drop")
+    };
+    let reached = wait_until("the kernel drops pings", Duration::from_secs(5), Duration::from_millis(20), dropped);
+    let early = !run::has_begun(&id, "switch-prepare");
+    outcome.check("the deletion reached the kernel", reached.is_ok(), kernel_actions());
+    outcome.check("and did so before the switch", early, early);
+    Ok(())
+}
+
+impl Custom for RuleChange {
+    fn name(&self) -> &'static str {
+        "rule_change"
+    }
+
+    fn about(&self) -> &'static str {
+        "a rule is deleted and one is added between snapshot and switch"
+    }
+
+    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        shell(&format!("ovs-ofctl add-flow br0 '{DELETED},actions=NORMAL' && ovs-ofctl add-flow br0 '{BELOW}'"))?;
+        let mut ping = Command::new("ip")
+            .args(["netns", "exec", "ns1", "ping", "-q", "-i", "0.05", "10.9.0.2"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot start ping")?;
+        let passing = || kernel_actions().iter().any(|actions| actions != "drop");
+        let passed = wait_until("the kernel passes pings", Duration::from_secs(10), Duration::from_millis(50), passing);
+        outcome.check("pings passed before", passed.is_ok(), kernel_actions());
+        let ran = meanwhile::restart(&[], out, outcome, change);
+        let answers = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 1 10.9.0.2");
+        let _ended_by_itself = ping.kill();
+        ping.wait()?;
+        ran?;
+        outcome.check("pings do not pass afterwards", answers.contains(" 0 received"), answers);
+        let [deleted, below, added] = ["0x222", "0x221", "0x333"].map(with_cookie);
+        outcome.check("the deleted rule is not back", deleted.lines().all(|l| !l.contains("0x222")), &deleted);
+        outcome.check("the rule below it is there", below.contains("0x221"), below);
+        outcome.check("the added rule is there", added.contains("0x333"), added);
+        Ok(())
+    }
+}
