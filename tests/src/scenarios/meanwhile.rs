@@ -13,9 +13,24 @@ use crate::guest::probe::Running;
 use crate::guest::{run, say, verdict};
 use crate::outcome::Outcome;
 
-/// Runs `ovs-graceful restart` with `arguments`; `meanwhile` is called as it begins, with the runs there were before.
-/// Nothing may be lost, the run has to end with 0 and without a difference. Returns its report.
+/// [`traffic`] through a run that has to end with 0 and without a difference, and may lose nothing.
 pub fn restart(
+    arguments: &[&str],
+    out: &Path,
+    outcome: &mut Outcome,
+    meanwhile: impl FnOnce(&[String], &mut Outcome) -> Result<()>,
+) -> Result<Value> {
+    let report = traffic(arguments, out, outcome, meanwhile)?;
+    outcome.check("exit code 0", outcome.action_exit == Some(0) && report["exit_code"] == 0, &report["exit_code"]);
+    let none = report["differences"].as_array().is_some_and(Vec::is_empty);
+    outcome.check("report has no differences", none, &report["differences"]);
+    verdict::no_losses(&Expect::default(), outcome);
+    Ok(report)
+}
+
+/// Runs `ovs-graceful restart` with `arguments`; `meanwhile` is called as it begins, with the runs there were before.
+/// Returns its report.
+pub fn traffic(
     arguments: &[&str],
     out: &Path,
     outcome: &mut Outcome,
@@ -40,8 +55,8 @@ pub fn restart(
         .spawn()
         .context("cannot start ovs-graceful")?;
     let happened = meanwhile(&known, outcome);
-    let exit = client.wait()?.code();
-    say(&format!("the run ended with {exit:?}"));
+    outcome.action_exit = client.wait()?.code();
+    say(&format!("the run ended with {:?}", outcome.action_exit));
     happened?;
     std::thread::sleep(Duration::from_secs(5));
     for (name, probe) in live {
@@ -50,10 +65,6 @@ pub fn restart(
     }
     let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
     outcome.note("report", &report);
-    outcome.check("exit code 0", exit == Some(0) && report["exit_code"] == 0, exit);
-    let none = report["differences"].as_array().is_some_and(Vec::is_empty);
-    outcome.check("report has no differences", none, &report["differences"]);
     verdict::probes_sent(outcome);
-    verdict::no_losses(&Expect::default(), outcome);
     Ok(report)
 }

@@ -5,6 +5,7 @@ mod killed;
 mod local_port;
 mod meanwhile;
 pub mod network;
+mod new_dies;
 mod no_systemd;
 mod park_level;
 mod park_limit;
@@ -184,6 +185,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&no_systemd::NoSystemd),
     Scenario::Custom(&rule_change::RuleChange),
     Scenario::Custom(&port_removed::PortRemoved),
+    Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&refusals::Refusals),
