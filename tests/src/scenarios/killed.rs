@@ -42,7 +42,7 @@ const CASES: [Case; 4] = [
 ];
 
 /// Where runs leave their journals and reports.
-const RUNS: &str = "/var/lib/ovs-graceful/runs";
+pub(super) const RUNS: &str = "/var/lib/ovs-graceful/runs";
 
 impl Custom for Killed {
     fn name(&self) -> &'static str {
@@ -168,14 +168,14 @@ fn owned(case: &Case, outcome: &mut Outcome) {
     outcome.check(format!("{}: ovs-appctl by name", case.name), by_name.contains("Open vSwitch"), by_name);
 }
 
-fn runs() -> Vec<String> {
+pub(super) fn runs() -> Vec<String> {
     let entries = fs::read_dir(RUNS).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
 
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
 /// run's id.
-fn kill_in(phase: &str, known: &[String]) -> Result<String> {
+pub(super) fn kill_in(phase: &str, known: &[String]) -> Result<String> {
     let end = Instant::now() + Duration::from_secs(120);
     let wanted = format!("\"phase\":\"{phase}\"");
     while Instant::now() < end {
