@@ -297,7 +297,7 @@ pub struct GuardConfig {
 
 impl Default for GuardConfig {
     fn default() -> GuardConfig {
-        GuardConfig { interval_ms: 10_000, lease_ms: 60_000, max_age_s: 24 * 3600 }
+        GuardConfig { interval_ms: 10_000, lease_ms: 120_000, max_age_s: 24 * 3600 }
     }
 }
 

@@ -185,7 +185,11 @@ pub fn look() -> anyhow::Result<bool> {
         return Ok(false);
     }
     match renewed {
-        Renewal::Held(_) => guard.keep(&record.names())?,
+        // Once more: on a busy host the look itself takes its time.
+        Renewal::Held(_) => {
+            guard.keep(&record.names())?;
+            let _said_by_the_next_look = guard.renew(record.terms.lease())?;
+        }
         Renewal::Expired | Renewal::Ended | Renewal::Thawed => {
             println!(
                 "guard: it had not been renewed in time and policies may have been deleted; guarding what is left"
@@ -245,7 +249,8 @@ pub fn start_looks(services: &dyn ServiceManager, terms: Terms) -> anyhow::Resul
         service: SERVICE.to_owned(),
         command: vec![program, "hook".to_owned(), "guard".to_owned()],
         interval: terms.interval(),
-        limit: terms.lease(),
+        // So that after one that hangs another can still renew.
+        limit: terms.lease() / 2,
     };
     services.start_guard(&units, Instant::now() + UNIT_LIMIT).with_context(|| format!("cannot start {TIMER}"))
 }

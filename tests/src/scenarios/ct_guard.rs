@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::ct_policies::{hold_udp, named_by_flows, policies, timers, CtPolicies, UdpPairs, SLACK, UDP};
-use super::{killed, Custom, Traffic};
+use super::{killed, network, Custom, Traffic};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{self, facts, say};
 use crate::outcome::{Job, Outcome};
@@ -37,6 +37,7 @@ impl Custom for CtGuard {
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         CtPolicies.set_up()?;
         let pairs = hold_udp(&UDP)?;
+        network::ping("ns1", "10.9.0.2")?;
         shell(&format!("mkdir -p /etc/ovs-graceful; printf '{QUICK}' > /etc/ovs-graceful/config.toml"))?;
         timer_stopped(&pairs, out, outcome).context("timer stopped")?;
         age_reached(&pairs, out, outcome).context("age reached")?;
@@ -92,7 +93,7 @@ fn timer_stopped(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<
 
 fn age_reached(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()> {
     // Those that have lost their policy are nobody's measure.
-    shell("conntrack -F")?;
+    shell("conntrack -F 2>&1")?;
     let old = run("age", pairs, out, outcome)?;
     let kept = old.is_subset(&policies());
     outcome.check("age: a second run guards the policies of now", kept, policies());
@@ -107,7 +108,9 @@ fn age_reached(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()
 /// As `killed`, past the point of no return, with every daemon.
 fn all_killed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()> {
     say("all killed");
-    shell("conntrack -F")?;
+    shell("conntrack -F 2>&1")?;
+    pairs.talk()?;
+    std::thread::sleep(Duration::from_secs(3));
     pairs.talk()?;
     let old = named_by_flows();
     let known = killed::runs();
@@ -138,7 +141,7 @@ fn all_killed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()>
     let timers = timers(UDP.port);
     let right = timers.iter().filter(|t| (UDP.timer - SLACK..=UDP.timer).contains(t)).count();
     outcome.check("killed: live connections under their policy", right > 0 && right == timers.len(), &timers);
-    shell("conntrack -F")?;
+    shell("conntrack -F 2>&1")?;
     gone("killed", &old, outcome);
     let nothing = wait_until("the guard to end", Duration::from_secs(30), Duration::from_secs(1), || {
         guard().is_null() && facts::unit_property("ovs-graceful-guard.timer", "ActiveState") == "inactive"

@@ -469,7 +469,6 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
         ("IgnoreOnIsolate", Variant::from(true)),
         ("CollectMode", text("inactive-or-failed")),
         ("TimeoutStartUSec", Variant::from(limit)),
-        ("Nice", Variant::from(5i32)),
         ("StandardOutput", text("journal")),
         ("StandardError", text("journal")),
     ];
