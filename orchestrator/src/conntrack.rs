@@ -11,7 +11,7 @@ use dpfreeze::ovs::{Ovs, ZoneLimit, DEFAULT_ZONE};
 use dpfreeze::snapshot::{compare, Difference, Snapshot};
 use serde::{Deserialize, Serialize};
 
-use crate::host::zones::{group_of, says};
+use crate::host::zones::PolicyIndex;
 use crate::host::{CtZone, Database, DatabaseFacts};
 use crate::report::write_private_json;
 
@@ -121,20 +121,9 @@ impl Conntrack {
 
     /// The zones with a policy in OVSDB that no policies of the kernel stand for.
     pub fn zones_without_policy(&self) -> Vec<u16> {
-        let with = |zone: &&CtZone| zone.timeouts.is_some() && self.policy_of(zone).is_none();
-        self.zones.iter().filter(with).map(|zone| zone.zone).collect()
-    }
-
-    /// The number of Open vSwitch's policies that say what the row of `zone` says: the highest, which is the latest.
-    pub fn policy_of(&self, zone: &CtZone) -> Option<u32> {
-        let timeouts = zone.timeouts.as_ref()?;
-        let mut groups: BTreeMap<u32, bool> = BTreeMap::new();
-        for policy in &self.policies {
-            if let Some(number) = group_of(&policy.name) {
-                *groups.entry(number).or_insert(true) &= says(policy, timeouts);
-            }
-        }
-        groups.into_iter().rev().find(|(_, all)| *all).map(|(number, _)| number)
+        let index = PolicyIndex::of(&self.policies);
+        let without = |zone: &&CtZone| zone.timeouts.as_ref().is_some_and(|row| index.saying(row).is_empty());
+        self.zones.iter().filter(without).map(|zone| zone.zone).collect()
     }
 
     fn kernel(&self) -> Snapshot {
@@ -241,7 +230,6 @@ mod tests {
         after.connections.clear();
         after.limits[1].count = 0;
         assert_eq!(before().differences(&after), [""; 0]);
-        assert_eq!(after.policy_of(&after.zones[0]), Some(7));
         assert!(before().lost_limits(&after).is_empty() && before().lost_policies(&after).next().is_none());
     }
 

@@ -15,6 +15,7 @@ use super::restart::busy;
 use crate::conntrack::{Conntrack, FILE};
 use crate::control::{RunLock, LOCK};
 use crate::host::real::Ovsdb;
+use crate::host::zones::PolicyIndex;
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 
@@ -103,12 +104,15 @@ fn zone_name(zone: i32) -> String {
 /// Writing to a `String` cannot fail.
 fn in_words(now: &Conntrack) -> String {
     let mut out = String::new();
+    let index = PolicyIndex::of(&now.policies);
     let _ = writeln!(out, "zones of the database");
     for zone in &now.zones {
-        let policy = match (&zone.timeouts, now.policy_of(zone)) {
-            (None, _) => "no timeout policy".to_owned(),
-            (Some(timeouts), number) => {
-                let timeouts: Vec<String> = timeouts.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let policy = match &zone.timeouts {
+            None => "no timeout policy".to_owned(),
+            Some(row) => {
+                // The highest number is the latest.
+                let number = index.saying(row).into_iter().max();
+                let timeouts: Vec<String> = row.iter().map(|(key, value)| format!("{key}={value}")).collect();
                 let number =
                     number.map_or_else(|| "NOT in the kernel".to_owned(), |number| format!("ovs_tp_{number}_*"));
                 format!("{} ({number})", timeouts.join(" "))

@@ -1,6 +1,6 @@
 //! Conntrack zones as OVSDB has them, and which timeout policies of the kernel stand for them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,44 @@ pub fn says(policy: &TimeoutPolicy, timeouts: &BTreeMap<String, u32>) -> bool {
     })
 }
 
+/// Open vSwitch's own policies by number and by what they say, so that tens of thousands of zones are looked up without
+/// comparing each with every policy.
+pub struct PolicyIndex<'a> {
+    groups: BTreeMap<u32, Vec<&'a TimeoutPolicy>>,
+    /// Numbers by layer 4 protocol, limit and seconds.
+    saying: HashMap<(u8, u16, u32), BTreeSet<u32>>,
+}
+
+impl<'a> PolicyIndex<'a> {
+    /// Of the kernel's policies; those of other names are left out.
+    pub fn of(policies: &'a [TimeoutPolicy]) -> PolicyIndex<'a> {
+        let mut index = PolicyIndex { groups: BTreeMap::new(), saying: HashMap::new() };
+        for policy in policies {
+            let Some(number) = group_of(&policy.name) else { continue };
+            index.groups.entry(number).or_default().push(policy);
+            for (kind, seconds) in policy.timeouts().unwrap_or_default() {
+                index.saying.entry((policy.l4, kind, seconds)).or_default().insert(number);
+            }
+        }
+        index
+    }
+
+    /// The numbers whose policies all say what `timeouts` say.
+    pub fn saying(&self, timeouts: &BTreeMap<String, u32>) -> Vec<u32> {
+        let all = |number: &u32| self.groups.get(number).is_some_and(|group| group.iter().all(|p| says(p, timeouts)));
+        let limits = timeouts.iter().flat_map(|(key, seconds)| {
+            [TCP, UDP, ICMP].into_iter().filter_map(|l4| Some((l4, kernel_limit(key, l4)?, *seconds)))
+        });
+        // Whoever says all of it says the limit that the fewest say; a number may lack that protocol, but none of ours
+        // does (six policies are made for each).
+        let fewest = limits.map(|limit| self.saying.get(&limit)).min_by_key(|found| found.map_or(0, BTreeSet::len));
+        match fewest {
+            Some(found) => found.into_iter().flatten().filter(|number| all(number)).copied().collect(),
+            None => self.groups.keys().filter(|number| all(number)).copied().collect(),
+        }
+    }
+}
+
 /// The zones that each of Open vSwitch's own policies is, or may be, used in: those in which a flow names one of its
 /// number, and those whose row says what all of its number say. Policies of other names are nobody's to delete.
 pub fn zones_of_policies(
@@ -69,25 +107,29 @@ pub fn zones_of_policies(
     zones: &[CtZone],
     in_flows: &BTreeMap<String, BTreeSet<u16>>,
 ) -> BTreeMap<String, BTreeSet<u16>> {
-    let mut groups: BTreeMap<u32, Vec<&TimeoutPolicy>> = BTreeMap::new();
-    for policy in policies {
-        if let Some(number) = group_of(&policy.name) {
-            groups.entry(number).or_default().push(policy);
+    let index = PolicyIndex::of(policies);
+    let mut used: BTreeMap<u32, BTreeSet<u16>> = BTreeMap::new();
+    for (policy, zones) in in_flows {
+        if let Some(number) = group_of(policy) {
+            used.entry(number).or_default().extend(zones);
         }
     }
-    let mut found = BTreeMap::new();
-    for members in groups.values() {
-        let mut used: BTreeSet<u16> = members.iter().filter_map(|p| in_flows.get(&p.name)).flatten().copied().collect();
-        for zone in zones {
-            if zone.timeouts.as_ref().is_some_and(|timeouts| members.iter().all(|policy| says(policy, timeouts))) {
-                used.insert(zone.zone);
-            }
-        }
-        for policy in members.iter().filter(|_| !used.is_empty()) {
-            found.insert(policy.name.clone(), used.clone());
+    let mut rows: BTreeMap<&BTreeMap<String, u32>, Vec<u16>> = BTreeMap::new();
+    for zone in zones {
+        if let Some(timeouts) = &zone.timeouts {
+            rows.entry(timeouts).or_default().push(zone.zone);
         }
     }
-    found
+    for (timeouts, zones) in rows {
+        for number in index.saying(timeouts) {
+            used.entry(number).or_default().extend(&zones);
+        }
+    }
+    let named = |(number, zones): (&u32, &BTreeSet<u16>)| {
+        let group = index.groups.get(number).into_iter().flatten();
+        group.map(|policy| (policy.name.clone(), zones.clone())).collect::<Vec<_>>()
+    };
+    used.iter().flat_map(named).collect()
 }
 
 #[cfg(test)]
@@ -128,6 +170,29 @@ mod tests {
         let found = zones_of_policies(&policies, &zones, &BTreeMap::new());
         assert_eq!(found.keys().collect::<Vec<_>>(), ["ovs_tp_1_tcp4", "ovs_tp_1_udp4"]);
         assert_eq!(found["ovs_tp_1_udp4"], BTreeSet::from([5]));
+    }
+
+    /// Each zone with a policy of its own: minutes, if every one were compared with every other.
+    #[test]
+    fn all_the_zones_there_can_be_are_looked_up() {
+        let number = |zone: u16| u32::from(zone) + 1;
+        let policies: Vec<_> = (0..=u16::MAX)
+            .map(|z| policy(&format!("ovs_tp_{}_udp4", number(z)), UDP, &[(1, number(z)), (2, 9)]))
+            .collect();
+        let zones: Vec<_> =
+            (0..=u16::MAX).map(|z| zone(z, &[("udp_single", number(z)), ("udp_multiple", 9)])).collect();
+        let found = zones_of_policies(&policies, &zones, &BTreeMap::new());
+        assert_eq!(found.len(), 65_536);
+        assert_eq!(found["ovs_tp_65536_udp4"], BTreeSet::from([u16::MAX]));
+    }
+
+    /// Nothing in it has a limit of the kernel's: every policy may be meant.
+    #[test]
+    fn a_row_of_which_the_kernel_knows_nothing_is_everybodys() {
+        let policies = [policy("ovs_tp_1_udp4", UDP, &[(1, 5)]), policy("ovs_tp_2_tcp4", TCP, &[(3, 5)])];
+        let index = PolicyIndex::of(&policies);
+        assert_eq!(index.saying(&zone(5, &[("udp_first", 7)]).timeouts.unwrap()), [1, 2]);
+        assert!(index.saying(&zone(5, &[("udp_single", 7)]).timeouts.unwrap()).is_empty());
     }
 
     #[test]

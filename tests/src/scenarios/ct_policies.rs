@@ -292,6 +292,7 @@ impl Traffic for CtPolicies {
             still_guarded(&old, outcome);
             drop((held.tcp, held.udp));
             the_end(&old, outcome);
+            by_hand(outcome);
         }
     }
 }
@@ -348,6 +349,27 @@ fn still_guarded(old: &BTreeSet<String>, outcome: &mut Outcome) {
     );
     let there = policies();
     outcome.check("old policies are there while connections live", old.is_subset(&there), json!([old, there]));
+}
+
+/// `ovs-graceful ct`: what the run found is compared by meaning, and lost limits are put back.
+fn by_hand(outcome: &mut Outcome) {
+    let ct = |words: &str| shell_lenient(&format!("timeout 30 ovs-graceful ct {words}; echo exit=$?"));
+    let shown = ct("show");
+    outcome.check(
+        "ct show: zone 5 has its policy",
+        shown.contains("tcp_established=7000") && shown.contains("exit=0"),
+        &shown,
+    );
+    let same = ct("diff");
+    outcome.check("ct diff: nothing, whatever the policies are called", same.contains("exit=0"), &same);
+    shell_lenient("ovs-dpctl ct-del-limits zone=5,6");
+    let lost = ct("diff");
+    let told = lost.contains(&format!("limit of zone 5 was {LIMIT}")) && lost.contains("exit=30");
+    outcome.check("ct diff: the lost limits", told, &lost);
+    let restored = ct("restore");
+    let now = shell_lenient("ovs-dpctl ct-get-limits");
+    let back = now.contains(&format!("zone=5,limit={LIMIT}")) && now.contains("zone=6,limit=60000");
+    outcome.check("ct restore: the limits are back", back && restored.contains("exit=0"), json!([restored, now]));
 }
 
 /// With the last connection go the old policies, then guard and timer.
