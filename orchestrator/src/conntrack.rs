@@ -1,12 +1,12 @@
 //! What conntrack was told, by OVSDB and in the kernel, at one moment: kept with each run, shown, compared by meaning,
 //! put back where it was lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
-use dpfreeze::conntrack::{count_by_zone, create_timeout_policy, timeout_policies, TimeoutPolicy};
+use dpfreeze::conntrack::{count_by_zone, create_timeout_policy, timeout_policies, Meaning, TimeoutPolicy};
 use dpfreeze::ovs::{Ovs, ZoneLimit, DEFAULT_ZONE};
 use dpfreeze::snapshot::{compare, Difference, Snapshot};
 use serde::{Deserialize, Serialize};
@@ -95,10 +95,11 @@ impl Conntrack {
     /// What OVSDB says otherwise than before, and the zones whose policy the kernel does not have.
     pub fn zone_differences(&self, after: &Conntrack) -> Vec<String> {
         let mut found = Vec::new();
+        let rows: HashMap<u16, &CtZone> = after.zones.iter().map(|row| (row.zone, row)).collect();
         for old in &self.zones {
-            match after.zones.iter().find(|new| new.zone == old.zone) {
+            match rows.get(&old.zone) {
                 None => found.push(format!("conntrack: zone {} is not in the database any more", old.zone)),
-                Some(new) if new != old => {
+                Some(new) if *new != old => {
                     found.push(format!("conntrack: zone {} had {} and has {}", old.zone, words(old), words(new)));
                 }
                 Some(_) => {}
@@ -112,7 +113,7 @@ impl Conntrack {
                 limit(after.default_limit)
             ));
         }
-        let never = self.zones_without_policy();
+        let never: HashSet<u16> = self.zones_without_policy().into_iter().collect();
         found.extend(after.zones_without_policy().into_iter().filter(|zone| !never.contains(zone)).map(|zone| {
             format!("conntrack: no timeout policy of the kernel says what the database says of zone {zone}")
         }));
@@ -131,25 +132,22 @@ impl Conntrack {
     }
 
     /// The policies of this that no policy of `now` says the same as.
-    pub fn lost_policies<'a>(&'a self, now: &'a Conntrack) -> impl Iterator<Item = &'a TimeoutPolicy> {
-        self.policies.iter().filter(|old| !now.policies.iter().any(|new| new.same_meaning(old)))
+    pub fn lost_policies<'a>(&'a self, now: &Conntrack) -> Vec<&'a TimeoutPolicy> {
+        let there: HashSet<Meaning> = now.policies.iter().map(TimeoutPolicy::meaning).collect();
+        self.policies.iter().filter(|old| !there.contains(&old.meaning())).collect()
     }
 
     /// The limits of this that are others now, but those that the database sets otherwise now: these are its own.
     pub fn lost_limits(&self, now: &Conntrack) -> Vec<ZoneLimit> {
-        let of = |limits: &[ZoneLimit], zone: i32| limits.iter().find(|limit| limit.zone == zone).map(|l| l.limit);
-        let wanted_otherwise = |limit: &ZoneLimit| {
-            let in_database = match limit.zone {
-                DEFAULT_ZONE => now.default_limit,
-                zone => now.zones.iter().find(|row| i32::from(row.zone) == zone).and_then(|row| row.limit),
-            };
-            in_database.is_some_and(|wanted| wanted != limit.limit)
-        };
-        let lost = self.limits.iter().filter(|old| of(&now.limits, old.zone) != Some(old.limit));
-        // Without a default there is 0, no limit, in every kernel's answer.
-        let lost =
-            lost.filter(|old| old.zone != DEFAULT_ZONE || old.limit != of(&now.limits, DEFAULT_ZONE).unwrap_or(0));
-        lost.filter(|old| !wanted_otherwise(old)).map(|old| ZoneLimit { count: 0, ..*old }).collect()
+        let there: HashMap<i32, u32> = now.limits.iter().map(|limit| (limit.zone, limit.limit)).collect();
+        let mut wanted: HashMap<i32, u32> =
+            now.zones.iter().filter_map(|row| Some((row.zone.into(), row.limit?))).collect();
+        wanted.extend(now.default_limit.map(|limit| (DEFAULT_ZONE, limit)));
+        let lost = self.limits.iter().filter(|old| there.get(&old.zone) != Some(&old.limit));
+        // A kernel that tells no default has none: 0.
+        let lost = lost.filter(|old| old.zone != DEFAULT_ZONE || old.limit != *there.get(&DEFAULT_ZONE).unwrap_or(&0));
+        let lost = lost.filter(|old| wanted.get(&old.zone).is_none_or(|limit| *limit == old.limit));
+        lost.map(|old| ZoneLimit { count: 0, ..*old }).collect()
     }
 
     /// Puts back what is lost `now`: policies first, because flows that name an unknown one are silently untimed.
@@ -158,9 +156,10 @@ impl Conntrack {
     /// The first of the kernel; what was put back before stays.
     pub fn restore(&self, now: &Conntrack) -> anyhow::Result<Restored> {
         let mut restored = Restored::default();
+        let names: HashSet<&str> = now.policies.iter().map(|policy| policy.name.as_str()).collect();
         for policy in self.lost_policies(now) {
             // Another of its name says something else: that is somebody's own, and stays.
-            if now.policies.iter().any(|other| other.name == policy.name) {
+            if names.contains(policy.name.as_str()) {
                 continue;
             }
             create_timeout_policy(policy)?;
@@ -230,7 +229,7 @@ mod tests {
         after.connections.clear();
         after.limits[1].count = 0;
         assert_eq!(before().differences(&after), [""; 0]);
-        assert!(before().lost_limits(&after).is_empty() && before().lost_policies(&after).next().is_none());
+        assert!(before().lost_limits(&after).is_empty() && before().lost_policies(&after).is_empty());
     }
 
     #[test]
@@ -269,7 +268,7 @@ mod tests {
     fn a_policy_is_lost_when_no_other_says_the_same() {
         let mut after = before();
         after.policies = vec![policy("ovs_tp_9_udp4", 78)];
-        let lost: Vec<_> = before().lost_policies(&after).map(|policy| policy.name.clone()).collect();
+        let lost: Vec<_> = before().lost_policies(&after).iter().map(|policy| policy.name.clone()).collect();
         assert_eq!(lost, ["ovs_tp_2_udp4"]);
     }
 

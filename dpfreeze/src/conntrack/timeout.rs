@@ -100,6 +100,14 @@ pub struct TimeoutPolicy {
     pub unknown: Vec<u8>,
 }
 
+/// What a timeout policy says ([`TimeoutPolicy::meaning`]).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Meaning {
+    l3: u16,
+    l4: u8,
+    timeouts: std::result::Result<BTreeMap<u16, u32>, Vec<u8>>,
+}
+
 impl TimeoutPolicy {
     /// Reads an `IPCTNL_MSG_TIMEOUT_NEW` message, `payload` being what follows the nlmsghdr.
     ///
@@ -144,13 +152,14 @@ impl TimeoutPolicy {
         Attrs(&self.data).map(|attr| attr.and_then(|a| Ok((a.kind, a.be32()?)))).collect()
     }
 
-    /// Whether `other` says the same of the same protocol; names and references do not matter.
+    /// What it says of which protocol; names, references and order do not matter. Malformed data mean themselves.
+    pub fn meaning(&self) -> Meaning {
+        Meaning { l3: self.l3, l4: self.l4, timeouts: self.timeouts().map_err(|_| self.data.clone()) }
+    }
+
+    /// Whether `other` says the same of the same protocol.
     pub fn same_meaning(&self, other: &TimeoutPolicy) -> bool {
-        let timeouts = match (self.timeouts(), other.timeouts()) {
-            (Ok(a), Ok(b)) => a == b,
-            _ => self.data == other.data,
-        };
-        (self.l3, self.l4) == (other.l3, other.l4) && timeouts
+        self.meaning() == other.meaning()
     }
 
     /// The time limits, seconds, as [`TimeoutPolicy::timeouts`] gives them, in place of those it has.

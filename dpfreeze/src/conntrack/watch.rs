@@ -88,12 +88,15 @@ pub struct Watched {
     pub zones: BTreeSet<u16>,
     /// Ids (`CTA_ID`) of the connections.
     pub connections: Vec<u32>,
+    /// Of these, the ones that the last list did not have.
+    #[serde(default)]
+    pub missing: Vec<u32>,
 }
 
 impl Watched {
     /// The policy in these zones, with no connection yet.
     pub fn new(policy: &TimeoutPolicy, zones: BTreeSet<u16>) -> Watched {
-        Watched { policy: policy.name.clone(), l3: policy.l3, l4: policy.l4, zones, connections: Vec::new() }
+        Watched { policy: policy.name.clone(), l3: policy.l3, l4: policy.l4, zones, ..Watched::default() }
     }
 
     /// Takes in the connections of its zones and protocol that live now, but those in `older`, which live under a
@@ -102,6 +105,19 @@ impl Watched {
         let mut ids: BTreeSet<u32> = self.connections.drain(..).collect();
         ids.extend(live.under(self).flatten().filter(|id| !older.contains(id)));
         self.connections = ids.into_iter().collect();
+    }
+
+    /// Forgets the connections that two lists in a row do not have. Not at once: the kernel may leave living ones out of
+    /// a list that its table was resized under. Not never: an id comes again where a connection of the same addresses
+    /// and ports is made in the same place of memory.
+    pub fn prune(&mut self, live: &Live) {
+        let gone = |id: &u32| !live.under(self).any(|set| set.contains(id));
+        let missing: Vec<u32> = self.connections.iter().copied().filter(gone).collect();
+        let before: HashSet<u32> = self.missing.drain(..).collect();
+        let (gone, once): (Vec<u32>, Vec<u32>) = missing.into_iter().partition(|id| before.contains(id));
+        let gone: HashSet<u32> = gone.into_iter().collect();
+        self.connections.retain(|id| !gone.contains(id));
+        self.missing = once;
     }
 
     /// How many of its connections are among the living.
@@ -146,6 +162,16 @@ mod tests {
         assert_eq!(it.left(&live(&[(UDP4, 2), ((2, 17, 6), 2), (UDP4, 7)])), 1);
         // The same number in another zone than those of the policy is another connection.
         assert_eq!(it.left(&live(&[((2, 17, 9), 2), (UDP4, 7)])), 0);
+    }
+
+    #[test]
+    fn a_connection_is_forgotten_when_two_lists_in_a_row_do_not_have_it() {
+        let mut it = watched();
+        it.add(&live(&[(UDP4, 1), (UDP4, 2), (UDP4, 3)]), &HashSet::new());
+        it.prune(&live(&[(UDP4, 1)]));
+        assert_eq!((&it.connections, &it.missing), (&vec![1, 2, 3], &vec![2, 3]));
+        it.prune(&live(&[(UDP4, 1), (UDP4, 3)]));
+        assert_eq!((&it.connections, &it.missing), (&vec![1, 3], &vec![]));
     }
 
     #[test]

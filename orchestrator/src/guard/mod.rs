@@ -205,7 +205,9 @@ pub fn look() -> anyhow::Result<bool> {
 /// its table was resized under.
 fn forget_finished(record: &mut Record) -> anyhow::Result<()> {
     let zones = record.zones();
-    let mut finished = record.count(&Live::read(&zones)?);
+    let live = Live::read(&zones)?;
+    let mut finished = record.count(&live);
+    record.prune(&live);
     if !finished.is_empty() {
         let again = record.count(&Live::read(&zones)?);
         finished.retain(|policy| again.contains(policy));

@@ -95,6 +95,9 @@ impl Record {
         policies: &[TimeoutPolicy],
         live: &Live,
     ) {
+        // Of policies that the kernel has lost, as when a guard had ended, no connection is under.
+        let there: HashSet<&str> = policies.iter().map(|policy| policy.name.as_str()).collect();
+        self.entries.retain(|entry| there.contains(entry.watched.policy.as_str()));
         let known: HashSet<String> = self.names().into_iter().collect();
         let older = self.connections_of(|_| true);
         for policy in policies.iter().filter(|policy| !known.contains(&policy.name)) {
@@ -119,9 +122,12 @@ impl Record {
         self.entries.iter().filter(|entry| which(entry)).flat_map(|entry| entry.watched.connections.clone()).collect()
     }
 
+    /// Forgets connections that have gone for good.
+    pub fn prune(&mut self, live: &Live) {
+        self.entries.iter_mut().for_each(|entry| entry.watched.prune(live));
+    }
+
     /// Counts what is left, and says which policies have nothing left.
-    ///
-    /// The ids of connections that have gone stay: the kernel may leave living ones out of a list.
     pub fn count(&mut self, live: &Live) -> BTreeSet<String> {
         let mut finished = BTreeSet::new();
         for entry in &mut self.entries {
@@ -219,6 +225,13 @@ mod tests {
         assert_eq!(record.entries.iter().map(|entry| entry.left).collect::<Vec<_>>(), [1, 0]);
         // One that a list had left out is there again in the next.
         assert!(record.count(&live(&[1, 3])).is_empty());
+    }
+
+    #[test]
+    fn connections_of_a_policy_that_the_kernel_has_lost_count_for_the_new_one() {
+        let mut record = begun();
+        record.begin("run-2", Duration::from_secs(50), &zones(&["b"]), &[policy("b")], &live(&[1, 3]));
+        assert_eq!(connections(&record), [("b", vec![1, 3])]);
     }
 
     #[test]
