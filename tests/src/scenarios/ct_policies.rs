@@ -143,7 +143,15 @@ fn governed(kind: &Kind, when: &str, wanted: usize, outcome: &mut Outcome) {
     let right = timers.iter().filter(|t| (kind.timer - SLACK..=kind.timer).contains(t)).count();
     let found = json!({ "wanted": wanted, "right": right, "all": timers.len(),
         "lowest": timers.iter().min(), "highest": timers.iter().max() });
-    outcome.check(format!("{when}: {} under its policy", kind.name), right == wanted && timers.len() == wanted, found);
+    asked(outcome, format!("{when}: {} under its policy", kind.name), right == wanted && timers.len() == wanted, found);
+}
+
+/// Of ours it is asked, of stock it is noted: what the baseline loses is no failure of the lab.
+fn asked(outcome: &mut Outcome, name: String, pass: bool, found: Value) {
+    match outcome.action.judged_as_ours() {
+        true => outcome.check(name, pass, found),
+        false => outcome.note(name, json!({ "held": pass, "found": found })),
+    }
 }
 
 /// Names of the policies that the kernel's flows ask for.
@@ -310,7 +318,7 @@ fn all_governed(when: &str, outcome: &mut Outcome) {
     let text = shell_lenient("conntrack -L -p icmp 2>/dev/null");
     let timers: Vec<u64> = text.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse().ok()).collect();
     let right = timers.iter().max().is_some_and(|t| (ICMP - SLACK..=ICMP).contains(t));
-    outcome.check(format!("{when}: icmp in zone 6 under its policy"), right, timers);
+    asked(outcome, format!("{when}: icmp in zone 6 under its policy"), right, json!(timers));
 }
 
 /// The kernel counts those that were refused for a moment.
