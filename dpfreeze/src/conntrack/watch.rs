@@ -107,9 +107,9 @@ impl Watched {
         self.connections = ids.into_iter().collect();
     }
 
-    /// Forgets the connections that two lists in a row do not have. Not at once: the kernel may leave living ones out of
-    /// a list that its table was resized under. Not never: an id comes again where a connection of the same addresses
-    /// and ports is made in the same place of memory.
+    /// Forgets the connections that two lists in a row do not have. Not at once: the kernel may leave living ones out
+    /// of a list that its table was resized under. Not never: an id comes again where a connection of the same
+    /// addresses and ports is made in the same place of memory.
     pub fn prune(&mut self, live: &Live) {
         let gone = |id: &u32| !live.under(self).any(|set| set.contains(id));
         let missing: Vec<u32> = self.connections.iter().copied().filter(gone).collect();

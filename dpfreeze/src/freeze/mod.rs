@@ -215,8 +215,8 @@ impl Freeze {
         self.write_config(&Config { timeout_names: count, ..config })
     }
 
-    /// Narrows it to the timeout policies of these names, with a new lease and a new absolute end, without a gap. Counters
-    /// stay. What [`PolicyGuard`] is made of.
+    /// Narrows it to the timeout policies of these names, with a new lease and a new absolute end, without a gap.
+    /// Counters stay. What [`PolicyGuard`] is made of.
     pub fn guard_timeouts(&mut self, names: &[String], lease: Duration, end: Duration) -> Result<()> {
         self.set_timeout_names(names)?;
         let config = self.read_config()?;
