@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::guard::Terms;
 use crate::machine::{GatePolicy, Options, Phase};
 
 /// Where the configuration is.
@@ -67,6 +68,8 @@ pub struct Config {
     pub gates: GatesConfig,
     /// Letting go.
     pub settle: SettleConfig,
+    /// Timeout policies of live connections.
+    pub guard: GuardConfig,
 }
 
 /// Runs in general.
@@ -280,6 +283,24 @@ impl Default for SettleConfig {
     }
 }
 
+/// Timeout policies of live connections, beyond the run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuardConfig {
+    /// So often is looked which connections are left, in milliseconds.
+    pub interval_ms: u64,
+    /// The guard ends by itself so long after the last look, in milliseconds.
+    pub lease_ms: u64,
+    /// A policy is let go after so long whatever lives under it, in seconds.
+    pub max_age_s: u64,
+}
+
+impl Default for GuardConfig {
+    fn default() -> GuardConfig {
+        GuardConfig { interval_ms: 10_000, lease_ms: 120_000, max_age_s: 24 * 3600 }
+    }
+}
+
 impl Config {
     /// Reads `path`; a file that is not there is all defaults.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
@@ -305,6 +326,12 @@ impl Config {
         Options { gate_policy: self.gates.on_timeout, retries: self.restore.retries, ..Options::default() }
     }
 
+    /// How timeout policies are guarded.
+    pub fn guard_terms(&self) -> Terms {
+        let GuardConfig { interval_ms, lease_ms, max_age_s } = self.guard;
+        Terms { interval_ms, lease_ms, max_age_s }
+    }
+
     fn out_of_bounds(&self) -> Option<(&'static str, &'static str)> {
         const POSITIVE: &str = "has to be greater than 0";
         let positive = [
@@ -328,6 +355,8 @@ impl Config {
             ("park.max_bytes", self.park.max_bytes),
             ("restore.flow_limit", u64::from(self.restore.flow_limit)),
             ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms),
+            ("guard.interval_ms", self.guard.interval_ms),
+            ("guard.max_age_s", self.guard.max_age_s),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             return Some((key, POSITIVE));
@@ -338,6 +367,10 @@ impl Config {
         // A freeze that nothing lifts for an hour is what the absolute end is there to prevent.
         if self.freeze.end_ms > 3_600_000 {
             return Some(("freeze.end_ms", "has to be at most 3600000 (one hour)"));
+        }
+        // One look may come late, and one may fail.
+        if self.guard.lease_ms < self.guard.interval_ms.saturating_mul(3) {
+            return Some(("guard.lease_ms", "has to be at least three times guard.interval_ms"));
         }
         if self.switch.kill_after_ms >= self.limits.switch_commit_ms {
             return Some(("switch.kill_after_ms", "has to be less than limits.switch_commit_ms"));
@@ -396,6 +429,8 @@ mod tests {
             ("[freeze]\nend_ms = 3600001\n", "freeze.end_ms"),
             ("[limits]\nrestore_ms = 0\n", "limits.restore_ms"),
             ("[switch]\nkill_after_ms = 15000\n", "switch.kill_after_ms"),
+            ("[guard]\nlease_ms = 29999\n", "guard.lease_ms"),
+            ("[guard]\nmax_age_s = 0\n", "guard.max_age_s"),
         ] {
             let error = Config::parse(text, "x").unwrap_err().to_string();
             assert!(error.contains(key), "{error}");

@@ -3,7 +3,9 @@
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod control;
+pub mod guard;
 pub mod host;
 pub mod journal;
 pub mod machine;

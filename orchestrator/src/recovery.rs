@@ -86,7 +86,8 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
         return Ok(if well.contains(&code) { 0 } else { code });
     }
     freeze::thaw()?;
-    println!("thaw: nothing is frozen any more");
+    crate::guard::release()?;
+    println!("thaw: nothing is frozen any more, and no timeout policy guarded");
     if let Some(holder) = holder {
         bail!(
             "the supervisor of run {} (process {}) lives and does not answer; remedy: `kill -KILL {}`, and `ovs-graceful \
@@ -231,6 +232,9 @@ impl Recovery {
         let settled = host.daemons.settle_pid_file(old);
         self.keep("PID file", settled);
         self.end_hand_over(host, mark);
+        // It keeps its timeout policies by itself.
+        let withdrawn = crate::guard::withdraw(&self.id);
+        self.keep("guard of timeout policies", withdrawn);
         let thawed = freeze::thaw();
         self.keep("thaw", thawed);
         let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));

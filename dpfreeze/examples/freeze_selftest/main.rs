@@ -17,7 +17,8 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{
-    self, CanaryCommand, Classes, EventKind, Families, Freeze, Hook, Port, Refused, Renewal, Scope, PIN_DIR,
+    self, CanaryCommand, Classes, EventKind, Families, Freeze, Hook, PolicyGuard, Port, Refused, Renewal, Scope,
+    PIN_DIR,
 };
 use dpfreeze::ovs::Ovs;
 use nix::errno::Errno;
@@ -74,6 +75,7 @@ const TESTS: &[(&str, fn())] = &[
     ("more_than_64", more_than_64),
     ("timeout_policies", timeout_policies),
     ("guard_timeouts", guard_timeouts),
+    ("policy_guard", policy_guard),
     ("other_datapath", other_datapath),
     ("other_namespace", other_namespace),
     ("unprivileged", unprivileged),
@@ -283,6 +285,35 @@ fn guard_timeouts() {
     assert_eq!(sender.send(&ct_timeout_del("another")), BUSY);
     assert!(sender.send(&ct_timeout_del(POLICY)).passed());
     assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+}
+
+/// Hazard 30: apart from the freeze, beyond it, and ended by its own lease.
+fn policy_guard() {
+    PolicyGuard::release().unwrap();
+    let freeze = armed(Classes::CT_TIMEOUT_DEL | Classes::FLOW_FLUSH);
+    let mut guard = PolicyGuard::load(freeze.hook()).unwrap();
+    let mut sender = Sender::root();
+    guard.hold(&[POLICY.into(), "another".into()], LONG, LONG).unwrap();
+    freeze.thaw().unwrap();
+    assert_eq!(sender.send(&ct_timeout_del(POLICY)), BUSY);
+    assert_eq!(sender.send(&flow_flush(families(), GHOST)), NO_DEVICE);
+    // It has nothing to say about generic netlink, however long.
+    assert_eq!(sender.send(&flow_get(families(), GHOST).times(65)), NO_DEVICE);
+    // Another process looks after it; what it lets go, goes.
+    let mut again = PolicyGuard::open().unwrap().unwrap();
+    again.keep(&["another".into()]).unwrap();
+    assert!(sender.send(&ct_timeout_del(POLICY)).passed());
+    assert_eq!(sender.send(&ct_timeout_del("another")), BUSY);
+    assert_eq!(again.refused().unwrap(), 2);
+    // A second run widens it without a gap and without a new counter.
+    guard.hold(&[POLICY.into()], Duration::from_millis(300), LONG).unwrap();
+    assert_eq!(sender.send(&ct_timeout_del(POLICY)), BUSY);
+    assert_eq!(guard.refused().unwrap(), 3);
+    std::thread::sleep(Duration::from_millis(400));
+    assert!(sender.send(&ct_timeout_del(POLICY)).passed());
+    assert_eq!(guard.renew(LONG).unwrap(), Renewal::Expired);
+    PolicyGuard::release().unwrap();
+    assert!(PolicyGuard::open().unwrap().is_none());
 }
 
 fn other_datapath() {

@@ -1,6 +1,6 @@
 //! The actions of a flow, walked through every nest.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::uapi::{self, action, cookie, ct, key};
 use crate::error::Result;
@@ -149,8 +149,8 @@ pub struct ActionSummary {
     pub meters: BTreeSet<u32>,
     /// Ports packets go out by.
     pub outputs: Vec<u32>,
-    /// Names of the timeout policies that `ct` actions ask for.
-    pub timeouts: BTreeSet<String>,
+    /// Names of the timeout policies that `ct` actions ask for, with the zones that they ask for them in.
+    pub timeouts: BTreeMap<String, BTreeSet<u16>>,
     /// Something other than `userspace`, `meter`, `trunc` and the nests around them is done.
     pub other_work: bool,
     /// Number of actions, nests not counted.
@@ -233,6 +233,7 @@ impl ActionSummary {
     fn work(&mut self, attr: &Attr<'_>, before: &mut Before) -> Result<()> {
         match attr.kind {
             action::CT => {
+                let (mut zone, mut timeout) = (0, None);
                 for inner in attr.nested() {
                     let inner = inner?;
                     match inner.kind {
@@ -240,11 +241,13 @@ impl ActionSummary {
                             before.nat = true;
                             before.touched.add(Touched::NAT);
                         }
-                        ct::TIMEOUT => {
-                            self.timeouts.insert(inner.string());
-                        }
+                        ct::ZONE => zone = inner.u16()?,
+                        ct::TIMEOUT => timeout = Some(inner.string()),
                         _ => {}
                     }
+                }
+                if let Some(timeout) = timeout {
+                    self.timeouts.entry(timeout).or_default().insert(zone);
                 }
             }
             // They leave packet and metadata as they came: what they set is stripped when the packet starts again.
@@ -350,7 +353,7 @@ mod tests {
         });
         assert!(s.recirculations[0].before.is_clean());
         assert_eq!((s.recirculations[0].id, s.recirculations[0].nested), (4, false));
-        assert_eq!(s.timeouts.iter().collect::<Vec<_>>(), ["ovs_tp_1_udp4"]);
+        assert_eq!(s.timeouts, BTreeMap::from([("ovs_tp_1_udp4".to_owned(), BTreeSet::from([5]))]));
     }
 
     #[test]

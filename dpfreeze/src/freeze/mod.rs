@@ -5,6 +5,7 @@
 //! * **Exempt**: the process that armed it, known by thread group id *and* start time.
 //! * **Lease**: the program itself compares the clock (CLOCK_BOOTTIME, suspended time counts) with the lease and with
 //!   an absolute end; whatever dies or hangs, the freeze ends by itself.
+//! * **Guard**: timeout policies that connections live under are kept beyond the freeze by a [`PolicyGuard`].
 //! * **Pins**: link and maps lie under [`PIN_DIR`], so the freeze outlives a crash of its loader and any root process
 //!   can look at it ([`state`]) or lift it ([`thaw`]).
 
@@ -12,6 +13,7 @@ mod abi;
 mod canary;
 mod environment;
 mod event;
+mod guard;
 mod hook;
 mod pins;
 mod process;
@@ -27,6 +29,7 @@ use serde::{Deserialize, Serialize};
 pub use canary::{canary_main, CanaryCommand, CanaryReport};
 pub use environment::{environment, Environment, Fact, ModuleState};
 pub use event::{Event, EventKind, Port};
+pub use guard::PolicyGuard;
 pub use hook::Hook;
 pub use pins::PIN_DIR;
 pub use process::{start_time, ProcessId};
@@ -212,8 +215,8 @@ impl Freeze {
         self.write_config(&Config { timeout_names: count, ..config })
     }
 
-    /// Narrows the freeze to the timeout policies of these names, with a lease and an absolute end of its own, without a
-    /// gap: what is left of a run once the datapath is thawed (hazard 30). Counters stay.
+    /// Narrows it to the timeout policies of these names, with a new lease and a new absolute end, without a gap.
+    /// Counters stay. What [`PolicyGuard`] is made of.
     pub fn guard_timeouts(&mut self, names: &[String], lease: Duration, end: Duration) -> Result<()> {
         self.set_timeout_names(names)?;
         let config = self.read_config()?;

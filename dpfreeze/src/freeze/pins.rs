@@ -17,6 +17,8 @@ use crate::freeze::{abi, Hook};
 
 /// The folder of the pins, mode 0700.
 pub const PIN_DIR: &str = "/sys/fs/bpf/ovs-graceful";
+/// The folder of the guard's pins.
+const GUARD: &str = "/sys/fs/bpf/ovs-graceful-guard";
 /// The folder of a proof, before the process id.
 const PROOF: &str = "/sys/fs/bpf/ovs-graceful-proof-";
 pub(super) const LINK: &str = "link";
@@ -32,6 +34,11 @@ impl Pins {
     /// [`PIN_DIR`]: the freeze of this host.
     pub fn shared() -> Pins {
         Pins(PIN_DIR.into())
+    }
+
+    /// The guard of this host, which outlives the freeze.
+    pub fn guard() -> Pins {
+        Pins(GUARD.into())
     }
 
     /// One that nobody else knows, for a proof that leaves the freeze of this host alone.

@@ -77,23 +77,47 @@ impl<W: Wire> Conversation<W> {
 
     /// A whole dump, or an error.
     pub fn dump(&mut self, what: &str, kind: u16, body: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.dump_each(what, kind, body, Vec::new, |payloads, payload| {
+            payloads.push(payload.to_vec());
+            Ok(())
+        })
+    }
+
+    /// A whole dump, folded entry by entry: what is not kept by `each` is not kept at all. Each try begins with a
+    /// `fresh` result.
+    pub fn dump_each<S>(
+        &mut self,
+        what: &str,
+        kind: u16,
+        body: &[u8],
+        fresh: impl Fn() -> S,
+        mut each: impl FnMut(&mut S, &[u8]) -> Result<()>,
+    ) -> Result<S> {
         let mut why = "";
         for _ in 0..DUMP_TRIES {
-            match self.dump_once(what, kind, body)? {
-                Dump::Whole(payloads) => return Ok(payloads),
-                Dump::Unusable(reason) => why = reason,
+            let mut result = fresh();
+            match self.dump_once(what, kind, body, &mut |payload| each(&mut result, payload))? {
+                None => return Ok(result),
+                Some(reason) => why = reason,
             }
         }
         Err(Error::IncompleteDump { what: what.into(), tries: DUMP_TRIES, why: why.into() })
     }
 
-    fn dump_once(&mut self, what: &str, kind: u16, body: &[u8]) -> Result<Dump> {
+    /// Gives each entry to `each`; why the dump is unusable, where it is.
+    fn dump_once(
+        &mut self,
+        what: &str,
+        kind: u16,
+        body: &[u8],
+        each: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<Option<&'static str>> {
         let seq = self.next_seq();
         let mut datagram = Vec::new();
         append(&mut datagram, kind, NLM_F_REQUEST | NLM_F_DUMP, seq, body);
         self.wire.send(&datagram).map_err(|e| Error::io(what, e))?;
-        let mut payloads = Vec::new();
         let mut unusable = None;
+        let mut failed = Ok(());
         // Read to the end even of a dump that is already unusable: the kernel runs one dump per socket, and the rest
         // of this one would stand before the next.
         loop {
@@ -123,11 +147,16 @@ impl<W: Wire> Conversation<W> {
                 match message.kind {
                     NLMSG_DONE | NLMSG_ERROR => {
                         refused(what, verdict(&message)?)?;
-                        return Ok(unusable.map_or(Dump::Whole(payloads), Dump::Unusable));
+                        // Of a dump that does not count, neither do the entries.
+                        return match unusable {
+                            None => failed.map(|()| None),
+                            unusable => Ok(unusable),
+                        };
                     }
                     NLMSG_OVERRUN => unusable = Some("the kernel reported an overrun"),
                     NLMSG_NOOP => {}
-                    _ => payloads.push(message.payload.to_vec()),
+                    _ if failed.is_ok() && unusable.is_none() => failed = each(message.payload),
+                    _ => {}
                 }
             }
         }
@@ -184,11 +213,6 @@ impl<W: Wire> Conversation<W> {
             }
         }
     }
-}
-
-enum Dump {
-    Whole(Vec<Vec<u8>>),
-    Unusable(&'static str),
 }
 
 /// Puts `message` into `answer`; true if it was the acknowledgement.
@@ -355,6 +379,34 @@ mod tests {
             assert_eq!(talk.dump("it", 40, b"").unwrap(), [b"whole"], "{name}");
             assert_eq!(talk.wire.sent.len(), 3, "{name}");
         }
+    }
+
+    #[test]
+    fn an_entry_that_is_refused_fails_the_dump_at_its_end() {
+        let mut talk = talk(|_, sent| {
+            let seq = sent[0].1;
+            let all = [entry(seq, b"1"), entry(seq, b"bad"), entry(seq, b"3")];
+            Ok(vec![datagram(&all), datagram(&[end(NLMSG_DONE, seq, 0)])])
+        });
+        let mut seen = 0;
+        let read = talk.dump_each(
+            "it",
+            40,
+            b"",
+            || (),
+            |(), payload| {
+                seen += 1;
+                if payload == b"bad" {
+                    Err(Error::malformed("entry", "bad"))
+                } else {
+                    Ok(())
+                }
+            },
+        );
+        assert!(matches!(read, Err(Error::Malformed { .. })));
+        assert_eq!(seen, 2);
+        // Nothing of it is left for the next one.
+        assert!(talk.wire.waiting.is_empty());
     }
 
     #[test]

@@ -82,6 +82,22 @@ impl Socket {
         self.conversation.dump(what, kind, body)
     }
 
+    /// As [`Socket::dump`], but each entry is given to `each` as it comes, with a result that is made `fresh` for every
+    /// try: for tables too large to be kept.
+    ///
+    /// # Errors
+    /// As [`Socket::dump`], and the first of `each`.
+    pub fn dump_each<S>(
+        &mut self,
+        what: &str,
+        kind: u16,
+        body: &[u8],
+        fresh: impl Fn() -> S,
+        each: impl FnMut(&mut S, &[u8]) -> Result<()>,
+    ) -> Result<S> {
+        self.conversation.dump_each(what, kind, body, fresh, each)
+    }
+
     /// Sends many requests of one kind in few sendmsg calls (at most 64 messages and 64 KiB each) and returns the
     /// errno of each, in order; None: it went well. Messages of a sendmsg that was refused as a whole all get its
     /// errno.

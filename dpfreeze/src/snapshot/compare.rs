@@ -1,11 +1,12 @@
 //! Before against after: what should have stayed and did not.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::{DatapathSnapshot, Snapshot};
+use crate::conntrack::{Meaning, TimeoutPolicy};
 use crate::ovs::{Flow, FlowCounts, ZoneLimit, DEFAULT_ZONE};
 
 /// Something that should have stayed as it was. What is only new is no difference.
@@ -270,10 +271,12 @@ fn compare_meters(old: &DatapathSnapshot, new: &DatapathSnapshot, found: &mut Ve
 
 /// A zone without a limit of its own has the default's.
 fn compare_limits(old: &[ZoneLimit], new: &[ZoneLimit], found: &mut Vec<Difference>) {
-    let own = |limits: &[ZoneLimit], zone| limits.iter().find(|l| l.zone == zone).map(|l| l.limit);
-    let of = |limits: &[ZoneLimit], zone| own(limits, zone).or_else(|| own(limits, DEFAULT_ZONE)).unwrap_or(0);
+    let by_zone = |limits: &[ZoneLimit]| limits.iter().map(|l| (l.zone, l.limit)).collect::<HashMap<i32, u32>>();
+    let of =
+        |limits: &HashMap<i32, u32>, zone| limits.get(zone).or_else(|| limits.get(&DEFAULT_ZONE)).copied().unwrap_or(0);
+    let (all_before, all_after) = (by_zone(old), by_zone(new));
     for ZoneLimit { zone, .. } in old {
-        let (before, after) = (of(old, *zone), of(new, *zone));
+        let (before, after) = (of(&all_before, zone), of(&all_after, zone));
         if before != after {
             found.push(Difference::ZoneLimit { zone: *zone, before, after });
         }
@@ -281,12 +284,14 @@ fn compare_limits(old: &[ZoneLimit], new: &[ZoneLimit], found: &mut Vec<Differen
 }
 
 fn compare_policies(before: &Snapshot, after: &Snapshot, found: &mut Vec<Difference>) {
+    let meanings: HashSet<Meaning> = after.timeout_policies.iter().map(TimeoutPolicy::meaning).collect();
+    let names: HashSet<&str> = after.timeout_policies.iter().map(|policy| policy.name.as_str()).collect();
     for old in &before.timeout_policies {
-        if after.timeout_policies.iter().any(|new| new.same_meaning(old)) {
+        if meanings.contains(&old.meaning()) {
             continue;
         }
         let policy = old.name.clone();
-        found.push(if after.timeout_policies.iter().any(|new| new.name == old.name) {
+        found.push(if names.contains(old.name.as_str()) {
             Difference::TimeoutPolicyChanged { policy }
         } else {
             Difference::TimeoutPolicyGone { policy }
@@ -297,7 +302,6 @@ fn compare_policies(before: &Snapshot, after: &Snapshot, found: &mut Vec<Differe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conntrack::TimeoutPolicy;
     use crate::ovs::{Band, Datapath, DatapathStats, Meter, Vport};
 
     fn flow(id: u8, packets: u64) -> Flow {

@@ -55,6 +55,12 @@ pub enum Command {
         #[command(subcommand)]
         command: Option<RunsCommand>,
     },
+    /// Conntrack's zones, timeout policies and limits.
+    Ct {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: CtCommand,
+    },
     /// Called by units and package scriptlets.
     #[command(hide = true)]
     Hook {
@@ -103,6 +109,30 @@ pub enum RunsCommand {
     },
 }
 
+/// What to do with conntrack's zones, timeout policies and limits.
+#[derive(Debug, Subcommand)]
+pub enum CtCommand {
+    /// What database and kernel say now.
+    Show {
+        /// Print it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What is not as a run found it. Exit code 30 where there is anything.
+    Diff {
+        /// The run; without it the last one.
+        run: Option<String>,
+        /// Print it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put back the policies and limits that a run found and that are lost.
+    Restore {
+        /// The run; without it the last one.
+        run: Option<String>,
+    },
+}
+
 /// Called by units and package scriptlets.
 #[derive(Debug, Subcommand)]
 pub enum HookCommand {
@@ -113,6 +143,12 @@ pub enum HookCommand {
         /// The unit's own ExecStart=.
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
+    },
+    /// One look at the timeout policies that are guarded for live connections.
+    Guard {
+        /// Look until nothing is left: where there is no systemd with a timer.
+        #[arg(long = "loop")]
+        again: bool,
     },
     /// The process that proves the freeze from outside.
     Canary,

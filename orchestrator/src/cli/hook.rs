@@ -13,6 +13,8 @@ use anyhow::Context;
 use super::output::complain;
 use super::{exit_code, log, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
+use crate::guard;
+use crate::host::real::Systemd;
 use crate::machine::ExitCode;
 use crate::supervisor;
 
@@ -41,6 +43,13 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
                 1
             }
         },
+        HookCommand::Guard { again } => match guarded(again) {
+            Ok(()) => 0,
+            Err(error) => {
+                complain(&format!("hook guard: {error:#}"));
+                1
+            }
+        },
         HookCommand::Canary => canary(),
     }
 }
@@ -54,6 +63,17 @@ fn supervise_exit(result: anyhow::Result<i32>) -> u8 {
     match error.downcast_ref() {
         Some(LockError::Held { .. }) => ExitCode::Busy.code(),
         Some(LockError::Io { .. }) | None => ExitCode::NeedsPerson.code(),
+    }
+}
+
+/// The last look ends the timer that has started it.
+fn guarded(again: bool) -> anyhow::Result<()> {
+    if again {
+        return guard::look_for_ever();
+    }
+    match guard::look()? {
+        true => Ok(()),
+        false => guard::stop_looks(&Systemd::default()),
     }
 }
 

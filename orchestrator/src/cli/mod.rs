@@ -1,6 +1,7 @@
 //! The command line of design.md.
 
 mod args;
+mod ct;
 mod hook;
 mod launch;
 mod log;
@@ -11,7 +12,7 @@ mod restart;
 mod runs;
 mod status;
 
-pub use args::{Cli, Command, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
+pub use args::{Cli, Command, CtCommand, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ pub fn run(cli: Cli) -> u8 {
         Command::Runs { command: Some(RunsCommand::Show { id, json: inner }), json } => {
             answered(runs::show(&id, json || inner))
         }
+        Command::Ct { command } => answered(ct::ct(command)),
         Command::Hook { command } => hook::hook(&config, command),
     }
 }

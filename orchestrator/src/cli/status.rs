@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::connect;
 use super::output::{say, say_json};
 use crate::control::{Holder, RunLock, Status, LOCK};
+use crate::guard;
 use crate::host::real::Ovsdb;
 use crate::host::Database;
 use crate::journal::Runs;
@@ -31,6 +32,8 @@ struct Answer {
     interrupted: Option<String>,
     /// The freeze, as its pins say.
     freeze: Option<freeze::State>,
+    /// The timeout policies that are guarded for live connections, run or no run.
+    guard: Option<guard::Status>,
     /// Whether flow-restore-wait is set; `null` where the database does not answer.
     flow_restore_wait: Option<bool>,
     /// What could not be found out.
@@ -56,9 +59,10 @@ fn ask() -> Answer {
         false => known(&mut unknown, Runs::default().interrupted()),
     };
     let freeze = known(&mut unknown, freeze::state());
+    let guard = known(&mut unknown, guard::status());
     let facts = Ovsdb::new(DATABASE).facts(Instant::now() + DATABASE_LIMIT);
     let flow_restore_wait = known(&mut unknown, facts.map(|facts| Some(facts.is_on("flow-restore-wait"))));
-    Answer { run, lock, interrupted, freeze, flow_restore_wait, unknown }
+    Answer { run, lock, interrupted, freeze, guard, flow_restore_wait, unknown }
 }
 
 fn known<T, E: Into<anyhow::Error>>(unknown: &mut Vec<String>, asked: Result<Option<T>, E>) -> Option<T> {
@@ -72,9 +76,7 @@ fn in_words(answer: &Answer) -> String {
     let mut lines = vec![run_line(answer)];
     lines.extend(answer.interrupted.as_ref().map(|id| format!("run {id} was cut off; remedy: `ovs-graceful recover`")));
     lines.push(freeze_line(answer.freeze.as_ref()));
-    if let Some(freeze) = answer.freeze.as_ref().filter(|freeze| !freeze.timeout_names.is_empty()) {
-        lines.push(format!("guarded: timeout policies {}", freeze.timeout_names.join(", ")));
-    }
+    lines.extend(answer.guard.as_ref().map(guard_lines));
     lines.push(match answer.flow_restore_wait {
         Some(true) if answer.lock.is_none() => {
             "flow-restore-wait is SET and no run is under way: ovs-vswitchd answers no misses; if nobody else set it, \
@@ -121,6 +123,29 @@ fn freeze_line(freeze: Option<&freeze::State>) -> String {
     }
 }
 
+fn guard_lines(guard: &guard::Status) -> String {
+    if guard.lease_left_ms == 0 {
+        return "no timeout policy is guarded (the program is loaded, its lease is over)".to_string();
+    }
+    let mut lines = vec![format!(
+        "guarded for {:.0} s more unless renewed, {:.0} s at most; {} deletions refused:",
+        guard.lease_left_ms as f64 / 1000.0,
+        guard.end_left_ms as f64 / 1000.0,
+        guard.refused
+    )];
+    lines.extend(guard.policies.iter().map(|policy| {
+        let zones: Vec<String> = policy.zones.iter().map(u16::to_string).collect();
+        format!(
+            "  timeout policy {} (zone {}): {} connections left, for {} s",
+            policy.policy,
+            zones.join(", "),
+            policy.connections,
+            policy.age_s
+        )
+    }));
+    lines.join("\n")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +156,7 @@ mod tests {
             lock: None,
             interrupted: None,
             freeze: None,
+            guard: None,
             flow_restore_wait: Some(false),
             unknown: vec![],
         }
@@ -139,6 +165,20 @@ mod tests {
     #[test]
     fn a_quiet_host_is_said_to_be_quiet() {
         assert_eq!(in_words(&quiet()), "no run is under way\nnothing is frozen\nflow-restore-wait is not set");
+    }
+
+    #[test]
+    fn a_guard_says_for_what_and_until_when() {
+        let policy =
+            guard::PolicyStatus { policy: "ovs_tp_1_udp4".into(), zones: [5, 6].into(), connections: 7, age_s: 90 };
+        let guard =
+            guard::Status { policies: vec![policy], refused: 3, lease_left_ms: 50_000, end_left_ms: 80_000_000 };
+        let text = in_words(&Answer { guard: Some(guard.clone()), ..quiet() });
+        for part in ["50 s", "80000 s", "3 deletions", "ovs_tp_1_udp4 (zone 5, 6): 7 connections left, for 90 s"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        let text = in_words(&Answer { guard: Some(guard::Status { lease_left_ms: 0, ..guard }), ..quiet() });
+        assert!(text.contains("lease is over"), "{text}");
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! The kernel datapath as the steps see it. The bytes are dpfreeze's.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{Captured, Classes, Refused};
-use dpfreeze::ovs::FlowCounts;
+use dpfreeze::ovs::{FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::Snapshot;
 
 use super::{ProcessId, Result};
+use crate::guard::{Guarded, Terms};
 
 /// The one datapath that OVS keeps in the kernel for all its bridges (ofproto-dpif.c, `open_dpif_backer`).
 pub const DATAPATH: &str = "ovs-system";
@@ -51,6 +53,8 @@ pub trait Datapath {
     fn snapshot(&mut self) -> Result<Snapshot>;
     /// How often each flow has matched: a small part of [`Datapath::snapshot`], and cheap.
     fn flow_counts(&mut self) -> Result<FlowCounts>;
+    /// Sets connection limits of conntrack zones.
+    fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()>;
     /// The port ids that upcalls go to now, per CPU.
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
     /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.
@@ -78,8 +82,16 @@ pub trait Datapath {
     fn refused(&mut self) -> Result<Refused>;
     /// What was seen since the last call.
     fn events(&mut self) -> Result<Vec<FreezeEvent>>;
-    /// Lifts every refusal and unloads the freeze; what was held of the new daemon is let go. May be run twice.
+    /// Lifts every refusal and unloads the freeze; what was held of the new daemon is let go, the guard stays. May be
+    /// run twice.
     fn thaw(&mut self) -> Result<()>;
+    /// Keeps, for run `run` and beyond it, the timeout policies of `zones` (by name, with the zones they are used in)
+    /// from being deleted while connections live under them (hazards 30). Needs a freeze that was proved.
+    fn begin_guard(&mut self, run: &str, zones: &BTreeMap<String, BTreeSet<u16>>, terms: Terms) -> Result<Guarded>;
+    /// Takes in the connections that have come since, under flows that still named the old policies.
+    fn widen_guard(&mut self, run: &str) -> Result<Guarded>;
+    /// Lets go of what `run` has begun to guard. May be run twice.
+    fn withdraw_guard(&mut self, run: &str) -> Result<()>;
 
     /// Opens the parking sockets and keeps duplicates of those that `old` reads.
     fn prepare_park(&mut self, old: ProcessId) -> Result<()>;

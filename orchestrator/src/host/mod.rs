@@ -6,14 +6,16 @@
 pub mod datapath;
 pub mod error;
 pub mod real;
+pub mod zones;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 pub use error::{Context, HostError, Result};
+pub use zones::CtZone;
 
 /// A process that no later process can be mistaken for: its number and when it started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -253,6 +255,10 @@ pub struct DatabaseFacts {
     pub cur_cfg: i64,
     /// The bridges, by name.
     pub bridges: Vec<Bridge>,
+    /// The conntrack zones of the kernel's datapath, by number; none where the schema has no such table.
+    pub ct_zones: Vec<CtZone>,
+    /// The limit of zones without one, where the schema has it (OVS 3.3) and it is set.
+    pub ct_zone_default_limit: Option<u32>,
 }
 
 impl DatabaseFacts {
@@ -366,6 +372,21 @@ pub struct SupervisorUnit {
     pub nice: i32,
 }
 
+/// The timer that looks after guarded timeout policies, and the service it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuardUnits {
+    /// The timer's name.
+    pub timer: String,
+    /// The service's name.
+    pub service: String,
+    /// The program (an absolute path) and its arguments.
+    pub command: Vec<String>,
+    /// From the end of one look to the next.
+    pub interval: Duration,
+    /// How long one look may take.
+    pub limit: Duration,
+}
+
 /// A job for a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobKind {
@@ -401,6 +422,8 @@ pub trait ServiceManager: Send + Sync {
     fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>>;
     /// Starts the supervisor as a transient unit and waits until its program has been executed.
     fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()>;
+    /// Starts a transient timer with its service. One of this name that is active goes on as it is.
+    fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()>;
 }
 
 /// A queued job.

@@ -149,7 +149,7 @@ pub struct Refused {
 }
 
 /// What conntrack was told, before against after.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConntrackReport {
     /// Timeout policies in the snapshot.
     pub timeout_policies_before: u64,
@@ -159,6 +159,12 @@ pub struct ConntrackReport {
     pub zone_limits_before: u64,
     /// Of these, set again because they were lost.
     pub zone_limits_restored: u64,
+    /// Connections by zone in the snapshot; zones without one are left out.
+    #[serde(default)]
+    pub connections_before: BTreeMap<u16, u64>,
+    /// The same at the end: they come and go.
+    #[serde(default)]
+    pub connections_after: BTreeMap<u16, u64>,
 }
 
 /// A bridge's OpenFlow state, before against after.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{classes, Ended, Host, Run, Step};
+use super::{classes, guard, Ended, Host, Run, Step};
 use crate::config::Config;
 use crate::host::datapath::Lease;
 use crate::host::real::ovsdb_server::replace;
@@ -23,6 +23,8 @@ impl Step for Arm {
         if run.level == Level::Full {
             let lease = Lease { lease: run.lease(), end: run.config.freeze.end() };
             run.host.datapath.arm(classes::armed(), lease).context("arming the freeze")?;
+            guard::begin(run);
+            run.checkpoint()?;
         }
         if run.wish.ovsdb {
             replace_ovsdb_server(run)?;
@@ -31,6 +33,9 @@ impl Step for Arm {
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
+        // The old daemon lives on and keeps its policies by itself.
+        run.host.datapath.withdraw_guard(&run.id)?;
+        run.report.conntrack.timeout_policies_guarded = 0;
         run.host.datapath.thaw()?;
         Ok(Event::Done)
     }

@@ -7,6 +7,7 @@ mod back;
 mod check;
 mod classes;
 mod gates;
+mod guard;
 mod handover;
 mod notes;
 mod ports;

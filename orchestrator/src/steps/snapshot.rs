@@ -4,8 +4,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 
+use dpfreeze::snapshot::Snapshot as Kernel;
+
 use super::{notes, Ended, Run, Step};
 use crate::config::Config;
+use crate::conntrack::{connections, Conntrack, FILE};
+use crate::journal::Runs;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Snapshot;
@@ -19,6 +23,7 @@ impl Step for Snapshot {
         let until = run.deadline;
         let before = run.host.datapath.snapshot().context("the datapath's state")?;
         notes::before(&mut run.report, &before);
+        keep_conntrack(run, &before);
         run.known.before = Some(before);
         run.checkpoint()?;
         let bridges = run.known.facts.bridges.clone();
@@ -33,5 +38,14 @@ impl Step for Snapshot {
     fn undo(&self, run: &mut Run) -> Ended {
         run.known.rule_watch = None;
         Ok(Event::Done)
+    }
+}
+
+/// What `ovs-graceful ct diff` and `ct restore` compare with. Without it the run goes on.
+fn keep_conntrack(run: &mut Run, kernel: &Kernel) {
+    let found = Conntrack { connections: connections(), ..Conntrack::of(&run.known.facts, kernel) };
+    run.report.conntrack.connections_before = found.connections.clone();
+    if let Err(error) = found.save(&Runs::default().folder(&run.id).join(FILE)) {
+        run.warn(format!("what conntrack was told is not kept for `ovs-graceful ct`: {error:#}"));
     }
 }

@@ -7,6 +7,7 @@ use crate::machine::Event;
 
 /// Lifts every freeze. May be done twice.
 pub fn thaw(run: &mut Run) -> Ended {
+    super::guard::widen(run);
     run.host.datapath.thaw()?;
     run.restore_wait = None;
     let until = Instant::now() + run.config.limits.undo();

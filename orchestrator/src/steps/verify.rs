@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{notes, ports, Ended, Run, Step};
+use dpfreeze::snapshot::Snapshot;
+
+use super::{notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
+use crate::conntrack::{connections, Conntrack};
 use crate::machine::{Event, Phase};
 
 pub(super) struct Verify;
@@ -17,10 +20,12 @@ impl Step for Verify {
 
     fn perform(&self, run: &mut Run) -> Ended {
         let until = run.deadline;
-        let after = run.host.datapath.snapshot().context("the datapath's state")?;
+        let mut after = run.host.datapath.snapshot().context("the datapath's state")?;
         let wanted = ports::wanted(&run.host.database.facts(until).context("the database")?);
-        if let Some(before) = &run.known.before {
-            notes::after(&mut run.report, before, &after, &wanted);
+        if let Some(before) = run.known.before.take() {
+            compare_conntrack(run, &before, &mut after)?;
+            notes::after(&mut run.report, &before, &after, &wanted);
+            run.known.before = Some(before);
         }
         let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules);
@@ -30,4 +35,19 @@ impl Step for Verify {
             false => Ok(Event::DifferencesFound),
         }
     }
+}
+
+/// Zones by meaning; limits that were lost are set again, and `after` has them then.
+fn compare_conntrack(run: &mut Run, before: &Snapshot, after: &mut Snapshot) -> Result<(), Stop> {
+    let facts = run.host.database.facts(run.deadline).context("conntrack zones of the database")?;
+    let old = Conntrack::of(&run.known.facts, before);
+    let lost = old.lost_limits(&Conntrack::of(&facts, after));
+    if !lost.is_empty() {
+        run.host.datapath.set_ct_limits(&lost).context("setting conntrack limits again")?;
+        run.report.conntrack.zone_limits_restored = lost.len() as u64;
+        *after = run.host.datapath.snapshot().context("the datapath's state")?;
+    }
+    run.report.differences.extend(old.zone_differences(&Conntrack::of(&facts, after)));
+    run.report.conntrack.connections_after = connections();
+    Ok(())
 }

@@ -10,7 +10,7 @@ use super::{Expect, Traffic};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::probe::{Place, Spec};
 use crate::guest::Evidence;
-use crate::outcome::Outcome;
+use crate::outcome::{Action, Outcome};
 
 /// See the module.
 pub struct Conntrack;
@@ -83,13 +83,14 @@ impl Traffic for Conntrack {
         Ok(())
     }
 
-    fn judge(&self, _evidence: &Evidence, outcome: &mut Outcome) {
+    fn judge(&self, evidence: &Evidence, outcome: &mut Outcome) {
         // The traffic has ended a few seconds ago: the timer has run down by as much.
         let after = timer();
-        outcome.note("timer after", after);
-        // A measurement, not yet a promise: the guard that keeps the policy of live connections beyond the thaw comes
-        // with the conntrack issue (hazards 30, 31).
         let governed = after.is_some_and(|t| (UDP_MULTIPLE - 30..=UDP_MULTIPLE).contains(&t));
-        outcome.note("the live connection is still under its policy", governed);
+        // Stock does not promise it (hazards 30, 31).
+        match evidence.job.action {
+            Action::Ours => outcome.check("the live connection is still under its policy", governed, after),
+            _ => outcome.note("timer after", after),
+        }
     }
 }

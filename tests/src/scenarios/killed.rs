@@ -167,7 +167,7 @@ fn owned(case: &Case, outcome: &mut Outcome) {
 
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
 /// run's id.
-fn kill_in(phase: &str, known: &[String]) -> Result<String> {
+pub(super) fn kill_in(phase: &str, known: &[String]) -> Result<String> {
     let id = run::wait_for(phase, known)?;
     // In Standby: with the daemon that was started, if it can be had.
     if phase == "standby" {

@@ -1,6 +1,8 @@
 //! The scenarios, one file each.
 
 mod conntrack;
+mod ct_guard;
+mod ct_policies;
 mod killed;
 mod local_port;
 mod meanwhile;
@@ -173,6 +175,7 @@ impl Scenario {
 pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&plain::Plain),
     Scenario::Traffic(&conntrack::Conntrack),
+    Scenario::Traffic(&ct_policies::CtPolicies),
     Scenario::Traffic(&vlan_patch::VlanPatch),
     Scenario::Traffic(&tunnel::VXLAN),
     Scenario::Traffic(&tunnel::GENEVE),
@@ -188,6 +191,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&killed::Killed),
+    Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
     Scenario::Custom(&selftest::SelfTest),

@@ -1,15 +1,19 @@
 //! The kernel datapath of this machine, through dpfreeze.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use dpfreeze::freeze::{self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Refused, Renewal, Scope};
-use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport};
+use dpfreeze::freeze::{
+    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, PolicyGuard, Refused, Renewal, Scope,
+};
+use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::{
     self, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput, ReplayReport,
 };
 use dpfreeze::snapshot::{self, Snapshot};
 use dpfreeze::tunnel::{self, Adoption, Guard};
 
+use crate::guard::{self, Guarded, Terms};
 use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
 use crate::host::{Context, HostError, ProcessId, Result};
 
@@ -26,6 +30,7 @@ pub struct KernelDatapath {
     before: Vec<Flow>,
     dump: Option<Vec<Flow>>,
     removed: Option<RemovalReport>,
+    guard_refused: u64,
     old: Option<ProcessId>,
     drain: Option<DrainWatch>,
     adoption: Option<Adoption>,
@@ -51,6 +56,7 @@ impl KernelDatapath {
             before: Vec::new(),
             dump: None,
             removed: None,
+            guard_refused: 0,
             old: None,
             drain: None,
             adoption: None,
@@ -96,6 +102,10 @@ impl Datapath for KernelDatapath {
     fn flow_counts(&mut self) -> Result<FlowCounts> {
         let dp = self.dp()?;
         self.ovs.flow_counts(dp.ifindex).about(DATAPATH)
+    }
+
+    fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()> {
+        self.ovs.set_ct_limits(limits).about("conntrack limits")
     }
 
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
@@ -183,10 +193,11 @@ impl Datapath for KernelDatapath {
     }
 
     fn refused(&mut self) -> Result<Refused> {
-        match &self.freeze {
-            Some(freeze) => freeze.refused().about("freeze"),
-            None => Ok(Refused::default()),
-        }
+        let Some(freeze) = &self.freeze else { return Ok(Refused::default()) };
+        let mut refused = freeze.refused().about("freeze")?;
+        // A deletion is refused by whichever of the two programs the kernel asks first.
+        refused.ct_timeout_del += refused_by_guard()?.saturating_sub(self.guard_refused);
+        Ok(refused)
     }
 
     fn events(&mut self) -> Result<Vec<FreezeEvent>> {
@@ -198,6 +209,23 @@ impl Datapath for KernelDatapath {
         self.bound = None;
         self.freeze = None;
         freeze::thaw().about("freeze")
+    }
+
+    fn begin_guard(&mut self, run: &str, zones: &BTreeMap<String, BTreeSet<u16>>, terms: Terms) -> Result<Guarded> {
+        let hook = self.freeze()?.hook();
+        let policies = dpfreeze::conntrack::timeout_policies().about("conntrack timeout policies")?;
+        let guarded = guard::begin(run, hook, zones, &policies, terms).map_err(guard_error)?;
+        self.guard_refused = refused_by_guard()?;
+        Ok(guarded)
+    }
+
+    fn widen_guard(&mut self, run: &str) -> Result<Guarded> {
+        let hook = self.freeze()?.hook();
+        guard::widen(run, hook).map_err(guard_error)
+    }
+
+    fn withdraw_guard(&mut self, run: &str) -> Result<()> {
+        guard::withdraw(run).map_err(guard_error)
     }
 
     fn prepare_park(&mut self, old: ProcessId) -> Result<()> {
@@ -363,6 +391,17 @@ fn give_back(
         Some(park) => park.replay(&ReplayInput { origins, daemon, limit }).about("parked packets"),
         None => Err(HostError::new("parked packets", "nothing was parked")),
     }
+}
+
+fn refused_by_guard() -> Result<u64> {
+    match PolicyGuard::open().about("guard of timeout policies")? {
+        Some(guard) => guard.refused().about("guard of timeout policies"),
+        None => Ok(0),
+    }
+}
+
+fn guard_error(error: anyhow::Error) -> HostError {
+    HostError::new("guard of timeout policies", format_args!("{error:#}"))
 }
 
 fn number(process: ProcessId) -> Result<u32> {

@@ -9,7 +9,9 @@ use std::time::Instant;
 use serde_json::{json, Map, Value};
 
 use super::jsonrpc::Connection;
-use crate::host::{Bridge, Cleared, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result};
+use crate::host::{
+    Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result,
+};
 
 /// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
 const FLAG: &str = "flow-restore-wait";
@@ -81,6 +83,8 @@ impl Database for Ovsdb {
             next_cfg: root["next_cfg"].as_i64().unwrap_or_default(),
             cur_cfg: root["cur_cfg"].as_i64().unwrap_or_default(),
             bridges,
+            ct_zones: tables.ct_zones(),
+            ct_zone_default_limit: tables.kernel_datapath().and_then(|row| number(&row["ct_zone_default_limit"])),
         })
     }
 
@@ -254,7 +258,10 @@ struct Tables(BTreeMap<&'static str, BTreeMap<String, Value>>);
 
 /// Tables and the columns we want of them, where the schema has them.
 const WANTED: &[(&str, &[&str])] = &[
-    ("Open_vSwitch", &["other_config", "external_ids", "ovs_version", "dpdk_initialized", "next_cfg", "cur_cfg"]),
+    (
+        "Open_vSwitch",
+        &["other_config", "external_ids", "ovs_version", "dpdk_initialized", "next_cfg", "cur_cfg", "datapaths"],
+    ),
     (
         "Bridge",
         &[
@@ -275,11 +282,16 @@ const WANTED: &[(&str, &[&str])] = &[
     ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
     ("Interface", &["name", "type", "ofport", "options", "bfd", "cfm_mpid"]),
     ("Controller", &["target"]),
+    // Schema 8.2.0 (OVS 2.13) and later; the limits 8.5.0 (OVS 3.3).
+    ("Datapath", &["ct_zones", "ct_zone_default_limit"]),
+    ("CT_Zone", &["timeout_policy", "limit"]),
+    ("CT_Timeout_Policy", &["timeouts"]),
 ];
 
 impl Tables {
     fn select(connection: &mut Connection, schema: &Value, until: Instant) -> Result<Self> {
-        let operations = WANTED.iter().map(|(table, columns)| {
+        let there: Vec<_> = WANTED.iter().filter(|(table, _)| schema["tables"].get(table).is_some()).collect();
+        let operations = there.iter().map(|(table, columns)| {
             let known = |column: &&&str| schema["tables"][table]["columns"].get(column).is_some();
             let mut columns: Vec<&str> = columns.iter().filter(known).copied().collect();
             columns.push("_uuid");
@@ -287,7 +299,7 @@ impl Tables {
         });
         let results = transact(connection, operations.collect(), until)?;
         let mut tables = BTreeMap::new();
-        for ((table, _), result) in WANTED.iter().zip(results) {
+        for ((table, _), result) in there.iter().zip(results) {
             let rows = result["rows"].as_array().cloned().unwrap_or_default();
             tables.insert(*table, rows.into_iter().map(|row| (string(&row["_uuid"][1]), row)).collect());
         }
@@ -302,6 +314,30 @@ impl Tables {
     fn referred<'a>(&'a self, table: &str, column: &'a Value) -> impl Iterator<Item = &'a Value> {
         let rows = self.0.get(table);
         set(column).into_iter().filter_map(move |uuid| rows?.get(uuid[1].as_str()?))
+    }
+
+    /// The datapath of type `system` (Open_vSwitch:datapaths), the kernel's.
+    fn kernel_datapath(&self) -> Option<&Value> {
+        let datapaths = pairs(&self.rows("Open_vSwitch").next()?["datapaths"]);
+        let (_, uuid) = datapaths.into_iter().find(|(kind, _)| *kind == &json!("system"))?;
+        self.referred("Datapath", uuid).next()
+    }
+
+    fn ct_zones(&self) -> Vec<CtZone> {
+        let zones = self.kernel_datapath().map(|row| pairs(&row["ct_zones"])).unwrap_or_default();
+        let mut zones: Vec<CtZone> = zones.into_iter().filter_map(|(zone, uuid)| self.ct_zone(zone, uuid)).collect();
+        zones.sort_by_key(|zone| zone.zone);
+        zones
+    }
+
+    fn ct_zone(&self, zone: &Value, uuid: &Value) -> Option<CtZone> {
+        let row = self.referred("CT_Zone", uuid).next()?;
+        let policy = self.referred("CT_Timeout_Policy", &row["timeout_policy"]).next();
+        let timeouts = policy.map(|policy| {
+            let limits = pairs(&policy["timeouts"]).into_iter();
+            limits.filter_map(|(key, seconds)| Some((key.as_str()?.to_owned(), number(seconds)?))).collect()
+        });
+        Some(CtZone { zone: zone.as_u64()?.try_into().ok()?, timeouts, limit: number(&row["limit"]) })
     }
 
     fn bridge(&self, row: &Value) -> Bridge {
@@ -359,14 +395,22 @@ fn string(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
 
+/// An optional number.
+fn number(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|number| u32::try_from(number).ok())
+}
+
+/// The pairs of a map.
+fn pairs(value: &Value) -> Vec<(&Value, &Value)> {
+    match value.as_array().map(Vec::as_slice) {
+        Some([tag, Value::Array(pairs)]) if tag == "map" => pairs.iter().map(|pair| (&pair[0], &pair[1])).collect(),
+        _ => Vec::new(),
+    }
+}
+
 /// A map of strings.
 fn map(value: &Value) -> BTreeMap<String, String> {
-    match value.as_array().map(Vec::as_slice) {
-        Some([tag, Value::Array(pairs)]) if tag == "map" => {
-            pairs.iter().map(|pair| (string(&pair[0]), string(&pair[1]))).collect()
-        }
-        _ => BTreeMap::new(),
-    }
+    pairs(value).into_iter().map(|(key, value)| (string(key), string(value))).collect()
 }
 
 #[cfg(test)]
@@ -384,12 +428,44 @@ mod tests {
         assert_eq!(string(&json!(["set", []])), "");
     }
 
+    fn row(uuid: &str, mut value: Value) -> (String, Value) {
+        value["_uuid"] = json!(["uuid", uuid]);
+        (uuid.to_owned(), value)
+    }
+
+    #[test]
+    fn zones_are_put_together_from_their_rows() {
+        let zones = json!(["map", [[6, ["uuid", "z6"]], [5, ["uuid", "z5"]], [7, ["uuid", "gone"]]]]);
+        let datapaths = json!(["map", [["netdev", ["uuid", "n"]], ["system", ["uuid", "d"]]]]);
+        let tables = Tables(BTreeMap::from([
+            ("Open_vSwitch", BTreeMap::from([row("o", json!({ "datapaths": datapaths }))])),
+            ("Datapath", BTreeMap::from([row("d", json!({"ct_zones": zones, "ct_zone_default_limit": 9}))])),
+            (
+                "CT_Zone",
+                BTreeMap::from([
+                    row("z5", json!({"timeout_policy": ["uuid", "p"], "limit": ["set", []]})),
+                    row("z6", json!({"timeout_policy": ["set", []], "limit": 60000})),
+                ]),
+            ),
+            ("CT_Timeout_Policy", BTreeMap::from([row("p", json!({"timeouts": ["map", [["udp_single", 78]]]}))])),
+        ]));
+        let policy = BTreeMap::from([("udp_single".to_owned(), 78)]);
+        assert_eq!(
+            tables.ct_zones(),
+            [
+                CtZone { zone: 5, timeouts: Some(policy), limit: None },
+                CtZone { zone: 6, timeouts: None, limit: Some(60000) }
+            ]
+        );
+        assert_eq!(tables.kernel_datapath().and_then(|row| number(&row["ct_zone_default_limit"])), Some(9));
+        // A schema before 8.2.0 has none of these tables.
+        assert!(Tables(BTreeMap::from([("Open_vSwitch", BTreeMap::from([row("o", json!({}))]))]))
+            .ct_zones()
+            .is_empty());
+    }
+
     #[test]
     fn a_bridge_is_put_together_from_its_rows() {
-        let row = |uuid: &str, mut value: Value| {
-            value["_uuid"] = json!(["uuid", uuid]);
-            (uuid.to_owned(), value)
-        };
         let tables = Tables(BTreeMap::from([
             ("Controller", BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4"}))])),
             (

@@ -16,7 +16,9 @@ use tokio::runtime::Runtime;
 use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant};
 
 use super::jsonrpc::remaining;
-use crate::host::{Context, Daemon, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit};
+use crate::host::{
+    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit,
+};
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
@@ -301,6 +303,24 @@ impl ServiceManager for Systemd {
             None => Err(HostError::timeout(&unit.name, "starting it")),
         }
     }
+
+    fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()> {
+        let bus = Bus::connect(until)?;
+        if let Some(path) = bus.path("GetUnit", &(&units.timer,), until)? {
+            let state = bus.properties(path.as_str(), "org.freedesktop.systemd1.Unit", until)?.text("ActiveState");
+            if matches!(state.as_str(), "active" | "activating") {
+                return Ok(());
+            }
+        }
+        let service = vec![(units.service.clone(), guard_properties(units))];
+        let body = (units.timer.as_str(), "replace", timer_properties(units), service);
+        let mut job = RealJob::queue(bus, &units.timer, "StartTransientUnit", &body, until)?;
+        match job.wait(until)?.as_deref() {
+            Some("done") => Ok(()),
+            Some(other) => Err(HostError::new(&units.timer, format!("its start ended as {other}"))),
+            None => Err(HostError::timeout(&units.timer, "starting it")),
+        }
+    }
 }
 
 /// A job and the connection on which its end is announced.
@@ -415,12 +435,48 @@ fn write_whole(path: &Path, text: &str) -> std::io::Result<()> {
     fs::rename(new, path)
 }
 
+/// `ExecStart=` and the like.
+fn command(words: &[String]) -> Variant<'static> {
+    let program = words.first().cloned().unwrap_or_default();
+    Variant::from(vec![(program, words.to_vec(), false)])
+}
+
+/// The properties of the transient timer: as the supervisor's unit, it hangs on nothing.
+fn timer_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
+    let interval = u64::try_from(units.interval.as_micros()).unwrap_or(u64::MAX);
+    let both = ["OnActiveSec", "OnUnitInactiveSec"].map(|base| (base.to_owned(), interval));
+    let properties = [
+        ("Description", Variant::from("ovs-graceful looks after timeout policies of live connections".to_owned())),
+        ("DefaultDependencies", Variant::from(false)),
+        ("IgnoreOnIsolate", Variant::from(true)),
+        ("CollectMode", Variant::from("inactive-or-failed".to_owned())),
+        ("TimersMonotonic", Variant::from(both.to_vec())),
+        ("AccuracyUSec", Variant::from(1_000_000u64)),
+        ("RemainAfterElapse", Variant::from(false)),
+    ];
+    properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+/// The properties of the service that the timer starts: one look, ended where it hangs.
+fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
+    let limit = u64::try_from(units.limit.as_micros()).unwrap_or(u64::MAX);
+    let text = |text: &str| Variant::from(text.to_owned());
+    let properties = [
+        ("Description", text("ovs-graceful: one look at guarded timeout policies")),
+        ("Type", text("oneshot")),
+        ("ExecStart", command(&units.command)),
+        ("DefaultDependencies", Variant::from(false)),
+        ("IgnoreOnIsolate", Variant::from(true)),
+        ("CollectMode", text("inactive-or-failed")),
+        ("TimeoutStartUSec", Variant::from(limit)),
+        ("StandardOutput", text("journal")),
+        ("StandardError", text("journal")),
+    ];
+    properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
 /// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
 fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>)> {
-    let command = |words: &[String]| {
-        let program = words.first().cloned().unwrap_or_default();
-        Variant::from(vec![(program, words.to_vec(), false)])
-    };
     let environment: Vec<String> = unit.environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
     let text = |text: &str| Variant::from(text.to_owned());
     let mut properties = vec![
