@@ -74,6 +74,16 @@ pub mod ct {
     pub const TIMEOUT: u16 = 9;
 }
 
+/// `OVS_CS_F_*`: bits of `OVS_KEY_ATTR_CT_STATE`
+pub mod ct_state {
+    #![allow(missing_docs)]
+    pub const TRACKED: u32 = 0x20;
+    pub const SRC_NAT: u32 = 0x40;
+    pub const DST_NAT: u32 = 0x80;
+    /// Either translation was done by the last `ct`.
+    pub const NAT: u32 = SRC_NAT | DST_NAT;
+}
+
 /// `OVS_SAMPLE_ATTR_ACTIONS`
 pub const SAMPLE_ATTR_ACTIONS: u16 = 2;
 /// `OVS_USERSPACE_ATTR_USERDATA`

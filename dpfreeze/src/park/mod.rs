@@ -12,6 +12,7 @@ mod replay;
 mod ring;
 mod socket;
 mod store;
+mod undo;
 
 pub use drain::{drained, DrainWatch};
 pub use plan::{Origins, Replay, Unreplayable};
@@ -21,6 +22,7 @@ pub use removal::{
 pub use replay::{ReplayInput, ReplayReport};
 pub use socket::{Duplicates, Queue, UpcallSocket};
 pub use store::{ParkLimits, ParkStats};
+pub use undo::Undone;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
-use super::plan::{self, Origins, Replay, Unreplayable};
+use super::plan::{Origins, Replay, Unreplayable};
 use super::reader::{boottime_ns, Shared};
 use super::removal::grace_period;
 use super::socket::Duplicates;
-use crate::error::Result;
+use super::undo::Undone;
+use crate::conntrack::{Connection, Connections, KernelConnections, Tuple};
+use crate::error::{Error, Result};
 use crate::flow_key;
 use crate::ovs::{Execute, Ovs, Upcall};
 
@@ -47,6 +49,9 @@ pub struct ReplayInput<'a> {
 pub struct ReplayReport {
     /// Packets the datapath took.
     pub replayed: u64,
+    /// Of them, those of which something was taken back before they started again: `nat` (address translation),
+    /// `headers` (set, push, pop, TTL). A packet with both counts in both.
+    pub undone: BTreeMap<String, u64>,
     /// Packets that must not be replayed, by [`Unreplayable::name`].
     pub unreplayable: BTreeMap<String, u64>,
     /// Packets the datapath did not take, by errno.
@@ -69,7 +74,25 @@ pub struct ReplayReport {
 #[derive(Debug)]
 pub(super) struct Lane {
     ovs: Ovs,
+    connections: Tracking,
     cpu: Option<usize>,
+}
+
+/// The connection table; a kernel without one answers every question with the error it gave at the opening.
+#[derive(Debug)]
+struct Tracking(std::result::Result<KernelConnections, String>);
+
+impl Connections for Tracking {
+    fn find(&mut self, zone: u16, tuple: &Tuple) -> Result<Option<Connection>> {
+        match &mut self.0 {
+            Ok(table) => table.find(zone, tuple),
+            Err(why) => Err(Error::Unsupported {
+                what: "connection table".into(),
+                why: why.clone(),
+                remedy: "load nf_conntrack_netlink".into(),
+            }),
+        }
+    }
 }
 
 /// One lane for each CPU this process may use: the port id an upcall goes to comes from the CPU it is made on, so that
@@ -81,7 +104,11 @@ pub(super) fn open_lanes() -> Result<Vec<Lane>> {
     );
     let wanted: Vec<Option<usize>> =
         if cpus.is_empty() { vec![None] } else { cpus.into_iter().take(MOST_LANES).map(Some).collect() };
-    wanted.into_iter().map(|cpu| Ok(Lane { ovs: Ovs::open()?, cpu })).collect()
+    let open = |cpu| {
+        let connections = Tracking(KernelConnections::open().map_err(|e| e.to_string()));
+        Ok(Lane { ovs: Ovs::open()?, connections, cpu })
+    };
+    wanted.into_iter().map(open).collect()
 }
 
 struct Parked {
@@ -192,7 +219,7 @@ impl Work<'_> {
             }
             let room = self.wait_for_room(waiting.front().map_or(0, Parked::room), &mut tally);
             let batch = take_while_it_fits(&mut waiting, room);
-            self.execute(&mut lane.ovs, &batch, &mut tally);
+            self.execute(lane, &batch, &mut tally);
         }
     }
 
@@ -211,32 +238,34 @@ impl Work<'_> {
         }
     }
 
-    fn execute(&self, ovs: &mut Ovs, batch: &[Parked], tally: &mut Tally) {
-        let actions = plan::from_the_start();
-        let mut planned: Vec<(&Parked, Replay<'_>)> = Vec::with_capacity(batch.len());
+    fn execute(&self, lane: &mut Lane, batch: &[Parked], tally: &mut Tally) {
+        let mut planned: Vec<(&Parked, Replay<'_>, Vec<u8>)> = Vec::with_capacity(batch.len());
         for parked in batch {
-            match self.input.origins.plan(&parked.upcall) {
-                Ok(replay) => planned.push((parked, replay)),
+            match self.input.origins.plan(&parked.upcall, &mut lane.connections) {
+                Ok(replay) => {
+                    let actions = replay.actions();
+                    planned.push((parked, replay, actions));
+                }
                 Err(reason) => tally.unreplayable(reason),
             }
         }
-        for run in planned.chunk_by(|(a, _), (b, _)| a.upcall.ifindex == b.upcall.ifindex) {
-            let Some((first, _)) = run.first() else { continue };
+        for run in planned.chunk_by(|(a, ..), (b, ..)| a.upcall.ifindex == b.upcall.ifindex) {
+            let Some((first, ..)) = run.first() else { continue };
             let requests: Vec<Execute<'_>> = run
                 .iter()
-                .map(|(parked, replay)| Execute {
-                    packet: &parked.upcall.packet,
+                .map(|(parked, replay, actions)| Execute {
+                    packet: &replay.packet,
                     key: &replay.key,
-                    actions: &actions,
+                    actions,
                     mru: parked.upcall.mru,
                     hash: parked.upcall.hash,
                 })
                 .collect();
-            match ovs.execute(first.upcall.ifindex, &requests) {
+            match lane.ovs.execute(first.upcall.ifindex, &requests) {
                 Ok(answers) => {
                     let now = boottime_ns();
-                    for ((parked, _), answer) in run.iter().zip(answers) {
-                        tally.executed(now.saturating_sub(parked.arrival), answer);
+                    for ((parked, replay, _), answer) in run.iter().zip(answers) {
+                        tally.executed(now.saturating_sub(parked.arrival), replay.undone, answer);
                     }
                 }
                 Err(e) => tally.error(&e.to_string(), run.len() as u64),
@@ -276,10 +305,13 @@ impl Tally {
         *self.report.errors.entry(what.to_owned()).or_default() += packets;
     }
 
-    fn executed(&mut self, waited_ns: u64, answer: Option<nix::errno::Errno>) {
+    fn executed(&mut self, waited_ns: u64, undone: Undone, answer: Option<nix::errno::Errno>) {
         match answer {
             None => {
                 self.report.replayed += 1;
+                for what in undone.names() {
+                    *self.report.undone.entry(what.to_owned()).or_default() += 1;
+                }
                 self.waits.count(waited_ns / 1_000_000);
             }
             Some(errno) => self.error(&format!("{errno:?}"), 1),
@@ -289,6 +321,9 @@ impl Tally {
     fn add(&mut self, other: Tally) {
         self.report.replayed += other.report.replayed;
         self.report.paused += other.report.paused;
+        for (what, n) in other.report.undone {
+            *self.report.undone.entry(what).or_default() += n;
+        }
         for (reason, n) in other.report.unreplayable {
             *self.report.unreplayable.entry(reason).or_default() += n;
         }

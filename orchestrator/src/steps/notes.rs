@@ -49,6 +49,7 @@ pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayRe
     report.parked.packets = stats.parked + stats.overflowed;
     report.parked.overflowed = stats.overflowed + stats.socket_drops;
     report.parked.replayed = replayed.replayed;
+    report.parked.undone = replayed.undone.clone();
     report.parked.unreplayable = replayed.unreplayable.clone();
     report.parked.longest_ms = replayed.longest_ms as f64;
     report.parked.p99_ms = replayed.p99_ms as f64;

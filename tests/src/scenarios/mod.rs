@@ -3,6 +3,7 @@
 mod conntrack;
 mod killed;
 mod local_port;
+mod nat;
 pub mod network;
 mod no_systemd;
 mod park_level;
@@ -10,8 +11,10 @@ mod park_limit;
 mod plain;
 mod refusals;
 mod scale;
+mod set_field;
 mod systemd;
 mod tunnel;
+mod two_zones;
 mod unprivileged;
 mod vlan_patch;
 
@@ -150,6 +153,9 @@ impl Scenario {
 pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&plain::Plain),
     Scenario::Traffic(&conntrack::Conntrack),
+    Scenario::Traffic(&nat::Nat),
+    Scenario::Traffic(&two_zones::TwoZones),
+    Scenario::Traffic(&set_field::SetField),
     Scenario::Traffic(&vlan_patch::VlanPatch),
     Scenario::Traffic(&tunnel::VXLAN),
     Scenario::Traffic(&tunnel::GENEVE),

@@ -4,9 +4,12 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::json;
 
 use crate::command::{shell, wait_until};
 use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::Evidence;
+use crate::outcome::Outcome;
 
 /// The constant flow: a packet every 2 ms.
 pub const CONSTANT_US: u64 = 2000;
@@ -40,6 +43,25 @@ pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Resu
          ovs-vsctl add-port {bridge} v-{ns} {port_options}"
     ))?;
     Ok(())
+}
+
+/// Namespace `ns` is told that `address` is at the device of namespace `at`.
+pub fn neighbour(ns: &str, address: &str, at: &str) -> Result<()> {
+    shell(&format!(
+        "mac=$(ip netns exec {at} cat /sys/class/net/e-{at}/address)
+         ip -n {ns} neigh replace {address} lladdr $mac dev e-{ns} nud permanent"
+    ))
+    .map(drop)
+}
+
+/// Some of the parked packets had to be undone by `what` (`parked.undone` of the report): else nothing was shown.
+pub fn undone(evidence: &Evidence, outcome: &mut Outcome, what: &str) {
+    if !evidence.job.action.judged_as_ours() {
+        return;
+    }
+    let parked = evidence.report.as_ref().map(|report| report["parked"].clone()).unwrap_or_default();
+    let count = parked["undone"][what].as_u64().unwrap_or(0);
+    outcome.check(format!("parked packets were undone: {what}"), count > 0, json!(parked));
 }
 
 /// Replaces a bridge's rules.
