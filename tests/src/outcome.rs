@@ -169,6 +169,24 @@ pub struct SilentOutcome {
     pub later_broadcast: u64,
 }
 
+/// Copies of one direction of a UDP probe.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyCount {
+    /// Different packets seen.
+    pub different: u64,
+    /// Packets seen again.
+    pub duplicated: u64,
+}
+
+/// What a mirror's port saw.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiesOutcome {
+    /// By port of the probe and direction, for example `9001 requests`.
+    pub by_flow: BTreeMap<String, CopyCount>,
+    /// Frames that the counting itself lost.
+    pub dropped: u64,
+}
+
 /// Any probe.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -177,6 +195,8 @@ pub enum ProbeOutcome {
     Udp(Box<UdpOutcome>),
     /// TCP.
     Tcp(TcpOutcome),
+    /// A mirror's port.
+    Copies(CopiesOutcome),
     /// A silent port.
     Silent(SilentOutcome),
 }

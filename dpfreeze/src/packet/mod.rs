@@ -7,7 +7,7 @@ mod checksum;
 mod layout;
 mod translate;
 
-pub use layout::{Ip, Layout};
+pub use layout::{Fragment, Ip, Layout};
 
 use checksum::replace;
 

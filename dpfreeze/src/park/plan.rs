@@ -7,10 +7,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::OnceLock;
 
+use super::successors::{shape_of, Leg, Successors};
 use super::undo::{Halt, Passage, Traveller, Undone};
 use crate::conntrack::Connections;
 use crate::error::Result;
-use crate::flow_key::uapi::action;
+use crate::flow_key::uapi::{action, USERSPACE_ATTR_PID, USERSPACE_ATTR_USERDATA};
 use crate::flow_key::{self, ActionSummary, Cookie, FlatKey, Known, Masked, Recirculation, Step, Touched};
 use crate::netlink::attr::AttrBuf;
 use crate::ovs::{Flow, Upcall, UpcallKind};
@@ -91,6 +92,11 @@ impl Unreplayable {
         }
     }
 
+    /// Whether the packet may go on where it was, if that place is found again: only a restart would do harm.
+    pub(super) fn may_go_on(self) -> bool {
+        matches!(self, Unreplayable::CopyBeforeRecirc | Unreplayable::CopyBesideRecirc | Unreplayable::NestedRecirc)
+    }
+
     /// Whether it was a copy, so that no packet of a flow is lost with it.
     pub fn is_copy(self) -> bool {
         matches!(
@@ -116,19 +122,50 @@ pub struct Replay<'a> {
     pub packet: Cow<'a, [u8]>,
     /// `OVS_KEY_ATTR_*` run for EXECUTE.
     pub key: Cow<'a, [u8]>,
-    /// The recirculation id it goes on at; 0 is the start.
-    pub at: u32,
+    /// What is done with it.
+    pub then: Then,
     /// What was taken back of it.
     pub undone: Undone,
 }
 
+/// What is done with a packet that is given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// It is looked up as if it had just come to this recirculation id; 0 is the start.
+    Recirc(u32),
+    /// It is sent up again, with this user data.
+    Userspace(Option<Vec<u8>>),
+}
+
+/// Port id of a `userspace` action: with dispatch per CPU the kernel asks for one and does not look at it.
+const ANY_PORT_ID: u32 = 1;
+
 impl Replay<'_> {
-    /// The actions of the replay: `recirc`, which looks the packet up as if it had just come there.
+    /// The actions of the replay.
     pub fn actions(&self) -> Vec<u8> {
         let mut actions = AttrBuf::new();
-        actions.push_u32(action::RECIRC, self.at);
+        match &self.then {
+            Then::Recirc(id) => actions.push_u32(action::RECIRC, *id),
+            Then::Userspace(userdata) => {
+                let mut inner = AttrBuf::new();
+                inner.push_u32(USERSPACE_ATTR_PID, ANY_PORT_ID);
+                if let Some(userdata) = userdata {
+                    inner.push(USERSPACE_ATTR_USERDATA, userdata);
+                }
+                actions.push_nested(action::USERSPACE, &inner)
+            }
+        };
         actions.into_bytes()
     }
+}
+
+/// What the way back of a packet is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// It is to start again.
+    Restart,
+    /// It is to go on in the flows of the new daemon: what has left of it on its way does no harm.
+    GoOn,
 }
 
 /// A flow that recirculates, seen from the id it sends packets to.
@@ -136,16 +173,27 @@ impl Replay<'_> {
 struct Parent<'a> {
     /// The id it is entered by.
     from: u32,
+    /// The port it matches, if it matches one: ids may have thousands of parents, and most are another port's.
+    port: Option<u32>,
     flow: Match<'a>,
     touched: Touched,
     steps: Vec<Step>,
     fault: Option<Unreplayable>,
+    /// The steps do not tell all that it did.
+    untold: bool,
 }
 
 impl Parent<'_> {
     /// Whether what it did to packets has to be taken back.
     fn changes_packets(&self) -> bool {
         self.steps.iter().any(|step| !matches!(step, Step::Ct { nat: false, .. } | Step::CtClear))
+    }
+
+    /// It as a leg of the way of `packet`, which came to it so and was sent on to `id`; None if it cannot be read.
+    fn leg_to(&self, id: u32, packet: &Traveller<'_>) -> Option<Leg> {
+        let (shape, ids) = shape_of(&self.flow.flow.actions).ok()?;
+        let which = ids.iter().position(|to| *to == id)?;
+        Some(Leg { key: packet.key().ok()?, shape, which })
     }
 
     fn translates(&self) -> bool {
@@ -189,6 +237,8 @@ impl<'a> Match<'a> {
 /// table stands still: it takes a few microseconds for each flow.
 #[derive(Debug, Default)]
 pub struct Origins<'a> {
+    /// The daemon that made the flows is the one that packets are given back to.
+    living: bool,
     parents: HashMap<u32, Vec<Parent<'a>>>,
     controllers: HashMap<u32, Vec<ToController<'a>>>,
     /// Verdicts of ids whose parents all agree, so that packets need not be compared with each of them.
@@ -215,6 +265,11 @@ impl<'f> Origins<'f> {
         origins
     }
 
+    /// For packets that go back to the daemon that made the flows: it knows its ids and its cookies.
+    pub fn living() -> Self {
+        Origins { living: true, ..Origins::default() }
+    }
+
     /// Flows that could not be read.
     pub fn malformed(&self) -> usize {
         self.malformed
@@ -236,7 +291,9 @@ impl<'f> Origins<'f> {
         for recirculation in actions.recirculations {
             let fault = fault(&recirculation);
             let before = recirculation.before;
-            let parent = Parent { from, flow: Match::of(flow), touched: before.touched, steps: before.steps, fault };
+            let untold = before.untold || before.unknown;
+            let (port, flow, touched) = (matched_port(flow)?, Match::of(flow), before.touched);
+            let parent = Parent { from, port, flow, touched, steps: before.steps, fault, untold };
             self.parents.entry(recirculation.id).or_default().push(parent);
         }
         Ok(())
@@ -271,14 +328,20 @@ impl<'f> Origins<'f> {
         &self,
         id: u32,
         packet: Traveller<'a>,
+        purpose: Purpose,
         chain: &mut Vec<u32>,
         connections: &mut dyn Connections,
     ) -> std::result::Result<Traveller<'a>, Unreplayable> {
-        let agreed = if id == 0 { Some(Ok(())) } else { self.agreed.get(&id).copied() };
+        let agreed = match (id, purpose) {
+            (0, _) => Some(Ok(())),
+            (_, Purpose::Restart) => self.agreed.get(&id).copied(),
+            (_, Purpose::GoOn) => None,
+        };
         if let Some(verdict) = agreed {
             verdict?;
+            // Its key tells of a translation, and no flow on this way translates: it came another way.
             return match packet.is_translated() {
-                true => Err(Unreplayable::NatBeforeRecirc),
+                true => Err(Unreplayable::NoParent),
                 false => Ok(packet),
             };
         }
@@ -287,13 +350,18 @@ impl<'f> Origins<'f> {
             return Err(Unreplayable::NoParent);
         }
         let key = packet.key().and_then(|key| FlatKey::of(&key)).map_err(|_| Unreplayable::Malformed)?;
+        let in_port = packet.in_port();
         chain.push(id);
         let mut found = None;
         for parent in self.parents.get(&id).into_iter().flatten() {
-            if !parent.flow.may_have_matched(&key, &parent.touched) {
+            if parent.port.is_some_and(|port| in_port.is_some_and(|came_by| port != came_by)) {
                 continue;
             }
-            let Some(verdict) = self.through(parent, &packet, chain, connections) else { continue };
+            let touched = if packet.reassembled() { Touched::headers() } else { parent.touched };
+            if !parent.flow.may_have_matched(&key, &touched) {
+                continue;
+            }
+            let Some(verdict) = self.through(parent, (id, &packet), purpose, chain, connections) else { continue };
             match &found {
                 None => found = Some(verdict),
                 Some(other) if *other == verdict => {}
@@ -311,12 +379,15 @@ impl<'f> Origins<'f> {
     fn through<'a>(
         &self,
         parent: &Parent<'f>,
-        packet: &Traveller<'a>,
+        (id, packet): (u32, &Traveller<'a>),
+        purpose: Purpose,
         chain: &mut Vec<u32>,
         connections: &mut dyn Connections,
     ) -> Option<std::result::Result<Traveller<'a>, Unreplayable>> {
         if let Some(reason) = parent.fault {
-            return Some(Err(reason));
+            if purpose == Purpose::Restart || !reason.may_go_on() || parent.untold {
+                return Some(Err(reason));
+            }
         }
         let (masked, known) = match parent.flow.read() {
             Some(read) => read,
@@ -327,7 +398,12 @@ impl<'f> Origins<'f> {
             let mut before = packet.clone();
             let passage = Passage { known, masked, steps: &parent.steps, translated_before };
             match before.back(&passage, connections) {
-                Ok(()) => return Some(self.trace(parent.from, before, chain, connections)),
+                Ok(()) => {
+                    if purpose == Purpose::GoOn {
+                        before.note(parent.leg_to(id, &before)?);
+                    }
+                    return Some(self.trace(parent.from, before, purpose, chain, connections));
+                }
                 Err(Halt::Cannot(reason)) => return Some(Err(reason)),
                 Err(Halt::NotThisWay) if parent.translates() => {}
                 Err(Halt::NotThisWay) => return None,
@@ -364,24 +440,40 @@ impl<'f> Origins<'f> {
     ) -> std::result::Result<Replay<'a>, Unreplayable> {
         let malformed = |_| Unreplayable::Malformed;
         let id = flow_key::recirc_id(&upcall.key).map_err(malformed)?;
+        if self.living && upcall.kind == UpcallKind::Action {
+            return sent_up_again(upcall);
+        }
         if upcall.kind == UpcallKind::Action {
             self.admit_action(id, upcall)?;
         }
         if upcall.len.is_some() {
             return Err(Unreplayable::Truncated);
         }
-        let undone = Undone::default();
-        if id == 0 {
-            let (packet, key) = (Cow::Borrowed(&upcall.packet[..]), Cow::Borrowed(&upcall.key[..]));
-            return Ok(Replay { packet, key, at: 0, undone });
+        if id == 0 || self.living {
+            return Ok(unchanged(upcall, Then::Recirc(id), Undone::default()));
         }
         if !self.agreed.contains_key(&id) && !self.parents.contains_key(&id) {
             return Err(Unreplayable::NoParent);
         }
         let packet = Traveller::of(upcall).map_err(malformed)?;
-        let start = self.trace(id, packet, &mut Vec::new(), connections)?;
+        let start = self.trace(id, packet, Purpose::Restart, &mut Vec::new(), connections)?;
         let key = Cow::Owned(start.key().map_err(malformed)?);
-        Ok(Replay { packet: start.packet(), key, at: 0, undone: start.undone() })
+        Ok(Replay { packet: start.packet(), key, then: Then::Recirc(0), undone: start.undone() })
+    }
+
+    /// The packet as it is, at the id that stands for its place in the new daemon's flows; None if there is none yet.
+    /// For packets that [`Origins::plan`] does not let start again because something of them has left.
+    pub(super) fn go_on<'a>(
+        &self,
+        upcall: &'a Upcall,
+        successors: &Successors,
+        connections: &mut dyn Connections,
+    ) -> Option<Replay<'a>> {
+        let id = flow_key::recirc_id(&upcall.key).ok()?;
+        let packet = Traveller::of(upcall).ok()?;
+        let start = self.trace(id, packet, Purpose::GoOn, &mut Vec::new(), connections).ok()?;
+        let then = Then::Recirc(successors.id_behind(&start.into_legs())?);
+        Some(unchanged(upcall, then, Undone { continued: true, ..Undone::default() }))
     }
 
     /// Passes the packets of `userspace` actions whose only fate was the daemon.
@@ -398,6 +490,29 @@ impl<'f> Origins<'f> {
             Cookie::Unspec | Cookie::Other(_) | Cookie::None => Err(Unreplayable::ActionUnknownCookie),
         }
     }
+}
+
+fn unchanged(upcall: &Upcall, then: Then, undone: Undone) -> Replay<'_> {
+    let (packet, key) = (Cow::Borrowed(&upcall.packet[..]), Cow::Borrowed(&upcall.key[..]));
+    Replay { packet, key, then, undone }
+}
+
+/// The packet of a `userspace` action once more, for the daemon whose cookie it is.
+fn sent_up_again(upcall: &Upcall) -> std::result::Result<Replay<'_>, Unreplayable> {
+    match Cookie::of(upcall.userdata.as_deref()) {
+        _ if upcall.len.is_some() => Err(Unreplayable::Truncated),
+        // The kernel would tell the actions and the tunnel of the replay.
+        Cookie::Sflow if upcall.actions.is_some() || upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionSflow),
+        Cookie::FlowSample if upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionFlowSample),
+        Cookie::Ipfix if upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionIpfix),
+        _ => Ok(unchanged(upcall, Then::Userspace(upcall.userdata.clone()), Undone::default())),
+    }
+}
+
+/// The port that a flow matches exactly.
+fn matched_port(flow: &Flow) -> Result<Option<u32>> {
+    let exact = flow.mask.is_empty() || flow_key::in_port(&flow.mask)? == Some(u32::MAX);
+    Ok(flow_key::in_port(&flow.key)?.filter(|_| exact))
 }
 
 /// Why a packet that went this way may not start again, whatever it was; None if it may.

@@ -12,6 +12,7 @@ use super::plan::{Origins, Replay, Unreplayable};
 use super::reader::{boottime_ns, Shared};
 use super::removal::grace_period;
 use super::socket::Duplicates;
+use super::successors::Successors;
 use super::undo::Undone;
 use crate::conntrack::{Connection, Connections, KernelConnections, Tuple};
 use crate::error::{Error, Result};
@@ -29,6 +30,10 @@ const CHUNK: usize = 64;
 const LANE_QUEUE: usize = 128;
 /// How long to wait where there is no room or nothing to do.
 const PAUSE: Duration = Duration::from_micros(200);
+/// How long the new daemon's flows are waited for by packets that can only go on in them.
+const GO_ON_PATIENCE: Duration = Duration::from_secs(1);
+/// Time between two looks at its flows.
+const GO_ON_POLL: Duration = Duration::from_millis(20);
 /// Parked times are counted in steps of a millisecond up to a minute.
 const HISTOGRAM_MS: usize = 60_000;
 
@@ -50,7 +55,8 @@ pub struct ReplayReport {
     /// Packets the datapath took.
     pub replayed: u64,
     /// Of them, those of which something was taken back before they started again: `nat` (address translation),
-    /// `headers` (set, push, pop, TTL). A packet with both counts in both.
+    /// `headers` (set, push, pop, TTL). A packet with both counts in both. And `continued`: those that went on where
+    /// they were, because they could not start again.
     pub undone: BTreeMap<String, u64>,
     /// Packets that must not be replayed, by [`Unreplayable::name`].
     pub unreplayable: BTreeMap<String, u64>,
@@ -111,6 +117,7 @@ pub(super) fn open_lanes() -> Result<Vec<Lane>> {
     wanted.into_iter().map(open).collect()
 }
 
+#[derive(Clone, Debug)]
 struct Parked {
     arrival: u64,
     upcall: Upcall,
@@ -150,6 +157,11 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
         outcome
     });
     outcome?;
+    let late = std::mem::take(&mut tally.late);
+    match lanes.first_mut() {
+        Some(lane) => Work { input, deadline, lanes: 1 }.go_on(lane, late, &mut tally),
+        None => late.iter().for_each(|(_, reason)| tally.unreplayable(*reason)),
+    }
     let mut report = tally.report;
     report.left = shared.store().waiting();
     report.p99_ms = tally.waits.percentile(99);
@@ -246,9 +258,49 @@ impl Work<'_> {
                     let actions = replay.actions();
                     planned.push((parked, replay, actions));
                 }
+                Err(reason) if reason.may_go_on() => tally.late.push((parked.clone(), reason)),
                 Err(reason) => tally.unreplayable(reason),
             }
         }
+        self.give_back(lane, &planned, tally);
+    }
+
+    /// Packets that cannot start again go on where they were, once the new daemon's flows tell where that is.
+    fn go_on(&self, lane: &mut Lane, mut late: Vec<(Parked, Unreplayable)>, tally: &mut Tally) {
+        let until = self.deadline.min(Instant::now() + GO_ON_PATIENCE);
+        while !late.is_empty() {
+            let mut successors: BTreeMap<u32, Successors> = BTreeMap::new();
+            for (parked, _) in &late {
+                let ifindex = parked.upcall.ifindex;
+                // A table that cannot be read is asked again.
+                successors
+                    .entry(ifindex)
+                    .or_insert_with(|| Successors::of(&lane.ovs.flows(ifindex).unwrap_or_default()));
+            }
+            let mut later = Vec::new();
+            for (parked, reason) in late {
+                let found = successors
+                    .get(&parked.upcall.ifindex)
+                    .and_then(|table| self.input.origins.go_on(&parked.upcall, table, &mut lane.connections));
+                match found {
+                    Some(replay) => {
+                        self.wait_for_room(parked.room(), tally);
+                        let actions = replay.actions();
+                        self.give_back(lane, &[(&parked, replay, actions)], tally);
+                    }
+                    None => later.push((parked, reason)),
+                }
+            }
+            late = later;
+            if Instant::now() >= until {
+                break;
+            }
+            std::thread::sleep(GO_ON_POLL);
+        }
+        late.iter().for_each(|(_, reason)| tally.unreplayable(*reason));
+    }
+
+    fn give_back(&self, lane: &mut Lane, planned: &[(&Parked, Replay<'_>, Vec<u8>)], tally: &mut Tally) {
         for run in planned.chunk_by(|(a, ..), (b, ..)| a.upcall.ifindex == b.upcall.ifindex) {
             let Some((first, ..)) = run.first() else { continue };
             let requests: Vec<Execute<'_>> = run
@@ -294,6 +346,8 @@ fn take_while_it_fits(waiting: &mut VecDeque<Parked>, room: usize) -> Vec<Parked
 struct Tally {
     report: ReplayReport,
     waits: Waits,
+    /// What can only go on where it was.
+    late: Vec<(Parked, Unreplayable)>,
 }
 
 impl Tally {
@@ -331,6 +385,7 @@ impl Tally {
             self.error(&what, n);
         }
         self.waits.add(&other.waits);
+        self.late.extend(other.late);
     }
 }
 

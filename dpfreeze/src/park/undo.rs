@@ -7,6 +7,7 @@
 use std::borrow::Cow;
 
 use super::plan::Unreplayable;
+use super::successors::Leg;
 use crate::conntrack::{Connections, Tuple};
 use crate::error::Result;
 use crate::flow_key::uapi::{ct_state, key};
@@ -39,12 +40,15 @@ pub struct Undone {
     pub nat: bool,
     /// Other changes of headers or metadata.
     pub headers: bool,
+    /// Nothing: it went on where it was, in the new daemon's flows.
+    pub continued: bool,
 }
 
 impl Undone {
     /// The names in the report of what was taken back.
     pub fn names(self) -> impl Iterator<Item = &'static str> {
-        [("nat", self.nat), ("headers", self.headers)].into_iter().filter(|(_, done)| *done).map(|(name, _)| name)
+        let all = [("nat", self.nat), ("headers", self.headers), ("continued", self.continued)];
+        all.into_iter().filter(|(_, done)| *done).map(|(name, _)| name)
     }
 }
 
@@ -75,12 +79,14 @@ pub(super) struct Traveller<'a> {
     undone: Undone,
     /// It begins with an Ethernet header; a packet of a layer 3 port does not.
     ethernet: bool,
+    /// The flows it has passed, the last one first, where it is asked for.
+    legs: Vec<Leg>,
 }
 
 impl PartialEq for Traveller<'_> {
-    /// Whether it is the same packet that would start again.
+    /// Whether it is the same packet that would start again, and has gone the same way where that was noted.
     fn eq(&self, other: &Self) -> bool {
-        self.packet == other.packet && self.metadata == other.metadata
+        self.packet == other.packet && self.metadata == other.metadata && self.legs == other.legs
     }
 }
 
@@ -112,12 +118,36 @@ impl<'a> Traveller<'a> {
         }
         let tracked = state.map(|state| Tracked { state, zone });
         let packet = Packet::new(upcall.packet.clone());
-        Ok(Traveller { upcall, packet, metadata, tracked, group: None, undone: Undone::default(), ethernet })
+        Ok(Traveller {
+            upcall,
+            packet,
+            metadata,
+            tracked,
+            group: None,
+            undone: Undone::default(),
+            ethernet,
+            legs: Vec::new(),
+        })
     }
 
     /// What has been undone so far.
     pub fn undone(&self) -> Undone {
         self.undone
+    }
+
+    /// Notes a flow it has passed, from the end to the beginning.
+    pub fn note(&mut self, leg: Leg) {
+        self.legs.push(leg);
+    }
+
+    /// The flows it has passed, the first one first.
+    pub fn into_legs(self) -> Vec<Leg> {
+        self.legs.into_iter().rev().collect()
+    }
+
+    /// The port it came by.
+    pub fn in_port(&self) -> Option<u32> {
+        flow_key::in_port(&self.upcall.key).ok().flatten()
     }
 
     /// Whether a translation that the key tells of is still in the packet.
@@ -130,7 +160,7 @@ impl<'a> Traveller<'a> {
     }
 
     /// The packet has been put together from fragments by `ct`.
-    fn reassembled(&self) -> bool {
+    pub fn reassembled(&self) -> bool {
         self.upcall.mru.is_some()
     }
 
@@ -171,7 +201,8 @@ impl<'a> Traveller<'a> {
             self.undo(step, before, flow.translated_before, connections)?;
         }
         // A match on the fragments that it was does not fit the whole.
-        let touched = if tracks && self.reassembled() { Touched::headers() } else { Touched::default() };
+        let in_pieces = self.reassembled() && (tracks || self.group.is_some());
+        let touched = if in_pieces { Touched::headers() } else { Touched::default() };
         let now = FlatKey::of(&self.key().map_err(malformed)?).map_err(malformed)?;
         match flow.masked.matches(&now, &touched) {
             true => Ok(()),

@@ -3,6 +3,7 @@
 mod conntrack;
 mod killed;
 mod local_port;
+mod mirror;
 mod nat;
 pub mod network;
 mod no_systemd;
@@ -153,9 +154,11 @@ impl Scenario {
 pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&plain::Plain),
     Scenario::Traffic(&conntrack::Conntrack),
-    Scenario::Traffic(&nat::Nat),
+    Scenario::Traffic(&nat::NAT),
+    Scenario::Traffic(&nat::NAT6),
     Scenario::Traffic(&two_zones::TwoZones),
     Scenario::Traffic(&set_field::SetField),
+    Scenario::Traffic(&mirror::Mirror),
     Scenario::Traffic(&vlan_patch::VlanPatch),
     Scenario::Traffic(&tunnel::VXLAN),
     Scenario::Traffic(&tunnel::GENEVE),

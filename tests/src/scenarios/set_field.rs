@@ -70,7 +70,7 @@ impl Traffic for SetField {
 
     fn probes(&self) -> Vec<(String, Spec)> {
         let address = Ipv4Addr::new(10, 9, 2, 2);
-        let mut probes = network::usual_probes(Place::named("ns1"), Place::named("ns2"), address);
+        let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
         probes.push(network::silent("ns3"));
         probes
     }

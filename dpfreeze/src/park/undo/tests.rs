@@ -2,7 +2,8 @@ use std::net::IpAddr;
 
 use proptest::prelude::*;
 
-use super::super::plan::{Origins, Replay};
+use super::super::plan::{Origins, Replay, Then};
+use super::super::successors::Successors;
 use super::*;
 use crate::conntrack::tuple::tests::tuple;
 use crate::conntrack::{Connection, Transport};
@@ -120,7 +121,7 @@ fn a_new_connection_behind_the_commit_that_translated_it() {
     ];
     let parked = upcall(&left, 8, Some((1, NEW | ct_state::SRC_NAT)));
     let replay = plan(&flows, &parked, vec![connection(1, original, reply)]).unwrap();
-    assert_eq!((&replay.packet[..], replay.at), (entered.bytes(), 0));
+    assert_eq!((&replay.packet[..], &replay.then), (entered.bytes(), &Then::Recirc(0)));
     assert!(replay.undone.nat && !replay.undone.headers);
     // In the first of the two tables nothing has been translated yet.
     let parked = upcall(&entered, 7, Some((1, NEW)));
@@ -270,16 +271,69 @@ fn metadata_and_tunnel_are_given_back() {
 #[test]
 fn a_reassembled_packet_came_from_any_of_its_fragments() {
     let entered = packet_of(&ports([10, 0, 0, 1], 1, [10, 0, 0, 2], 2), b"x");
-    let mut root = AttrBuf::new();
-    ct_action(&mut root, 1, true, false);
-    root.push_u32(action::RECIRC, 7);
     let mut fragment = entered.clone().into_bytes();
     fragment[20] = 0x20;
-    let mut parked = upcall(&entered, 7, Some((1, NEW)));
-    let flows = [flow(&Packet::new(fragment), 0, &root)];
-    assert_eq!(plan(&flows, &parked, Vec::new()), Err(Unreplayable::NoParent));
-    parked.mru = Some(1400);
-    assert_eq!(&plan(&flows, &parked, Vec::new()).unwrap().packet[..], entered.bytes());
+    let fragment = Packet::new(fragment);
+    // Packets of another port have a copy made of them, so that it takes the packet to tell its parent.
+    let (mut other, mut mask) = (AttrBuf::new(), AttrBuf::new());
+    other.push_u32(key::RECIRC_ID, 0).push_u32(key::IN_PORT, 4);
+    mask.push_u32(key::RECIRC_ID, u32::MAX).push_u32(key::IN_PORT, u32::MAX);
+    let copied = recirc(7, |a| {
+        a.push_u32(action::OUTPUT, 9);
+    });
+    let other = Flow { key: other.into_bytes(), mask: mask.into_bytes(), ..flow(&entered, 0, &copied) };
+    for nat in [true, false] {
+        let root = recirc(7, |a| ct_action(a, 1, nat, false));
+        let flows = [flow(&fragment, 0, &root), other.clone()];
+        let mut parked = upcall(&entered, 7, Some((1, NEW)));
+        assert_eq!(plan(&flows, &parked, Vec::new()), Err(Unreplayable::NoParent));
+        parked.mru = Some(1400);
+        assert_eq!(&plan(&flows, &parked, Vec::new()).unwrap().packet[..], entered.bytes());
+    }
+}
+
+#[test]
+fn a_packet_whose_copy_has_left_goes_on_in_the_flows_of_the_new_daemon() {
+    let (original, reply) = snat();
+    let (entered, left) = (packet_of(&original, b"x"), packet_of(&reply.inverse(), b"x"));
+    let pipeline = |first: u32, second: u32| {
+        let mut root = AttrBuf::new();
+        root.push_u32(action::OUTPUT, 9);
+        ct_action(&mut root, 1, true, false);
+        root.push_u32(action::RECIRC, first);
+        let child = recirc(second, |a| ct_action(a, 1, true, true));
+        [wide(&entered, 0, &root), wide(&entered, first, &child)]
+    };
+    let old = pipeline(7, 8);
+    let parked = upcall(&left, 8, Some((1, NEW | ct_state::SRC_NAT)));
+    let mut table = Table(vec![connection(1, original, reply)]);
+    let origins = Origins::of(&old);
+    assert_eq!(origins.plan(&parked, &mut table), Err(Unreplayable::CopyBeforeRecirc));
+    let new = pipeline(70, 80);
+    let replay = origins.go_on(&parked, &Successors::of(&new), &mut table).unwrap();
+    assert_eq!((&replay.packet[..], &replay.key[..]), (&parked.packet[..], &parked.key[..]));
+    assert_eq!(replay.then, Then::Recirc(80));
+    assert!(replay.undone.continued);
+    // Only the first of its flows is there again.
+    assert_eq!(origins.go_on(&parked, &Successors::of(&new[..1]), &mut table), None);
+}
+
+#[test]
+fn a_daemon_that_lives_gets_everything_as_it_came() {
+    let packet = packet_of(&ports([10, 0, 0, 1], 1, [10, 0, 0, 2], 2), b"x");
+    let mut parked = upcall(&packet, 8, Some((1, NEW)));
+    let origins = Origins::living();
+    let replay = origins.plan(&parked, &mut Table(Vec::new())).unwrap();
+    assert_eq!((&replay.key[..], replay.then), (&parked.key[..], Then::Recirc(8)));
+    parked.kind = UpcallKind::Action;
+    parked.userdata = Some(vec![5, 0, 1, 2]);
+    let replay = origins.plan(&parked, &mut Table(Vec::new())).unwrap();
+    assert_eq!(replay.then, Then::Userspace(parked.userdata.clone()));
+    let actions = replay.actions();
+    let userspace = Attrs(&actions).find(action::USERSPACE).unwrap().unwrap();
+    assert_eq!(userspace.nested().find(2).unwrap().unwrap().payload, [5, 0, 1, 2]);
+    (parked.userdata, parked.actions) = (Some(vec![1, 0]), Some(Vec::new()));
+    assert_eq!(origins.plan(&parked, &mut Table(Vec::new())), Err(Unreplayable::ActionSflow));
 }
 
 /// An action, and what it makes of a packet.
