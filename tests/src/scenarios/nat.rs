@@ -58,6 +58,10 @@ pub static NAT6: Nat = Nat {
 
 /// Calls to the server's own address, each from a new port.
 const MASQUERADED_PORT: u16 = 9004;
+/// TCP connections to the service, each new.
+const CONNECTIONS_PORT: u16 = 9005;
+/// Time between two of them, µs.
+const CONNECTIONS_US: u64 = 50_000;
 
 /// As [`UNWILDCARD`] for replies.
 pub const UNWILDCARD_REPLY: &str = "move:NXM_OF_UDP_DST[]->NXM_NX_REG0[0..15]";
@@ -78,7 +82,7 @@ impl Nat {
     fn rules(&self) -> String {
         let Nat { ip, service, server, outside, client, .. } = self;
         let [source, destination] = self.fields;
-        let udp = if *ip == "ip" { "udp" } else { "udp6" };
+        let (udp, tcp) = if *ip == "ip" { ("udp", "tcp") } else { ("udp6", "tcp6") };
         // An IPv6 address with ports stands in brackets.
         let range = if *ip == "ip" { format!("{outside}:20000-60000") } else { format!("[{outside}]:20000-60000") };
         format!(
@@ -93,6 +97,10 @@ impl Nat {
              table=1,priority=50,{ip},ct_state=+trk+est,actions=resubmit(,2)\n\
              table=2,priority=100,{udp},tp_dst=9001,actions={UNWILDCARD},NORMAL\n\
              table=2,priority=100,{udp},tp_dst={MASQUERADED_PORT},actions={UNWILDCARD},NORMAL\n\
+             table=2,priority=100,{tcp},tp_dst={CONNECTIONS_PORT},\
+             actions=move:NXM_OF_TCP_SRC[]->NXM_NX_REG0[0..15],NORMAL\n\
+             table=2,priority=100,{tcp},tp_src={CONNECTIONS_PORT},\
+             actions=move:NXM_OF_TCP_DST[]->NXM_NX_REG0[0..15],NORMAL\n\
              table=2,priority=100,{udp},tp_src=9001,actions={UNWILDCARD_REPLY},NORMAL\n\
              table=2,priority=100,{udp},tp_src={MASQUERADED_PORT},actions={UNWILDCARD_REPLY},NORMAL\n\
              table=2,priority=1,actions=NORMAL\n"
@@ -136,6 +144,14 @@ impl Traffic for Nat {
         // Beside the ports of the other new flows.
         let ports = Ports::Cycle { first: 41_000, count: 15_000 };
         let interval_us = 3 * network::EACH_NEW_US;
+        let connections = Spec::Connections {
+            from: from.clone(),
+            to: to.clone(),
+            address: service,
+            port: CONNECTIONS_PORT,
+            interval_us: CONNECTIONS_US,
+        };
+        probes.push(("connections".to_owned(), connections));
         let masqueraded = Spec::Udp { from, to, address: server, port: MASQUERADED_PORT, interval_us, ports };
         probes.push(("masqueraded".to_owned(), masqueraded));
         probes.push(network::silent("ns3"));

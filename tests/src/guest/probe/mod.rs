@@ -1,5 +1,6 @@
 //! The traffic probes: threads that live in network namespaces and count what arrives.
 
+pub mod connections;
 pub mod copies;
 pub mod silent;
 pub mod stats;
@@ -98,6 +99,19 @@ pub enum Spec {
         /// The server's port.
         port: u16,
     },
+    /// TCP connections, each new.
+    Connections {
+        /// The client.
+        from: Place,
+        /// The server.
+        to: Place,
+        /// The server's address.
+        address: IpAddr,
+        /// The server's port.
+        port: u16,
+        /// Time between two connections, µs.
+        interval_us: u64,
+    },
     /// Counts the copies that a mirror makes of the packets of UDP probes.
     Copies {
         /// Where its port is.
@@ -136,6 +150,9 @@ impl Spec {
                 Box::new(udp::start(from, to, SocketAddr::new(*address, *port), *interval_us, *ports)?)
             }
             Spec::Tcp { from, to, address, port } => Box::new(tcp::start(from, to, SocketAddr::new(*address, *port))?),
+            Spec::Connections { from, to, address, port, interval_us } => {
+                Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us)?)
+            }
             Spec::Copies { place, device, ports } => Box::new(copies::start(place, device, ports)?),
             Spec::Silent { place, device } => Box::new(silent::start(place, device)?),
         })
