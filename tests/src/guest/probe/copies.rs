@@ -2,26 +2,24 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use anyhow::{anyhow, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::{measure_first, silent, Place, Running};
+use super::{measure_first, silent, udp, Place, Running};
 use crate::outcome::{CopiesOutcome, CopyCount, ProbeOutcome};
 
 /// Copies of a burst of replayed packets fit, bytes.
 const RECEIVE_BUFFER: usize = 32 << 20;
-/// The UDP probes wait 4 s for what is on its way; copies of it come by then.
-const GRACE: Duration = Duration::from_secs(5);
 
 /// Counting under way.
 pub struct Copies {
     stop: Arc<AtomicBool>,
+    arrived: Arc<AtomicU64>,
     counter: JoinHandle<Result<CopiesOutcome>>,
 }
 
@@ -30,27 +28,28 @@ type Name = (u16, bool, u32);
 
 /// Starts to count on `device`; `ports` are those of the probes.
 pub fn start(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, arrived) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (ready, is_ready) = channel();
     let counter = {
-        let (place, device, ports, stop) = (place.clone(), device.to_owned(), ports.to_vec(), stop.clone());
+        let (place, device, ports) = (place.clone(), device.to_owned(), ports.to_vec());
+        let (stop, arrived) = (stop.clone(), arrived.clone());
         std::thread::spawn(move || {
             place.enter()?;
             measure_first();
             let socket = silent::listen(&device)?;
             setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
             let _ = ready.send(());
-            let seen = count(&socket, &ports, &stop);
+            let seen = count(&socket, &ports, &stop, &arrived);
             Ok(CopiesOutcome { by_flow: sum(&seen), dropped: dropped(&socket)? })
         })
     };
     if is_ready.recv().is_err() {
         return Err(counter.join().map_err(|_| anyhow!("panicked"))?.err().unwrap_or(anyhow!("no counter")));
     }
-    Ok(Copies { stop, counter })
+    Ok(Copies { stop, arrived, counter })
 }
 
-fn count(socket: &OwnedFd, ports: &[u16], stop: &AtomicBool) -> HashMap<Name, u32> {
+fn count(socket: &OwnedFd, ports: &[u16], stop: &AtomicBool, arrived: &AtomicU64) -> HashMap<Name, u32> {
     let mut seen = HashMap::new();
     let mut buffer = [0u8; 256];
     while !stop.load(Ordering::Relaxed) {
@@ -59,6 +58,7 @@ fn count(socket: &OwnedFd, ports: &[u16], stop: &AtomicBool) -> HashMap<Name, u3
         let Ok(length) = usize::try_from(got) else { continue };
         if let Some(name) = buffer.get(..length).and_then(|bytes| name_of(bytes, ports)) {
             *seen.entry(name).or_default() += 1;
+            arrived.fetch_add(1, Ordering::Relaxed);
         }
     }
     seen
@@ -114,7 +114,7 @@ fn dropped(socket: &OwnedFd) -> Result<u64> {
 
 impl Running for Copies {
     fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
-        std::thread::sleep(GRACE);
+        udp::wait_for_stragglers(&self.arrived);
         self.stop.store(true, Ordering::Relaxed);
         Ok(ProbeOutcome::Copies(self.counter.join().map_err(|_| anyhow!("the counter panicked"))??))
     }

@@ -251,7 +251,8 @@ fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddr, sent: &mut Se
     }
 }
 
-fn wait_for_stragglers(arrived: &AtomicU64) {
+/// Waits until nothing arrives any more.
+pub(super) fn wait_for_stragglers(arrived: &AtomicU64) {
     let end = Instant::now() + PATIENCE;
     loop {
         let before = arrived.load(Ordering::Relaxed);
