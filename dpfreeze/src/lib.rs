@@ -7,6 +7,7 @@ pub mod flow_key;
 pub mod freeze;
 pub mod netlink;
 pub mod ovs;
+pub mod packet;
 pub mod park;
 pub mod snapshot;
 pub mod tunnel;

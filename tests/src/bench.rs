@@ -198,6 +198,15 @@ fn probe_line(name: &str, probe: &ProbeOutcome) -> String {
             t.longest_gap_ms,
             t.error.as_ref().map_or(String::new(), |e| format!(", {e}"))
         ),
+        ProbeOutcome::Connections(c) => format!(
+            "{name}: {} of {} answered, longest {:.0} ms, errors {:?}",
+            c.answered, c.begun, c.longest_ms, c.errors
+        ),
+        ProbeOutcome::Copies(c) => {
+            let flows: Vec<String> =
+                c.by_flow.iter().map(|(flow, n)| format!("{flow} {} dup {}", n.different, n.duplicated)).collect();
+            format!("{name}: {}; uncounted {}", flows.join(", "), c.dropped)
+        }
         ProbeOutcome::Silent(s) => format!(
             "{name}: unicast {} quiet, {} later; broadcast {} quiet, {} later",
             s.quiet_unicast, s.later_unicast, s.quiet_broadcast, s.later_broadcast

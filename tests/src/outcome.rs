@@ -169,6 +169,39 @@ pub struct SilentOutcome {
     pub later_broadcast: u64,
 }
 
+/// TCP connections, each new.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConnectionsOutcome {
+    /// Connections that the rate and the time ask for.
+    pub due: u64,
+    /// Connections begun.
+    pub begun: u64,
+    /// Connections whose request was answered rightly.
+    pub answered: u64,
+    /// The others, by error.
+    pub errors: BTreeMap<String, u64>,
+    /// Longest time from the first SYN to the answer, ms.
+    pub longest_ms: f64,
+}
+
+/// Copies of one direction of a UDP probe.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyCount {
+    /// Different packets seen.
+    pub different: u64,
+    /// Packets seen again.
+    pub duplicated: u64,
+}
+
+/// What a mirror's port saw.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiesOutcome {
+    /// By port of the probe and direction, for example `9001 requests`.
+    pub by_flow: BTreeMap<String, CopyCount>,
+    /// Frames that the counting itself lost.
+    pub dropped: u64,
+}
+
 /// Any probe.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
@@ -177,6 +210,10 @@ pub enum ProbeOutcome {
     Udp(Box<UdpOutcome>),
     /// TCP.
     Tcp(TcpOutcome),
+    /// TCP connections, each new.
+    Connections(ConnectionsOutcome),
+    /// A mirror's port.
+    Copies(CopiesOutcome),
     /// A silent port.
     Silent(SilentOutcome),
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::steps::Step;
 use super::uapi::{self, action, cookie, ct, key};
 use crate::error::Result;
 use crate::netlink::attr::{Attr, Attrs};
@@ -96,7 +97,7 @@ impl Touched {
 }
 
 /// What happens to a packet before it comes to a point of the action list.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Before {
     /// A copy of the packet (or of a part of it) may have left: output, userspace, sample, clone, psample.
     pub copied: bool,
@@ -104,10 +105,14 @@ pub struct Before {
     pub nat: bool,
     /// The packet or its metadata may have been changed otherwise: set, push, pop, TTL, truncation.
     pub changed: bool,
+    /// Among the changes is one that [`Before::steps`] does not tell: Ethernet and NSH headers, push of MPLS by tunnel.
+    pub untold: bool,
     /// An action this library does not know.
     pub unknown: bool,
     /// Which key attributes may have been changed.
     pub touched: Touched,
+    /// The changes and connection tracking, in order.
+    pub steps: Vec<Step>,
 }
 
 impl Before {
@@ -118,12 +123,14 @@ impl Before {
 }
 
 /// A recirculation found among actions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recirculation {
     /// Where the packet goes on.
     pub id: u32,
     /// What happened to it before.
     pub before: Before,
+    /// What comes behind it in the list gives the packet away once more: `ct(table=1),output:2` does.
+    pub beside: bool,
     /// It is inside a sample, clone, check_pkt_len or dec_ttl: a new daemon does not see it there and keeps the flow
     /// (OVS, `ukey_create_from_dpif_flow`).
     pub nested: bool,
@@ -190,8 +197,13 @@ impl ActionSummary {
         if depth > MAX_DEPTH {
             return Err(crate::Error::malformed("flow actions", format!("nested deeper than {MAX_DEPTH}")));
         }
+        let first = self.recirculations.len();
         for attr in Attrs(actions) {
-            self.step(&attr?, before, depth)?;
+            let attr = attr?;
+            if gives_away(attr.kind) {
+                self.recirculations.iter_mut().skip(first).for_each(|earlier| earlier.beside = true);
+            }
+            self.step(&attr, before, depth)?;
         }
         Ok(())
     }
@@ -214,7 +226,8 @@ impl ActionSummary {
                 before.copied = true;
             }
             action::RECIRC => {
-                self.recirculations.push(Recirculation { id: attr.u32()?, before: *before, nested: depth > 0 })
+                let (id, before) = (attr.u32()?, before.clone());
+                self.recirculations.push(Recirculation { id, before, beside: false, nested: depth > 0 })
             }
             action::METER => {
                 self.meters.insert(attr.u32()?);
@@ -231,6 +244,7 @@ impl ActionSummary {
 
     /// Actions that give the packet to nobody.
     fn work(&mut self, attr: &Attr<'_>, before: &mut Before) -> Result<()> {
+        before.steps.extend(Step::of(attr)?);
         match attr.kind {
             action::CT => {
                 let (mut zone, mut timeout) = (0, None);
@@ -258,16 +272,12 @@ impl ActionSummary {
                     before.touched.add_kind(inner?.kind);
                 }
             }
-            action::PUSH_VLAN
-            | action::POP_VLAN
-            | action::PUSH_MPLS
-            | action::POP_MPLS
-            | action::PUSH_ETH
-            | action::POP_ETH
-            | action::PUSH_NSH
-            | action::POP_NSH
-            | action::ADD_MPLS => {
+            action::PUSH_VLAN | action::POP_VLAN | action::PUSH_MPLS | action::POP_MPLS => {
                 before.changed = true;
+                before.touched.add(Touched::HEADERS);
+            }
+            action::PUSH_ETH | action::POP_ETH | action::PUSH_NSH | action::POP_NSH | action::ADD_MPLS => {
+                (before.changed, before.untold) = (true, true);
                 before.touched.add(Touched::HEADERS);
             }
             action::PSAMPLE => before.copied = true,
@@ -308,12 +318,26 @@ impl ActionSummary {
                 }
                 self.other_work = true;
                 before.changed = true;
+                before.steps.extend(Step::of(attr)?);
                 before.touched.add_kind(key::IPV4);
                 before.touched.add_kind(key::IPV6);
             }
         }
         Ok(())
     }
+}
+
+/// Whether an action of this kind lets something of the packet leave, or go on elsewhere.
+fn gives_away(kind: u16) -> bool {
+    !matches!(
+        kind,
+        action::SET
+            | action::SET_MASKED
+            | action::PUSH_VLAN..=action::POP_VLAN
+            | action::HASH..=action::POP_MPLS
+            | action::CT..=action::METER
+            | action::ADD_MPLS..=action::DROP
+    )
 }
 
 #[cfg(test)]
@@ -372,12 +396,37 @@ mod tests {
             set.push(key::ETHERNET, &[0; 24]);
             r.push_nested(action::SET_MASKED, &set).push_u32(action::RECIRC, 4);
         });
-        let before = s.recirculations[0].before;
+        let before = &s.recirculations[0].before;
         assert!(before.changed && before.touched.has(key::ETHERNET) && !before.touched.has(key::IPV4));
         let s = summary(|r| {
             r.push(999, &[]).push_u32(action::RECIRC, 4);
         });
         assert!(s.recirculations[0].before.unknown);
+    }
+
+    #[test]
+    fn what_comes_behind_a_recirculation_is_beside_it() {
+        let beside = |build: fn(&mut AttrBuf)| {
+            summary(|r| {
+                r.push_nested(action::CT, &ct(false)).push_u32(action::RECIRC, 4);
+                build(r);
+            })
+            .recirculations[0]
+                .beside
+        };
+        assert!(!beside(|_| {}));
+        assert!(!beside(|r| {
+            r.push_nested(action::CT, &ct(false)).push(action::POP_VLAN, &[]);
+        }));
+        for kind in [action::OUTPUT, action::RECIRC] {
+            let s = summary(|r| {
+                r.push_u32(action::RECIRC, 4).push_u32(kind, 5);
+            });
+            assert!(s.recirculations[0].beside);
+        }
+        for kind in [action::CLONE, action::SAMPLE, action::CHECK_PKT_LEN, action::PSAMPLE, 999] {
+            assert!(gives_away(kind));
+        }
     }
 
     #[test]

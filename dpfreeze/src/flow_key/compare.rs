@@ -95,6 +95,12 @@ impl Masked {
             is_pipeline(field.kind) || touched.has(field.kind) || value_matches(field, mask, key.get(field.path))
         })
     }
+
+    /// Whether a packet with `key` may have matched, by what connection tracking gave it alone.
+    pub fn matches_tracking(&self, key: &FlatKey) -> bool {
+        let tracking = |field: &Field| (key::CT_STATE..=key::CT_ORIG_TUPLE_IPV6).contains(&field.kind);
+        self.fields.iter().all(|(field, mask)| !tracking(field) || value_matches(field, mask, key.get(field.path)))
+    }
 }
 
 fn value_matches(field: &Field, mask: &[u8], packet: Option<&[u8]>) -> bool {

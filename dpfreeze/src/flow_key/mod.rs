@@ -1,5 +1,5 @@
 //! What is in the keys, masks and actions of flows: read, compared, shown; never rewritten but for
-//! [`without_pipeline`].
+//! [`without_pipeline`] and [`push_headers`].
 //!
 //! All of it works on runs of attributes as the kernel sent them. Malformed runs are an error of the function that
 //! reads them, never a panic.
@@ -7,11 +7,17 @@
 mod actions;
 mod compare;
 mod format;
+mod headers;
+mod known;
+mod steps;
 pub mod uapi;
 
-pub use actions::{ActionSummary, Before, Cookie, Touched};
+pub use actions::{ActionSummary, Before, Cookie, Recirculation, Touched};
 pub use compare::{FlatKey, Masked};
 pub use format::{format_actions, format_key};
+pub use headers::{is_metadata, push_headers};
+pub use known::Known;
+pub use steps::Step;
 
 use crate::error::Result;
 use crate::netlink::attr::Attrs;

@@ -74,8 +74,20 @@ pub mod ct {
     pub const TIMEOUT: u16 = 9;
 }
 
+/// `OVS_CS_F_*`: bits of `OVS_KEY_ATTR_CT_STATE`
+pub mod ct_state {
+    #![allow(missing_docs)]
+    pub const TRACKED: u32 = 0x20;
+    pub const SRC_NAT: u32 = 0x40;
+    pub const DST_NAT: u32 = 0x80;
+    /// Either translation was done by the last `ct`.
+    pub const NAT: u32 = SRC_NAT | DST_NAT;
+}
+
 /// `OVS_SAMPLE_ATTR_ACTIONS`
 pub const SAMPLE_ATTR_ACTIONS: u16 = 2;
+/// `OVS_USERSPACE_ATTR_PID`
+pub const USERSPACE_ATTR_PID: u16 = 1;
 /// `OVS_USERSPACE_ATTR_USERDATA`
 pub const USERSPACE_ATTR_USERDATA: u16 = 2;
 /// `OVS_CHECK_PKT_LEN_ATTR_ACTIONS_IF_GREATER`

@@ -12,15 +12,18 @@ mod replay;
 mod ring;
 mod socket;
 mod store;
+mod successors;
+mod undo;
 
 pub use drain::{drained, DrainWatch};
-pub use plan::{Origins, Replay, Unreplayable};
+pub use plan::{Origins, Replay, Then, Unreplayable};
 pub use removal::{
     doom_of, grace_period, remove_doomed, remove_doomed_from, suspicious_since, Doom, FlowTable, Grace, RemovalReport,
 };
 pub use replay::{ReplayInput, ReplayReport};
 pub use socket::{Duplicates, Queue, UpcallSocket};
 pub use store::{ParkLimits, ParkStats};
+pub use undo::Undone;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -7,9 +7,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::OnceLock;
 
+use super::successors::{shape_of, Leg, Successors};
+use super::undo::{Halt, Passage, Traveller, Undone};
+use crate::conntrack::Connections;
 use crate::error::Result;
-use crate::flow_key::uapi::action;
-use crate::flow_key::{self, ActionSummary, Before, Cookie, FlatKey, Masked, Touched};
+use crate::flow_key::uapi::{action, USERSPACE_ATTR_PID, USERSPACE_ATTR_USERDATA};
+use crate::flow_key::{self, ActionSummary, Cookie, FlatKey, Known, Masked, Recirculation, Step, Touched};
 use crate::netlink::attr::AttrBuf;
 use crate::ovs::{Flow, Upcall, UpcallKind};
 
@@ -20,12 +23,22 @@ const MAX_CHAIN: usize = 16;
 /// Why a packet is not replayed. The names are those of the report and stay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Unreplayable {
-    /// A `ct` with NAT changed it before the recirculation.
+    /// A `ct` with NAT may have changed it before the recirculation, and the connection table cannot be asked.
     NatBeforeRecirc,
-    /// A set, push, pop or TTL action changed it before the recirculation.
+    /// A `ct` with NAT changed it before the recirculation, and its connection is no longer known.
+    NatConnectionGone,
+    /// A `ct` with NAT changed it before the recirculation, and perhaps its payload: the connection has a helper.
+    NatHelper,
+    /// A `ct` with NAT may have changed it before the recirculation, and it is of a protocol that is not taken back.
+    NatProtocol,
+    /// An action changed it before the recirculation in a way that is not taken back (Ethernet and NSH headers).
     HeaderChangeBeforeRecirc,
+    /// An action changed it before the recirculation, and its flow does not match all that was changed.
+    HeaderNotExact,
     /// A copy left before the recirculation (output, userspace, sample, clone): it would leave twice.
     CopyBeforeRecirc,
+    /// Beside the recirculation the packet went on elsewhere: that would happen twice.
+    CopyBesideRecirc,
     /// The recirculation is inside a clone, sample or check_pkt_len.
     NestedRecirc,
     /// An action this library does not know comes before the recirculation.
@@ -57,8 +70,13 @@ impl Unreplayable {
     pub fn name(self) -> &'static str {
         match self {
             Unreplayable::NatBeforeRecirc => "nat_before_recirc",
+            Unreplayable::NatConnectionGone => "nat_connection_gone",
+            Unreplayable::NatHelper => "nat_helper",
+            Unreplayable::NatProtocol => "nat_protocol",
             Unreplayable::HeaderChangeBeforeRecirc => "header_change_before_recirc",
+            Unreplayable::HeaderNotExact => "header_change_not_exact",
             Unreplayable::CopyBeforeRecirc => "copy_before_recirc",
+            Unreplayable::CopyBesideRecirc => "copy_beside_recirc",
             Unreplayable::NestedRecirc => "nested_recirc",
             Unreplayable::UnknownActionBeforeRecirc => "unknown_action_before_recirc",
             Unreplayable::ParentsDisagree => "parents_disagree",
@@ -72,6 +90,11 @@ impl Unreplayable {
             Unreplayable::Truncated => "truncated",
             Unreplayable::Malformed => "malformed",
         }
+    }
+
+    /// Whether the packet may go on where it was, if that place is found again: only a restart would do harm.
+    pub(super) fn may_go_on(self) -> bool {
+        matches!(self, Unreplayable::CopyBeforeRecirc | Unreplayable::CopyBesideRecirc | Unreplayable::NestedRecirc)
     }
 
     /// Whether it was a copy, so that no packet of a flow is lost with it.
@@ -95,15 +118,54 @@ impl fmt::Display for Unreplayable {
 /// How a packet is given back to the datapath.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replay<'a> {
+    /// As it entered.
+    pub packet: Cow<'a, [u8]>,
     /// `OVS_KEY_ATTR_*` run for EXECUTE.
     pub key: Cow<'a, [u8]>,
+    /// What is done with it.
+    pub then: Then,
+    /// What was taken back of it.
+    pub undone: Undone,
 }
 
-/// The actions of every replay: `recirc(0)`, which looks the packet up as if it had just arrived.
-pub fn from_the_start() -> Vec<u8> {
-    let mut actions = AttrBuf::new();
-    actions.push_u32(action::RECIRC, 0);
-    actions.as_bytes().to_vec()
+/// What is done with a packet that is given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// It is looked up as if it had just come to this recirculation id; 0 is the start.
+    Recirc(u32),
+    /// It is sent up again, with this user data.
+    Userspace(Option<Vec<u8>>),
+}
+
+/// Port id of a `userspace` action: with dispatch per CPU the kernel asks for one and does not look at it.
+const ANY_PORT_ID: u32 = 1;
+
+impl Replay<'_> {
+    /// The actions of the replay.
+    pub fn actions(&self) -> Vec<u8> {
+        let mut actions = AttrBuf::new();
+        match &self.then {
+            Then::Recirc(id) => actions.push_u32(action::RECIRC, *id),
+            Then::Userspace(userdata) => {
+                let mut inner = AttrBuf::new();
+                inner.push_u32(USERSPACE_ATTR_PID, ANY_PORT_ID);
+                if let Some(userdata) = userdata {
+                    inner.push(USERSPACE_ATTR_USERDATA, userdata);
+                }
+                actions.push_nested(action::USERSPACE, &inner)
+            }
+        };
+        actions.into_bytes()
+    }
+}
+
+/// What the way back of a packet is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// It is to start again.
+    Restart,
+    /// It is to go on in the flows of the new daemon: what has left of it on its way does no harm.
+    GoOn,
 }
 
 /// A flow that recirculates, seen from the id it sends packets to.
@@ -111,9 +173,32 @@ pub fn from_the_start() -> Vec<u8> {
 struct Parent<'a> {
     /// The id it is entered by.
     from: u32,
+    /// The port it matches, if it matches one: ids may have thousands of parents, and most are another port's.
+    port: Option<u32>,
     flow: Match<'a>,
     touched: Touched,
+    steps: Vec<Step>,
     fault: Option<Unreplayable>,
+    /// The steps do not tell all that it did.
+    untold: bool,
+}
+
+impl Parent<'_> {
+    /// Whether what it did to packets has to be taken back.
+    fn changes_packets(&self) -> bool {
+        self.steps.iter().any(|step| !matches!(step, Step::Ct { nat: false, .. } | Step::CtClear))
+    }
+
+    /// It as a leg of the way of `packet`, which came to it so and was sent on to `id`; None if it cannot be read.
+    fn leg_to(&self, id: u32, packet: &Traveller<'_>) -> Option<Leg> {
+        let (shape, ids) = shape_of(&self.flow.flow.actions).ok()?;
+        let which = ids.iter().position(|to| *to == id)?;
+        Some(Leg { key: packet.key().ok()?, shape, which })
+    }
+
+    fn translates(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step, Step::Ct { nat: true, .. }))
+    }
 }
 
 /// A flow that sends packets to a controller.
@@ -128,7 +213,7 @@ struct ToController<'a> {
 #[derive(Debug)]
 struct Match<'a> {
     flow: &'a Flow,
-    masked: OnceLock<Option<Masked>>,
+    masked: OnceLock<Option<(Masked, Known)>>,
 }
 
 impl<'a> Match<'a> {
@@ -136,10 +221,15 @@ impl<'a> Match<'a> {
         Match { flow, masked: OnceLock::new() }
     }
 
+    /// The match, and what it says of packets; None if the flow cannot be read.
+    fn read(&self) -> Option<&(Masked, Known)> {
+        let (key, mask) = (&self.flow.key, &self.flow.mask);
+        self.masked.get_or_init(|| Masked::of(key, mask).ok().zip(Known::of(key, mask).ok())).as_ref()
+    }
+
     /// Whether the flow may have matched; one that cannot be read may have.
     fn may_have_matched(&self, key: &FlatKey, touched: &Touched) -> bool {
-        let masked = self.masked.get_or_init(|| Masked::of(&self.flow.key, &self.flow.mask).ok());
-        masked.as_ref().is_none_or(|m| m.matches(key, touched))
+        self.read().is_none_or(|(masked, _)| masked.matches(key, touched))
     }
 }
 
@@ -147,6 +237,8 @@ impl<'a> Match<'a> {
 /// table stands still: it takes a few microseconds for each flow.
 #[derive(Debug, Default)]
 pub struct Origins<'a> {
+    /// The daemon that made the flows is the one that packets are given back to.
+    living: bool,
     parents: HashMap<u32, Vec<Parent<'a>>>,
     controllers: HashMap<u32, Vec<ToController<'a>>>,
     /// Verdicts of ids whose parents all agree, so that packets need not be compared with each of them.
@@ -173,6 +265,11 @@ impl<'f> Origins<'f> {
         origins
     }
 
+    /// For packets that go back to the daemon that made the flows: it knows its ids and its cookies.
+    pub fn living() -> Self {
+        Origins { living: true, ..Origins::default() }
+    }
+
     /// Flows that could not be read.
     pub fn malformed(&self) -> usize {
         self.malformed
@@ -191,9 +288,12 @@ impl<'f> Origins<'f> {
             let entry = ToController { flow: Match::of(flow), userdata, alone };
             self.controllers.entry(from).or_default().push(entry);
         }
-        for recirculation in &actions.recirculations {
-            let fault = fault(&recirculation.before, recirculation.nested);
-            let parent = Parent { from, flow: Match::of(flow), touched: recirculation.before.touched, fault };
+        for recirculation in actions.recirculations {
+            let fault = fault(&recirculation);
+            let before = recirculation.before;
+            let untold = before.untold || before.unknown;
+            let (port, flow, touched) = (matched_port(flow)?, Match::of(flow), before.touched);
+            let parent = Parent { from, port, flow, touched, steps: before.steps, fault, untold };
             self.parents.entry(recirculation.id).or_default().push(parent);
         }
         Ok(())
@@ -209,6 +309,7 @@ impl<'f> Origins<'f> {
         for parent in self.parents.get(&id)? {
             match parent.fault {
                 Some(reason) => verdicts.push(Err(reason)),
+                None if parent.changes_packets() => return None,
                 None if parent.from == 0 => verdicts.push(Ok(())),
                 None => {
                     upwards.insert(parent.from);
@@ -222,35 +323,48 @@ impl<'f> Origins<'f> {
         verdicts.iter().all(|v| *v == first).then_some(first)
     }
 
-    /// Whether a packet that is at recirculation `id` with `key` may start again from table 0.
-    fn may_restart(&self, id: u32, key: &FlatKey) -> std::result::Result<(), Unreplayable> {
-        self.trace(id, key, &mut Vec::new())
-    }
-
-    fn trace(&self, id: u32, key: &FlatKey, chain: &mut Vec<u32>) -> std::result::Result<(), Unreplayable> {
-        if id == 0 {
-            return Ok(());
-        }
-        if let Some(verdict) = self.agreed.get(&id) {
-            return *verdict;
+    /// The packet as it entered table 0, from how it is at recirculation `id`.
+    fn trace<'a>(
+        &self,
+        id: u32,
+        packet: Traveller<'a>,
+        purpose: Purpose,
+        chain: &mut Vec<u32>,
+        connections: &mut dyn Connections,
+    ) -> std::result::Result<Traveller<'a>, Unreplayable> {
+        let agreed = match (id, purpose) {
+            (0, _) => Some(Ok(())),
+            (_, Purpose::Restart) => self.agreed.get(&id).copied(),
+            (_, Purpose::GoOn) => None,
+        };
+        if let Some(verdict) = agreed {
+            verdict?;
+            // Its key tells of a translation, and no flow on this way translates: it came another way.
+            return match packet.is_translated() {
+                true => Err(Unreplayable::NoParent),
+                false => Ok(packet),
+            };
         }
         // A cycle of ids: no packet has come that way only, so it says nothing.
         if chain.contains(&id) || chain.len() >= MAX_CHAIN {
             return Err(Unreplayable::NoParent);
         }
+        let key = packet.key().and_then(|key| FlatKey::of(&key)).map_err(|_| Unreplayable::Malformed)?;
+        let in_port = packet.in_port();
         chain.push(id);
         let mut found = None;
         for parent in self.parents.get(&id).into_iter().flatten() {
-            if !parent.flow.may_have_matched(key, &parent.touched) {
+            if parent.port.is_some_and(|port| in_port.is_some_and(|came_by| port != came_by)) {
                 continue;
             }
-            let verdict = match parent.fault {
-                Some(reason) => Err(reason),
-                None => self.trace(parent.from, key, chain),
-            };
-            match found {
+            let touched = if packet.reassembled() { Touched::headers() } else { parent.touched };
+            if !parent.flow.may_have_matched(&key, &touched) {
+                continue;
+            }
+            let Some(verdict) = self.through(parent, (id, &packet), purpose, chain, connections) else { continue };
+            match &found {
                 None => found = Some(verdict),
-                Some(other) if other == verdict => {}
+                Some(other) if *other == verdict => {}
                 Some(_) => {
                     found = Some(Err(Unreplayable::ParentsDisagree));
                     break;
@@ -259,6 +373,43 @@ impl<'f> Origins<'f> {
         }
         chain.pop();
         found.unwrap_or(Err(Unreplayable::NoParent))
+    }
+
+    /// The packet as it entered table 0 if it came through `parent`; None if it cannot have.
+    fn through<'a>(
+        &self,
+        parent: &Parent<'f>,
+        (id, packet): (u32, &Traveller<'a>),
+        purpose: Purpose,
+        chain: &mut Vec<u32>,
+        connections: &mut dyn Connections,
+    ) -> Option<std::result::Result<Traveller<'a>, Unreplayable>> {
+        if let Some(reason) = parent.fault {
+            if purpose == Purpose::Restart || !reason.may_go_on() || parent.untold {
+                return Some(Err(reason));
+            }
+        }
+        let (masked, known) = match parent.flow.read() {
+            Some(read) => read,
+            None => return Some(Err(Unreplayable::Malformed)),
+        };
+        // Where two `ct` of a zone follow each other, either may have been the one that translated.
+        for translated_before in [false, true] {
+            let mut before = packet.clone();
+            let passage = Passage { known, masked, steps: &parent.steps, translated_before };
+            match before.back(&passage, connections) {
+                Ok(()) => {
+                    if purpose == Purpose::GoOn {
+                        before.note(parent.leg_to(id, &before)?);
+                    }
+                    return Some(self.trace(parent.from, before, purpose, chain, connections));
+                }
+                Err(Halt::Cannot(reason)) => return Some(Err(reason)),
+                Err(Halt::NotThisWay) if parent.translates() => {}
+                Err(Halt::NotThisWay) => return None,
+            }
+        }
+        None
     }
 
     /// Whether the flow that sent `upcall` to a controller did nothing else with the packet.
@@ -278,27 +429,51 @@ impl<'f> Origins<'f> {
         }
     }
 
-    /// Decides about one parked packet.
+    /// Decides about one parked packet. Translations are looked up in `connections`.
     ///
     /// # Errors
     /// The reason why it must not be replayed.
-    pub fn plan<'a>(&self, upcall: &'a Upcall) -> std::result::Result<Replay<'a>, Unreplayable> {
+    pub fn plan<'a>(
+        &self,
+        upcall: &'a Upcall,
+        connections: &mut dyn Connections,
+    ) -> std::result::Result<Replay<'a>, Unreplayable> {
         let malformed = |_| Unreplayable::Malformed;
         let id = flow_key::recirc_id(&upcall.key).map_err(malformed)?;
+        if self.living && upcall.kind == UpcallKind::Action {
+            return sent_up_again(upcall);
+        }
         if upcall.kind == UpcallKind::Action {
             self.admit_action(id, upcall)?;
         }
         if upcall.len.is_some() {
             return Err(Unreplayable::Truncated);
         }
-        if id == 0 {
-            return Ok(Replay { key: Cow::Borrowed(&upcall.key) });
+        if id == 0 || self.living {
+            return Ok(unchanged(upcall, Then::Recirc(id), Undone::default()));
         }
         if !self.agreed.contains_key(&id) && !self.parents.contains_key(&id) {
             return Err(Unreplayable::NoParent);
         }
-        self.may_restart(id, &FlatKey::of(&upcall.key).map_err(malformed)?)?;
-        Ok(Replay { key: Cow::Owned(flow_key::without_pipeline(&upcall.key).map_err(malformed)?) })
+        let packet = Traveller::of(upcall).map_err(malformed)?;
+        let start = self.trace(id, packet, Purpose::Restart, &mut Vec::new(), connections)?;
+        let key = Cow::Owned(start.key().map_err(malformed)?);
+        Ok(Replay { packet: start.packet(), key, then: Then::Recirc(0), undone: start.undone() })
+    }
+
+    /// The packet as it is, at the id that stands for its place in the new daemon's flows; None if there is none yet.
+    /// For packets that [`Origins::plan`] does not let start again because something of them has left.
+    pub(super) fn go_on<'a>(
+        &self,
+        upcall: &'a Upcall,
+        successors: &Successors,
+        connections: &mut dyn Connections,
+    ) -> Option<Replay<'a>> {
+        let id = flow_key::recirc_id(&upcall.key).ok()?;
+        let packet = Traveller::of(upcall).ok()?;
+        let start = self.trace(id, packet, Purpose::GoOn, &mut Vec::new(), connections).ok()?;
+        let then = Then::Recirc(successors.id_behind(&start.into_legs())?);
+        Some(unchanged(upcall, then, Undone { continued: true, ..Undone::default() }))
     }
 
     /// Passes the packets of `userspace` actions whose only fate was the daemon.
@@ -317,17 +492,40 @@ impl<'f> Origins<'f> {
     }
 }
 
-/// Why a packet that went through `before` may not start again; None if it may.
-fn fault(before: &Before, nested: bool) -> Option<Unreplayable> {
-    if before.copied {
+fn unchanged(upcall: &Upcall, then: Then, undone: Undone) -> Replay<'_> {
+    let (packet, key) = (Cow::Borrowed(&upcall.packet[..]), Cow::Borrowed(&upcall.key[..]));
+    Replay { packet, key, then, undone }
+}
+
+/// The packet of a `userspace` action once more, for the daemon whose cookie it is.
+fn sent_up_again(upcall: &Upcall) -> std::result::Result<Replay<'_>, Unreplayable> {
+    match Cookie::of(upcall.userdata.as_deref()) {
+        _ if upcall.len.is_some() => Err(Unreplayable::Truncated),
+        // The kernel would tell the actions and the tunnel of the replay.
+        Cookie::Sflow if upcall.actions.is_some() || upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionSflow),
+        Cookie::FlowSample if upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionFlowSample),
+        Cookie::Ipfix if upcall.egress_tun_key.is_some() => Err(Unreplayable::ActionIpfix),
+        _ => Ok(unchanged(upcall, Then::Userspace(upcall.userdata.clone()), Undone::default())),
+    }
+}
+
+/// The port that a flow matches exactly.
+fn matched_port(flow: &Flow) -> Result<Option<u32>> {
+    let exact = flow.mask.is_empty() || flow_key::in_port(&flow.mask)? == Some(u32::MAX);
+    Ok(flow_key::in_port(&flow.key)?.filter(|_| exact))
+}
+
+/// Why a packet that went this way may not start again, whatever it was; None if it may.
+fn fault(way: &Recirculation) -> Option<Unreplayable> {
+    if way.before.copied {
         Some(Unreplayable::CopyBeforeRecirc)
-    } else if nested {
+    } else if way.beside {
+        Some(Unreplayable::CopyBesideRecirc)
+    } else if way.nested {
         Some(Unreplayable::NestedRecirc)
-    } else if before.nat {
-        Some(Unreplayable::NatBeforeRecirc)
-    } else if before.changed {
+    } else if way.before.untold {
         Some(Unreplayable::HeaderChangeBeforeRecirc)
-    } else if before.unknown {
+    } else if way.before.unknown {
         Some(Unreplayable::UnknownActionBeforeRecirc)
     } else {
         None
@@ -337,17 +535,37 @@ fn fault(before: &Before, nested: bool) -> Option<Unreplayable> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conntrack::{Connection, Tuple};
     use crate::flow_key::uapi::{cookie, ct, key, USERSPACE_ATTR_USERDATA};
     use crate::netlink::attr::Attrs;
     use proptest::prelude::*;
 
     const EXACT: [u8; 4] = [0xff; 4];
 
-    fn key_of(recirc: u32, port: u32) -> Vec<u8> {
+    /// Nobody is tracked.
+    struct Nobody;
+
+    impl Connections for Nobody {
+        fn find(&mut self, _: u16, _: &Tuple) -> Result<Option<Connection>> {
+            Ok(None)
+        }
+    }
+
+    fn tracked_key(recirc: u32, port: u32, state: u32) -> Vec<u8> {
         let mut k = AttrBuf::new();
         k.push_u32(key::RECIRC_ID, recirc).push_u32(key::DP_HASH, 0).push_u32(key::IN_PORT, port);
-        k.push_u32(key::CT_STATE, if recirc == 0 { 0 } else { 0x21 }).push(key::ETHERNET, &[2; 12]);
+        k.push_u32(key::CT_STATE, state).push(key::CT_ZONE, &5u16.to_ne_bytes()).push(key::ETHERNET, &[2; 12]);
         k.as_bytes().to_vec()
+    }
+
+    fn key_of(recirc: u32, port: u32) -> Vec<u8> {
+        tracked_key(recirc, port, if recirc == 0 { 0 } else { 0x21 })
+    }
+
+    fn copy_recirc(id: u32) -> AttrBuf {
+        let mut a = AttrBuf::new();
+        a.push_u32(action::OUTPUT, 9).push_u32(action::RECIRC, id);
+        a
     }
 
     fn flow(recirc: u32, port: u32, actions: &AttrBuf) -> Flow {
@@ -403,13 +621,13 @@ mod tests {
     }
 
     fn reason(origins: &Origins<'_>, upcall: &Upcall) -> Option<Unreplayable> {
-        origins.plan(upcall).err()
+        origins.plan(upcall, &mut Nobody).err()
     }
 
     #[test]
     fn a_miss_in_table_0_keeps_its_key() {
         let m = miss(0, 1);
-        assert_eq!(Origins::default().plan(&m).unwrap().key, Cow::Borrowed(&m.key[..]));
+        assert_eq!(Origins::default().plan(&m, &mut Nobody).unwrap().key, Cow::Borrowed(&m.key[..]));
     }
 
     #[test]
@@ -417,7 +635,7 @@ mod tests {
         let origins = origins_of(vec![flow(0, 1, &ct_recirc(false, 7)), flow(7, 1, &ct_recirc(false, 9))]);
         for id in [7, 9] {
             let m = miss(id, 1);
-            let replay = origins.plan(&m).unwrap();
+            let replay = origins.plan(&m, &mut Nobody).unwrap();
             let kinds: Vec<u16> = Attrs(&replay.key).map(|a| a.unwrap().kind).collect();
             assert_eq!(kinds, [key::IN_PORT, key::ETHERNET]);
         }
@@ -466,13 +684,13 @@ mod tests {
             case(&|a| {
                 a.push(action::POP_VLAN, &[]);
             }),
-            Some(Unreplayable::HeaderChangeBeforeRecirc)
+            Some(Unreplayable::HeaderNotExact)
         );
         assert_eq!(
             case(&|a| {
                 a.push(action::PUSH_VLAN, &[0; 4]);
             }),
-            Some(Unreplayable::HeaderChangeBeforeRecirc)
+            Some(Unreplayable::HeaderNotExact)
         );
         assert_eq!(
             case(&|a| {
@@ -480,8 +698,19 @@ mod tests {
             }),
             Some(Unreplayable::UnknownActionBeforeRecirc)
         );
+        assert_eq!(
+            case(&|a| {
+                a.push(action::PUSH_ETH, &[0; 12]);
+            }),
+            Some(Unreplayable::HeaderChangeBeforeRecirc)
+        );
+        let mut beside = ct_recirc(false, 7);
+        beside.push_u32(action::OUTPUT, 3);
+        assert_eq!(reason(&origins_of(vec![flow(0, 1, &beside)]), &miss(7, 1)), Some(Unreplayable::CopyBesideRecirc));
         let nat = origins_of(vec![flow(0, 1, &ct_recirc(true, 7))]);
-        assert_eq!(reason(&nat, &miss(7, 1)), Some(Unreplayable::NatBeforeRecirc));
+        assert_eq!(reason(&nat, &miss(7, 1)), None);
+        let translated = upcall(UpcallKind::Miss, tracked_key(7, 1, 0x61), None);
+        assert_eq!(reason(&nat, &translated), Some(Unreplayable::NatProtocol));
         let mut inner = AttrBuf::new();
         inner.push_u32(action::RECIRC, 7);
         let mut clone = AttrBuf::new();
@@ -491,20 +720,20 @@ mod tests {
 
     #[test]
     fn only_parents_that_match_the_packet_count() {
-        let flows = [flow(0, 1, &ct_recirc(false, 7)), flow(0, 2, &ct_recirc(true, 7))];
+        let flows = [flow(0, 1, &ct_recirc(false, 7)), flow(0, 2, &copy_recirc(7))];
         let origins = origins_of(flows.to_vec());
         assert_eq!(reason(&origins, &miss(7, 1)), None);
-        assert_eq!(reason(&origins, &miss(7, 2)), Some(Unreplayable::NatBeforeRecirc));
+        assert_eq!(reason(&origins, &miss(7, 2)), Some(Unreplayable::CopyBeforeRecirc));
         assert_eq!(reason(&origins, &miss(7, 3)), Some(Unreplayable::NoParent));
         assert_eq!(reason(&origins, &miss(8, 1)), Some(Unreplayable::NoParent));
-        let both = origins_of(vec![flow(0, 1, &ct_recirc(false, 7)), flow(0, 1, &ct_recirc(true, 7))]);
+        let both = origins_of(vec![flow(0, 1, &ct_recirc(false, 7)), flow(0, 1, &copy_recirc(7))]);
         assert_eq!(reason(&both, &miss(7, 1)), Some(Unreplayable::ParentsDisagree));
     }
 
     #[test]
     fn a_fault_anywhere_up_the_chain_counts() {
-        let origins = origins_of(vec![flow(0, 1, &ct_recirc(true, 7)), flow(7, 1, &ct_recirc(false, 9))]);
-        assert_eq!(reason(&origins, &miss(9, 1)), Some(Unreplayable::NatBeforeRecirc));
+        let origins = origins_of(vec![flow(0, 1, &copy_recirc(7)), flow(7, 1, &ct_recirc(false, 9))]);
+        assert_eq!(reason(&origins, &miss(9, 1)), Some(Unreplayable::CopyBeforeRecirc));
         let cycle = origins_of(vec![flow(7, 1, &ct_recirc(false, 9)), flow(9, 1, &ct_recirc(false, 7))]);
         assert_eq!(reason(&cycle, &miss(9, 1)), Some(Unreplayable::NoParent));
     }
@@ -600,7 +829,9 @@ mod tests {
                 dirty |= next.iter().any(|(id, spoiled)| *id == at && *spoiled);
                 reach = next;
             }
-            let verdict = origins_of(flows.to_vec()).plan(&miss(at, port)).is_ok();
+            // The key says that it was translated, and there is no connection to take that back by.
+            let packet = upcall(UpcallKind::Miss, tracked_key(at, port, 0x61), None);
+            let verdict = origins_of(flows.to_vec()).plan(&packet, &mut Nobody).is_ok();
             prop_assert!(!(verdict && dirty));
         }
 
@@ -610,8 +841,8 @@ mod tests {
             actions in proptest::collection::vec(any::<u8>(), 0..80),
         ) {
             let f = Flow { key: key.clone(), mask: key.clone(), actions, ..Flow::default() };
-            let _ = origins_of(vec![f]).plan(&upcall(UpcallKind::Miss, key.clone(), None));
-            let _ = Origins::default().plan(&upcall(UpcallKind::Action, key.clone(), Some(key)));
+            let _ = origins_of(vec![f]).plan(&upcall(UpcallKind::Miss, key.clone(), None), &mut Nobody);
+            let _ = Origins::default().plan(&upcall(UpcallKind::Action, key.clone(), Some(key)), &mut Nobody);
         }
     }
 }

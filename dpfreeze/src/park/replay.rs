@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
-use super::plan::{self, Origins, Replay, Unreplayable};
+use super::plan::{Origins, Replay, Unreplayable};
 use super::reader::{boottime_ns, Shared};
 use super::removal::grace_period;
 use super::socket::Duplicates;
-use crate::error::Result;
+use super::successors::Successors;
+use super::undo::Undone;
+use crate::conntrack::{Connection, Connections, KernelConnections, Tuple};
+use crate::error::{Error, Result};
 use crate::flow_key;
 use crate::ovs::{Execute, Ovs, Upcall};
 
@@ -27,6 +30,10 @@ const CHUNK: usize = 64;
 const LANE_QUEUE: usize = 128;
 /// How long to wait where there is no room or nothing to do.
 const PAUSE: Duration = Duration::from_micros(200);
+/// How long the new daemon's flows are waited for by packets that can only go on in them.
+const GO_ON_PATIENCE: Duration = Duration::from_secs(1);
+/// Time between two looks at its flows.
+const GO_ON_POLL: Duration = Duration::from_millis(20);
 /// Parked times are counted in steps of a millisecond up to a minute.
 const HISTOGRAM_MS: usize = 60_000;
 
@@ -47,6 +54,10 @@ pub struct ReplayInput<'a> {
 pub struct ReplayReport {
     /// Packets the datapath took.
     pub replayed: u64,
+    /// Of them, those of which something was taken back before they started again: `nat` (address translation),
+    /// `headers` (set, push, pop, TTL). A packet with both counts in both. And `continued`: those that went on where
+    /// they were, because they could not start again.
+    pub undone: BTreeMap<String, u64>,
     /// Packets that must not be replayed, by [`Unreplayable::name`].
     pub unreplayable: BTreeMap<String, u64>,
     /// Packets the datapath did not take, by errno.
@@ -69,7 +80,25 @@ pub struct ReplayReport {
 #[derive(Debug)]
 pub(super) struct Lane {
     ovs: Ovs,
+    connections: Tracking,
     cpu: Option<usize>,
+}
+
+/// The connection table; a kernel without one answers every question with the error it gave at the opening.
+#[derive(Debug)]
+struct Tracking(std::result::Result<KernelConnections, String>);
+
+impl Connections for Tracking {
+    fn find(&mut self, zone: u16, tuple: &Tuple) -> Result<Option<Connection>> {
+        match &mut self.0 {
+            Ok(table) => table.find(zone, tuple),
+            Err(why) => Err(Error::Unsupported {
+                what: "connection table".into(),
+                why: why.clone(),
+                remedy: "load nf_conntrack_netlink".into(),
+            }),
+        }
+    }
 }
 
 /// One lane for each CPU this process may use: the port id an upcall goes to comes from the CPU it is made on, so that
@@ -81,9 +110,14 @@ pub(super) fn open_lanes() -> Result<Vec<Lane>> {
     );
     let wanted: Vec<Option<usize>> =
         if cpus.is_empty() { vec![None] } else { cpus.into_iter().take(MOST_LANES).map(Some).collect() };
-    wanted.into_iter().map(|cpu| Ok(Lane { ovs: Ovs::open()?, cpu })).collect()
+    let open = |cpu| {
+        let connections = Tracking(KernelConnections::open().map_err(|e| e.to_string()));
+        Ok(Lane { ovs: Ovs::open()?, connections, cpu })
+    };
+    wanted.into_iter().map(open).collect()
 }
 
+#[derive(Clone, Debug)]
 struct Parked {
     arrival: u64,
     upcall: Upcall,
@@ -123,6 +157,11 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
         outcome
     });
     outcome?;
+    let late = std::mem::take(&mut tally.late);
+    match lanes.first_mut() {
+        Some(lane) => Work { input, deadline, lanes: 1 }.go_on(lane, late, &mut tally),
+        None => late.iter().for_each(|(_, reason)| tally.unreplayable(*reason)),
+    }
     let mut report = tally.report;
     report.left = shared.store().waiting();
     report.p99_ms = tally.waits.percentile(99);
@@ -192,7 +231,7 @@ impl Work<'_> {
             }
             let room = self.wait_for_room(waiting.front().map_or(0, Parked::room), &mut tally);
             let batch = take_while_it_fits(&mut waiting, room);
-            self.execute(&mut lane.ovs, &batch, &mut tally);
+            self.execute(lane, &batch, &mut tally);
         }
     }
 
@@ -211,32 +250,74 @@ impl Work<'_> {
         }
     }
 
-    fn execute(&self, ovs: &mut Ovs, batch: &[Parked], tally: &mut Tally) {
-        let actions = plan::from_the_start();
-        let mut planned: Vec<(&Parked, Replay<'_>)> = Vec::with_capacity(batch.len());
+    fn execute(&self, lane: &mut Lane, batch: &[Parked], tally: &mut Tally) {
+        let mut planned: Vec<(&Parked, Replay<'_>, Vec<u8>)> = Vec::with_capacity(batch.len());
         for parked in batch {
-            match self.input.origins.plan(&parked.upcall) {
-                Ok(replay) => planned.push((parked, replay)),
+            match self.input.origins.plan(&parked.upcall, &mut lane.connections) {
+                Ok(replay) => {
+                    let actions = replay.actions();
+                    planned.push((parked, replay, actions));
+                }
+                Err(reason) if reason.may_go_on() => tally.late.push((parked.clone(), reason)),
                 Err(reason) => tally.unreplayable(reason),
             }
         }
-        for run in planned.chunk_by(|(a, _), (b, _)| a.upcall.ifindex == b.upcall.ifindex) {
-            let Some((first, _)) = run.first() else { continue };
+        self.give_back(lane, &planned, tally);
+    }
+
+    /// Packets that cannot start again go on where they were, once the new daemon's flows tell where that is.
+    fn go_on(&self, lane: &mut Lane, mut late: Vec<(Parked, Unreplayable)>, tally: &mut Tally) {
+        let until = self.deadline.min(Instant::now() + GO_ON_PATIENCE);
+        while !late.is_empty() {
+            let mut successors: BTreeMap<u32, Successors> = BTreeMap::new();
+            for (parked, _) in &late {
+                let ifindex = parked.upcall.ifindex;
+                // A table that cannot be read is asked again.
+                successors
+                    .entry(ifindex)
+                    .or_insert_with(|| Successors::of(&lane.ovs.flows(ifindex).unwrap_or_default()));
+            }
+            let mut later = Vec::new();
+            for (parked, reason) in late {
+                let found = successors
+                    .get(&parked.upcall.ifindex)
+                    .and_then(|table| self.input.origins.go_on(&parked.upcall, table, &mut lane.connections));
+                match found {
+                    Some(replay) => {
+                        self.wait_for_room(parked.room(), tally);
+                        let actions = replay.actions();
+                        self.give_back(lane, &[(&parked, replay, actions)], tally);
+                    }
+                    None => later.push((parked, reason)),
+                }
+            }
+            late = later;
+            if Instant::now() >= until {
+                break;
+            }
+            std::thread::sleep(GO_ON_POLL);
+        }
+        late.iter().for_each(|(_, reason)| tally.unreplayable(*reason));
+    }
+
+    fn give_back(&self, lane: &mut Lane, planned: &[(&Parked, Replay<'_>, Vec<u8>)], tally: &mut Tally) {
+        for run in planned.chunk_by(|(a, ..), (b, ..)| a.upcall.ifindex == b.upcall.ifindex) {
+            let Some((first, ..)) = run.first() else { continue };
             let requests: Vec<Execute<'_>> = run
                 .iter()
-                .map(|(parked, replay)| Execute {
-                    packet: &parked.upcall.packet,
+                .map(|(parked, replay, actions)| Execute {
+                    packet: &replay.packet,
                     key: &replay.key,
-                    actions: &actions,
+                    actions,
                     mru: parked.upcall.mru,
                     hash: parked.upcall.hash,
                 })
                 .collect();
-            match ovs.execute(first.upcall.ifindex, &requests) {
+            match lane.ovs.execute(first.upcall.ifindex, &requests) {
                 Ok(answers) => {
                     let now = boottime_ns();
-                    for ((parked, _), answer) in run.iter().zip(answers) {
-                        tally.executed(now.saturating_sub(parked.arrival), answer);
+                    for ((parked, replay, _), answer) in run.iter().zip(answers) {
+                        tally.executed(now.saturating_sub(parked.arrival), replay.undone, answer);
                     }
                 }
                 Err(e) => tally.error(&e.to_string(), run.len() as u64),
@@ -265,6 +346,8 @@ fn take_while_it_fits(waiting: &mut VecDeque<Parked>, room: usize) -> Vec<Parked
 struct Tally {
     report: ReplayReport,
     waits: Waits,
+    /// What can only go on where it was.
+    late: Vec<(Parked, Unreplayable)>,
 }
 
 impl Tally {
@@ -276,10 +359,13 @@ impl Tally {
         *self.report.errors.entry(what.to_owned()).or_default() += packets;
     }
 
-    fn executed(&mut self, waited_ns: u64, answer: Option<nix::errno::Errno>) {
+    fn executed(&mut self, waited_ns: u64, undone: Undone, answer: Option<nix::errno::Errno>) {
         match answer {
             None => {
                 self.report.replayed += 1;
+                for what in undone.names() {
+                    *self.report.undone.entry(what.to_owned()).or_default() += 1;
+                }
                 self.waits.count(waited_ns / 1_000_000);
             }
             Some(errno) => self.error(&format!("{errno:?}"), 1),
@@ -289,6 +375,9 @@ impl Tally {
     fn add(&mut self, other: Tally) {
         self.report.replayed += other.report.replayed;
         self.report.paused += other.report.paused;
+        for (what, n) in other.report.undone {
+            *self.report.undone.entry(what).or_default() += n;
+        }
         for (reason, n) in other.report.unreplayable {
             *self.report.unreplayable.entry(reason).or_default() += n;
         }
@@ -296,6 +385,7 @@ impl Tally {
             self.error(&what, n);
         }
         self.waits.add(&other.waits);
+        self.late.extend(other.late);
     }
 }
 

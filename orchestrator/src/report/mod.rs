@@ -100,6 +100,10 @@ pub struct Parked {
     pub packets: u64,
     /// Given back to the datapath.
     pub replayed: u64,
+    /// Of these, those of which something had to be taken back first, by what it was; `continued` went on where they
+    /// were.
+    #[serde(default)]
+    pub undone: BTreeMap<String, u64>,
     /// Not taken in: the park or its sockets were full.
     pub overflowed: u64,
     /// Taken in, not given back, by reason.

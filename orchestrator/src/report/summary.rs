@@ -65,7 +65,8 @@ fn numbers(out: &mut String, report: &Report) {
         ),
     );
     let lost: u64 = parked.unreplayable.values().sum();
-    line(out, "replayed", &format!("{}, not replayed {lost}{}", parked.replayed, reasons(&parked.unreplayable)));
+    let replayed = format!("{}{}", parked.replayed, reasons(&parked.undone));
+    line(out, "replayed", &format!("{replayed}, not replayed {lost}{}", reasons(&parked.unreplayable)));
     for datapath in &report.datapaths {
         let removed: u64 = datapath.flows_removed.values().sum();
         line(

@@ -51,6 +51,9 @@ pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayRe
     report.parked.packets = stats.parked + stats.overflowed;
     report.parked.overflowed = stats.overflowed + stats.socket_drops;
     report.parked.replayed += replayed.replayed;
+    for (name, count) in &replayed.undone {
+        *report.parked.undone.entry(name.clone()).or_default() += count;
+    }
     for (reason, count) in &replayed.unreplayable {
         *report.parked.unreplayable.entry(reason.clone()).or_default() += count;
     }

@@ -101,7 +101,11 @@ pub fn probes_sent(outcome: &mut Outcome) {
                 let alive = tcp.error.is_none() && tcp.written.iter().all(|w| *w > 0);
                 checks.push((format!("{name} ran to its end"), alive, json!(tcp)));
             }
-            ProbeOutcome::Silent(_) => {}
+            ProbeOutcome::Connections(all) => {
+                let share = all.begun as f64 / all.due.max(1) as f64;
+                checks.push((format!("{name} began all it should"), all.begun > 0 && share >= SENT_SHARE, json!(all)));
+            }
+            ProbeOutcome::Silent(_) | ProbeOutcome::Copies(_) => {}
         }
     }
     for (name, pass, found) in checks {
@@ -138,6 +142,11 @@ pub fn no_losses(expect: &Expect, outcome: &mut Outcome) {
                     ));
                 }
             }
+            ProbeOutcome::Connections(all) => {
+                checks.push((format!("{name} were all answered"), all.answered == all.begun, json!(all)));
+            }
+            // Judged by the scenario, which knows what is mirrored.
+            ProbeOutcome::Copies(_) => {}
             ProbeOutcome::Silent(silent) => {
                 let quiet = silent.later_unicast <= silent.quiet_unicast;
                 checks.push((format!("{name} saw nothing flooded"), quiet, json!(silent)));

@@ -6,6 +6,8 @@ mod ct_policies;
 mod killed;
 mod local_port;
 mod meanwhile;
+mod mirror;
+mod nat;
 pub mod network;
 mod new_dies;
 mod no_systemd;
@@ -17,8 +19,10 @@ mod refusals;
 mod rule_change;
 mod scale;
 mod selftest;
+mod set_field;
 mod systemd;
 mod tunnel;
+mod two_zones;
 mod unprivileged;
 mod vlan_patch;
 
@@ -176,6 +180,11 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&plain::Plain),
     Scenario::Traffic(&conntrack::Conntrack),
     Scenario::Traffic(&ct_policies::CtPolicies),
+    Scenario::Traffic(&nat::NAT),
+    Scenario::Traffic(&nat::NAT6),
+    Scenario::Traffic(&two_zones::TwoZones),
+    Scenario::Traffic(&set_field::SetField),
+    Scenario::Traffic(&mirror::Mirror),
     Scenario::Traffic(&vlan_patch::VlanPatch),
     Scenario::Traffic(&tunnel::VXLAN),
     Scenario::Traffic(&tunnel::GENEVE),

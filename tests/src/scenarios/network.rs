@@ -1,12 +1,15 @@
 //! What most scenarios' networks have in common.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::json;
 
 use crate::command::{shell, wait_until};
 use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::Evidence;
+use crate::outcome::Outcome;
 
 /// The constant flow: a packet every 2 ms.
 pub const CONSTANT_US: u64 = 2000;
@@ -48,6 +51,25 @@ pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Resu
     Ok(())
 }
 
+/// Namespace `ns` is told that `address` is at the device of namespace `at`.
+pub fn neighbour(ns: &str, address: &str, at: &str) -> Result<()> {
+    shell(&format!(
+        "mac=$(ip netns exec {at} cat /sys/class/net/e-{at}/address)
+         ip -n {ns} neigh replace {address} lladdr $mac dev e-{ns} nud permanent"
+    ))
+    .map(drop)
+}
+
+/// Some of the parked packets had to be undone by `what` (`parked.undone` of the report): else nothing was shown.
+pub fn undone(evidence: &Evidence, outcome: &mut Outcome, what: &str) {
+    if !evidence.job.action.judged_as_ours() {
+        return;
+    }
+    let parked = evidence.report.as_ref().map(|report| report["parked"].clone()).unwrap_or_default();
+    let count = parked["undone"][what].as_u64().unwrap_or(0);
+    outcome.check(format!("parked packets were undone: {what}"), count > 0, json!(parked));
+}
+
 /// Replaces a bridge's rules.
 pub fn rules(bridge: &str, flows: &str) -> Result<()> {
     let file = format!("/run/lab-rules-{bridge}");
@@ -62,9 +84,20 @@ pub fn ping(ns: &str, address: &str) -> Result<()> {
 }
 
 /// The usual probes: `e`, `n` and `tcp`, from one place to another.
-pub fn usual_probes(from: Place, to: Place, address: Ipv4Addr) -> Vec<(String, Spec)> {
-    let udp =
-        |port, interval_us, ports| Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports };
+pub fn usual_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<(String, Spec)> {
+    probes(from, to, address.into(), 1)
+}
+
+/// The usual probes at half the rate: for pipelines of so many tables that an emulated CPU forwards no more.
+pub fn gentle_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<(String, Spec)> {
+    probes(from, to, address.into(), 2)
+}
+
+fn probes(from: Place, to: Place, address: IpAddr, slower: u64) -> Vec<(String, Spec)> {
+    let udp = |port, interval_us, ports| {
+        let interval_us = interval_us * slower;
+        Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports }
+    };
     vec![
         ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US, Ports::Constant)),
         ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US, Ports::EachNew)),

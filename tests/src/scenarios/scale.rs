@@ -113,7 +113,7 @@ impl Traffic for Scale {
         let udp = |port, interval_us, ports| Spec::Udp {
             from: Place::named("ns1"),
             to: Place::named("ns2"),
-            address: Ipv4Addr::new(10, 9, 0, 2),
+            address: Ipv4Addr::new(10, 9, 0, 2).into(),
             port,
             interval_us,
             ports,

@@ -264,9 +264,9 @@ impl Datapath for KernelDatapath {
         self.bind(None, &port_ids)?;
         // The old daemon knows its own recirculation ids and reads its own sockets: all goes back as it came.
         self.park()?.release_adopted();
-        self.choose_doomed()?;
         if let Some(old) = self.old {
-            self.replay_to(old, Instant::now() + RETURN_LIMIT)?;
+            let reader = raised(number(old)?, &port_ids, self.limits)?;
+            give_back(&mut self.park, &Origins::living(), &reader, Instant::now() + RETURN_LIMIT)?;
         }
         self.park = None;
         self.dump = None;

@@ -1,12 +1,14 @@
 //! The traffic probes: threads that live in network namespaces and count what arrives.
 
+pub mod connections;
+pub mod copies;
 pub mod silent;
 pub mod stats;
 pub mod tcp;
 pub mod udp;
 
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context, Result};
 use nix::sched::{setns, CloneFlags};
@@ -78,7 +80,7 @@ pub enum Spec {
         /// Where they are answered.
         to: Place,
         /// The address they are sent to.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// Destination port.
         port: u16,
         /// Time between two requests, µs.
@@ -93,9 +95,31 @@ pub enum Spec {
         /// The server.
         to: Place,
         /// The server's address.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// The server's port.
         port: u16,
+    },
+    /// TCP connections, each new.
+    Connections {
+        /// The client.
+        from: Place,
+        /// The server.
+        to: Place,
+        /// The server's address.
+        address: IpAddr,
+        /// The server's port.
+        port: u16,
+        /// Time between two connections, µs.
+        interval_us: u64,
+    },
+    /// Counts the copies that a mirror makes of the packets of UDP probes.
+    Copies {
+        /// Where its port is.
+        place: Place,
+        /// The device there.
+        device: String,
+        /// Ports of the probes.
+        ports: Vec<u16>,
     },
     /// Counts frames on a device that nobody talks to.
     Silent {
@@ -123,13 +147,23 @@ impl Spec {
     pub fn start(&self) -> Result<Box<dyn Running>> {
         Ok(match self {
             Spec::Udp { from, to, address, port, interval_us, ports } => {
-                Box::new(udp::start(from, to, SocketAddrV4::new(*address, *port), *interval_us, *ports)?)
+                Box::new(udp::start(from, to, SocketAddr::new(*address, *port), *interval_us, *ports)?)
             }
-            Spec::Tcp { from, to, address, port } => {
-                Box::new(tcp::start(from, to, SocketAddrV4::new(*address, *port))?)
+            Spec::Tcp { from, to, address, port } => Box::new(tcp::start(from, to, SocketAddr::new(*address, *port))?),
+            Spec::Connections { from, to, address, port, interval_us } => {
+                Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us)?)
             }
+            Spec::Copies { place, device, ports } => Box::new(copies::start(place, device, ports)?),
             Spec::Silent { place, device } => Box::new(silent::start(place, device)?),
         })
+    }
+}
+
+/// The address that listens on all of `target`'s family.
+pub fn anywhere(target: SocketAddr) -> IpAddr {
+    match target {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     }
 }
 

@@ -37,7 +37,7 @@ pub fn start(place: &Place, device: &str) -> Result<SilentPort> {
     Ok(SilentPort { acting, stop, counter })
 }
 
-fn listen(device: &str) -> Result<OwnedFd> {
+pub(super) fn listen(device: &str) -> Result<OwnedFd> {
     let index = nix::net::if_::if_nametoindex(device).with_context(|| format!("no device {device}"))?;
     // ETH_P_ALL of linux/if_ether.h, in network order as packet(7) wants it.
     let protocol = (libc::ETH_P_ALL as u16).to_be();

@@ -1,7 +1,7 @@
 //! One long-lived TCP connection: both ends write a known stream at a modest rate and check what they read.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddrV4, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
 
-use super::{Place, Running};
+use super::{anywhere, Place, Running};
 use crate::outcome::{ProbeOutcome, TcpOutcome};
 
 /// One write.
@@ -47,14 +47,14 @@ pub struct TcpProbe {
 }
 
 /// Connects `from` to `target`, which listens in `to`.
-pub fn start(from: &Place, to: &Place, target: SocketAddrV4) -> Result<TcpProbe> {
+pub fn start(from: &Place, to: &Place, target: SocketAddr) -> Result<TcpProbe> {
     let stop = Arc::new(AtomicBool::new(false));
     let (ready, is_ready) = channel();
     let server = {
         let (stop, to) = (stop.clone(), to.clone());
         std::thread::spawn(move || {
             to.enter()?;
-            let listener = TcpListener::bind(("0.0.0.0", target.port())).context("cannot listen")?;
+            let listener = TcpListener::bind((anywhere(target), target.port())).context("cannot listen")?;
             let _ = ready.send(());
             let (stream, _) = listener.accept().context("cannot accept")?;
             talk(stream, &stop)

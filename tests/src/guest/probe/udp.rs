@@ -1,7 +1,7 @@
 //! Numbered UDP requests from A, echoed by B; arrivals counted at both ends.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::net::{SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -15,7 +15,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::stats::{judge, Arrival};
-use super::{measure_first, now, Place, Ports, Running};
+use super::{anywhere, measure_first, now, Place, Ports, Running};
 use crate::outcome::{ProbeOutcome, UdpOutcome};
 
 /// Bytes of a probe packet.
@@ -95,7 +95,7 @@ pub struct UdpProbe {
 }
 
 /// Starts requests from `from` to `target`, answered in `to`.
-pub fn start(from: &Place, to: &Place, target: SocketAddrV4, interval_us: u64, ports: Ports) -> Result<UdpProbe> {
+pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64, ports: Ports) -> Result<UdpProbe> {
     let flags = Arc::new(Flags::default());
     let interval_ns = interval_us * 1000;
     let (ready, is_ready) = channel();
@@ -118,10 +118,10 @@ pub fn start(from: &Place, to: &Place, target: SocketAddrV4, interval_us: u64, p
     Ok(UdpProbe { flags, interval_ns, ports, sender, echo, collector })
 }
 
-fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
+fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
     place.enter()?;
     measure_first();
-    let socket = UdpSocket::bind(("0.0.0.0", target.port())).context("cannot bind the echo socket")?;
+    let socket = UdpSocket::bind((anywhere(target), target.port())).context("cannot bind the echo socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
@@ -144,7 +144,7 @@ fn echo(place: &Place, target: SocketAddrV4, flags: &Flags, ready: &Sender<()>) 
     Ok(log)
 }
 
-fn collect(target: SocketAddrV4, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
+fn collect(target: SocketAddr, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
     measure_first();
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let mut open: VecDeque<(u64, UdpSocket)> = VecDeque::new();
@@ -173,10 +173,10 @@ fn collect(target: SocketAddrV4, flags: &Flags, sockets: &Receiver<UdpSocket>) -
     Ok(log)
 }
 
-fn receive_all(socket: &UdpSocket, target: SocketAddrV4, log: &mut Log) {
+fn receive_all(socket: &UdpSocket, target: SocketAddr, log: &mut Log) {
     let mut buffer = [0u8; 2048];
     while let Ok((length, sender)) = socket.recv_from(&mut buffer) {
-        if sender != SocketAddr::V4(target) {
+        if sender != target {
             log.wrong_source += 1;
             continue;
         }
@@ -187,8 +187,9 @@ fn receive_all(socket: &UdpSocket, target: SocketAddrV4, log: &mut Log) {
     }
 }
 
-fn source_socket(port: u16) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind(("0.0.0.0", port)).with_context(|| format!("cannot bind source port {port}"))?;
+fn source_socket(target: SocketAddr, port: u16) -> Result<UdpSocket> {
+    let socket =
+        UdpSocket::bind((anywhere(target), port)).with_context(|| format!("cannot bind source port {port}"))?;
     socket.set_nonblocking(true)?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
@@ -197,7 +198,7 @@ fn source_socket(port: u16) -> Result<UdpSocket> {
 
 fn send(
     place: &Place,
-    target: SocketAddrV4,
+    target: SocketAddr,
     interval_ns: u64,
     ports: Ports,
     flags: &Flags,
@@ -207,7 +208,7 @@ fn send(
     measure_first();
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
     // Fixed, so that it never takes a port that another probe needs.
-    let constant = source_socket(CONSTANT_FIRST + target.port() % 1000)?;
+    let constant = source_socket(target, CONSTANT_FIRST + target.port() % 1000)?;
     hand_over.send(constant.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
     let begin = now();
     let mut sequence = 0u32;
@@ -220,7 +221,7 @@ fn send(
         let result = match ports.source(sequence) {
             None => transmit(&constant, sequence, target, &mut sent),
             Some(port) => {
-                let socket = source_socket(port)?;
+                let socket = source_socket(target, port)?;
                 // The collector must know the socket before a reply can come.
                 hand_over.send(socket.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
                 transmit(&socket, sequence, target, &mut sent)
@@ -237,7 +238,7 @@ fn send(
     Ok(sent)
 }
 
-fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut Sent) -> std::io::Result<()> {
+fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddr, sent: &mut Sent) -> std::io::Result<()> {
     sent.at.push(now());
     loop {
         match socket.send_to(&packet(sequence), target) {
@@ -250,7 +251,8 @@ fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddrV4, sent: &mut 
     }
 }
 
-fn wait_for_stragglers(arrived: &AtomicU64) {
+/// Waits until nothing arrives any more.
+pub(super) fn wait_for_stragglers(arrived: &AtomicU64) {
     let end = Instant::now() + PATIENCE;
     loop {
         let before = arrived.load(Ordering::Relaxed);
