@@ -104,11 +104,13 @@ impl Freeze {
 
     /// One lease. None: it ran out before the canary's message got through to the hook, which proves nothing.
     fn prove(&mut self, child: &mut Canary, scope: &Scope, lease: Duration, passes: Fate) -> Result<Option<u64>> {
+        // The lease begins between the two: it surely holds for its length from the first on, and has surely run out
+        // its length after the second.
+        let arming = Instant::now();
         self.arm(scope, Classes::FLOW_FLUSH, lease, lease * 2)?;
-        // Taken after the arming, so that the lease has surely run out once this much time has passed.
         let armed = Instant::now();
         let refused = child.send()?;
-        let late = armed.elapsed() >= lease;
+        let late = arming.elapsed() >= lease;
         if refused != Fate::Refused(Errno::EBUSY as i32) {
             return if late && refused == passes {
                 Ok(None)
