@@ -37,7 +37,8 @@ fn usage_errors_end_with_2() {
         &["hook", "reload"],
         &["hook", "supervise"],
         &["runs", "show"],
-        &["ct", "show"],
+        &["ct"],
+        &["ct", "explode"],
     ] {
         let output = ovs_graceful(words).output().unwrap();
         assert_eq!(code(&output), 2, "{words:?}: {}", stderr(&output));
@@ -57,7 +58,7 @@ fn help_and_version_end_with_0_and_help_tells_the_exit_codes() {
 
 #[test]
 fn without_root_every_command_refuses_with_10_and_says_what_to_do() {
-    let everything: [&[&str]; 10] = [
+    let everything: [&[&str]; 11] = [
         &["check"],
         &["check", "--json"],
         &["restart"],
@@ -67,6 +68,7 @@ fn without_root_every_command_refuses_with_10_and_says_what_to_do() {
         &["recover"],
         &["thaw"],
         &["runs"],
+        &["ct", "show"],
         &["hook", "supervise", "--id", "x"],
     ];
     let root = nix::unistd::geteuid().is_root();
