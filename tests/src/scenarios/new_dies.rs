@@ -32,7 +32,7 @@ impl Custom for NewDies {
         let before = facts::daemons("ovs-vswitchd");
         let rules = facts::promised(&plain::bridges());
         let lost = facts::counters()?.lost;
-        let gate = ["--gate-command", "kill -KILL $(pgrep -n -x ovs-vswitchd); sleep 20"];
+        let gate = ["--no-ovsdb", "--gate-command", "kill -KILL $(pgrep -n -x ovs-vswitchd); sleep 20"];
         let report = meanwhile::traffic(&gate, out, outcome, |_, _| Ok(()))?;
         outcome.check("exit code 21", report["exit_code"] == 21, &report["exit_code"]);
         std::thread::sleep(Duration::from_secs(2));

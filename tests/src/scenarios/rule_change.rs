@@ -32,8 +32,8 @@ fn pings() -> Vec<String> {
     flows.lines().filter(|flow| flow.contains("dst=10.9.0.2,proto=1")).map(str::to_owned).collect()
 }
 
-fn drops(flow: &String) -> bool {
-    flow.contains("actions:drop")
+fn all_drop(flows: &[String]) -> bool {
+    !flows.is_empty() && flows.iter().all(|flow| flow.contains("actions:drop"))
 }
 
 fn change(known: &[String], outcome: &mut Outcome) -> Result<()> {
@@ -45,13 +45,12 @@ fn change(known: &[String], outcome: &mut Outcome) -> Result<()> {
     ))?;
     let mut flows = pings();
     // On a slow machine the old daemon has until the switch for it, and then the kernel keeps what it has.
-    while !run::has_begun(&id, "switch-prepare") && (flows.is_empty() || !flows.iter().all(drops)) {
+    while !all_drop(&flows) && !run::has_begun(&id, "switch-prepare") && !run::report(&id).exists() {
         std::thread::sleep(Duration::from_millis(20));
         flows = pings();
     }
     let early = !run::has_begun(&id, "switch-prepare");
-    let dropped = !flows.is_empty() && flows.iter().all(drops);
-    outcome.check("the kernel dropped pings before the switch", early && dropped, flows);
+    outcome.check("the kernel dropped pings before the switch", early && all_drop(&flows), flows);
     Ok(())
 }
 
@@ -73,7 +72,7 @@ impl Custom for RuleChange {
             .stdout(Stdio::null())
             .spawn()
             .context("cannot start ping")?;
-        let passing = || pings().iter().any(|flow| !drops(flow));
+        let passing = || pings().iter().any(|flow| !flow.contains("actions:drop"));
         let passed = wait_until("the kernel passes pings", Duration::from_secs(10), Duration::from_millis(50), passing);
         outcome.check("pings passed before", passed.is_ok(), pings());
         let ran = meanwhile::restart(&[], out, outcome, change);
