@@ -47,7 +47,7 @@ pub enum Error {
         why: String,
     },
     /// The kernel or this process lacks something that the request needs.
-    #[error("{what}: {why}; {remedy}")]
+    #[error("{what}: {why}; remedy: {remedy}")]
     Unsupported {
         /// What was asked for.
         what: String,
@@ -106,7 +106,7 @@ mod tests {
             ),
             (
                 Error::Unsupported { what: "BPF".into(), why: "lockdown".into(), remedy: "boot without".into() },
-                "BPF: lockdown; boot without",
+                "BPF: lockdown; remedy: boot without",
             ),
         ];
         for (error, text) in cases {
