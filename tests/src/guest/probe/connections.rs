@@ -49,7 +49,7 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64) -> 
         let (stop, begun, from) = (stop.clone(), begun.clone(), from.clone());
         std::thread::spawn(move || {
             from.enter()?;
-            measure_first();
+            measure_first(target.port());
             Ok(connect(target, Duration::from_micros(interval_us), &stop, &begun))
         })
     };

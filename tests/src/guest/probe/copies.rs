@@ -35,7 +35,7 @@ pub fn start(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
         let (stop, arrived) = (stop.clone(), arrived.clone());
         std::thread::spawn(move || {
             place.enter()?;
-            measure_first();
+            measure_first(0);
             let socket = silent::listen(&device)?;
             setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
             let _ = ready.send(());

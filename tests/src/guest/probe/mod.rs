@@ -174,11 +174,17 @@ pub fn now() -> u64 {
 }
 
 /// Lets the calling thread run before everything else in the guest: a measuring thread that waits for a CPU would
-/// measure its own waiting (6 s of it for 500 packets a second, on a slow machine).
-pub fn measure_first() {
+/// measure its own waiting (6 s of it for 500 packets a second, on a slow machine). It stays on one CPU, by `number`:
+/// moved between two packets it would make the reordering that it measures.
+pub fn measure_first(number: u16) {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let mut cpu = nix::sched::CpuSet::new();
+    let pinned = cpu
+        .set(usize::from(number) % cpus)
+        .and_then(|()| nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpu));
     let thread = nix::unistd::gettid().to_string();
-    match std::process::Command::new("chrt").args(["--rr", "--pid", "1", &thread]).status() {
-        Ok(status) if status.success() => {}
-        other => eprintln!("no real-time priority for a probe, its latencies include its own waiting: {other:?}"),
+    let first = std::process::Command::new("chrt").args(["--rr", "--pid", "1", &thread]).status();
+    if pinned.is_err() || !first.as_ref().is_ok_and(std::process::ExitStatus::success) {
+        eprintln!("a probe competes for CPUs, its latencies include its own waiting: {pinned:?}, {first:?}");
     }
 }

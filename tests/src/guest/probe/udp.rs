@@ -120,7 +120,7 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64, por
 
 fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
     place.enter()?;
-    measure_first();
+    measure_first(target.port());
     let socket = UdpSocket::bind((anywhere(target), target.port())).context("cannot bind the echo socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
@@ -145,7 +145,7 @@ fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) ->
 }
 
 fn collect(target: SocketAddr, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
-    measure_first();
+    measure_first(target.port());
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let mut open: VecDeque<(u64, UdpSocket)> = VecDeque::new();
     let mut next_id = 0u64;
@@ -205,7 +205,7 @@ fn send(
     hand_over: &Sender<UdpSocket>,
 ) -> Result<Sent> {
     place.enter()?;
-    measure_first();
+    measure_first(target.port());
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
     // Fixed, so that it never takes a port that another probe needs.
     let constant = source_socket(target, CONSTANT_FIRST + target.port() % 1000)?;
