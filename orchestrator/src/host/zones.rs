@@ -64,6 +64,7 @@ pub fn says(policy: &TimeoutPolicy, timeouts: &BTreeMap<String, u32>) -> bool {
 
 /// Open vSwitch's own policies by number and by what they say, so that tens of thousands of zones are looked up without
 /// comparing each with every policy.
+#[derive(Debug)]
 pub struct PolicyIndex<'a> {
     groups: BTreeMap<u32, Vec<&'a TimeoutPolicy>>,
     /// Numbers by layer 4 protocol, limit and seconds.
@@ -88,7 +89,7 @@ impl<'a> PolicyIndex<'a> {
     pub fn saying(&self, timeouts: &BTreeMap<String, u32>) -> Vec<u32> {
         let all = |number: &u32| self.groups.get(number).is_some_and(|group| group.iter().all(|p| says(p, timeouts)));
         let limits = timeouts.iter().flat_map(|(key, seconds)| {
-            [TCP, UDP, ICMP].into_iter().filter_map(|l4| Some((l4, kernel_limit(key, l4)?, *seconds)))
+            [TCP, UDP, ICMP].into_iter().filter_map(move |l4| Some((l4, kernel_limit(key, l4)?, *seconds)))
         });
         // Whoever says all of it says the limit that the fewest say; a number may lack that protocol, but none of ours
         // does (six policies are made for each).
