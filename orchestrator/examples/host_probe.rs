@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use orchestrator::host::real::check::{self, CheckOptions};
-use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealDaemons, RealOpenFlow, Systemd};
+use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealClock, RealDaemons, RealOpenFlow, Systemd};
 use orchestrator::host::{
     Cleared, Daemon, DaemonKind, Daemons, Database, HandOver, JobKind, OpenFlow, Result, ServiceManager, Signal,
     SupervisorUnit,
@@ -141,7 +141,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         tally.check("finding", finding.severity == Severity::Ok);
     }
     let before = Instant::now();
-    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &server, soon());
+    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &RealClock, &server, soon());
     if let Some(new) = tally.take("replace ovsdb-server", replaced) {
         println!("     after {:?}", before.elapsed());
         tally.check("it is another one", new.id != server.id && !daemons.is_alive(server.id));

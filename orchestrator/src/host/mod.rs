@@ -3,9 +3,12 @@
 //! Everything here blocks and takes its deadline as an [`Instant`]; nothing waits longer. The traits are what a step
 //! may ask for; [`real`] asks the machine we run on.
 
+pub mod clock;
 pub mod datapath;
+pub mod disk;
 pub mod error;
 pub mod real;
+pub mod surroundings;
 pub mod zones;
 
 use std::collections::BTreeMap;
@@ -137,6 +140,10 @@ pub trait Daemons: Send + Sync {
     fn is_alive(&self, id: ProcessId) -> bool;
     /// Signals this very process, never a later one with its number. A process that has ended is an error.
     fn signal(&self, id: ProcessId, signal: Signal) -> Result<()>;
+    /// The processes of a cgroup that were started since `ticks` (clock ticks after boot), but for reload hooks of ours.
+    fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>>;
+    /// Does the daemon's control socket exist?
+    fn listens(&self, daemon: &Daemon) -> bool;
     /// Waits until the process has ended; false where `until` passes first.
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool>;
     /// What runs and what is installed.

@@ -1,7 +1,7 @@
 //! Back: an ovs-vswitchd on the database as it is, bound, and the parked packets replayed, after something went wrong
 //! past the point of no return.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -44,7 +44,7 @@ fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
     run.known.standby_stopped = false;
     if run.host.daemons.is_alive(new.id) {
         run.host.daemons.signal(new.id, Signal::Kill)?;
-        run.host.daemons.wait_end(new.id, Instant::now() + Duration::from_secs(5))?;
+        run.host.daemons.wait_end(new.id, run.now() + Duration::from_secs(5))?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::{anyhow, bail, Context};
 
 use super::{Ended, Run, Start, Step, Stop};
 use crate::config::Config;
-use crate::control::{HookCommand, HookEvent, HookLink};
+use crate::control::{Hook, HookCommand, HookEvent};
 use crate::host::real::procfs::own_program;
 use crate::host::{HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
@@ -40,7 +40,7 @@ impl Step for Standby {
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
-        let until = Instant::now() + run.config.limits.undo();
+        let until = run.now() + run.config.limits.undo();
         run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         if let Some(new) = run.known.new.take() {
@@ -99,9 +99,8 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
     }
-    let control = new.control.clone();
-    run.known.new = Some(new);
-    run.wait_for("the new ovs-vswitchd to listen", |_| Ok(control.exists()))
+    run.known.new = Some(new.clone());
+    run.wait_for("the new ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))
 }
 
 /// Waits for the starting command to end well, so that the service manager owns the new daemon.
@@ -109,7 +108,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
-            let ended = end_start(run, job.as_mut(), &mut link, &unit, until);
+            let ended = end_start(run, job.as_mut(), link.as_mut(), &unit, until);
             // Whatever came of it, the unit goes back to what the package wrote.
             run.host.services.end_hand_over(&unit, until)?;
             ended?;
@@ -122,7 +121,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
     Ok(())
 }
 
-fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut HookLink, unit: &str, until: Instant) -> Result<(), Stop> {
+fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut dyn Hook, unit: &str, until: Instant) -> Result<(), Stop> {
     wait_for_child(run, link)?;
     link.send(HookCommand::Finish)?;
     Ok(wait_job(job, unit, until)?)
@@ -136,8 +135,8 @@ fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()>
     }
 }
 
-fn wait_for_child(run: &mut Run, link: &mut HookLink) -> Result<(), Stop> {
-    run.wait_for("ovs-ctl to end", |_| match link.recv(Instant::now()) {
+fn wait_for_child(run: &mut Run, link: &mut dyn Hook) -> Result<(), Stop> {
+    run.wait_for("ovs-ctl to end", |run| match link.recv(run.now()) {
         Some(HookEvent::ChildExited { status: 0 }) => Ok(true),
         Some(HookEvent::ChildExited { status }) => Err(anyhow!("ovs-ctl ended with status {status}").into()),
         Some(HookEvent::Closed) => Err(anyhow!("the reload hook has gone").into()),
@@ -147,7 +146,7 @@ fn wait_for_child(run: &mut Run, link: &mut HookLink) -> Result<(), Stop> {
 
 /// Ends a start that is not wanted any more.
 pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
-    let until = Instant::now() + run.config.limits.undo();
+    let until = run.now() + run.config.limits.undo();
     match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
             let _gone_is_fine = link.send(HookCommand::Cancel);

@@ -1,7 +1,5 @@
 //! Thaw: whatever happened, nothing stays frozen, and no flag of ours stays in the database.
 
-use std::time::Instant;
-
 use super::{Ended, Run};
 use crate::machine::Event;
 
@@ -10,7 +8,7 @@ pub fn thaw(run: &mut Run) -> Ended {
     super::guard::widen(run);
     run.host.datapath.thaw()?;
     run.restore_wait = None;
-    let until = Instant::now() + run.config.limits.undo();
+    let until = run.now() + run.config.limits.undo();
     run.host.database.clear_restore_wait(&run.id, until)?;
     Ok(Event::Done)
 }

@@ -1,9 +1,11 @@
 //! The whole of this machine, for a run.
 
+use std::sync::Arc;
+
 use dpfreeze::park::ParkLimits;
 
 use super::datapath::KernelDatapath;
-use super::{Ovsdb, RealDaemons, RealOpenFlow, Systemd};
+use super::{Ovsdb, RealClock, RealDaemons, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
 use crate::steps::Host;
 
@@ -26,6 +28,8 @@ impl Host {
             database: Box::new(Ovsdb::new(DATABASE_SOCKET)),
             openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY)),
             services: Box::new(Systemd::default()),
+            surroundings: Box::new(RealSurroundings),
+            clock: Arc::new(RealClock),
         })
     }
 }

@@ -119,6 +119,18 @@ impl Daemons for RealDaemons {
         pidfd_send_signal(&*self.hold(id)?, number).about(format!("process {}: {signal:?}", id.pid))
     }
 
+    fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>> {
+        let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|own| own == cgroup);
+        let hook =
+            |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|w| w == "hook"));
+        let all = procfs::pids().about("/proc")?.into_iter().filter(inside).filter(|pid| !hook(pid));
+        Ok(all.filter_map(|pid| procfs::identity(pid).ok()).filter(|id| id.start_time >= ticks).collect())
+    }
+
+    fn listens(&self, daemon: &Daemon) -> bool {
+        daemon.control.exists()
+    }
+
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool> {
         let fd = match self.hold(id) {
             Ok(fd) => fd,

@@ -2,9 +2,11 @@
 
 pub mod assemble;
 pub mod check;
+mod clock;
 pub mod command;
 mod daemons;
 mod datapath;
+mod disk;
 mod fdb;
 pub mod jsonrpc;
 pub mod openflow;
@@ -15,10 +17,14 @@ mod prepared;
 pub mod procfs;
 mod rule_watch;
 mod spawn;
+mod surroundings;
 pub mod systemd;
 pub mod unixctl;
 
+pub use clock::RealClock;
 pub use daemons::RealDaemons;
+pub use disk::RealDisk;
 pub use openflow::RealOpenFlow;
 pub use ovsdb::Ovsdb;
+pub use surroundings::RealSurroundings;
 pub use systemd::Systemd;
