@@ -1,5 +1,8 @@
 //! The supervisor: does what the machine says, step by step, and tells it what became of it.
 
+#[cfg(test)]
+mod simulation;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

@@ -8,6 +8,8 @@ pub mod datapath;
 pub mod disk;
 pub mod error;
 pub mod real;
+#[cfg(test)]
+pub mod simulated;
 pub mod surroundings;
 pub mod zones;
 
