@@ -127,7 +127,7 @@ fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut dyn Hook, unit: &str, 
     Ok(wait_job(job, unit, until)?)
 }
 
-fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
+pub(super) fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
     match job.wait(until)?.as_deref() {
         Some("done") => Ok(()),
         Some(result) => bail!("the reload of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
