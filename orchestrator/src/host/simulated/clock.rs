@@ -14,7 +14,9 @@ impl Clock for SimClock {
     }
 
     fn sleep(&self, time: Duration) {
-        self.0.look().pass(time);
+        let mut world = self.0.look();
+        let time = world.patience.next(time);
+        world.pass(time);
     }
 
     fn boot(&self) -> String {

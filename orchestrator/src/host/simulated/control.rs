@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::world::Patience;
 use super::Sim;
 use crate::control::{AbortGate, Control, Hook, HookCommand, HookEvent, Progress};
 
@@ -29,6 +30,7 @@ impl Control for SimControl {
 
     fn tell(&self, progress: &Progress) {
         let mut world = self.sim.look();
+        world.patience = Patience::default();
         if *progress == Progress::PointOfNoReturn {
             let lost = world.lost();
             world.lost_before_no_return.get_or_insert(lost);

@@ -104,6 +104,7 @@ impl Sim {
         mut effect: impl FnMut(&mut World) -> Result<T>,
     ) -> Result<T> {
         let mut world = self.look();
+        world.patience.operation(name);
         world.pass(OPERATION);
         let injected = |what: &str| HostError::new(name, format!("injected: {what}"));
         let Some(fault) = world.script.at(name) else { return effect(&mut world) };

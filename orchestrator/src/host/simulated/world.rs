@@ -181,8 +181,33 @@ pub struct PidNames {
     pub new: Option<i32>,
 }
 
+/// Whoever waits long looks more and more rarely: a wait up to a deadline is not worth thousands of looks.
+#[derive(Debug, Clone, Default)]
+pub struct Patience {
+    sleeps: u32,
+    seen: BTreeSet<&'static str>,
+}
+
+impl Patience {
+    /// An operation: one that has not been seen since the wait began is the end of it.
+    pub fn operation(&mut self, name: &'static str) {
+        if self.seen.insert(name) {
+            self.sleeps = 0;
+        }
+    }
+
+    /// How long somebody sleeps who asks for `time`.
+    pub fn next(&mut self, time: Duration) -> Duration {
+        self.sleeps += 1;
+        let longer = time * self.sleeps.saturating_sub(20).max(1);
+        longer.min(Duration::from_secs(1).max(time))
+    }
+}
+
 /// Everything.
 pub struct World {
+    /// How long it has been waited for.
+    pub patience: Patience,
     /// What kind of host.
     pub variant: Variant,
     /// What goes wrong.
@@ -259,6 +284,7 @@ impl World {
     /// A host that forwards.
     pub fn new(variant: Variant, script: Script) -> World {
         let mut world = World {
+            patience: Patience::default(),
             variant,
             script,
             time: Duration::ZERO,
@@ -759,6 +785,7 @@ impl World {
     /// Another supervisor, or a recovery, is there.
     pub fn next_supervisor(&mut self) {
         self.supervisor_lives = true;
+        self.patience = Patience::default();
         self.script.next_life();
         self.pass(Duration::from_millis(30));
     }
@@ -805,6 +832,11 @@ impl World {
             _ => {}
         }
         self.live();
+    }
+
+    /// Did this come about?
+    pub fn happened(&self, fault: Fault) -> bool {
+        self.script.struck.iter().any(|(_, struck)| *struck == fault)
     }
 
     /// What a person would find left over of a run.
