@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
-use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, JobKind, ProcessId, Signal};
+use crate::host::{BridgeRules, Cleared, Daemon, Database, DaemonKind, JobKind, ProcessId, Signal};
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
@@ -61,7 +61,14 @@ pub fn recover(config: &Config) -> anyhow::Result<i32> {
         }
         Err(error) => return Err(error.into()),
     };
-    let recovered = recover_interrupted(&runs, Arc::new(RealClock), || Host::real(config))?;
+    let database = Host::real_database();
+    let recovered = recover_interrupted(&runs, Arc::new(RealClock), database.as_ref(), || Host::real(config))?;
+    // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
+    match clear_our_mark(database.as_ref(), Instant::now() + SHORT) {
+        Ok(None) => {}
+        Ok(Some(run)) => println!("flow-restore-wait of run {run} is removed"),
+        Err(error) => println!("flow-restore-wait was not looked at: {error}"),
+    }
     let Some(report) = recovered else { return Ok(0) };
     println!("run {} was cut off", report.id);
     for line in report.warnings.iter().chain([&report.reason]) {
@@ -74,11 +81,12 @@ pub fn recover(config: &Config) -> anyhow::Result<i32> {
 pub(crate) fn recover_interrupted(
     runs: &Runs,
     clock: Arc<dyn Clock>,
+    database: &dyn Database,
     host: impl FnOnce() -> anyhow::Result<Host>,
 ) -> anyhow::Result<Option<Report>> {
     let Some(id) = runs.interrupted()? else { return Ok(None) };
     let mut recovery = Recovery::new(runs, &id, clock);
-    let outcome = recovery.run(host());
+    let outcome = recovery.run(database, host);
     let duration = recovery.clock.now().saturating_duration_since(recovery.begun);
     // What is in memory goes to the disk, for whoever wants the whole story.
     let carried = runs.journal(&id);
@@ -89,6 +97,16 @@ pub(crate) fn recover_interrupted(
     runs.keep_report(&id, &report)?;
     runs.clear_memory(&id);
     Ok(Some(report))
+}
+
+/// Removes a flow-restore-wait with our mark, whichever run it is of, and returns that. The caller has the run lock.
+pub(crate) fn clear_our_mark(database: &dyn Database, until: Instant) -> anyhow::Result<Option<String>> {
+    let facts = database.facts(until)?;
+    let Some(run) = facts.external_ids.get(MARK) else { return Ok(None) };
+    match database.clear_restore_wait(run, until)? {
+        Cleared::Removed { .. } | Cleared::AlreadyGone => Ok(Some(run.clone())),
+        Cleared::NotOurs => Ok(None),
+    }
 }
 
 /// The emergency thaw without a supervisor. Returns the exit code: 0 done, 40 needs a person.
@@ -170,7 +188,7 @@ impl Recovery {
         self.report.warnings.push(text.into());
     }
 
-    fn run(&mut self, host: anyhow::Result<Host>) -> Outcome {
+    fn run(&mut self, database: &dyn Database, host: impl FnOnce() -> anyhow::Result<Host>) -> Outcome {
         let entries = self.runs.entries(&self.id);
         let known = self.keep("journal", entries);
         let entries = known.clone().unwrap_or_default();
@@ -178,6 +196,16 @@ impl Recovery {
         if let Some(last) = entries.last() {
             self.told(format!("cut off in {}, step `{}` {:?}", last.phase, last.step, last.state));
         }
+        if let Some(mark) = mark.as_ref().filter(|mark| mark.boot != self.clock.boot()) {
+            // At boot there may be no datapath yet, and nothing is to be done with it.
+            self.report.details.insert("recovery".into(), format!("{:?}", Plan::AfterReboot).into());
+            return match (&mark.old, self.after_reboot(database, &entries)) {
+                (_, Err(error)) => needs_person(format!("{error:#}")),
+                (None, Ok(_)) => nothing_touched(),
+                (Some(_), Ok(outcome)) => outcome,
+            };
+        }
+        let host = host();
         let Some(mut host) = self.keep("host", host) else {
             let thawed = freeze::thaw();
             self.keep("thaw", thawed);
@@ -194,7 +222,7 @@ impl Recovery {
         let outcome = match (plan, mark.old.clone()) {
             (Plan::Undo, Some(old)) => self.undo(&mut host, &mark, &old),
             (Plan::Forward { flush }, Some(_)) => self.forward(&mut host, &mark, survivor, flush),
-            (Plan::AfterReboot, _) => self.after_reboot(&host, &entries),
+            (Plan::AfterReboot, _) => self.after_reboot(database, &entries),
             (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
         };
         self.leave_nothing(&mut host);
@@ -472,9 +500,15 @@ impl Recovery {
     }
 
     /// Only the database outlives a boot.
-    fn after_reboot(&mut self, host: &Host, entries: &[Entry]) -> anyhow::Result<Outcome> {
-        self.database(host);
-        host.database.clear_restore_wait(&self.id, self.until(SHORT)).context("flow-restore-wait")?;
+    fn after_reboot(&mut self, database: &dyn Database, entries: &[Entry]) -> anyhow::Result<Outcome> {
+        // The server may be on its way up.
+        let waited = self.until(SHORT);
+        let mut cleared = database.clear_restore_wait(&self.id, waited);
+        while cleared.is_err() && self.clock.now() < waited {
+            self.clock.sleep(LOOK_AGAIN);
+            cleared = database.clear_restore_wait(&self.id, waited);
+        }
+        cleared.context("flow-restore-wait")?;
         let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
         Ok(Outcome { exit_code, reason: "the machine was booted during the run; nothing of it is left".into() })
     }

@@ -69,7 +69,8 @@ fn play(setting: Setting, script: Script) -> Played {
         let recovery = || {
             let host = sim.host();
             let clock = host.clock.clone();
-            recover_interrupted(&runs, clock, || Ok(host))
+            let database = sim.host().database;
+            recover_interrupted(&runs, clock, database.as_ref(), || Ok(host))
         };
         match living(recovery) {
             Some(Ok(None)) => break,

@@ -7,6 +7,7 @@ use dpfreeze::park::ParkLimits;
 use super::datapath::KernelDatapath;
 use super::{Ovsdb, RealClock, RealDaemons, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
+use crate::host::Database;
 use crate::steps::Host;
 
 /// Where the daemons keep their sockets and PID files (`ovs_rundir`).
@@ -15,6 +16,11 @@ const RUN_DIRECTORY: &str = "/run/openvswitch";
 const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
 
 impl Host {
+    /// This machine's database, which is there before the datapath is.
+    pub fn real_database() -> Box<dyn Database> {
+        Box::new(Ovsdb::new(DATABASE_SOCKET))
+    }
+
     /// This machine.
     ///
     /// # Errors
