@@ -128,8 +128,11 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     {
         tally.take(command, daemons.command(&old, command, &arguments, soon()));
     }
-    let saved = tally.take("save the program", daemons.save_program(&old, Path::new("/var/lib/probe/bin"), soon()));
-    tally.check("twice", daemons.save_program(&old, Path::new("/var/lib/probe/bin"), soon()).ok() == saved);
+    let folders = [PathBuf::from("/var/lib/probe/bin")];
+    let running = versions.map(|versions| versions.running).unwrap_or_default();
+    let save = || daemons.save_program(&old, &running, &folders, soon());
+    let saved = tally.take("save the program", save());
+    tally.check("twice", save().ok() == saved);
     tally.take("upcall/set-flow-limit", daemons.command(&old, "upcall/set-flow-limit", &["200000"], soon()));
     let options = CheckOptions {
         replace_ovsdb: true,

@@ -388,6 +388,18 @@ impl Runs {
         self.files.replace(&path, &text).with_context(|| format!("cannot write the report {}", path.display()))
     }
 
+    /// Where the program that ran before run `id` may be kept, the best place first: either may be mounted noexec.
+    pub fn program_folders(&self, id: &str) -> Vec<PathBuf> {
+        vec![self.folder(id).join("program"), self.run.join(format!("program.{id}"))]
+    }
+
+    /// Removes the program that was kept for run `id`: it is over, and did not have to go back to it.
+    pub fn drop_program(&self, id: &str) {
+        for folder in self.program_folders(id) {
+            let _not_there_is_fine = self.files.remove_folder(&folder);
+        }
+    }
+
     /// Forgets a run that has not begun.
     pub fn forget(&self, id: &str) {
         let _may_not_be_there = self.files.remove_folder(&self.folder(id));

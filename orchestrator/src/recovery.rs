@@ -96,6 +96,9 @@ pub(crate) fn recover_interrupted(
     report.finish(&outcome, duration.as_millis() as u64);
     runs.keep_report(&id, &report)?;
     runs.clear_memory(&id);
+    if report.exit_code == ExitCode::Undone {
+        runs.drop_program(&id);
+    }
     Ok(Some(report))
 }
 

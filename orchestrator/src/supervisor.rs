@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod simulation;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -108,7 +108,7 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
     let ready = open_journal(&runs, &id, &config, clock.as_ref()).and_then(|journal| Ok((journal, host(&config)?)));
     let (outcome, control) = match ready {
         Ok((journal, host)) => {
-            let mut run = new_run(&id, wish, config, host, report, control);
+            let mut run = new_run(&id, wish, config, host, report, control, runs.program_folders(&id));
             let outcome = drive(&mut run, journal, started);
             report = run.report;
             (outcome, run.control)
@@ -122,6 +122,9 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
     keep(&runs, &id, &report);
     if outcome.exit_code != ExitCode::NeedsPerson {
         runs.clear_memory(&id);
+    }
+    if !matches!(outcome.exit_code, ExitCode::NeedsPerson | ExitCode::Back) {
+        runs.drop_program(&id);
     }
     control.tell(&Progress::Finished { exit_code: outcome.exit_code.code(), report: Box::new(report.clone()) });
     control.close(Duration::from_secs(5));
@@ -141,7 +144,7 @@ fn open_journal(runs: &Runs, id: &str, config: &Config, clock: &dyn Clock) -> an
     })
 }
 
-fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Box<dyn Control>) -> Run {
+fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Box<dyn Control>, program_folders: Vec<PathBuf>) -> Run {
     let machine = Machine::new(config.machine_options());
     let now = host.clock.now();
     Run {
@@ -149,6 +152,7 @@ fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, con
         wish,
         level: Level::None,
         config,
+        program_folders,
         host,
         known: Known::default(),
         report,
@@ -259,12 +263,20 @@ fn told(run: &mut Run, name: &str, ended: Ended) -> Action {
         Err(Stop::CutOff(action)) => action,
         Err(Stop::TimedOut(what)) => {
             run.warn(format!("{name}: waited too long for {what}"));
-            run.machine.on(Event::TimedOut)
+            because(run, Event::TimedOut)
         }
         Err(Stop::Failed { error, retryable }) => {
             run.warn(format!("{name}: {error:#}"));
-            run.machine.on(Event::Failed { retryable })
+            because(run, Event::Failed { retryable })
         }
+    }
+}
+
+/// A step may fail because of what the machine would rather hear of itself, such as the end of a daemon.
+fn because(run: &mut Run, event: Event) -> Action {
+    match run.checkpoint() {
+        Err(Stop::CutOff(action)) => action,
+        Ok(()) | Err(Stop::Failed { .. } | Stop::TimedOut(_)) => run.machine.on(event),
     }
 }
 

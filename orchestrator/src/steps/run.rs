@@ -2,6 +2,7 @@
 //! changes the plan.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
     BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
-    RuleWatch, ServiceManager, Starting,
+    RuleWatch, SavedProgram, ServiceManager, Starting,
 };
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
@@ -74,6 +75,10 @@ pub struct Known {
     pub facts: DatabaseFacts,
     /// The ovs-vswitchd to be replaced.
     pub old: Option<Daemon>,
+    /// Its program, kept for the way back.
+    pub saved: Option<SavedProgram>,
+    /// It was told to end.
+    pub old_told: bool,
     /// The unit that owns it, where one does.
     pub unit: Option<String>,
     /// The ovs-vswitchd that takes over.
@@ -88,8 +93,12 @@ pub struct Known {
     pub prepared: Option<Box<dyn PreparedRestore>>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// The start of the program that ran before.
+    pub back: Option<Box<dyn Starting>>,
     /// The start of the new daemon.
     pub start: Option<Start>,
+    /// The command that starts it has ended well.
+    pub start_ended: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
     /// Ports whose deletion was refused.
@@ -135,6 +144,8 @@ pub struct Run {
     pub level: Level,
     /// Limits and bounds.
     pub config: Config,
+    /// Where the running program may be kept, the best first.
+    pub program_folders: Vec<PathBuf>,
     /// The host.
     pub host: Host,
     /// Found out so far.

@@ -33,6 +33,7 @@ impl Step for SwitchCommit {
             run.known.standby_stopped = false;
         }
         if run.host.daemons.is_alive(old.id) {
+            run.known.old_told = true;
             // Never `ovs-appctl exit`: it deletes rules while handlers still run (hazards 8).
             run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
         }

@@ -15,6 +15,7 @@ pub mod ovsdb_server;
 pub mod pid_file;
 mod prepared;
 pub mod procfs;
+mod program;
 mod rule_watch;
 mod spawn;
 mod surroundings;

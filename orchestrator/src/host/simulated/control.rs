@@ -81,9 +81,9 @@ impl Hook for SimHook {
                 Some(HookEvent::Spawned { pid })
             }
             (2, Some(pid)) => {
-                let status = world.detached(pid)?;
+                let well = world.detached(pid)?;
                 self.told = 3;
-                Some(HookEvent::ChildExited { status: i32::from(!status) })
+                Some(HookEvent::ChildExited { status: i32::from(!well) })
             }
             _ => None,
         }

@@ -1,11 +1,11 @@
 //! The daemons of the simulated host.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::world::{PidNames, Process, Program, World};
 use super::Sim;
-use crate::host::{Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, Signal, Starting, Versions};
+use crate::host::{Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions};
 
 pub(super) struct SimDaemons(pub(super) Sim);
 
@@ -180,20 +180,40 @@ impl Daemons for SimDaemons {
         self.start("daemons.start_like", Program::Installed, false)
     }
 
-    fn start_program_like(&self, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
-        if self.0.look().saved.as_deref() != Some(program) {
-            return Err(HostError::new(program.display().to_string(), "there is no such program"));
+    fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
+        if self.0.look().saved.as_ref() != Some(&saved.program) {
+            return Err(HostError::new(saved.program.display().to_string(), "there is no such program"));
         }
         let in_unit = model.cgroup.ends_with(".service");
-        self.start("daemons.start_program_like", Program::Saved, in_unit)
+        self.start("daemons.start_saved", Program::Saved, in_unit)
     }
 
-    fn save_program(&self, daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf> {
+    fn save_program(
+        &self,
+        daemon: &Daemon,
+        _version: &str,
+        folders: &[PathBuf],
+        until: Instant,
+    ) -> Result<SavedProgram> {
         self.0.operate("daemons.save_program", Some(until), |world| {
             living(world, daemon.id)?;
-            let path = directory.join("ovs-vswitchd");
-            world.saved = Some(path.clone());
-            Ok(path)
+            let folder = folders.first().ok_or_else(|| HostError::new("program", "there is no folder for it"))?;
+            let program = folder.join("ovs-vswitchd");
+            world.saved = Some(program.clone());
+            Ok(SavedProgram { program, libraries: None })
+        })
+    }
+
+    fn remove_stale_pid_files(&self, _model: &Daemon) -> Result<()> {
+        self.0.operate("daemons.remove_stale_pid_files", None, |world| {
+            let lives = |pid: &i32| world.processes.contains_key(pid);
+            let names = world.pid_names;
+            world.pid_names = PidNames {
+                name: names.name.filter(lives),
+                old: names.old.filter(lives),
+                new: names.new.filter(lives),
+            };
+            Ok(())
         })
     }
 }
