@@ -289,7 +289,7 @@ impl Recovery {
         self.keep("PID file", settled);
         self.end_hand_over(host, mark);
         // It keeps its timeout policies by itself.
-        let withdrawn = crate::guard::withdraw(&self.id);
+        let withdrawn = host.datapath.withdraw_guard(&self.id);
         self.keep("guard of timeout policies", withdrawn);
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);

@@ -1,14 +1,16 @@
 //! The kernel's datapath of the simulated host, as one supervisor has it open.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{Captured, Classes, Refused};
-use dpfreeze::ovs::{Datapath as Dp, Flow};
+use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{DatapathSnapshot, Snapshot};
 
 use super::world::{Frost, World};
 use super::Sim;
+use crate::guard::{Guarded, Terms};
 use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
 use crate::host::{HostError, ProcessId, Result};
 
@@ -20,12 +22,13 @@ pub(super) struct SimDatapath {
     /// This process has the freeze open.
     open: bool,
     returned_to: Vec<u32>,
+    handed_over: bool,
     removed: Option<RemovalReport>,
 }
 
 impl SimDatapath {
     pub(super) fn new(sim: &Sim) -> SimDatapath {
-        SimDatapath { sim: sim.clone(), open: false, returned_to: Vec::new(), removed: None }
+        SimDatapath { sim: sim.clone(), open: false, returned_to: Vec::new(), handed_over: false, removed: None }
     }
 
     /// With the freeze that this process has open.
@@ -66,6 +69,39 @@ impl Datapath for SimDatapath {
             let all = DatapathSnapshot { datapath, flows: flows(world), ..DatapathSnapshot::default() };
             Ok(Snapshot { datapaths: vec![all], ..Snapshot::default() })
         })
+    }
+
+    fn flow_counts(&mut self) -> Result<FlowCounts> {
+        self.sim.operate("datapath.flow_counts", None, |world| Ok(flows(world).into_iter().collect()))
+    }
+
+    fn set_ct_limits(&mut self, _limits: &[ZoneLimit]) -> Result<()> {
+        self.sim.operate("datapath.set_ct_limits", None, |_| Ok(()))
+    }
+
+    fn begin_guard(&mut self, _run: &str, _zones: &BTreeMap<String, BTreeSet<u16>>, _terms: Terms) -> Result<Guarded> {
+        self.sim.operate("datapath.begin_guard", None, |_| Ok(Guarded { policies: 0, connections: 0 }))
+    }
+
+    fn widen_guard(&mut self, _run: &str) -> Result<Guarded> {
+        self.sim.operate("datapath.widen_guard", None, |_| Ok(Guarded { policies: 0, connections: 0 }))
+    }
+
+    fn withdraw_guard(&mut self, _run: &str) -> Result<()> {
+        self.sim.operate("datapath.withdraw_guard", None, |_| Ok(()))
+    }
+
+    fn retake_upcalls(&mut self) -> Result<bool> {
+        if !std::mem::take(&mut self.handed_over) {
+            return Ok(false);
+        }
+        self.sim.operate("datapath.retake_upcalls", None, |world| {
+            open_park(world);
+            let park = world.kernel.park.clone().unwrap_or_default();
+            world.bind(park);
+            Ok(())
+        })?;
+        Ok(true)
     }
 
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
@@ -164,6 +200,7 @@ impl Datapath for SimDatapath {
 
     fn thaw(&mut self) -> Result<()> {
         self.open = false;
+        self.handed_over = false;
         self.sim.operate("datapath.thaw", None, |world| {
             world.kernel.frost = None;
             Ok(())
@@ -259,6 +296,7 @@ impl Datapath for SimDatapath {
                 Ok(world.replay())
             },
         )?;
+        self.handed_over = true;
         let replay = ReplayReport { replayed, ..ReplayReport::default() };
         Ok(HandedOver { bound: self.sim.now(), replay })
     }

@@ -44,6 +44,14 @@ impl OpenFlow for SimOpenFlow {
         })
     }
 
+    fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>> {
+        self.0.operate("openflow.count_flows", Some(until), |world| {
+            let leader = leader(world)?;
+            let count = |bridge: &BridgeRules| leader.rules.get(&bridge.bridge).map_or(0, |rules| rules.flows.len());
+            Ok(bridges.iter().map(|bridge| count(bridge) as u64).collect())
+        })
+    }
+
     fn refresh(
         &self,
         bridges: &[Bridge],

@@ -109,6 +109,10 @@ impl ServiceManager for SimServices {
         Ok(Box::new(SimJob { sim: self.0.clone(), id }))
     }
 
+    fn start_guard(&self, _units: &GuardUnits, until: Instant) -> Result<()> {
+        self.0.operate("services.start_guard", Some(until), |_| Ok(()))
+    }
+
     fn start_supervisor(&self, unit: &SupervisorUnit, _until: Instant) -> Result<()> {
         Err(HostError::new(&unit.name, "the tests are the supervisor"))
     }
