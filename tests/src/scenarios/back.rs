@@ -13,11 +13,11 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::{json, Value};
 
-use super::killed::{nothing_left, owned, runs, wait_for_phase};
-use super::{plain, Custom, Traffic};
+use super::killed::{nothing_left, owned};
+use super::{plain, Custom};
 use crate::command::shell_lenient;
 use crate::guest::probe::Running;
-use crate::guest::{facts, say};
+use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome, ProbeOutcome};
 
 /// See the module.
@@ -72,14 +72,14 @@ impl Custom for Back {
 
 fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (name, spec) in plain::Plain.probes() {
+    for (name, spec) in plain::probes() {
         live.push((name, spec.start()?));
     }
     std::thread::sleep(Duration::from_secs(3));
-    let rules = facts::promised(&plain::Plain.bridges());
+    let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
     let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
-    let known = runs();
+    let known = run::known();
     let mut client = start(case, out)?;
     let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
     repair(installed)?;
@@ -102,7 +102,7 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
     }
     nothing_left(case.name, outcome);
     owned(case.name, outcome);
-    let now = facts::promised(&plain::Plain.bridges());
+    let now = facts::promised(&plain::bridges());
     outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
     finish(case, live, outcome)
 }
@@ -122,13 +122,13 @@ fn start(case: &Case, out: &Path) -> Result<Child> {
 fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {
     match case.harm {
         Harm::Broken => {
-            wait_for_phase("snapshot", known)?;
+            run::wait_for("snapshot", known)?;
             fs::rename(installed, aside(installed))?;
             fs::write(installed, "#!/bin/sh\nexit 1\n")?;
             Ok(fs::set_permissions(installed, fs::Permissions::from_mode(0o755))?)
         }
         Harm::Killed => {
-            wait_for_phase("restore", known)?;
+            run::wait_for("restore", known)?;
             for daemon in facts::daemons("ovs-vswitchd").iter().filter(|daemon| !before.contains(daemon)) {
                 kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL)?;
             }

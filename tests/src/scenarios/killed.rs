@@ -108,15 +108,9 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let after = facts::daemons("ovs-vswitchd");
     let same = before == after;
     outcome.check(check("one ovs-vswitchd, the right one"), after.len() == 1 && same == case.undone, &after);
-<<<<<<< HEAD
-    nothing_left(case, outcome);
-    owned(case, outcome);
-    let now = facts::promised(&plain::bridges());
-=======
     nothing_left(case.name, outcome);
     owned(case.name, outcome);
-    let now = facts::promised(&plain::Plain.bridges());
->>>>>>> 5b968dd (Lab: scenario back)
+    let now = facts::promised(&plain::bridges());
     outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
     let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
     outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);
@@ -173,51 +167,15 @@ pub(super) fn owned(case: &str, outcome: &mut Outcome) {
     outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
 }
 
-<<<<<<< HEAD
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
 /// run's id.
 pub(super) fn kill_in(phase: &str, known: &[String]) -> Result<String> {
     let id = run::wait_for(phase, known)?;
-=======
-/// The ids of all runs.
-pub(super) fn runs() -> Vec<String> {
-    let entries = fs::read_dir(RUNS).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
-}
-
-/// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
-/// run's id.
-fn kill_in(phase: &str, known: &[String]) -> Result<String> {
-    let id = wait_for_phase(phase, known)?;
->>>>>>> 5b968dd (Lab: scenario back)
     // In Standby: with the daemon that was started, if it can be had.
     if phase == "standby" {
         let _ = wait_until("a second daemon", Duration::from_secs(20), Duration::from_millis(20), || {
             facts::daemons("ovs-vswitchd").len() > 1
         });
-<<<<<<< HEAD
-=======
-    }
-    kill(supervisor()?, Signal::SIGKILL)?;
-    Ok(id)
-}
-
-/// Waits until the journal of a run that is not `known` has the intent of `phase`. Returns the run's id.
-pub(super) fn wait_for_phase(phase: &str, known: &[String]) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(120);
-    let wanted = format!("\"phase\":\"{phase}\"");
-    while Instant::now() < end {
-        if let Some(id) = runs().into_iter().find(|id| !known.contains(id)) {
-            let journals = [format!("{RUNS}/{id}/journal"), format!("/run/ovs-graceful/journal.{id}")];
-            if journals.iter().filter_map(|path| fs::read(path).ok()).any(|bytes| holds(&bytes, &wanted)) {
-                return Ok(id);
-            }
-            if Path::new(RUNS).join(&id).join("report.json").exists() {
-                bail!("run {id} ended before it came to {phase}");
-            }
-        }
-        std::thread::sleep(Duration::from_millis(1));
->>>>>>> 5b968dd (Lab: scenario back)
     }
     kill(run::supervisor()?, Signal::SIGKILL)?;
     Ok(id)

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::world::{WorldHook, SERVER, SWITCH};
 use super::Sim;
 use crate::host::{
-    Daemon, DaemonKind, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit,
+    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit,
 };
 
 pub(super) struct SimServices(pub(super) Sim);
