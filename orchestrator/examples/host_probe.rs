@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use orchestrator::host::real::check::{self, CheckOptions};
-use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealDaemons, RealOpenFlow, Systemd};
+use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealClock, RealDaemons, RealOpenFlow, Systemd};
 use orchestrator::host::{
     Cleared, Daemon, DaemonKind, Daemons, Database, HandOver, JobKind, OpenFlow, Result, ServiceManager, Signal,
     SupervisorUnit,
@@ -128,8 +128,11 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     {
         tally.take(command, daemons.command(&old, command, &arguments, soon()));
     }
-    let saved = tally.take("save the program", daemons.save_program(&old, Path::new("/var/lib/probe/bin"), soon()));
-    tally.check("twice", daemons.save_program(&old, Path::new("/var/lib/probe/bin"), soon()).ok() == saved);
+    let folders = [PathBuf::from("/var/lib/probe/bin")];
+    let running = versions.map(|versions| versions.running).unwrap_or_default();
+    let save = || daemons.save_program(&old, &running, &folders, soon());
+    let saved = tally.take("save the program", save());
+    tally.check("twice", save().ok() == saved);
     tally.take("upcall/set-flow-limit", daemons.command(&old, "upcall/set-flow-limit", &["200000"], soon()));
     let options = CheckOptions {
         replace_ovsdb: true,
@@ -141,7 +144,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         tally.check("finding", finding.severity == Severity::Ok);
     }
     let before = Instant::now();
-    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &server, soon());
+    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &RealClock, &server, soon());
     if let Some(new) = tally.take("replace ovsdb-server", replaced) {
         println!("     after {:?}", before.elapsed());
         tally.check("it is another one", new.id != server.id && !daemons.is_alive(server.id));

@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
-use dpfreeze::freeze::{environment, Environment, Fact};
+use dpfreeze::freeze::Fact;
 
 use crate::control::RUN_DIR;
-use crate::host::real::check::{findings as host_findings, CheckOptions};
+use crate::host::real::check::CheckOptions;
+use crate::host::real::RealSurroundings;
+use crate::host::surroundings::Surroundings;
 use crate::host::{Daemon, DatabaseFacts, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Finding, Level, Severity};
@@ -28,7 +30,7 @@ pub struct Checked {
 pub fn check_without_host(error: &anyhow::Error) -> CheckReport {
     let mut findings = Vec::new();
     let mut level = Level::None;
-    judge_environment(&environment(), &mut findings, &mut level);
+    judge_environment(&RealSurroundings, &mut findings, &mut level);
     if !findings.iter().any(|finding| finding.severity == Severity::Refused) {
         findings.push(refused("host", "Open vSwitch", format!("{error:#}"), "start Open vSwitch first"));
     }
@@ -39,7 +41,7 @@ pub fn check_without_host(error: &anyhow::Error) -> CheckReport {
 pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let mut findings = Vec::new();
     let mut level = Level::None;
-    judge_environment(&environment(), &mut findings, &mut level);
+    judge_environment(host.surroundings.as_ref(), &mut findings, &mut level);
     prove_freeze(host, &mut findings, &mut level);
     let vswitchd = find_vswitchd(host, &mut findings);
     let versions = vswitchd.as_ref().and_then(|daemon| {
@@ -50,8 +52,9 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let facts = keep(facts, "database", "ovsdb-server", "start ovsdb-server", &mut findings);
     let options =
         CheckOptions { replace_ovsdb: wish.ovsdb, state_directory: STATE_DIR.into(), run_directory: RUN_DIR.into() };
-    let Host { daemons, database, services, .. } = &*host;
-    findings.extend(host_findings(daemons.as_ref(), database.as_ref(), services.as_ref(), &options, until));
+    let Host { daemons, database, services, surroundings, .. } = &*host;
+    let others = surroundings.findings(daemons.as_ref(), database.as_ref(), services.as_ref(), &options, until);
+    findings.extend(others);
     Checked { report: CheckReport { level, findings }, vswitchd, versions, facts }
 }
 
@@ -82,8 +85,9 @@ fn nobody_bound(port_ids: &[u32]) -> bool {
 }
 
 /// Parking needs the sockets of another process; the freeze needs BPF on top.
-fn judge_environment(environment: &Environment, findings: &mut Vec<Finding>, level: &mut Level) {
-    if !nix::unistd::geteuid().is_root() {
+fn judge_environment(surroundings: &dyn Surroundings, findings: &mut Vec<Finding>, level: &mut Level) {
+    let environment = surroundings.environment();
+    if !surroundings.is_root() {
         findings.push(refused("root", "this process", "it is not root".into(), "run it with sudo"));
     }
     for fact in &environment.failures {

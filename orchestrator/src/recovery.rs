@@ -8,22 +8,24 @@ mod plan;
 mod record;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context};
-use dpfreeze::freeze::{self, Captured, Classes, Freeze};
+use dpfreeze::freeze::{self, Captured, Classes};
 
 use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
-use crate::host::real::procfs;
-use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, JobKind, ProcessId, Signal};
-use crate::journal::{Entry, Journal, Runs};
+use crate::host::clock::Clock;
+use crate::host::real::RealClock;
+use crate::host::{BridgeRules, Cleared, Daemon, Database, DaemonKind, JobKind, ProcessId, Signal};
+use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
 use crate::steps::Host;
 
 pub use plan::{plan, Alive, Plan, BACK};
-pub use record::{boot_id, rules_file, Mark, Recorder};
+pub use record::{Mark, Recorder};
 
 /// Within what systemd gives an ExecStopPost= (90 s unless it was changed).
 const LIMIT: Duration = Duration::from_secs(80);
@@ -59,19 +61,55 @@ pub fn recover(config: &Config) -> anyhow::Result<i32> {
         }
         Err(error) => return Err(error.into()),
     };
-    let Some(id) = runs.interrupted()? else { return Ok(0) };
-    println!("run {id} was cut off");
-    let mut recovery = Recovery::new(&id);
-    let outcome = recovery.run(&runs, config);
-    let mut report = recovery.report;
-    report.warnings.extend(recovery.errors);
-    report.finish(&outcome, recovery.begun.elapsed().as_millis() as u64);
+    let database = Host::real_database();
+    let recovered = recover_interrupted(&runs, Arc::new(RealClock), database.as_ref(), || Host::real(config))?;
+    // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
+    match clear_our_mark(database.as_ref(), Instant::now() + SHORT) {
+        Ok(None) => {}
+        Ok(Some(run)) => println!("flow-restore-wait of run {run} is removed"),
+        Err(error) => println!("flow-restore-wait was not looked at: {error}"),
+    }
+    let Some(report) = recovered else { return Ok(0) };
+    println!("run {} was cut off", report.id);
     for line in report.warnings.iter().chain([&report.reason]) {
         println!("{line}");
     }
-    report.write(&runs.report(&id))?;
-    let _not_there_is_fine = std::fs::remove_file(rules_file(&id));
-    Ok(outcome.exit_code.code().into())
+    Ok(report.exit_code.code().into())
+}
+
+/// Finishes or undoes the run that has no report yet, if there is one: it is over once it has.
+pub(crate) fn recover_interrupted(
+    runs: &Runs,
+    clock: Arc<dyn Clock>,
+    database: &dyn Database,
+    host: impl FnOnce() -> anyhow::Result<Host>,
+) -> anyhow::Result<Option<Report>> {
+    let Some(id) = runs.interrupted()? else { return Ok(None) };
+    let mut recovery = Recovery::new(runs, &id, clock);
+    let outcome = recovery.run(database, host);
+    let duration = recovery.clock.now().saturating_duration_since(recovery.begun);
+    // What is in memory goes to the disk, for whoever wants the whole story.
+    let carried = runs.journal(&id);
+    recovery.keep("journal", carried);
+    let mut report = recovery.report;
+    report.warnings.extend(recovery.errors);
+    report.finish(&outcome, duration.as_millis() as u64);
+    runs.keep_report(&id, &report)?;
+    runs.clear_memory(&id);
+    if report.exit_code == ExitCode::Undone {
+        runs.drop_program(&id);
+    }
+    Ok(Some(report))
+}
+
+/// Removes a flow-restore-wait with our mark, whichever run it is of, and returns that. The caller has the run lock.
+pub(crate) fn clear_our_mark(database: &dyn Database, until: Instant) -> anyhow::Result<Option<String>> {
+    let facts = database.facts(until)?;
+    let Some(run) = facts.external_ids.get(MARK) else { return Ok(None) };
+    match database.clear_restore_wait(run, until)? {
+        Cleared::Removed { .. } | Cleared::AlreadyGone => Ok(Some(run.clone())),
+        Cleared::NotOurs => Ok(None),
+    }
 }
 
 /// The emergency thaw without a supervisor. Returns the exit code: 0 done, 40 needs a person.
@@ -123,22 +161,25 @@ const MARK: &str = "ovs-graceful-run";
 
 /// A recovery under way.
 struct Recovery {
+    runs: Runs,
     id: String,
+    clock: Arc<dyn Clock>,
     begun: Instant,
     report: Report,
     errors: Vec<String>,
 }
 
 impl Recovery {
-    fn new(id: &str) -> Recovery {
+    fn new(runs: &Runs, id: &str, clock: Arc<dyn Clock>) -> Recovery {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let report = Report::new(id, Strategy::Standby, now.as_millis() as u64);
-        Recovery { id: id.to_owned(), begun: Instant::now(), report, errors: Vec::new() }
+        let begun = clock.now();
+        Recovery { runs: runs.clone(), id: id.to_owned(), clock, begun, report, errors: Vec::new() }
     }
 
     /// `limit` from now, but not beyond the end of all.
     fn until(&self, limit: Duration) -> Instant {
-        (Instant::now() + limit).min(self.begun + LIMIT)
+        (self.clock.now() + limit).min(self.begun + LIMIT)
     }
 
     /// The value, or its error kept for the report.
@@ -150,29 +191,44 @@ impl Recovery {
         self.report.warnings.push(text.into());
     }
 
-    fn run(&mut self, runs: &Runs, config: &Config) -> Outcome {
-        let journal = Journal::open(runs.journal(&self.id));
-        let entries = self.keep("journal", journal).map(|(_, entries)| entries).unwrap_or_default();
+    fn run(&mut self, database: &dyn Database, host: impl FnOnce() -> anyhow::Result<Host>) -> Outcome {
+        let entries = self.runs.entries(&self.id);
+        let known = self.keep("journal", entries);
+        let entries = known.clone().unwrap_or_default();
         let mark = plan::last_mark(&entries);
         if let Some(last) = entries.last() {
             self.told(format!("cut off in {}, step `{}` {:?}", last.phase, last.step, last.state));
         }
-        let host = Host::real(config);
+        if let Some(mark) = mark.as_ref().filter(|mark| mark.boot != self.clock.boot()) {
+            // At boot there may be no datapath yet, and nothing is to be done with it.
+            self.report.details.insert("recovery".into(), format!("{:?}", Plan::AfterReboot).into());
+            return match (&mark.old, self.after_reboot(database, &entries)) {
+                (_, Err(error)) => needs_person(format!("{error:#}")),
+                (None, Ok(_)) => nothing_touched(),
+                (Some(_), Ok(outcome)) => outcome,
+            };
+        }
+        let host = host();
         let Some(mut host) = self.keep("host", host) else {
             let thawed = freeze::thaw();
             self.keep("thaw", thawed);
             return needs_person("the datapath cannot be looked at; nothing is frozen any more".into());
         };
+        if known.is_none() {
+            // Who was who is not known: what can be lifted without knowing it is lifted.
+            self.leave_nothing(&mut host);
+            return needs_person("what the run had done cannot be read; nothing is frozen any more".into());
+        }
         let mark = mark.unwrap_or_default();
         let (plan, survivor) = self.decide(&host, &entries, &mark);
         self.report.details.insert("recovery".into(), format!("{plan:?}").into());
         let outcome = match (plan, mark.old.clone()) {
             (Plan::Undo, Some(old)) => self.undo(&mut host, &mark, &old),
             (Plan::Forward { flush }, Some(_)) => self.forward(&mut host, &mark, survivor, flush),
-            (Plan::AfterReboot, _) => self.after_reboot(&host, &entries),
+            (Plan::AfterReboot, _) => self.after_reboot(database, &entries),
             (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
         };
-        self.leave_nothing(&host);
+        self.leave_nothing(&mut host);
         match outcome {
             Ok(outcome) if plan::had_settled(&entries) && outcome.exit_code == ExitCode::Back => Outcome {
                 exit_code: ExitCode::Differences,
@@ -185,7 +241,7 @@ impl Recovery {
 
     /// Who lives, and so what is to be done; with the daemon that is to take over, where one lives.
     fn decide(&mut self, host: &Host, entries: &[Entry], mark: &Mark) -> (Plan, Option<Daemon>) {
-        let same_boot = mark.boot == boot_id();
+        let same_boot = mark.boot == self.clock.boot();
         let old = mark.old.as_ref().filter(|_| same_boot).map(|old| old.id);
         let mut new = mark.new.clone().filter(|new| same_boot && host.daemons.is_alive(new.id));
         if new.is_none() {
@@ -209,9 +265,9 @@ impl Recovery {
             let ended = host.services.end_hand_over(DATABASE_UNIT, until);
             self.keep(DATABASE_UNIT, ended);
         }
-        let waited = Instant::now() + Duration::from_secs(3);
-        while host.database.facts(until).is_err() && Instant::now() < waited {
-            std::thread::sleep(LOOK_AGAIN);
+        let waited = self.until(Duration::from_secs(3));
+        while host.database.facts(until).is_err() && self.clock.now() < waited {
+            self.clock.sleep(LOOK_AGAIN);
         }
         if let Err(error) = host.database.facts(until) {
             self.told(format!("{error}"));
@@ -233,9 +289,9 @@ impl Recovery {
         self.keep("PID file", settled);
         self.end_hand_over(host, mark);
         // It keeps its timeout policies by itself.
-        let withdrawn = crate::guard::withdraw(&self.id);
+        let withdrawn = host.datapath.withdraw_guard(&self.id);
         self.keep("guard of timeout policies", withdrawn);
-        let thawed = freeze::thaw();
+        let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
         self.keep("flow-restore-wait", cleared);
@@ -251,7 +307,7 @@ impl Recovery {
     fn end_leftovers(&mut self, host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
         let until = self.until(SHORT);
         loop {
-            let mut left = started_since(mark, old)?;
+            let mut left = started_since(host, mark, old)?;
             let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
             left.extend(all.into_iter().map(|daemon| daemon.id).filter(|id| *id != old.id));
             left.sort_unstable();
@@ -264,7 +320,7 @@ impl Recovery {
                 let _ = host.daemons.signal(*id, Signal::Kill);
                 host.daemons.wait_end(*id, until)?;
             }
-            if Instant::now() >= until {
+            if self.clock.now() >= until {
                 bail!("processes {:?} do not end", left.iter().map(|id| id.pid).collect::<Vec<_>>());
             }
         }
@@ -296,9 +352,14 @@ impl Recovery {
 
     fn take_over(&mut self, host: &mut Host, mark: &Mark, survivor: &Daemon, flush: bool) -> anyhow::Result<()> {
         // Read while it is there: the freeze takes it along.
-        let captured = Freeze::open().map(|freeze| freeze.map(|freeze| freeze.captured()));
-        let captured = self.keep("freeze", captured).flatten();
-        let captured = captured.and_then(|captured| self.keep("captured binding", captured)).flatten();
+        let frozen = host.datapath.take_up_freeze();
+        let captured = match self.keep("freeze", frozen) {
+            Some(true) => {
+                let captured = host.datapath.captured();
+                self.keep("captured binding", captured).flatten()
+            }
+            Some(false) | None => None,
+        };
         let woken = host.daemons.signal(survivor.id, Signal::Continue);
         self.keep("waking the new ovs-vswitchd", woken);
         let ended = self.end_old(host, mark, survivor);
@@ -311,7 +372,7 @@ impl Recovery {
         host.openflow.wait_ready(survivor, &bridges, self.until(READY_LIMIT))?;
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
-        let let_go = let_it_bind();
+        let let_go = let_it_bind(host);
         self.keep("freeze", let_go);
         let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
         let next_cfg = match self.keep("flow-restore-wait", cleared) {
@@ -320,7 +381,7 @@ impl Recovery {
         };
         host.database.wait_in_step(next_cfg, self.until(READY_LIMIT))?;
         self.bind(host, survivor, captured)?;
-        let thawed = freeze::thaw();
+        let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         // A bridge with a controller loses its rules when flow-restore-wait goes.
         let restored = self.restore(host);
@@ -354,10 +415,7 @@ impl Recovery {
 
     /// The rules of the old daemon, where the survivor has fewer.
     fn restore(&mut self, host: &Host) -> anyhow::Result<()> {
-        let path = rules_file(&self.id);
-        let Ok(text) = std::fs::read(&path) else { return Ok(()) };
-        let wanted: Vec<BridgeRules> =
-            serde_json::from_slice(&text).with_context(|| format!("reading {}", path.display()))?;
+        let Some(wanted) = self.runs.rules(&self.id)? else { return Ok(()) };
         let facts = host.database.facts(self.until(SHORT))?;
         let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
         let lacking: Vec<BridgeRules> = wanted
@@ -384,17 +442,17 @@ impl Recovery {
             if let Some(captured) = own {
                 host.datapath.bind_upcalls(captured.features, &captured.port_ids)?;
                 self.told("the upcalls were bound to what the new ovs-vswitchd had asked for");
-            } else if Instant::now() >= until {
+            } else if self.clock.now() >= until {
                 bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
             }
-            std::thread::sleep(LOOK_AGAIN);
+            self.clock.sleep(LOOK_AGAIN);
         }
         Ok(())
     }
 
     /// Stock behaviour: rather a restart than a host without anybody who answers.
-    fn start_anew(&mut self, host: &Host, mark: &Mark) -> anyhow::Result<Daemon> {
-        let thawed = freeze::thaw();
+    fn start_anew(&mut self, host: &mut Host, mark: &Mark) -> anyhow::Result<Daemon> {
+        let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         let until = self.until(Duration::from_secs(30));
         if !host.services.is_running() {
@@ -410,8 +468,8 @@ impl Recovery {
             let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
             match all.into_iter().max_by_key(|daemon| daemon.id.start_time) {
                 Some(daemon) => return Ok(daemon),
-                None if Instant::now() >= until => bail!("{unit} was started, and no ovs-vswitchd runs"),
-                None => std::thread::sleep(LOOK_AGAIN),
+                None if self.clock.now() >= until => bail!("{unit} was started, and no ovs-vswitchd runs"),
+                None => self.clock.sleep(LOOK_AGAIN),
             }
         }
     }
@@ -421,10 +479,10 @@ impl Recovery {
         let Some(unit) = mark.unit.clone().filter(|_| host.services.is_running()) else { return };
         let until = self.until(SHORT);
         while let Ok(Some(now)) = host.services.unit(&unit, until) {
-            if now.active_state != "reloading" || Instant::now() >= until {
+            if now.active_state != "reloading" || self.clock.now() >= until {
                 break;
             }
-            std::thread::sleep(LOOK_AGAIN);
+            self.clock.sleep(LOOK_AGAIN);
         }
         let ended = host.services.end_hand_over(&unit, self.until(SHORT));
         self.keep("drop-in", ended);
@@ -445,16 +503,22 @@ impl Recovery {
     }
 
     /// Only the database outlives a boot.
-    fn after_reboot(&mut self, host: &Host, entries: &[Entry]) -> anyhow::Result<Outcome> {
-        self.database(host);
-        host.database.clear_restore_wait(&self.id, self.until(SHORT)).context("flow-restore-wait")?;
+    fn after_reboot(&mut self, database: &dyn Database, entries: &[Entry]) -> anyhow::Result<Outcome> {
+        // The server may be on its way up.
+        let waited = self.until(SHORT);
+        let mut cleared = database.clear_restore_wait(&self.id, waited);
+        while cleared.is_err() && self.clock.now() < waited {
+            self.clock.sleep(LOOK_AGAIN);
+            cleared = database.clear_restore_wait(&self.id, waited);
+        }
+        cleared.context("flow-restore-wait")?;
         let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
         Ok(Outcome { exit_code, reason: "the machine was booted during the run; nothing of it is left".into() })
     }
 
     /// Whatever came before.
-    fn leave_nothing(&mut self, host: &Host) {
-        let thawed = freeze::thaw();
+    fn leave_nothing(&mut self, host: &mut Host) {
+        let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
         self.keep("flow-restore-wait", cleared);
@@ -471,11 +535,10 @@ fn nothing_touched() -> Outcome {
 
 /// As flow-restore-wait goes, the daemon flushes and binds: the first is refused until the second is done, or what is
 /// established would miss with nobody to answer. A freeze whose lease is over stays so.
-fn let_it_bind() -> anyhow::Result<()> {
-    if let Some(mut freeze) = Freeze::open()? {
-        freeze.take_over()?;
-        freeze.set_classes(Classes::FLOW_FLUSH)?;
-        let _held_or_over = freeze.renew(LIMIT)?;
+fn let_it_bind(host: &mut Host) -> anyhow::Result<()> {
+    if host.datapath.take_up_freeze()? {
+        host.datapath.refuse(Classes::FLOW_FLUSH)?;
+        let _over_is_over = host.datapath.renew(LIMIT);
     }
     Ok(())
 }
@@ -499,15 +562,12 @@ fn bind_back(host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
 
 /// The processes in the unit's cgroup that are younger than the run: ovs-ctl and what it started. Our own reload hook
 /// ends by itself, and has to: systemd waits for its word.
-fn started_since(mark: &Mark, old: &Daemon) -> anyhow::Result<Vec<ProcessId>> {
+fn started_since(host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<Vec<ProcessId>> {
     if mark.unit.as_ref().is_none_or(|unit| !old.cgroup.ends_with(unit.as_str())) {
         return Ok(Vec::new());
     }
-    let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|cgroup| cgroup == old.cgroup);
-    let hook = |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|w| w == "hook"));
-    let all = procfs::pids().context("/proc")?.into_iter();
-    let young = all.filter(inside).filter(|pid| !hook(pid)).filter_map(|pid| procfs::identity(pid).ok());
-    Ok(young.filter(|id| *id != old.id && id.start_time >= mark.began).collect())
+    let young = host.daemons.started_since(&old.cgroup, mark.began)?;
+    Ok(young.into_iter().filter(|id| *id != old.id).collect())
 }
 
 fn job(host: &Host, unit: &str, kind: JobKind, until: Instant) -> anyhow::Result<()> {

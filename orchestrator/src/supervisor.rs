@@ -1,6 +1,10 @@
 //! The supervisor: does what the machine says, step by step, and tells it what became of it.
 
-use std::path::Path;
+#[cfg(test)]
+mod simulation;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{anyhow, Context};
@@ -8,7 +12,9 @@ use anyhow::{anyhow, Context};
 use crate::check::check_without_host;
 use crate::cli::SuperviseArgs;
 use crate::config::Config;
-use crate::control::{Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
+use crate::control::{Control, Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
+use crate::host::clock::Clock;
+use crate::host::real::RealClock;
 use crate::journal::{Runs, STATE_DIR};
 use crate::machine::{Action, Event, ExitCode, Machine, Outcome, Phase};
 use crate::recovery::{self, Recorder, BACK};
@@ -72,12 +78,37 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitC
     };
     protect_from_paging_and_oom();
     let control = Server::bind(Path::new(SOCKET), id).with_context(|| format!("cannot listen on {SOCKET}"))?;
-    let started = Instant::now();
-    let mut report = Report::new(id, wish.strategy, unix_ms());
-    let ready = open_journal(id, &config).and_then(|journal| Ok((journal, Host::real(&config)?)));
-    let outcome = match ready {
+    let from = Beginning {
+        id: id.to_owned(),
+        wish,
+        config,
+        runs: Runs::default(),
+        control: Box::new(control),
+        clock: Arc::new(RealClock),
+    };
+    let (code, report) = whole_run(from, Host::real);
+    Ok((code, Some(report)))
+}
+
+/// What a run begins with.
+struct Beginning {
+    id: String,
+    wish: Wish,
+    config: Config,
+    runs: Runs,
+    control: Box<dyn Control>,
+    clock: Arc<dyn Clock>,
+}
+
+/// The run, from opening its journal to telling its end.
+fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>) -> (ExitCode, Report) {
+    let Beginning { id, wish, config, runs, control, clock } = from;
+    let started = clock.now();
+    let mut report = Report::new(&id, wish.strategy, unix_ms());
+    let ready = open_journal(&runs, &id, &config, clock.as_ref()).and_then(|journal| Ok((journal, host(&config)?)));
+    let (outcome, control) = match ready {
         Ok((journal, host)) => {
-            let mut run = new_run(id, wish, config, host, report, control);
+            let mut run = new_run(&id, wish, config, host, report, control, runs.program_folders(&id));
             let outcome = drive(&mut run, journal, started);
             report = run.report;
             (outcome, run.control)
@@ -87,71 +118,81 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitC
             (Outcome { exit_code: ExitCode::Refused, reason: format!("{error:#}") }, control)
         }
     };
-    let (outcome, control) = outcome;
-    report.finish(&outcome, started.elapsed().as_millis() as u64);
-    keep(id, &report);
+    report.finish(&outcome, clock.now().saturating_duration_since(started).as_millis() as u64);
+    keep(&runs, &id, &report);
     if outcome.exit_code != ExitCode::NeedsPerson {
-        let _not_there_is_fine = std::fs::remove_file(recovery::rules_file(id));
+        runs.clear_memory(&id);
+    }
+    if !matches!(outcome.exit_code, ExitCode::NeedsPerson | ExitCode::Back) {
+        runs.drop_program(&id);
     }
     control.tell(&Progress::Finished { exit_code: outcome.exit_code.code(), report: Box::new(report.clone()) });
     control.close(Duration::from_secs(5));
-    Ok((outcome.exit_code, Some(report)))
+    (outcome.exit_code, report)
 }
 
 /// A run that cannot be written down cannot be recovered: it must not begin.
-fn open_journal(id: &str, config: &Config) -> anyhow::Result<Recorder> {
-    let runs = Runs::default();
+fn open_journal(runs: &Runs, id: &str, config: &Config, clock: &dyn Clock) -> anyhow::Result<Recorder> {
     if let Some(other) = runs.interrupted()? {
         return Err(anyhow!("run {other} was cut off and has to be undone or finished first; `ovs-graceful recover`"));
     }
-    let opened = runs.create(id, config.run.keep).and_then(|_| Recorder::open(&runs, id));
+    let opened = runs.create(id, config.run.keep).and_then(|_| Recorder::open(runs, id, clock));
     opened.map_err(|error| {
         // Without a journal there is nothing to recover.
-        let _may_not_be_there = std::fs::remove_dir_all(runs.folder(id));
+        runs.forget(id);
         error.context(format!("no journal can be kept; make {STATE_DIR} writable and free some space there"))
     })
 }
 
-fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Server) -> Run {
+fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Box<dyn Control>, program_folders: Vec<PathBuf>) -> Run {
     let machine = Machine::new(config.machine_options());
+    let now = host.clock.now();
     Run {
         id: id.to_owned(),
         wish,
         level: Level::None,
         config,
+        program_folders,
         host,
         known: Known::default(),
         report,
         control,
         machine,
         restore_wait: None,
-        deadline: Instant::now(),
-        looked: Instant::now(),
+        deadline: now,
+        looked: now,
     }
 }
 
 /// Does what the machine says until the run is over.
 fn drive(run: &mut Run, mut journal: Recorder, started: Instant) -> Outcome {
-    let journal = &mut journal;
     let mut action = run.machine.start();
     loop {
         action = match action {
             Action::Finish(outcome) => return outcome,
-            Action::Do(phase) => perform(run, journal, phase, started),
-            Action::Undo(phase) => undo(run, journal, phase),
-            Action::Back => back(run, journal, started),
-            Action::Thaw => {
-                let ended = crate::steps::thaw(run);
-                told(run, "thaw", ended)
-            }
-            // The machine answers these while a step is under way only; a step has just ended here.
-            Action::Continue | Action::RefuseAbort => run.machine.on(Event::Failed { retryable: false }),
+            action => advance(run, &mut journal, action, started),
         };
     }
 }
 
+/// Does what the machine says, and answers what it says next.
+fn advance(run: &mut Run, journal: &mut Recorder, action: Action, started: Instant) -> Action {
+    match action {
+        Action::Finish(outcome) => Action::Finish(outcome),
+        Action::Do(phase) => perform(run, journal, phase, started),
+        Action::Undo(phase) => undo(run, journal, phase),
+        Action::Back => back(run, journal, started),
+        Action::Thaw => {
+            let ended = crate::steps::thaw(run);
+            told(run, "thaw", ended)
+        }
+        // The machine answers these while a step is under way only; a step has just ended here.
+        Action::Continue | Action::RefuseAbort => run.machine.on(Event::Failed { retryable: false }),
+    }
+}
+
 fn perform(run: &mut Run, journal: &mut Recorder, phase: Phase, started: Instant) -> Action {
-    let begun = Instant::now();
+    let begun = run.now();
     let at_ms = begun.duration_since(started).as_millis() as u64;
     run.control.tell(&Progress::PhaseBegun { phase, at_ms });
     let step = step(phase);
@@ -159,7 +200,7 @@ fn perform(run: &mut Run, journal: &mut Recorder, phase: Phase, started: Instant
     let written = intent(run, journal, phase, phase.name());
     let ended = written.and_then(|()| run.checkpoint()).and_then(|()| step.perform(run));
     done_if_well(run, journal, phase, phase.name(), &ended);
-    let duration_ms = begun.elapsed().as_millis() as u64;
+    let duration_ms = run.now().saturating_duration_since(begun).as_millis() as u64;
     run.report.phase(phase, at_ms, duration_ms);
     let ok = matches!(ended, Ok(Event::Done | Event::NothingToDo));
     run.control.tell(&Progress::PhaseEnded { phase, duration_ms, ok });
@@ -193,7 +234,7 @@ fn unless_written(run: &mut Run, written: anyhow::Result<()>) {
 
 fn undo(run: &mut Run, journal: &mut Recorder, phase: Phase) -> Action {
     run.control.tell(&Progress::Undoing { phase });
-    run.deadline = Instant::now() + run.config.limits.undo();
+    run.deadline = run.now() + run.config.limits.undo();
     let ended = step(phase).undo(run);
     if ended.is_ok() {
         let written = journal.undone(phase);
@@ -203,7 +244,7 @@ fn undo(run: &mut Run, journal: &mut Recorder, phase: Phase) -> Action {
 }
 
 fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
-    let begun = Instant::now();
+    let begun = run.now();
     let why = run.report.warnings.last().cloned().unwrap_or_default();
     run.control.tell(&Progress::GoingBack { why });
     run.deadline = begun + run.config.limits.back();
@@ -211,7 +252,7 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     unless_written(run, written);
     let ended = go_back(run);
     done_if_well(run, journal, Phase::SwitchCommit, BACK, &ended);
-    run.report.phase_named(BACK, begun.duration_since(started).as_millis() as u64, begun.elapsed().as_millis() as u64);
+    run.report.phase_named(BACK, begun.duration_since(started).as_millis() as u64, run.now().saturating_duration_since(begun).as_millis() as u64);
     told(run, BACK, ended)
 }
 
@@ -222,18 +263,26 @@ fn told(run: &mut Run, name: &str, ended: Ended) -> Action {
         Err(Stop::CutOff(action)) => action,
         Err(Stop::TimedOut(what)) => {
             run.warn(format!("{name}: waited too long for {what}"));
-            run.machine.on(Event::TimedOut)
+            because(run, Event::TimedOut)
         }
         Err(Stop::Failed { error, retryable }) => {
             run.warn(format!("{name}: {error:#}"));
-            run.machine.on(Event::Failed { retryable })
+            because(run, Event::Failed { retryable })
         }
     }
 }
 
+/// A step may fail because of what the machine would rather hear of itself, such as the end of a daemon.
+fn because(run: &mut Run, event: Event) -> Action {
+    match run.checkpoint() {
+        Err(Stop::CutOff(action)) => action,
+        Ok(()) | Err(Stop::Failed { .. } | Stop::TimedOut(_)) => run.machine.on(event),
+    }
+}
+
 /// The report must outlive this process; where it cannot be written, the client still gets it.
-fn keep(id: &str, report: &Report) {
-    let kept = report.write(&Runs::default().report(id));
+fn keep(runs: &Runs, id: &str, report: &Report) {
+    let kept = runs.keep_report(id, report);
     if let Err(error) = kept {
         tracing::warn!("the report was not kept: {error:#}");
     }

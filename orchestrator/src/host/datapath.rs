@@ -63,6 +63,8 @@ pub trait Datapath {
     fn prove_freeze(&mut self) -> Result<()>;
     /// Loads the freeze and refuses `classes` from now on, for the lease.
     fn arm(&mut self, classes: Classes, lease: Lease) -> Result<()>;
+    /// Takes up the freeze that a process which has ended left behind; false where there is none.
+    fn take_up_freeze(&mut self) -> Result<bool>;
     /// Is there a freeze to speak of (level `full`)?
     fn is_armed(&self) -> bool;
     /// Refuses exactly `classes` from now on.

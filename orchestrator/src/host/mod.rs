@@ -3,13 +3,18 @@
 //! Everything here blocks and takes its deadline as an [`Instant`]; nothing waits longer. The traits are what a step
 //! may ask for; [`real`] asks the machine we run on.
 
+pub mod clock;
 pub mod datapath;
+pub mod disk;
 pub mod error;
 pub mod real;
+#[cfg(test)]
+pub mod simulated;
+pub mod surroundings;
 pub mod zones;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -137,6 +142,10 @@ pub trait Daemons: Send + Sync {
     fn is_alive(&self, id: ProcessId) -> bool;
     /// Signals this very process, never a later one with its number. A process that has ended is an error.
     fn signal(&self, id: ProcessId, signal: Signal) -> Result<()>;
+    /// The processes of a cgroup that were started since `ticks` (clock ticks after boot), but for reload hooks of ours.
+    fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>>;
+    /// Does the daemon's control socket exist?
+    fn listens(&self, daemon: &Daemon) -> bool;
     /// Waits until the process has ended; false where `until` passes first.
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool>;
     /// What runs and what is installed.
@@ -157,12 +166,33 @@ pub trait Daemons: Send + Sync {
     /// Starts a daemon as `model` was started, where no service manager owns it. Returns once the command has been
     /// started: an ovs-vswitchd that finds the lock taken lets its starter wait.
     fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>>;
-    /// As [`Daemons::start_like`] with another program, such as the one that [`Daemons::save_program`] kept: the way
-    /// back. The process is put into the cgroup of `model`, so that its unit goes on owning it.
-    fn start_program_like(&self, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>>;
-    /// Copies the program of a running daemon (even where the package has replaced its file) into `directory` under its
-    /// own name, proves that the copy runs (`--version`) and returns its path. May be run twice.
-    fn save_program(&self, daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf>;
+    /// As [`Daemons::start_like`] with the program that [`Daemons::save_program`] kept: the way back. The process is
+    /// put into the cgroup of `model`, so that its unit goes on owning it.
+    fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>>;
+    /// Keeps the program of a running daemon, which says it is `version`, and those of its shared objects that a
+    /// package has replaced since, in the first of `folders` from which it runs (`--version`). May be run twice.
+    fn save_program(&self, daemon: &Daemon, version: &str, folders: &[PathBuf], until: Instant)
+        -> Result<SavedProgram>;
+    /// Removes the PID file under the name of `model`, and what lies beside it, where they name processes that have
+    /// ended.
+    fn remove_stale_pid_files(&self, model: &Daemon) -> Result<()>;
+}
+
+/// The program of a daemon, kept for the way back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedProgram {
+    /// The copy of the executable.
+    pub program: PathBuf,
+    /// Where the shared objects are that a package has replaced; `None` where it has replaced none.
+    pub libraries: Option<PathBuf>,
+}
+
+impl SavedProgram {
+    /// `LD_LIBRARY_PATH` of a process that runs it, where it needs one; `own` is what it would have without us.
+    pub fn library_path(&self, own: Option<&str>) -> Option<String> {
+        let libraries = self.libraries.as_ref()?.to_string_lossy();
+        Some(own.filter(|own| !own.is_empty()).map_or(libraries.to_string(), |own| format!("{libraries}:{own}")))
+    }
 }
 
 /// A start under way.

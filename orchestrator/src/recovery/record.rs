@@ -1,16 +1,13 @@
 //! What a run writes down for whoever has to finish or undo it.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
 
-use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-use crate::control::RUN_DIR;
+use crate::host::clock::Clock;
 use crate::host::{BridgeRules, Daemon};
 use crate::journal::{Entry, Journal, Runs};
 use crate::machine::Phase;
-use crate::report::write_private_json;
 use crate::steps::Run;
 
 /// All that a recovery must know of the run, besides how far it came.
@@ -30,18 +27,9 @@ pub struct Mark {
     pub unit: Option<String>,
 }
 
-/// The boot that this is.
-pub fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// The OpenFlow rules of run `id`, in memory: between Switch and Handover nothing may wait for a disk.
-pub fn rules_file(id: &str) -> PathBuf {
-    PathBuf::from(RUN_DIR).join(format!("rules.{id}.json"))
-}
-
 /// The run's journal, and what it has said already.
 pub struct Recorder {
+    runs: Runs,
     journal: Journal,
     mark: Mark,
     said: Option<Mark>,
@@ -53,11 +41,10 @@ impl Recorder {
     ///
     /// # Errors
     /// Where the journal cannot be written: then the run must not begin.
-    pub fn open(runs: &Runs, id: &str) -> anyhow::Result<Recorder> {
-        let (journal, _) = Journal::open(runs.journal(id))?;
-        let began = dpfreeze::freeze::ProcessId::current()?.start_time;
-        let mark = Mark { boot: boot_id(), began, ..Mark::default() };
-        Ok(Recorder { journal, mark, said: None, rules: None })
+    pub fn open(runs: &Runs, id: &str, clock: &dyn Clock) -> anyhow::Result<Recorder> {
+        let (journal, _) = runs.journal(id)?;
+        let mark = Mark { boot: clock.boot(), began: clock.started()?, ..Mark::default() };
+        Ok(Recorder { runs: runs.clone(), journal, mark, said: None, rules: None })
     }
 
     /// `step` of `phase` is about to be done.
@@ -132,8 +119,7 @@ impl Recorder {
         }
         let hash = hasher.finish();
         if self.rules != Some(hash) {
-            let path = rules_file(id);
-            write_private_json(&path, &rules).with_context(|| format!("cannot write {}", path.display()))?;
+            self.runs.keep_rules(id, rules)?;
             self.rules = Some(hash);
         }
         Ok(())

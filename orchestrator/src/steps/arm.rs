@@ -43,9 +43,9 @@ impl Step for Arm {
 
 /// Hazards 17: before any standby, and the old ovs-vswitchd seen back in step before the run goes on.
 fn replace_ovsdb_server(run: &mut Run) -> Result<(), super::Stop> {
-    let Host { daemons, services, database, .. } = &run.host;
+    let Host { daemons, services, database, clock, .. } = &run.host;
     let old = daemons.find_ovsdb_server()?;
-    replace(daemons.as_ref(), services.as_ref(), database.as_ref(), &old, run.deadline)
+    replace(daemons.as_ref(), services.as_ref(), database.as_ref(), clock.as_ref(), &old, run.deadline)
         .context("replacing ovsdb-server")?;
     run.checkpoint()
 }

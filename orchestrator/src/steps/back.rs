@@ -1,34 +1,41 @@
-//! Back: an ovs-vswitchd on the database as it is, bound, and the parked packets replayed, after something went wrong
-//! past the point of no return.
+//! Back: the program that ran before, on the database as it is, bound, and the parked packets replayed, after something
+//! went wrong past the point of no return.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::cancel_start;
+use super::standby::{cancel_start, wait_job};
 use super::{classes, Ended, Run, Start, Stop};
-use crate::host::{DaemonKind, JobKind, Signal};
+use crate::control::HookCommand;
+use crate::host::{DaemonKind, JobKind, SavedProgram, Signal};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
 
-/// Ends the daemon that did not come up and starts one in its place. May be done twice.
+/// How long a daemon may take to end.
+const END: Duration = Duration::from_secs(5);
+
+/// Ends the daemon that did not come up and starts the old program in its place. May be done twice.
 pub fn go_back(run: &mut Run) -> Ended {
     if run.host.datapath.is_armed() {
         // Whoever comes may bind; what it would flush or delete before it is ready stays.
         run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
     }
     end_new_daemon(run)?;
+    if stay(run)? {
+        return Ok(Event::Done);
+    }
     // Hazards 1: it may have been bound already.
     if run.host.datapath.retake_upcalls().context("taking the upcalls back")? {
-        run.known.gap_began = Some(Instant::now());
+        run.known.gap_began = Some(run.now());
     }
-    cancel_start(run)?;
     let until = run.deadline;
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
     start_again(run)?;
     super::restore::restore(run)?;
     let_it_bind(run)?;
+    finish(run)?;
     Ok(Event::Done)
 }
 
@@ -44,17 +51,65 @@ fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
     run.known.standby_stopped = false;
     if run.host.daemons.is_alive(new.id) {
         run.host.daemons.signal(new.id, Signal::Kill)?;
-        run.host.daemons.wait_end(new.id, Instant::now() + Duration::from_secs(5))?;
+        run.host.daemons.wait_end(new.id, run.now() + END)?;
     }
     Ok(())
 }
 
-/// As the service manager would, or as the old one was started.
+/// An old daemon that was never told to end goes on; one that was is seen to its end.
+fn stay(run: &mut Run) -> Result<bool, Stop> {
+    let old = run.old()?.clone();
+    if !run.host.daemons.is_alive(old.id) {
+        return Ok(false);
+    }
+    if run.known.old_told {
+        run.host.daemons.signal(old.id, Signal::Kill)?;
+        run.host.daemons.wait_end(old.id, run.now() + END)?;
+        return Ok(false);
+    }
+    run.host.datapath.return_upcalls()?;
+    cancel_start(run)?;
+    run.host.daemons.settle_pid_file(&old)?;
+    Ok(true)
+}
+
+/// The program that ran before, in the cgroup of its unit, whose reload still waits; else the installed one, as its
+/// unit or ovs-ctl would start it.
 fn start_again(run: &mut Run) -> Result<(), Stop> {
+    let old = run.old()?.clone();
+    run.host.daemons.remove_stale_pid_files(&old)?;
+    if let Some(saved) = run.known.saved.clone() {
+        // A unit without a reload under way would not take the daemon for its own.
+        let owned = run.known.unit.is_none() || matches!(run.known.start, Some(Start::Unit { .. }));
+        match start_saved(run, &saved, owned) {
+            Err(Stop::Failed { error, .. }) => {
+                run.warn(format!("the program that ran before was not started ({error:#}): starting the installed one"));
+            }
+            started => return started,
+        }
+    }
+    cancel_start(run)?;
+    start_installed(run)
+}
+
+fn start_saved(run: &mut Run, saved: &SavedProgram, owned: bool) -> Result<(), Stop> {
+    if !owned {
+        return Err(anyhow!("its unit would not own it").into());
+    }
+    let old = run.old()?.clone();
+    if matches!(run.known.start, Some(Start::Own(_))) {
+        cancel_start(run)?;
+    }
+    run.known.back = Some(run.host.daemons.start_saved(&old, saved)?);
+    run.known.new = Some(run.host.daemons.wait_pid_file(&old, run.deadline)?);
+    run.checkpoint()
+}
+
+fn start_installed(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let old = run.old()?.clone();
     let Some(unit) = run.known.unit.clone() else {
-        run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?));
+        run.known.back = Some(run.host.daemons.start_like(&old)?);
         run.known.new = Some(run.host.daemons.wait_pid_file(&old, until)?);
         return run.checkpoint();
     };
@@ -70,8 +125,37 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
 }
 
 fn bail_start(unit: &str, result: Option<&str>) -> anyhow::Error {
-    anyhow::anyhow!(
+    anyhow!(
         "starting {unit} again ended as `{}`; see `journalctl -u {unit}`",
         result.unwrap_or("not ended in time")
     )
+}
+
+/// The service manager owns the daemon, and nothing of the start is left. The daemon forwards already: what does not
+/// work is told.
+fn finish(run: &mut Run) -> Result<(), Stop> {
+    let new = run.new_daemon()?.clone();
+    let until = run.deadline;
+    if let Err(error) = run.host.daemons.settle_pid_file(&new) {
+        run.warn(format!("{error}"));
+    }
+    if let Some(mut start) = run.known.back.take() {
+        match start.wait(until) {
+            Ok(true) => {}
+            Ok(false) => run.warn("the command that started ovs-vswitchd has not ended"),
+            Err(error) => run.warn(format!("{error}")),
+        }
+    }
+    if let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() {
+        let told = link.send(HookCommand::Finish).context("the reload hook has gone");
+        let ended = told.and_then(|()| wait_job(job.as_mut(), &unit, until));
+        run.host.services.end_hand_over(&unit, until)?;
+        if let Err(error) = ended {
+            run.warn(format!("{error:#}"));
+        }
+    }
+    match run.host.daemons.is_alive(new.id) {
+        true => Ok(()),
+        false => Err(anyhow!("ovs-vswitchd (process {}) has ended", new.id.pid).into()),
+    }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{Ended, Run, Step, Stop};
 use crate::check;
 use crate::config::Config;
+use crate::host::Daemon;
 use crate::machine::{Event, Phase};
 use crate::report::Severity;
 
@@ -49,8 +50,22 @@ fn take_in(run: &mut Run, checked: check::Checked) -> Result<(), Stop> {
         run.report.to.ovs = Some(versions.installed.clone());
     }
     run.known.facts = checked.facts.unwrap_or_default();
+    keep_program(run, &old)?;
     run.known.old = Some(old);
     run.checkpoint()
+}
+
+/// The way back: what runs now may have been replaced on the disk, or be by the time that it is needed.
+fn keep_program(run: &mut Run, old: &Daemon) -> Result<(), Stop> {
+    let Some(version) = run.report.from.ovs.clone() else { return Ok(()) };
+    match run.host.daemons.save_program(old, &version, &run.program_folders, run.deadline) {
+        Ok(saved) => run.known.saved = Some(saved),
+        Err(error) if run.report.from == run.report.to => {
+            run.warn(format!("{error}: going back would start the installed program, which is of the same version"));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
 }
 
 /// Another version is installed, or the running program's file has been replaced.

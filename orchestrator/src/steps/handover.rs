@@ -1,7 +1,7 @@
 //! Handover: flow-restore-wait goes, what cannot survive goes, the upcalls come to the new daemon, and what was parked
 //! is replayed.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use dpfreeze::freeze::Captured;
@@ -48,7 +48,8 @@ pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
     remove_doomed(run)?;
     clear_restore_wait(run)?;
     wait_in_step(run)?;
-    notes::gap_ended(&mut run.report, &mut run.known.gap_began, Instant::now());
+    let now = run.now();
+    notes::gap_ended(&mut run.report, &mut run.known.gap_began, now);
     restore_bridges_with_controllers(run)?;
     let (daemon, until) = (run.new_daemon()?.id, run.deadline);
     let replayed = run.host.datapath.replay_to(daemon, until).context("replaying the parked packets")?;

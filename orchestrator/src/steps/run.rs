@@ -2,17 +2,20 @@
 //! changes the plan.
 
 use std::collections::BTreeMap;
-use std::thread;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 
 use crate::config::Config;
-use crate::control::{HookLink, Progress, Server};
+use crate::control::{Control, Hook, Progress};
+use crate::host::clock::Clock;
 use crate::host::datapath::{Datapath, FreezeEvent};
+use crate::host::surroundings::Surroundings;
 use crate::host::{
     BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
-    RuleWatch, ServiceManager, Starting,
+    RuleWatch, SavedProgram, ServiceManager, Starting,
 };
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
@@ -31,6 +34,10 @@ pub struct Host {
     pub openflow: Box<dyn OpenFlow>,
     /// systemd, where it is the first process.
     pub services: Box<dyn ServiceManager>,
+    /// What Check looks at besides.
+    pub surroundings: Box<dyn Surroundings>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
 }
 
 /// What the operator asked for.
@@ -55,7 +62,7 @@ pub enum Start {
         /// The reload job.
         job: Box<dyn Job>,
         /// The hook.
-        link: HookLink,
+        link: Box<dyn Hook>,
     },
     /// By ourselves, where no service manager owns the daemons.
     Own(Box<dyn Starting>),
@@ -68,6 +75,10 @@ pub struct Known {
     pub facts: DatabaseFacts,
     /// The ovs-vswitchd to be replaced.
     pub old: Option<Daemon>,
+    /// Its program, kept for the way back.
+    pub saved: Option<SavedProgram>,
+    /// It was told to end.
+    pub old_told: bool,
     /// The unit that owns it, where one does.
     pub unit: Option<String>,
     /// The ovs-vswitchd that takes over.
@@ -82,8 +93,12 @@ pub struct Known {
     pub prepared: Option<Box<dyn PreparedRestore>>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// The start of the program that ran before.
+    pub back: Option<Box<dyn Starting>>,
     /// The start of the new daemon.
     pub start: Option<Start>,
+    /// The command that starts it has ended well.
+    pub start_ended: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
     /// Ports whose deletion was refused.
@@ -129,6 +144,8 @@ pub struct Run {
     pub level: Level,
     /// Limits and bounds.
     pub config: Config,
+    /// Where the running program may be kept, the best first.
+    pub program_folders: Vec<PathBuf>,
     /// The host.
     pub host: Host,
     /// Found out so far.
@@ -136,7 +153,7 @@ pub struct Run {
     /// What will be reported.
     pub report: Report,
     /// Who listens and who may interrupt.
-    pub control: Server,
+    pub control: Box<dyn Control>,
     /// Decides what comes next.
     pub machine: Machine,
     /// Watches flow-restore-wait while it is ours.
@@ -153,6 +170,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 impl Run {
+    /// Now, by the host's clock.
+    pub fn now(&self) -> Instant {
+        self.host.clock.now()
+    }
+
     /// The daemon to be replaced.
     pub fn old(&self) -> anyhow::Result<&Daemon> {
         self.known.old.as_ref().ok_or_else(|| anyhow!("the running ovs-vswitchd has not been looked up yet"))
@@ -182,7 +204,7 @@ impl Run {
     ///
     /// An error cuts the step off: its time is up, or the machine wants something else.
     pub fn checkpoint(&mut self) -> Result<(), Stop> {
-        self.looked = Instant::now();
+        self.looked = self.now();
         for event in self.happened()? {
             self.tell_machine(event)?;
         }
@@ -204,13 +226,14 @@ impl Run {
             if ready(self)? {
                 return Ok(());
             }
-            if self.looked.elapsed() >= ASK_AGAIN {
+            let now = self.now();
+            if now.saturating_duration_since(self.looked) >= ASK_AGAIN {
                 self.checkpoint()?;
             }
-            if Instant::now() >= self.deadline {
+            if now >= self.deadline {
                 return Err(Stop::TimedOut(what.to_owned()));
             }
-            thread::sleep(LOOK_AGAIN);
+            self.host.clock.sleep(LOOK_AGAIN);
         }
     }
 
@@ -238,7 +261,7 @@ impl Run {
 
     /// A step that is within its time limit is no hang: the lease outlasts it.
     pub fn lease(&self) -> Duration {
-        self.deadline.saturating_duration_since(Instant::now()) + self.config.freeze.lease()
+        self.deadline.saturating_duration_since(self.now()) + self.config.freeze.lease()
     }
 
     fn freeze_events(&mut self, events: &mut Vec<Event>) -> Result<(), Stop> {

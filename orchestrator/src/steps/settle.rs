@@ -1,7 +1,7 @@
 //! Settle: the new revalidators may delete and rewrite again, and do so twice; refused port deletions that are still
 //! true are repeated; systemd owns the new daemon; the freeze ends.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -27,7 +27,7 @@ impl Step for Settle {
         // hence more than one.
         let patience = Duration::from_millis(run.config.settle.revalidate_wait_ms);
         for _ in 0..run.config.settle.revalidations {
-            let until = run.deadline.min(Instant::now() + patience);
+            let until = run.deadline.min(run.now() + patience);
             let new = run.new_daemon()?.clone();
             run.host.daemons.command(&new, "revalidator/wait", &[], until).context("waiting for a revalidation")?;
             run.checkpoint()?;

@@ -7,9 +7,9 @@ use anyhow::{anyhow, bail, Context};
 
 use super::{Ended, Run, Start, Step, Stop};
 use crate::config::Config;
-use crate::control::{HookCommand, HookEvent, HookLink};
+use crate::control::{Hook, HookCommand, HookEvent};
 use crate::host::real::procfs::own_program;
-use crate::host::{HandOver, Job, JobKind, Signal};
+use crate::host::{Daemon, HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
 use crate::report::Strategy;
 
@@ -40,7 +40,7 @@ impl Step for Standby {
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
-        let until = Instant::now() + run.config.limits.undo();
+        let until = run.now() + run.config.limits.undo();
         run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         if let Some(new) = run.known.new.take() {
@@ -84,7 +84,6 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
 /// Starts the new daemon as its unit or ovs-ctl would, under the old one's PID file name.
 pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
-    let until = run.deadline;
     // A daemon that has ended has taken its PID file along.
     let beside_the_old = run.host.daemons.is_alive(old.id);
     if beside_the_old {
@@ -94,14 +93,49 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
         Some(Start::Unit { link, .. }) => link.send(HookCommand::Start)?,
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
-    let new = run.host.daemons.wait_pid_file(&old, until).context("the PID file of the new ovs-vswitchd")?;
+    let new = wait_for_new_daemon(run, &old)?;
     run.host.datapath.watch_standby(new.id)?;
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
     }
-    let control = new.control.clone();
-    run.known.new = Some(new);
-    run.wait_for("the new ovs-vswitchd to listen", |_| Ok(control.exists()))
+    run.known.new = Some(new.clone());
+    run.wait_for("the new ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))
+}
+
+/// The new daemon's PID file tells of it; a start that has failed is not waited for.
+fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
+    let mut new = None;
+    run.wait_for("the PID file of the new ovs-vswitchd", |run| {
+        start_has_not_failed(run)?;
+        match run.host.daemons.wait_pid_file(old, run.now()) {
+            Ok(daemon) => new = Some(daemon),
+            Err(error) if error.timed_out => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(new.is_some())
+    })?;
+    Ok(new.context("the new ovs-vswitchd has vanished")?)
+}
+
+fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
+    let now = run.now();
+    match &mut run.known.start {
+        Some(Start::Unit { link, .. }) => match link.recv(now) {
+            Some(HookEvent::ChildExited { status: 0 }) => run.known.start_ended = true,
+            Some(HookEvent::ChildExited { status }) => return Err(ended_badly(status).into()),
+            Some(HookEvent::Closed) => return Err(anyhow!("the reload hook has gone").into()),
+            Some(HookEvent::Connected { .. } | HookEvent::Spawned { .. }) | None => {}
+        },
+        Some(Start::Own(start)) => {
+            start.wait(now)?;
+        }
+        None => {}
+    }
+    Ok(())
+}
+
+fn ended_badly(status: i32) -> anyhow::Error {
+    anyhow!("ovs-ctl ended with status {status}; see its log and that of ovs-vswitchd")
 }
 
 /// Waits for the starting command to end well, so that the service manager owns the new daemon.
@@ -109,7 +143,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
-            let ended = end_start(run, job.as_mut(), &mut link, &unit, until);
+            let ended = end_start(run, job.as_mut(), link.as_mut(), &unit, until);
             // Whatever came of it, the unit goes back to what the package wrote.
             run.host.services.end_hand_over(&unit, until)?;
             ended?;
@@ -122,13 +156,13 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
     Ok(())
 }
 
-fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut HookLink, unit: &str, until: Instant) -> Result<(), Stop> {
+fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut dyn Hook, unit: &str, until: Instant) -> Result<(), Stop> {
     wait_for_child(run, link)?;
     link.send(HookCommand::Finish)?;
     Ok(wait_job(job, unit, until)?)
 }
 
-fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
+pub(super) fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
     match job.wait(until)?.as_deref() {
         Some("done") => Ok(()),
         Some(result) => bail!("the reload of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
@@ -136,10 +170,13 @@ fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()>
     }
 }
 
-fn wait_for_child(run: &mut Run, link: &mut HookLink) -> Result<(), Stop> {
-    run.wait_for("ovs-ctl to end", |_| match link.recv(Instant::now()) {
+fn wait_for_child(run: &mut Run, link: &mut dyn Hook) -> Result<(), Stop> {
+    if run.known.start_ended {
+        return Ok(());
+    }
+    run.wait_for("ovs-ctl to end", |run| match link.recv(run.now()) {
         Some(HookEvent::ChildExited { status: 0 }) => Ok(true),
-        Some(HookEvent::ChildExited { status }) => Err(anyhow!("ovs-ctl ended with status {status}").into()),
+        Some(HookEvent::ChildExited { status }) => Err(ended_badly(status).into()),
         Some(HookEvent::Closed) => Err(anyhow!("the reload hook has gone").into()),
         Some(HookEvent::Connected { .. } | HookEvent::Spawned { .. }) | None => Ok(false),
     })
@@ -147,7 +184,7 @@ fn wait_for_child(run: &mut Run, link: &mut HookLink) -> Result<(), Stop> {
 
 /// Ends a start that is not wanted any more.
 pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
-    let until = Instant::now() + run.config.limits.undo();
+    let until = run.now() + run.config.limits.undo();
     match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
             let _gone_is_fine = link.send(HookCommand::Cancel);
@@ -155,7 +192,12 @@ pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
             run.host.services.end_hand_over(&unit, until)?;
         }
         Some(Start::Own(mut start)) => start.cancel(),
-        None => {}
+        None => {
+            // The hook may never have connected.
+            if let Some(unit) = run.known.unit.clone() {
+                run.host.services.end_hand_over(&unit, until)?;
+            }
+        }
     }
     Ok(())
 }

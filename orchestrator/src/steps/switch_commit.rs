@@ -1,6 +1,6 @@
 //! SwitchCommit, the point of no return: the standby wakes, the old daemon ends.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -33,6 +33,7 @@ impl Step for SwitchCommit {
             run.known.standby_stopped = false;
         }
         if run.host.daemons.is_alive(old.id) {
+            run.known.old_told = true;
             // Never `ovs-appctl exit`: it deletes rules while handlers still run (hazards 8).
             run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
         }
@@ -51,13 +52,13 @@ impl Step for SwitchCommit {
 fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.id;
     let patience = Duration::from_millis(run.config.switch.kill_after_ms);
-    let told = Instant::now();
+    let told = run.now();
     let mut killed = false;
     run.wait_for("the old ovs-vswitchd to end", |run| {
         if !run.host.daemons.is_alive(old) {
             return Ok(true);
         }
-        if !killed && told.elapsed() >= patience {
+        if !killed && run.now().saturating_duration_since(told) >= patience {
             killed = true;
             run.warn("the old ovs-vswitchd did not end by SIGTERM and gets SIGKILL");
             run.host.daemons.signal(old, Signal::Kill)?;

@@ -45,7 +45,7 @@ pub(super) fn take_upcalls(run: &mut Run) -> Result<(), Stop> {
     if run.host.datapath.is_armed() {
         run.host.datapath.refuse(classes::switching())?;
     }
-    run.known.gap_began = Some(Instant::now());
+    run.known.gap_began = Some(run.now());
     run.host.datapath.take_upcalls().context("taking the upcalls over")?;
     Ok(())
 }
@@ -59,7 +59,8 @@ fn wait_until_drained(run: &mut Run) -> Result<(), Stop> {
             idle_since = None;
             return Ok(false);
         }
-        Ok(idle_since.get_or_insert_with(Instant::now).elapsed() >= apart)
+        let now = run.now();
+        Ok(now.saturating_duration_since(*idle_since.get_or_insert(now)) >= apart)
     })
 }
 

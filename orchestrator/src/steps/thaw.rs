@@ -1,8 +1,11 @@
 //! Thaw: whatever happened, nothing stays frozen, and no flag of ours stays in the database.
 
-use std::time::Instant;
+use anyhow::Context;
 
-use super::{Ended, Run};
+use super::standby::{cancel_start, wait_job};
+use super::{Ended, Run, Start, Stop};
+use crate::control::HookCommand;
+use crate::host::Daemon;
 use crate::machine::Event;
 
 /// Lifts every freeze. May be done twice.
@@ -10,7 +13,24 @@ pub fn thaw(run: &mut Run) -> Ended {
     super::guard::widen(run);
     run.host.datapath.thaw()?;
     run.restore_wait = None;
-    let until = Instant::now() + run.config.limits.undo();
+    let until = run.now() + run.config.limits.undo();
     run.host.database.clear_restore_wait(&run.id, until)?;
+    let_start_go(run)?;
     Ok(Event::Done)
+}
+
+/// A start that Settle did not come to end: where its daemon lives the service manager is to own it, and the unit goes
+/// back to what the package wrote in any case.
+fn let_start_go(run: &mut Run) -> Result<(), Stop> {
+    let lives = |daemon: &Option<Daemon>| daemon.as_ref().is_some_and(|one| run.host.daemons.is_alive(one.id));
+    if !lives(&run.known.new) || lives(&run.known.old) {
+        return cancel_start(run);
+    }
+    let until = run.now() + run.config.limits.undo();
+    let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() else { return Ok(()) };
+    let told = link.send(HookCommand::Finish).context("the reload hook has gone");
+    if let Err(error) = told.and_then(|()| wait_job(job.as_mut(), &unit, until)) {
+        run.warn(format!("{error:#}"));
+    }
+    Ok(run.host.services.end_hand_over(&unit, until)?)
 }

@@ -108,8 +108,8 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let after = facts::daemons("ovs-vswitchd");
     let same = before == after;
     outcome.check(check("one ovs-vswitchd, the right one"), after.len() == 1 && same == case.undone, &after);
-    nothing_left(case, outcome);
-    owned(case, outcome);
+    nothing_left(case.name, outcome);
+    owned(case.name, outcome);
     let now = facts::promised(&plain::bridges());
     outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
     let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
@@ -133,8 +133,9 @@ fn finish(case: &Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outc
     Ok(())
 }
 
-fn nothing_left(case: &Case, outcome: &mut Outcome) {
-    let check = |what: &str| format!("{}: {what}", case.name);
+/// Nothing of a run that is over is left on the host.
+pub(super) fn nothing_left(case: &str, outcome: &mut Outcome) {
+    let check = |what: &str| format!("{case}: {what}");
     let frozen = shell_lenient("dpfreeze status --json");
     let thawed = serde_json::from_str::<Value>(&frozen).is_ok_and(|s| s.is_null() || s["armed"] == false);
     outcome.check(check("nothing is frozen"), thawed, frozen);
@@ -153,16 +154,17 @@ fn nothing_left(case: &Case, outcome: &mut Outcome) {
     );
 }
 
-fn owned(case: &Case, outcome: &mut Outcome) {
+/// The unit owns the one ovs-vswitchd that lives.
+pub(super) fn owned(case: &str, outcome: &mut Outcome) {
     let found = facts::daemons("ovs-vswitchd");
     let unit = "ovs-vswitchd.service";
     let state = facts::unit_property(unit, "ActiveState");
     let main = facts::unit_property(unit, "MainPID");
     let right = matches!(found.as_slice(), [d] if main == d.pid.to_string()) && state == "active";
     let value = json!({ "state": state, "main_pid": main, "daemons": found });
-    outcome.check(format!("{}: the unit is active and owns its daemon", case.name), right, value);
+    outcome.check(format!("{case}: the unit is active and owns its daemon"), right, value);
     let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
-    outcome.check(format!("{}: ovs-appctl by name", case.name), by_name.contains("Open vSwitch"), by_name);
+    outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
 }
 
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the

@@ -1,5 +1,6 @@
 //! The scenarios, one file each.
 
+mod back;
 mod conntrack;
 mod ct_guard;
 mod ct_policies;
@@ -201,6 +202,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
+    Scenario::Custom(&back::Back),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
     Scenario::Custom(&selftest::SelfTest),

@@ -1,10 +1,13 @@
 //! The whole of this machine, for a run.
 
+use std::sync::Arc;
+
 use dpfreeze::park::ParkLimits;
 
 use super::datapath::KernelDatapath;
-use super::{Ovsdb, RealDaemons, RealOpenFlow, Systemd};
+use super::{Ovsdb, RealClock, RealDaemons, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
+use crate::host::Database;
 use crate::steps::Host;
 
 /// Where the daemons keep their sockets and PID files (`ovs_rundir`).
@@ -13,6 +16,11 @@ const RUN_DIRECTORY: &str = "/run/openvswitch";
 const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
 
 impl Host {
+    /// This machine's database, which is there before the datapath is.
+    pub fn real_database() -> Box<dyn Database> {
+        Box::new(Ovsdb::new(DATABASE_SOCKET))
+    }
+
     /// This machine.
     ///
     /// # Errors
@@ -26,6 +34,8 @@ impl Host {
             database: Box::new(Ovsdb::new(DATABASE_SOCKET)),
             openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY)),
             services: Box::new(Systemd::default()),
+            surroundings: Box::new(RealSurroundings),
+            clock: Arc::new(RealClock),
         })
     }
 }

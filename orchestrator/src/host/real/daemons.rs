@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,11 +16,15 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::jsonrpc::{remaining, Connection};
 use super::pid_file::PidFile;
-use super::{command, procfs, spawn, unixctl};
-use crate::host::{Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, Signal, Starting, Versions};
+use super::{command, procfs, program, spawn, unixctl};
+use crate::host::{
+    Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
+};
 
 /// Where a program is looked for after the daemon's own PATH (`ovs-ctl` does so too).
 const PROGRAM_DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin";
+/// Where the loader looks first (ld.so(8)).
+const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 /// Between two looks at a file or a socket that somebody else makes.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -119,6 +122,18 @@ impl Daemons for RealDaemons {
         pidfd_send_signal(&*self.hold(id)?, number).about(format!("process {}: {signal:?}", id.pid))
     }
 
+    fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>> {
+        let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|own| own == cgroup);
+        let hook =
+            |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|w| w == "hook"));
+        let all = procfs::pids().about("/proc")?.into_iter().filter(inside).filter(|pid| !hook(pid));
+        Ok(all.filter_map(|pid| procfs::identity(pid).ok()).filter(|id| id.start_time >= ticks).collect())
+    }
+
+    fn listens(&self, daemon: &Daemon) -> bool {
+        daemon.control.exists()
+    }
+
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool> {
         let fd = match self.hold(id) {
             Ok(fd) => fd,
@@ -195,32 +210,29 @@ impl Daemons for RealDaemons {
         spawn::start_like(model, &installed_program(model)?)
     }
 
-    fn start_program_like(&self, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
-        spawn::start_like(model, program)
+    fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
+        let mut model = model.clone();
+        if let Some(path) = saved.library_path(variable(&model.environment, LIBRARY_PATH)) {
+            model.environment.retain(|(name, _)| name != LIBRARY_PATH);
+            model.environment.push((LIBRARY_PATH.to_owned(), path));
+        }
+        spawn::start_like(&model, &saved.program)
     }
 
-    fn save_program(&self, daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf> {
+    fn save_program(
+        &self,
+        daemon: &Daemon,
+        version: &str,
+        folders: &[PathBuf],
+        until: Instant,
+    ) -> Result<SavedProgram> {
         self.hold(daemon.id)?;
-        save_program(daemon, directory, until)
+        program::save(daemon, version, folders, until)
     }
-}
 
-/// Copies `/proc/PID/exe`, which stays readable when the file has been replaced, and tries the copy.
-fn save_program(daemon: &Daemon, directory: &Path, until: Instant) -> Result<PathBuf> {
-    let object = directory.display().to_string();
-    let expected = daemon.exe.file_name().unwrap_or(daemon.kind.program().as_ref());
-    let (path, new) = (directory.join(expected), directory.join(format!("{}.new", daemon.kind.program())));
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory).about(&object)?;
-    fs::copy(format!("/proc/{}/exe", daemon.id.pid), &new).about(&object)?;
-    // Written aside and renamed: a program that runs cannot be written to.
-    fs::rename(&new, &path).about(&object)?;
-    let program = path.to_string_lossy();
-    let text = command::run_well(&program, &["--version"], None, until).map_err(|e| {
-        HostError::new(&*program, format!("the copy of the running program does not run: {}", e.cause))
-            .remedy("is the file system mounted noexec? Name another directory")
-    })?;
-    unixctl::parse_version(&text).ok_or_else(|| HostError::new(&*program, format!("it says {text:?}")))?;
-    Ok(path)
+    fn remove_stale_pid_files(&self, model: &Daemon) -> Result<()> {
+        PidFile::new(&model.pid_file).remove_stale(|pid| procfs::runs(pid, model.kind.program()))
+    }
 }
 
 /// Sleeps a moment, or fails with a time-out of `object` where `until` has passed.
@@ -233,7 +245,7 @@ fn pause(until: Instant, object: impl ToString, doing: &str) -> Result<()> {
 }
 
 /// Reads all of [`Daemon`] from /proc.
-fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemon> {
+pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemon> {
     let pid = id.pid;
     let argv = procfs::words(pid, "cmdline")?;
     let environment: Vec<(String, String)> = procfs::words(pid, "environ")?
@@ -397,27 +409,5 @@ mod tests {
         assert!(daemons.wait_end(id, Instant::now() + Duration::from_secs(5)).unwrap());
         child.wait().unwrap();
         assert!(!daemons.is_alive(id) && daemons.signal(id, Signal::Kill).is_err());
-    }
-
-    #[test]
-    fn the_program_of_a_running_process_is_kept_and_proved() {
-        let directory = tempfile::tempdir().unwrap();
-        let program = directory.path().join("sleep");
-        fs::copy("/bin/sleep", &program).unwrap();
-        let mut child = std::process::Command::new(&program).arg("30").spawn().unwrap();
-        let id = procfs::identity(child.id() as i32).unwrap();
-        // What an upgrade does: the file is gone, the process is not.
-        fs::remove_file(&program).unwrap();
-        let daemon = describe(DaemonKind::OvsVswitchd, id).unwrap();
-        assert!(daemon.exe_deleted);
-        let until = Instant::now() + Duration::from_secs(10);
-        let kept = directory.path().join("kept");
-        for _ in 0..2 {
-            assert_eq!(save_program(&daemon, &kept, until).unwrap(), kept.join("sleep"));
-        }
-        assert_eq!(fs::read(kept.join("sleep")).unwrap(), fs::read("/bin/sleep").unwrap());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(save_program(&daemon, &kept, until).is_err());
     }
 }

@@ -144,6 +144,14 @@ impl Datapath for KernelDatapath {
         Ok(())
     }
 
+    fn take_up_freeze(&mut self) -> Result<bool> {
+        self.freeze = Freeze::open().about("freeze")?;
+        match &mut self.freeze {
+            Some(freeze) => freeze.take_over().about("freeze").map(|()| true),
+            None => Ok(false),
+        }
+    }
+
     fn is_armed(&self) -> bool {
         self.freeze.is_some()
     }

@@ -2,9 +2,11 @@
 
 pub mod assemble;
 pub mod check;
+mod clock;
 pub mod command;
 mod daemons;
 mod datapath;
+mod disk;
 mod fdb;
 pub mod jsonrpc;
 pub mod openflow;
@@ -13,12 +15,17 @@ pub mod ovsdb_server;
 pub mod pid_file;
 mod prepared;
 pub mod procfs;
+mod program;
 mod rule_watch;
 mod spawn;
+mod surroundings;
 pub mod systemd;
 pub mod unixctl;
 
+pub use clock::RealClock;
 pub use daemons::RealDaemons;
+pub use disk::RealDisk;
 pub use openflow::RealOpenFlow;
 pub use ovsdb::Ovsdb;
+pub use surroundings::RealSurroundings;
 pub use systemd::Systemd;

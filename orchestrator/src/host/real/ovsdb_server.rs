@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::jsonrpc::remaining;
 use super::{command, unixctl};
+use crate::host::clock::Clock;
 use crate::host::{Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit};
 
 /// Where `ovs-ctl` keeps the database when nothing on the command line says otherwise.
@@ -57,14 +57,15 @@ pub fn replace(
     daemons: &dyn Daemons,
     services: &dyn ServiceManager,
     database: &dyn Database,
+    clock: &dyn Clock,
     old: &Daemon,
     until: Instant,
 ) -> Result<Daemon> {
     match services.owner(old, until)? {
         Some(unit) => by_unit(services, &unit, until)?,
-        None => by_hand(daemons, database, old, until)?,
+        None => by_hand(daemons, database, clock, old, until)?,
     }
-    let new = wait_new(daemons, old, until)?;
+    let new = wait_new(daemons, clock, old, until)?;
     let next_cfg = database.bump(until)?;
     database.wait_in_step(next_cfg, until)?;
     Ok(new)
@@ -88,7 +89,13 @@ fn by_unit(services: &dyn ServiceManager, unit: &Unit, until: Instant) -> Result
 
 /// Ends the server and starts it as it was, converting the database in between as `ovs-ctl` would, but never replacing
 /// it by an empty one.
-fn by_hand(daemons: &dyn Daemons, database: &dyn Database, old: &Daemon, until: Instant) -> Result<()> {
+fn by_hand(
+    daemons: &dyn Daemons,
+    database: &dyn Database,
+    clock: &dyn Clock,
+    old: &Daemon,
+    until: Instant,
+) -> Result<()> {
     let remotes = unixctl::command(&old.control, "ovsdb-server/list-remotes", &[], until)?;
     let versions = daemons.versions(old, until)?;
     daemons.signal(old.id, Signal::Terminate)?;
@@ -102,7 +109,7 @@ fn by_hand(daemons: &dyn Daemons, database: &dyn Database, old: &Daemon, until: 
         return Err(HostError::timeout("ovsdb-server", "starting it").remedy("see its log"));
     }
     converted?;
-    let new = wait_new(daemons, old, until)?;
+    let new = wait_new(daemons, clock, old, until)?;
     add_remotes(&new, &remotes, until)?;
     if versions.running != versions.installed {
         let row = json!({"ovs_version": versions.installed});
@@ -139,18 +146,19 @@ fn convert(file: &Path, schema: &Path, until: Instant) -> Result<()> {
 }
 
 /// Waits for another server than `old` behind the socket.
-fn wait_new(daemons: &dyn Daemons, old: &Daemon, until: Instant) -> Result<Daemon> {
+fn wait_new(daemons: &dyn Daemons, clock: &dyn Clock, old: &Daemon, until: Instant) -> Result<Daemon> {
     loop {
         let last = match daemons.find_ovsdb_server() {
             Ok(server) if server.id != old.id => return Ok(server),
             Ok(_) => "the old one still answers".to_owned(),
             Err(error) => error.cause,
         };
-        let Some(left) = remaining(until) else {
+        let left = until.saturating_duration_since(clock.now());
+        if left.is_zero() {
             return Err(HostError::timeout("ovsdb-server", format_args!("waiting for the new one ({last})"))
                 .remedy("see its log"));
-        };
-        std::thread::sleep(left.min(LOOK_AGAIN));
+        }
+        clock.sleep(left.min(LOOK_AGAIN));
     }
 }
 

@@ -99,6 +99,16 @@ impl PidFile {
             .about(self.object())
     }
 
+    /// Removes each of the names that holds a pid for which `lives` says no. Nobody locks such a file.
+    pub fn remove_stale(&self, lives: impl Fn(i32) -> bool) -> Result<()> {
+        for path in [self.0.clone(), self.old(), self.new_one()] {
+            if read(&path).about(self.object())?.is_some_and(|pid| !lives(pid)) {
+                remove(&path).about(self.object())?;
+            }
+        }
+        Ok(())
+    }
+
     fn surprise(&self, found: &[(&str, Option<i32>)], wanted: i32) -> HostError {
         let list: Vec<String> = found
             .iter()

@@ -1,0 +1,101 @@
+//! The database of the simulated host.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use super::world::{bridges, Table, World};
+use super::Sim;
+use crate::host::{Cleared, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result};
+
+pub(super) struct SimDatabase(pub(super) Sim);
+
+impl SimDatabase {
+    fn table<T>(
+        &self,
+        name: &'static str,
+        until: Instant,
+        mut effect: impl FnMut(&mut Table) -> Result<T>,
+    ) -> Result<T> {
+        self.0.operate(name, Some(until), |world: &mut World| match world.server() {
+            Some(_) => effect(&mut world.table),
+            None => Err(HostError::new("database", "nobody listens on its socket")),
+        })
+    }
+}
+
+impl Database for SimDatabase {
+    fn facts(&self, until: Instant) -> Result<DatabaseFacts> {
+        self.table("database.facts", until, |table| {
+            let flag = table.flag.then(|| ("flow-restore-wait".to_owned(), "true".to_owned()));
+            let mark = table.mark.clone().map(|run| ("ovs-graceful-run".to_owned(), run));
+            Ok(DatabaseFacts {
+                other_config: BTreeMap::from_iter(flag),
+                external_ids: BTreeMap::from_iter(mark),
+                next_cfg: table.next_cfg,
+                cur_cfg: table.cur_cfg,
+                bridges: bridges(),
+                ..DatabaseFacts::default()
+            })
+        })
+    }
+
+    fn set_restore_wait(&self, run: &str, until: Instant) -> Result<i64> {
+        self.table("database.set_restore_wait", until, |table| {
+            if table.flag {
+                return Err(HostError::new("flow-restore-wait", "it is set already"));
+            }
+            table.flag = true;
+            table.mark = Some(run.to_owned());
+            table.next_cfg += 1;
+            Ok(table.next_cfg)
+        })
+    }
+
+    fn clear_restore_wait(&self, run: &str, until: Instant) -> Result<Cleared> {
+        self.table("database.clear_restore_wait", until, |table| {
+            if table.mark.as_deref() != Some(run) {
+                return Ok(Cleared::NotOurs);
+            }
+            table.mark = None;
+            if !std::mem::take(&mut table.flag) {
+                return Ok(Cleared::AlreadyGone);
+            }
+            table.next_cfg += 1;
+            Ok(Cleared::Removed { next_cfg: table.next_cfg })
+        })
+    }
+
+    fn bump(&self, until: Instant) -> Result<i64> {
+        self.table("database.bump", until, |table| {
+            table.next_cfg += 1;
+            Ok(table.next_cfg)
+        })
+    }
+
+    fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()> {
+        self.table("database.wait_in_step", until, |_| Ok(()))?;
+        let in_step = self.0.wait(until, |world| (world.table.cur_cfg >= next_cfg).then_some(()));
+        in_step.ok_or_else(|| HostError::timeout("ovs-vswitchd", "waiting for it to be in step"))
+    }
+
+    fn transact(&self, _operations: Vec<serde_json::Value>, until: Instant) -> Result<Vec<serde_json::Value>> {
+        self.table("database.transact", until, |_| Ok(Vec::new()))
+    }
+
+    fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
+        self.table("database.watch_restore_wait", until, |_| Ok(()))?;
+        Ok(Box::new(SimWatch(self.0.clone())))
+    }
+}
+
+struct SimWatch(Sim);
+
+impl RestoreWaitWatch for SimWatch {
+    fn is_set(&mut self) -> Result<bool> {
+        Ok(self.0.look().table.flag)
+    }
+
+    fn wait_cleared(&mut self, until: Instant) -> Result<bool> {
+        Ok(self.0.wait(until, |world| (!world.table.flag).then_some(())).is_some())
+    }
+}

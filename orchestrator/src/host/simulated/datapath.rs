@@ -1,0 +1,339 @@
+//! The kernel's datapath of the simulated host, as one supervisor has it open.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
+use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
+use dpfreeze::snapshot::{DatapathSnapshot, Snapshot};
+
+use super::world::{Frost, World};
+use super::Sim;
+use crate::guard::{Guarded, Terms};
+use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
+use crate::host::{HostError, ProcessId, Result};
+
+/// The kernel takes so long to remove flows, grace periods included.
+const REMOVAL: Duration = Duration::from_millis(20);
+
+pub(super) struct SimDatapath {
+    sim: Sim,
+    /// This process has the freeze open.
+    open: bool,
+    returned_to: Vec<u32>,
+    handed_over: bool,
+    removed: Option<RemovalReport>,
+}
+
+impl SimDatapath {
+    pub(super) fn new(sim: &Sim) -> SimDatapath {
+        SimDatapath { sim: sim.clone(), open: false, returned_to: Vec::new(), handed_over: false, removed: None }
+    }
+
+    /// With the freeze that this process has open.
+    fn frozen<T>(&self, name: &'static str, mut effect: impl FnMut(&mut Frost, Duration) -> Result<T>) -> Result<T> {
+        let open = self.open;
+        self.sim.operate(name, None, |world| {
+            let now = world.time;
+            match world.kernel.frost.as_mut().filter(|_| open) {
+                Some(frost) => effect(frost, now),
+                None => Err(HostError::new("freeze", "it is not loaded")),
+            }
+        })
+    }
+}
+
+/// The flows of the kernel, by what they do.
+fn flows(world: &World) -> Vec<Flow> {
+    // struct nlattr: OVS_ACTION_ATTR_OUTPUT (1) to port 1, OVS_ACTION_ATTR_RECIRC (7) to id 5 (openvswitch.h).
+    let kinds = [
+        (world.kernel.established, 1, [8, 0, 1, 0, 1, 0, 0, 0]),
+        (world.kernel.recirculating, 2, [8, 0, 7, 0, 5, 0, 0, 0]),
+    ];
+    let there = kinds.into_iter().filter(|(owner, ..)| owner.is_some());
+    there.map(|(_, id, actions)| Flow { ufid: Some([id; 16]), actions: actions.to_vec(), ..Flow::default() }).collect()
+}
+
+fn reads(world: &World, daemon: ProcessId, port_ids: &[u32]) -> Result<()> {
+    match world.reader(port_ids).is_some_and(|reader| reader.id == daemon) {
+        true => Ok(()),
+        false => Err(HostError::new("upcall sockets", format!("they are not those of process {}", daemon.pid))),
+    }
+}
+
+impl Datapath for SimDatapath {
+    fn snapshot(&mut self) -> Result<Snapshot> {
+        self.sim.operate("datapath.snapshot", None, |world| {
+            let datapath = Dp { ifindex: 1, name: DATAPATH.into(), ..Dp::default() };
+            let all = DatapathSnapshot { datapath, flows: flows(world), ..DatapathSnapshot::default() };
+            Ok(Snapshot { datapaths: vec![all], ..Snapshot::default() })
+        })
+    }
+
+    fn flow_counts(&mut self) -> Result<FlowCounts> {
+        self.sim.operate("datapath.flow_counts", None, |world| Ok(flows(world).into_iter().collect()))
+    }
+
+    fn set_ct_limits(&mut self, _limits: &[ZoneLimit]) -> Result<()> {
+        self.sim.operate("datapath.set_ct_limits", None, |_| Ok(()))
+    }
+
+    fn begin_guard(&mut self, _run: &str, _zones: &BTreeMap<String, BTreeSet<u16>>, _terms: Terms) -> Result<Guarded> {
+        self.sim.operate("datapath.begin_guard", None, |_| Ok(Guarded { policies: 0, connections: 0 }))
+    }
+
+    fn widen_guard(&mut self, _run: &str) -> Result<Guarded> {
+        self.sim.operate("datapath.widen_guard", None, |_| Ok(Guarded { policies: 0, connections: 0 }))
+    }
+
+    fn withdraw_guard(&mut self, _run: &str) -> Result<()> {
+        self.sim.operate("datapath.withdraw_guard", None, |_| Ok(()))
+    }
+
+    fn retake_upcalls(&mut self) -> Result<bool> {
+        if !std::mem::take(&mut self.handed_over) {
+            return Ok(false);
+        }
+        self.sim.operate("datapath.retake_upcalls", None, |world| {
+            open_park(world);
+            let park = world.kernel.park.clone().unwrap_or_default();
+            world.bind(park);
+            Ok(())
+        })?;
+        Ok(true)
+    }
+
+    fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
+        self.sim.operate("datapath.upcall_port_ids", None, |world| Ok(world.kernel.bound.clone()))
+    }
+
+    fn dispatches_per_cpu(&mut self) -> Result<bool> {
+        self.sim.operate("datapath.dispatches_per_cpu", None, |_| Ok(true))
+    }
+
+    fn prove_freeze(&mut self) -> Result<()> {
+        self.sim.operate("datapath.prove_freeze", None, |_| Ok(()))
+    }
+
+    fn arm(&mut self, classes: Classes, lease: Lease) -> Result<()> {
+        self.sim.operate_in_parts(
+            "datapath.arm",
+            None,
+            |world| {
+                let nothing = Lease { lease: Duration::ZERO, end: Duration::ZERO };
+                world.kernel.frost = Some(frost(world, Classes::empty(), nothing));
+            },
+            |world| {
+                world.kernel.frost = Some(frost(world, classes, lease));
+                Ok(())
+            },
+        )?;
+        self.open = true;
+        Ok(())
+    }
+
+    fn take_up_freeze(&mut self) -> Result<bool> {
+        self.open = self.sim.operate("datapath.take_up_freeze", None, |world| Ok(world.kernel.frost.is_some()))?;
+        Ok(self.open)
+    }
+
+    fn is_armed(&self) -> bool {
+        self.open
+    }
+
+    fn refuse(&mut self, classes: Classes) -> Result<()> {
+        self.frozen("datapath.refuse", |frost, _| {
+            frost.classes = classes;
+            Ok(())
+        })
+    }
+
+    fn renew(&mut self, lease: Duration) -> Result<()> {
+        let mut world = self.sim.look();
+        let now = world.time;
+        match &mut world.kernel.frost {
+            Some(frost) if now < frost.lease && now < frost.end => {
+                frost.lease = now + lease;
+                Ok(())
+            }
+            Some(_) => Err(HostError::new("freeze", "its lease ran out before the next step of the run")),
+            None => Err(HostError::new("freeze", "somebody lifted it")),
+        }
+    }
+
+    fn watch_standby(&mut self, standby: ProcessId) -> Result<()> {
+        if !self.open {
+            return Ok(());
+        }
+        self.frozen("datapath.watch_standby", |frost, _| {
+            frost.standby = Some(standby);
+            Ok(())
+        })
+    }
+
+    fn adopt_tunnels(&mut self, _standby: ProcessId) -> Result<()> {
+        self.sim.operate("datapath.adopt_tunnels", None, |_| Ok(()))
+    }
+
+    fn tunnels_adopted(&mut self, _patience: Duration) -> Result<Vec<String>> {
+        self.sim.operate("datapath.tunnels_adopted", None, |_| Ok(Vec::new()))
+    }
+
+    fn captured(&mut self) -> Result<Option<Captured>> {
+        // Polled: a fault in every look would be too many.
+        match self.sim.look().kernel.frost.as_ref().filter(|_| self.open) {
+            Some(frost) => Ok(frost.captured.clone()),
+            None => Err(HostError::new("freeze", "it is not loaded")),
+        }
+    }
+
+    fn refused(&mut self) -> Result<Refused> {
+        let mut world = self.sim.look();
+        Ok(world.kernel.frost.as_mut().map(|frost| frost.refused).unwrap_or_default())
+    }
+
+    fn events(&mut self) -> Result<Vec<FreezeEvent>> {
+        let mut world = self.sim.look();
+        Ok(world.kernel.frost.as_mut().map(|frost| std::mem::take(&mut frost.events)).unwrap_or_default())
+    }
+
+    fn thaw(&mut self) -> Result<()> {
+        self.open = false;
+        self.handed_over = false;
+        self.sim.operate("datapath.thaw", None, |world| {
+            world.kernel.frost = None;
+            Ok(())
+        })
+    }
+
+    fn prepare_park(&mut self, old: ProcessId) -> Result<()> {
+        self.returned_to = self.sim.operate("datapath.prepare_park", None, |world| {
+            let bound = world.kernel.bound.clone();
+            reads(world, old, &bound)?;
+            open_park(world);
+            Ok(bound)
+        })?;
+        Ok(())
+    }
+
+    fn take_upcalls(&mut self) -> Result<()> {
+        self.sim.operate("datapath.take_upcalls", None, |world| {
+            open_park(world);
+            let park = world.kernel.park.clone().unwrap_or_default();
+            world.bind(park);
+            Ok(())
+        })
+    }
+
+    fn return_upcalls(&mut self) -> Result<()> {
+        let returned_to = self.returned_to.clone();
+        self.sim.operate_in_parts(
+            "datapath.return_upcalls",
+            None,
+            |world| world.bind(returned_to.clone()),
+            |world| {
+                if world.kernel.park.is_none() {
+                    return Ok(());
+                }
+                world.bind(returned_to.clone());
+                if world.reader(&returned_to).is_none() {
+                    return Err(HostError::new("upcall sockets", "their owner has ended"));
+                }
+                world.replay();
+                world.kernel.park = None;
+                Ok(())
+            },
+        )
+    }
+
+    fn bind_upcalls(&mut self, _features: Option<u32>, port_ids: &[u32]) -> Result<()> {
+        self.sim.operate("datapath.bind_upcalls", None, |world| {
+            world.bind(port_ids.to_vec());
+            Ok(())
+        })
+    }
+
+    fn is_drained(&mut self) -> Result<bool> {
+        Ok(self.sim.look().drained())
+    }
+
+    fn read_left_over(&mut self) -> Result<()> {
+        self.sim.operate("datapath.read_left_over", None, |_| Ok(()))
+    }
+
+    fn park_stats(&self) -> ParkStats {
+        ParkStats { waiting: self.sim.look().kernel.parked, ..ParkStats::default() }
+    }
+
+    fn choose_doomed(&mut self) -> Result<()> {
+        self.sim.operate("datapath.choose_doomed", None, |_| Ok(()))
+    }
+
+    fn remove_doomed(&mut self) -> Result<&RemovalReport> {
+        let report = self.sim.operate("datapath.remove_doomed", None, |world| {
+            let dump = flows(world);
+            let roots = u64::from(world.kernel.recirculating.take().is_some());
+            world.pass(REMOVAL);
+            Ok(RemovalReport { dump, roots, ..RemovalReport::default() })
+        })?;
+        Ok(self.removed.insert(report))
+    }
+
+    fn removed(&self) -> Option<&RemovalReport> {
+        self.removed.as_ref()
+    }
+
+    fn hand_over(&mut self, to: &Captured, _until: Instant) -> Result<HandedOver> {
+        let daemon = ProcessId { pid: to.process.tgid as i32, start_time: to.process.start_time };
+        let replayed = self.sim.operate_in_parts(
+            "datapath.hand_over",
+            None,
+            |world| world.bind(to.port_ids.clone()),
+            |world| {
+                reads(world, daemon, &to.port_ids)?;
+                world.bind(to.port_ids.clone());
+                Ok(world.replay())
+            },
+        )?;
+        self.handed_over = true;
+        let replay = ReplayReport { replayed, ..ReplayReport::default() };
+        Ok(HandedOver { bound: self.sim.now(), replay })
+    }
+
+    fn replay_to(&mut self, daemon: ProcessId, _until: Instant) -> Result<ReplayReport> {
+        let replayed = self.sim.operate("datapath.replay_to", None, |world| {
+            let bound = world.kernel.bound.clone();
+            reads(world, daemon, &bound)?;
+            if world.kernel.park.is_none() {
+                return Err(HostError::new("parked packets", "nothing was parked"));
+            }
+            Ok(world.replay())
+        })?;
+        Ok(ReplayReport { replayed, ..ReplayReport::default() })
+    }
+
+    fn delete_stale_ports(&mut self, _port_nos: &[u32], _wanted: &[String]) -> Result<Vec<String>> {
+        self.sim.operate("datapath.delete_stale_ports", None, |_| Ok(Vec::new()))
+    }
+}
+
+fn frost(world: &World, classes: Classes, lease: Lease) -> Frost {
+    Frost {
+        classes,
+        lease: world.time + lease.lease,
+        end: world.time + lease.end,
+        standby: None,
+        captured: None,
+        refused: Refused::default(),
+        events: Vec::new(),
+    }
+}
+
+/// The parking sockets, with numbers that nobody else has.
+fn open_park(world: &mut World) {
+    if world.kernel.park.is_none() {
+        let id = world.fresh_id() as u32;
+        world.kernel.park = Some(vec![1_000_000 + id]);
+    }
+}

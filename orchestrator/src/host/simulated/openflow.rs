@@ -1,0 +1,130 @@
+//! The bridges of the simulated host.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::world::{Process, World};
+use super::Sim;
+use crate::host::{
+    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
+    RuleWatch,
+};
+
+#[derive(Clone)]
+pub(super) struct SimOpenFlow(pub(super) Sim);
+
+fn leader(world: &mut World) -> Result<&mut Process> {
+    world.leader().ok_or_else(|| HostError::new("bridge br0", "nobody listens on its management socket"))
+}
+
+fn put(world: &mut World, rules: &[BridgeRules]) -> Result<Vec<RestoredRules>> {
+    let leader = leader(world)?;
+    leader.rules.extend(rules.iter().map(|rules| (rules.bridge.clone(), rules.clone())));
+    Ok(rules.iter().map(|rules| RestoredRules { bridge: rules.bridge.clone(), not_atomic: false }).collect())
+}
+
+impl SimOpenFlow {
+    fn put(&self, name: &'static str, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
+        let half = |world: &mut World| {
+            let _no_leader = put(world, rules.get(..1).unwrap_or_default());
+        };
+        self.0.operate_in_parts(name, Some(until), half, |world| put(world, rules))
+    }
+}
+
+impl OpenFlow for SimOpenFlow {
+    fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
+        self.0.operate("openflow.snapshot", Some(until), |world| {
+            let leader = leader(world)?;
+            let of = |bridge: &Bridge| {
+                let empty = || BridgeRules { bridge: bridge.name.clone(), ..BridgeRules::default() };
+                leader.rules.get(&bridge.name).cloned().unwrap_or_else(empty)
+            };
+            Ok(bridges.iter().map(of).collect())
+        })
+    }
+
+    fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>> {
+        self.0.operate("openflow.count_flows", Some(until), |world| {
+            let leader = leader(world)?;
+            let count = |bridge: &BridgeRules| leader.rules.get(&bridge.bridge).map_or(0, |rules| rules.flows.len());
+            Ok(bridges.iter().map(|bridge| count(bridge) as u64).collect())
+        })
+    }
+
+    fn refresh(
+        &self,
+        bridges: &[Bridge],
+        _before: &[BridgeRules],
+        _watch: &mut dyn RuleWatch,
+        until: Instant,
+    ) -> Result<Vec<BridgeRules>> {
+        self.snapshot(bridges, until)
+    }
+
+    fn watch(&self, _bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>> {
+        self.0.operate("openflow.watch", Some(until), |_| Ok(()))?;
+        Ok(Box::new(SimRuleWatch))
+    }
+
+    fn wait_ready(&self, daemon: &Daemon, _bridges: &[Bridge], until: Instant) -> Result<()> {
+        self.0.operate("openflow.wait_ready", Some(until), |_| Ok(()))?;
+        let pid = daemon.id.pid;
+        let ready = self.0.wait(until, |world| match world.processes.get(&pid) {
+            Some(process) => (process.leads && !process.stopped).then_some(true),
+            None => Some(false),
+        });
+        match ready {
+            Some(true) => Ok(()),
+            Some(false) => Err(HostError::new("ovs-vswitchd", "it has ended")),
+            None => Err(HostError::timeout("ovs-vswitchd", "waiting for its bridges")),
+        }
+    }
+
+    fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
+        self.put("openflow.restore", rules, until)
+    }
+
+    fn prepare_restore(&self, _rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>> {
+        self.0.operate("openflow.prepare_restore", None, |_| Ok(()))?;
+        Ok(Box::new(SimPrepared(self.clone())))
+    }
+
+    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>> {
+        self.0.operate("openflow.fdb", Some(until), |world| match world.processes.get(&daemon.id.pid) {
+            Some(process) => Ok(process.addresses.get(bridge).cloned().unwrap_or_default()),
+            None => Err(HostError::new("ovs-vswitchd", "it has ended")),
+        })
+    }
+
+    fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
+        self.0.operate("openflow.learn", Some(until), |world| match world.processes.get_mut(&daemon.id.pid) {
+            Some(process) => {
+                process.addresses.insert(bridge.name.clone(), entries.to_vec());
+                Ok(LearnReport { restored: entries.len() as u64, ..LearnReport::default() })
+            }
+            None => Err(HostError::new("ovs-vswitchd", "it has ended")),
+        })
+    }
+}
+
+struct SimPrepared(SimOpenFlow);
+
+impl PreparedRestore for SimPrepared {
+    fn commit(self: Box<Self>, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
+        self.0.put("openflow.commit", rules, until)
+    }
+}
+
+/// Nobody changes a rule here.
+struct SimRuleWatch;
+
+impl RuleWatch for SimRuleWatch {
+    fn changed(&mut self, _until: Instant) -> Result<BTreeSet<String>> {
+        Ok(BTreeSet::new())
+    }
+
+    fn small_tables(&mut self, _bridge: &str, _until: Instant) -> Option<BridgeRules> {
+        None
+    }
+}

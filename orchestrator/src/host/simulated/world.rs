@@ -1,0 +1,864 @@
+//! The truth about the simulated host, and what happens in it by itself.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dpfreeze::freeze::{Captured, Classes, Refused};
+
+use super::disk::Files;
+use super::fault::{Fault, Script};
+use crate::control::{AbortGate, HookCommand};
+use crate::host::datapath::FreezeEvent;
+use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, ProcessId};
+
+/// The unit of the switch.
+pub(super) const SWITCH: &str = "ovs-vswitchd.service";
+/// The unit of the database server.
+pub(super) const SERVER: &str = "ovsdb-server.service";
+/// A daemon has written its PID file and listens after this.
+const APPEARS: Duration = Duration::from_millis(20);
+/// A daemon has read the database after this.
+pub(super) const READY: Duration = Duration::from_millis(60);
+/// Upcalls that a daemon has in hand are done after this.
+const IN_HAND: Duration = Duration::from_millis(3);
+/// A hook whose supervisor has died gives up after this.
+const HOOK_PATIENCE: Duration = Duration::from_secs(100);
+/// The bridge that has a controller.
+const WITH_CONTROLLER: &str = "br1";
+/// How long the machine is down, and how long the world needs to come to rest.
+const LONG: Duration = Duration::from_secs(400);
+
+/// What kind of host it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Variant {
+    /// systemd runs and owns the daemons.
+    pub systemd: bool,
+    /// BPF works: level `full`.
+    pub freeze: bool,
+    /// The installed switch works. It is another version than the running one.
+    pub installed_works: bool,
+}
+
+impl Default for Variant {
+    fn default() -> Variant {
+        Variant { systemd: true, freeze: true, installed_works: true }
+    }
+}
+
+/// Which program a process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// What ran before the run.
+    Old,
+    /// What is installed.
+    Installed,
+    /// The copy of the old one that was kept.
+    Saved,
+}
+
+/// A process of a daemon. One that has ended is no longer there.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its number and start.
+    pub id: ProcessId,
+    /// Which daemon.
+    pub kind: DaemonKind,
+    /// What it runs.
+    pub program: Program,
+    /// SIGSTOP.
+    pub stopped: bool,
+    /// When it was started.
+    pub born: Duration,
+    /// It has written its PID file.
+    pub appeared: bool,
+    /// It waits for nobody: it has the database's lock and has taken over.
+    pub leads: bool,
+    /// Its binding was refused; it does not try again.
+    pub refused: bool,
+    /// It has seen flow-restore-wait and keeps still.
+    pub waits: bool,
+    /// It has opened its datapath: it does not bind again, whoever takes the upcalls from it.
+    pub opened: bool,
+    /// The sockets that it gives to the datapath.
+    pub port_ids: Vec<u32>,
+    /// OpenFlow rules by bridge.
+    pub rules: BTreeMap<String, BridgeRules>,
+    /// Learned addresses by bridge.
+    pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// It is in its unit's cgroup.
+    pub in_unit: bool,
+}
+
+/// The freeze: pinned, so it outlives who loaded it.
+#[derive(Debug, Clone)]
+pub struct Frost {
+    /// What is refused.
+    pub classes: Classes,
+    /// Until when, if nobody renews.
+    pub lease: Duration,
+    /// Until when at most.
+    pub end: Duration,
+    /// Whose binding is captured.
+    pub standby: Option<ProcessId>,
+    /// What was captured.
+    pub captured: Option<Captured>,
+    /// Counters.
+    pub refused: Refused,
+    /// What was seen.
+    pub events: Vec<FreezeEvent>,
+}
+
+/// The kernel's datapath. Two flows stand for all: one that any daemon may adopt, one that recirculates.
+#[derive(Debug, Clone, Default)]
+pub struct Kernel {
+    /// Where upcalls go.
+    pub bound: Vec<u32>,
+    /// The freeze, while its pins are there.
+    pub frost: Option<Frost>,
+    /// Whose flow the established traffic uses.
+    pub established: Option<i32>,
+    /// Whose flow the recirculating traffic uses.
+    pub recirculating: Option<i32>,
+    /// Packets parked by the supervisor that lives.
+    pub parked: u64,
+    /// The parking sockets of the supervisor that lives.
+    pub park: Option<Vec<u32>>,
+}
+
+/// The Open_vSwitch table.
+#[derive(Debug, Clone, Default)]
+pub struct Table {
+    /// `other_config:flow-restore-wait`
+    pub flag: bool,
+    /// `external_ids:ovs-graceful-run`
+    pub mark: Option<String>,
+    /// `next_cfg`
+    pub next_cfg: i64,
+    /// `cur_cfg`
+    pub cur_cfg: i64,
+}
+
+/// The reload hook in the unit's cgroup.
+#[derive(Debug, Clone)]
+pub struct WorldHook {
+    /// Which one.
+    pub id: u64,
+    /// Its supervisor has gone.
+    pub orphan: bool,
+    /// What it has started.
+    pub started: Option<i32>,
+    /// When its supervisor went.
+    pub orphaned: Option<Duration>,
+}
+
+/// The unit of the switch.
+#[derive(Debug, Clone, Default)]
+pub struct SwitchUnit {
+    /// `MainPID=`
+    pub main: i32,
+    /// `active`, `reloading` or `failed`.
+    pub state: String,
+    /// Our drop-in is there.
+    pub drop_in: bool,
+    /// The hook of the reload under way.
+    pub hook: Option<WorldHook>,
+    /// Results of jobs that have ended.
+    pub results: BTreeMap<u64, &'static str>,
+    /// The reload under way.
+    pub reload: Option<u64>,
+}
+
+/// The PID file of the switch and the names beside it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PidNames {
+    /// The name itself.
+    pub name: Option<i32>,
+    /// `.ovsg-old`
+    pub old: Option<i32>,
+    /// `.ovsg-new`
+    pub new: Option<i32>,
+}
+
+/// Whoever waits long looks more and more rarely: a wait up to a deadline is not worth thousands of looks.
+#[derive(Debug, Clone, Default)]
+pub struct Patience {
+    sleeps: u32,
+    seen: BTreeSet<&'static str>,
+}
+
+impl Patience {
+    /// An operation: one that has not been seen since the wait began is the end of it.
+    pub fn operation(&mut self, name: &'static str) {
+        if self.seen.insert(name) {
+            self.sleeps = 0;
+        }
+    }
+
+    /// How long somebody sleeps who asks for `time`.
+    pub fn next(&mut self, time: Duration) -> Duration {
+        self.sleeps += 1;
+        let longer = time * self.sleeps.saturating_sub(20).max(1);
+        longer.min(Duration::from_secs(1).max(time))
+    }
+}
+
+/// Everything.
+pub struct World {
+    /// How long it has been waited for.
+    pub patience: Patience,
+    /// What kind of host.
+    pub variant: Variant,
+    /// What goes wrong.
+    pub script: Script,
+    /// Since the test began.
+    pub time: Duration,
+    /// Counts boots.
+    pub boot: u32,
+    /// The supervisor (or the recovery) under way is alive.
+    pub supervisor_lives: bool,
+    /// Its gate.
+    pub gate: Arc<AbortGate>,
+    /// All processes.
+    pub processes: BTreeMap<i32, Process>,
+    /// The ovs-vswitchd that the test began with.
+    pub first: i32,
+    /// What the switch was told.
+    pub rules: BTreeMap<String, BridgeRules>,
+    /// The kernel.
+    pub kernel: Kernel,
+    /// The database.
+    pub table: Table,
+    /// The switch's unit.
+    pub switch: SwitchUnit,
+    /// A drop-in of the database's unit.
+    pub server_drop_in: bool,
+    /// PID files.
+    pub pid_names: PidNames,
+    /// The saved program.
+    pub saved: Option<PathBuf>,
+    /// Files.
+    pub files: Files,
+    /// Packets lost, by why.
+    pub losses: BTreeMap<&'static str, u64>,
+    /// Packets that arrived where they should.
+    pub delivered: u64,
+    /// How many were lost when the point of no return was told.
+    pub lost_before_no_return: Option<u64>,
+    /// A supervisor died while it held the upcalls.
+    pub died_parking: bool,
+    /// The machine went down.
+    pub rebooted: bool,
+    in_hand: Option<(i32, Duration)>,
+    next_pid: i32,
+    next_id: u64,
+}
+
+/// The bridges of the host: one keeps its rules by itself, one has a controller.
+pub fn bridges() -> Vec<Bridge> {
+    let bridge = |name: &str| Bridge { name: name.to_owned(), fail_mode: "secure".into(), ..Bridge::default() };
+    vec![bridge("br0"), Bridge { controllers: vec!["tcp:192.0.2.1".into()], ..bridge(WITH_CONTROLLER) }]
+}
+
+/// What the switch was told, by bridge.
+pub fn rules() -> BTreeMap<String, BridgeRules> {
+    let of = |bridge: Bridge| BridgeRules {
+        bridge: bridge.name.clone(),
+        protocol: "OpenFlow15".into(),
+        flows: vec![
+            format!("priority=1,in_port=1,actions=2,comment={}", bridge.name),
+            "priority=0,actions=drop".into(),
+        ],
+        ..BridgeRules::default()
+    };
+    bridges().into_iter().map(|bridge| (bridge.name.clone(), of(bridge))).collect()
+}
+
+fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
+    let entry = FdbEntry { port: "2".into(), vlan: 0, mac: "aa:bb:cc:dd:ee:01".into(), age_s: Some(3) };
+    BTreeMap::from([("br0".to_owned(), vec![entry])])
+}
+
+impl World {
+    /// A host that forwards.
+    pub fn new(variant: Variant, script: Script) -> World {
+        let mut world = World {
+            patience: Patience::default(),
+            variant,
+            script,
+            time: Duration::ZERO,
+            boot: 1,
+            supervisor_lives: true,
+            gate: Arc::default(),
+            processes: BTreeMap::new(),
+            first: 0,
+            rules: rules(),
+            kernel: Kernel::default(),
+            table: Table::default(),
+            switch: SwitchUnit::default(),
+            server_drop_in: false,
+            pid_names: PidNames::default(),
+            saved: None,
+            files: Files::default(),
+            losses: BTreeMap::new(),
+            delivered: 0,
+            lost_before_no_return: None,
+            died_parking: false,
+            rebooted: false,
+            in_hand: None,
+            next_pid: 100,
+            next_id: 0,
+        };
+        world.spawn(DaemonKind::OvsdbServer, Program::Old, variant.systemd);
+        let first = world.spawn(DaemonKind::OvsVswitchd, Program::Old, variant.systemd);
+        world.first = first;
+        world.switch = SwitchUnit { main: first, state: "active".into(), ..SwitchUnit::default() };
+        world.pass(Duration::from_secs(1));
+        if let Some(daemon) = world.processes.get_mut(&first) {
+            daemon.rules = rules();
+            daemon.addresses = addresses();
+        }
+        world.kernel.established = Some(first);
+        world.kernel.recirculating = Some(first);
+        world.losses.clear();
+        world.delivered = 0;
+        world
+    }
+
+    /// Clock ticks after boot, as in `/proc/PID/stat`.
+    pub fn ticks(&self) -> u64 {
+        self.time.as_millis() as u64
+    }
+
+    /// A number that nothing else has.
+    pub fn fresh_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Starts a daemon.
+    pub fn spawn(&mut self, kind: DaemonKind, program: Program, in_unit: bool) -> i32 {
+        let pid = self.next_pid;
+        self.next_pid += 1;
+        let process = Process {
+            id: ProcessId { pid, start_time: self.ticks() },
+            kind,
+            program,
+            stopped: false,
+            born: self.time,
+            appeared: false,
+            leads: false,
+            refused: false,
+            waits: false,
+            opened: false,
+            port_ids: vec![pid as u32 * 10, pid as u32 * 10 + 1],
+            rules: BTreeMap::new(),
+            addresses: BTreeMap::new(),
+            in_unit,
+        };
+        self.processes.insert(pid, process);
+        pid
+    }
+
+    /// Ends a process. Only one that was asked to takes its PID file along.
+    pub fn end(&mut self, pid: i32, asked: bool) {
+        let Some(process) = self.processes.remove(&pid) else { return };
+        if process.kind == DaemonKind::OvsdbServer {
+            // Whoever comes back first to the next server has the lock.
+            self.processes.values_mut().for_each(|process| process.leads = false);
+            return;
+        }
+        if asked {
+            self.pid_names.name = None;
+        }
+        if self.in_hand.is_some_and(|(owner, _)| owner == pid) {
+            self.in_hand = None;
+            self.lose("in hand of a daemon that ended", 2);
+        }
+        if self.switch.main == pid && self.switch.reload.is_none() && self.switch.state == "active" {
+            self.stop_unit("failed");
+        }
+    }
+
+    /// The switches, the oldest first.
+    pub fn switches(&self) -> impl Iterator<Item = &Process> {
+        self.processes.values().filter(|process| process.kind == DaemonKind::OvsVswitchd)
+    }
+
+    /// The database server.
+    pub fn server(&self) -> Option<&Process> {
+        self.processes.values().find(|process| process.kind == DaemonKind::OvsdbServer)
+    }
+
+    /// The switch that has the database's lock and runs.
+    pub fn leader(&mut self) -> Option<&mut Process> {
+        self.processes.values_mut().find(|process| process.leads && !process.stopped)
+    }
+
+    /// The process that reads these sockets.
+    pub fn reader(&self, port_ids: &[u32]) -> Option<&Process> {
+        self.processes.values().find(|process| process.port_ids.iter().any(|id| port_ids.contains(id)))
+    }
+
+    /// How many packets were lost.
+    pub fn lost(&self) -> u64 {
+        self.losses.values().sum()
+    }
+
+    fn lose(&mut self, why: &'static str, packets: u64) {
+        *self.losses.entry(why).or_default() += packets;
+    }
+
+    /// What is refused now.
+    pub fn refused_now(&self) -> Classes {
+        let holds = |frost: &&Frost| self.time < frost.lease && self.time < frost.end;
+        self.kernel.frost.as_ref().filter(holds).map_or(Classes::empty(), |frost| frost.classes)
+    }
+
+    /// The daemon of a process, described.
+    pub fn describe(&self, process: &Process) -> Daemon {
+        let program = process.kind.program();
+        Daemon {
+            kind: process.kind,
+            id: process.id,
+            exe: format!("/usr/sbin/{program}").into(),
+            exe_deleted: process.program == Program::Old,
+            argv: vec![program.into(), "--detach".into()],
+            environment: Vec::new(),
+            cwd: "/".into(),
+            comm: program.into(),
+            nice: -10,
+            limits: Vec::new(),
+            oom_score_adj: 0,
+            umask: 0o022,
+            uid: 0,
+            gid: 0,
+            cgroup: if process.in_unit { format!("/system.slice/{program}.service") } else { "/".into() },
+            monitor: None,
+            pid_file: format!("/run/openvswitch/{program}.pid").into(),
+            control: format!("/run/openvswitch/{program}.{}.ctl", process.id.pid).into(),
+            log_file: None,
+        }
+    }
+
+    /// Lets time pass, with traffic and with what the daemons do.
+    pub fn pass(&mut self, time: Duration) {
+        // Not in steps longer than what daemons do, for as long as they do anything; then at once.
+        let mut left = time;
+        for _ in 0..12 {
+            let step = left.min(Duration::from_millis(10));
+            self.tick(step);
+            left -= step;
+            if left.is_zero() {
+                return;
+            }
+        }
+        self.tick(left);
+    }
+
+    fn tick(&mut self, time: Duration) {
+        self.time += time;
+        self.live();
+        self.traffic(time.as_millis().max(1) as u64);
+    }
+
+    fn traffic(&mut self, packets: u64) {
+        self.miss(packets);
+        match self.kernel.established {
+            Some(_) => self.delivered += packets,
+            None => {
+                if let Some(by) = self.miss(packets) {
+                    self.kernel.established = Some(by);
+                }
+            }
+        }
+        match self.kernel.recirculating {
+            Some(owner) => {
+                let bound = self.reader(&self.kernel.bound).map(|process| process.id.pid);
+                match bound.is_some_and(|bound| bound != owner) {
+                    true => self.lose("recirculated to an id that its daemon does not know", packets),
+                    false => self.delivered += packets,
+                }
+            }
+            None => {
+                if let Some(by) = self.miss(packets) {
+                    self.kernel.recirculating = Some(by);
+                }
+            }
+        }
+    }
+
+    /// Packets without a flow. Returns the process that answered them.
+    fn miss(&mut self, packets: u64) -> Option<i32> {
+        if self.kernel.park.as_ref().is_some_and(|park| *park == self.kernel.bound) {
+            self.kernel.parked += packets;
+            return None;
+        }
+        let bound = self.kernel.bound.clone();
+        match self.reader(&bound).map(|process| process.id.pid) {
+            Some(pid) => self.answer(pid, packets).then_some(pid),
+            None => {
+                self.lose("nobody reads the upcalls", packets);
+                None
+            }
+        }
+    }
+
+    /// Gives packets to a switch. True where it forwards them.
+    pub fn answer(&mut self, pid: i32, packets: u64) -> bool {
+        let Some(process) = self.processes.get(&pid) else {
+            self.lose("given to a daemon that has ended", packets);
+            return false;
+        };
+        if process.stopped || !process.leads {
+            self.lose("given to a daemon that does not work", packets);
+        } else if process.rules != self.rules {
+            self.lose("a daemon without its rules dropped them", packets);
+        } else {
+            self.delivered += packets;
+            return true;
+        }
+        false
+    }
+
+    /// What was parked goes to the switch that is bound.
+    pub fn replay(&mut self) -> u64 {
+        let parked = std::mem::take(&mut self.kernel.parked);
+        let bound = self.kernel.bound.clone();
+        match self.reader(&bound).map(|process| process.id.pid) {
+            Some(pid) if parked > 0 => {
+                self.answer(pid, parked);
+            }
+            _ => self.lose("replayed to nobody", parked),
+        }
+        parked
+    }
+
+    /// The upcalls are taken away from whoever has them.
+    pub fn bind(&mut self, port_ids: Vec<u32>) {
+        let before = self.reader(&self.kernel.bound).map(|process| process.id.pid);
+        self.in_hand = before.map(|pid| (pid, self.time + IN_HAND)).filter(|_| self.kernel.bound != port_ids);
+        self.kernel.bound = port_ids;
+    }
+
+    /// Has the daemon that had the upcalls something in hand?
+    pub fn drained(&self) -> bool {
+        self.in_hand.is_none()
+    }
+
+    /// What everybody does by himself.
+    pub fn live(&mut self) {
+        if self.in_hand.is_some_and(|(_, until)| self.time >= until) {
+            self.in_hand = None;
+        }
+        let mut next = self.switches().map(|process| process.id.pid).min();
+        while let Some(pid) = next {
+            self.live_switch(pid);
+            next = self.switches().map(|process| process.id.pid).find(|other| *other > pid);
+        }
+        self.live_hook();
+    }
+
+    fn live_switch(&mut self, pid: i32) {
+        let Some(process) = self.processes.get(&pid) else { return };
+        let age = self.time.saturating_sub(process.born);
+        let (appeared, leads) = (process.appeared, process.leads);
+        if process.stopped || age < APPEARS {
+            return;
+        }
+        if process.program == Program::Installed && !self.variant.installed_works {
+            self.end(pid, false);
+            return;
+        }
+        if !appeared {
+            // Another daemon that lives holds the lock of its PID file.
+            if self.pid_names.name.is_some_and(|other| self.processes.contains_key(&other)) {
+                self.end(pid, false);
+                return;
+            }
+            self.pid_names.name = Some(pid);
+            if let Some(process) = self.processes.get_mut(&pid) {
+                process.appeared = true;
+            }
+        }
+        if age < READY || self.server().is_none() {
+            return;
+        }
+        let led = self.processes.values().any(|other| other.leads);
+        if !leads && led {
+            return;
+        }
+        self.lead(pid);
+    }
+
+    /// A switch that has the lock.
+    fn lead(&mut self, pid: i32) {
+        let flag = self.table.flag;
+        let Some(process) = self.processes.get_mut(&pid) else { return };
+        process.leads = true;
+        self.table.cur_cfg = self.table.next_cfg;
+        if flag {
+            // One that has its datapath open already goes on as it is.
+            process.waits = !process.opened;
+            return;
+        }
+        if std::mem::take(&mut process.waits) {
+            // ofproto_flush_flows: it takes the adding of the controllers for a change of mind.
+            process.rules.remove(WITH_CONTROLLER);
+        }
+        // It binds once, when it opens its datapath.
+        if process.refused || process.opened {
+            return;
+        }
+        let (wanted, id) = (process.port_ids.clone(), process.id);
+        if self.refused_now().contains(Classes::UPCALL_BIND) && !self.may_bind(id, &wanted) {
+            return;
+        }
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.opened = true;
+        }
+        self.bind(wanted);
+        self.flush();
+    }
+
+    fn may_bind(&mut self, id: ProcessId, wanted: &[u32]) -> bool {
+        let Some(frost) = &mut self.kernel.frost else { return true };
+        if frost.standby != Some(id) {
+            frost.events.push(FreezeEvent::BoundByOther { pid: id.pid });
+            return true;
+        }
+        frost.refused.upcall_bind += 1;
+        frost.captured = Some(Captured {
+            process: dpfreeze::freeze::ProcessId { tgid: id.pid as u32, start_time: id.start_time },
+            ifindex: 1,
+            features: None,
+            port_ids: wanted.to_vec(),
+            count: 1,
+        });
+        if let Some(process) = self.processes.get_mut(&id.pid) {
+            process.refused = true;
+        }
+        false
+    }
+
+    /// All flows of the datapath are deleted, unless that is refused.
+    pub fn flush(&mut self) {
+        if self.refused_now().contains(Classes::FLOW_FLUSH) {
+            if let Some(frost) = &mut self.kernel.frost {
+                frost.refused.flow_flush += 1;
+            }
+            return;
+        }
+        self.kernel.established = None;
+        self.kernel.recirculating = None;
+    }
+
+    /// A revalidation of `pid`: flows of another daemon go, unless that is refused.
+    pub fn revalidate(&mut self, pid: i32) {
+        if self.refused_now().contains(Classes::FLOW_DEL) {
+            return;
+        }
+        for flow in [&mut self.kernel.established, &mut self.kernel.recirculating] {
+            if flow.is_some_and(|owner| owner != pid) {
+                *flow = None;
+            }
+        }
+    }
+
+    /// Has the command that started `pid` ended? And how well?
+    pub fn detached(&self, pid: i32) -> Option<bool> {
+        match self.processes.get(&pid) {
+            Some(process) => process.leads.then_some(true),
+            None => Some(false),
+        }
+    }
+
+    /// What the supervisor tells its hook.
+    pub fn order(&mut self, command: HookCommand) {
+        match command {
+            HookCommand::Start => {
+                let pid = self.spawn(DaemonKind::OvsVswitchd, Program::Installed, true);
+                if let Some(hook) = &mut self.switch.hook {
+                    hook.started = Some(pid);
+                }
+            }
+            HookCommand::Finish => self.end_hook(true),
+            HookCommand::Cancel => self.end_hook(false),
+        }
+    }
+
+    fn live_hook(&mut self) {
+        let Some(hook) = &mut self.switch.hook else { return };
+        if !hook.orphan {
+            return;
+        }
+        let since = *hook.orphaned.get_or_insert(self.time);
+        let started = hook.started;
+        let old_is_gone = !self.processes.contains_key(&self.switch.main);
+        if let Some(pid) = started {
+            let settled = self.pid_names.old.is_none() && self.pid_names.new.is_none();
+            let patient = self.time < since + HOOK_PATIENCE;
+            if patient && (!settled || self.detached(pid).is_none()) {
+                return;
+            }
+        }
+        self.end_hook(started.is_some() && old_is_gone);
+    }
+
+    /// The hook ends, and systemd judges the reload.
+    fn end_hook(&mut self, well: bool) {
+        if self.switch.hook.take().is_none() {
+            return;
+        }
+        let result = if well { "done" } else { "failed" };
+        if let Some(job) = self.switch.reload.take() {
+            self.switch.results.insert(job, result);
+        }
+        self.switch.state = "active".into();
+        if well && self.switch.drop_in {
+            if let Some(pid) = self.pid_names.name.filter(|pid| self.processes.contains_key(pid)) {
+                self.switch.main = pid;
+            }
+        }
+        if !self.processes.contains_key(&self.switch.main) {
+            self.stop_unit("failed");
+        }
+    }
+
+    /// Everything in the switch's cgroup ends.
+    pub fn stop_unit(&mut self, state: &str) {
+        self.switch.state = state.to_owned();
+        self.switch.hook = None;
+        if let Some(job) = self.switch.reload.take() {
+            self.switch.results.insert(job, "canceled");
+        }
+        self.switch.main = 0;
+        let inside: Vec<i32> = self.switches().filter(|process| process.in_unit).map(|p| p.id.pid).collect();
+        for pid in inside {
+            self.end(pid, true);
+        }
+    }
+
+    /// `systemctl restart` of the switch.
+    pub fn restart_switch(&mut self, job: u64) {
+        self.stop_unit("inactive");
+        let pid = self.spawn(DaemonKind::OvsVswitchd, Program::Installed, true);
+        self.pass(Duration::from_millis(100));
+        let up = self.processes.contains_key(&pid);
+        self.switch.main = if up { pid } else { 0 };
+        self.switch.state = if up { "active" } else { "failed" }.into();
+        self.switch.results.insert(job, if up { "done" } else { "failed" });
+    }
+
+    /// `systemctl restart` of the database server.
+    pub fn restart_server(&mut self) {
+        let old = self.server().map(|server| server.id.pid);
+        let leader = self.processes.values().filter(|process| process.leads).map(|process| process.id.pid).next();
+        if let Some(old) = old {
+            self.end(old, true);
+        }
+        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.systemd);
+        // Whoever waits in the queue may be faster than who had it: here the one that had it is, where it lives.
+        if let Some(leader) = leader.and_then(|pid| self.processes.get_mut(&pid)) {
+            leader.leads = true;
+        }
+        self.live();
+    }
+
+    /// The supervisor is gone, and with it what only it had.
+    pub fn kill_supervisor(&mut self) {
+        self.supervisor_lives = false;
+        if self.kernel.park.take().is_some_and(|park| park == self.kernel.bound) {
+            self.died_parking = true;
+        }
+        let parked = std::mem::take(&mut self.kernel.parked);
+        if parked > 0 {
+            self.lose("parked by a supervisor that died", parked);
+        }
+        if let Some(hook) = &mut self.switch.hook {
+            hook.orphan = true;
+        }
+        self.live();
+    }
+
+    /// Another supervisor, or a recovery, is there.
+    pub fn next_supervisor(&mut self) {
+        self.supervisor_lives = true;
+        self.patience = Patience::default();
+        self.script.next_life();
+        self.pass(Duration::from_millis(30));
+    }
+
+    /// The machine goes down and comes up again, as far as the database; the switch is not started yet.
+    pub fn reboot(&mut self) {
+        self.kill_supervisor();
+        self.rebooted = true;
+        self.boot += 1;
+        self.time += LONG;
+        self.processes.clear();
+        self.kernel = Kernel::default();
+        self.pid_names = PidNames::default();
+        self.switch = SwitchUnit { state: "inactive".into(), ..SwitchUnit::default() };
+        self.server_drop_in = false;
+        self.in_hand = None;
+        self.files.lose_power();
+        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.systemd);
+    }
+
+    /// The switch is started, as at the end of a boot.
+    pub fn start_switch_at_boot(&mut self) {
+        let job = self.fresh_id();
+        self.restart_switch(job);
+        self.pass(Duration::from_secs(1));
+    }
+
+    /// Something happens that nobody asked for.
+    pub(super) fn happen(&mut self, fault: Fault) {
+        match fault {
+            Fault::Abort => {
+                // Past the point of no return it is refused; that is an outcome too.
+                let _refused = self.gate.request_abort();
+            }
+            Fault::OldDies => self.end(self.first, false),
+            Fault::NewDies => {
+                let newest = self.switches().map(|process| process.id.pid).max();
+                if let Some(pid) = newest.filter(|pid| *pid != self.first) {
+                    self.end(pid, false);
+                }
+            }
+            Fault::FlagRemoved => self.table.flag = false,
+            Fault::Suspend => self.pass(LONG),
+            _ => {}
+        }
+        self.live();
+    }
+
+    /// Did this come about?
+    pub fn happened(&self, fault: Fault) -> bool {
+        self.script.struck.iter().any(|(_, struck)| *struck == fault)
+    }
+
+    /// What a person would find left over of a run.
+    pub fn left_over(&self) -> BTreeSet<String> {
+        let mut left = BTreeSet::new();
+        let mut add = |there: bool, what: &str| {
+            if there {
+                left.insert(what.to_owned());
+            }
+        };
+        add(self.table.flag, "flow-restore-wait");
+        add(self.table.mark.is_some(), "the mark of the run");
+        add(self.kernel.frost.is_some(), "a freeze");
+        add(self.switch.drop_in, "the drop-in of the switch");
+        add(self.server_drop_in, "the drop-in of the database server");
+        add(self.switch.hook.is_some(), "the reload hook");
+        add(self.pid_names.old.is_some() || self.pid_names.new.is_some(), "links of the PID file");
+        add(self.processes.values().any(|process| process.stopped), "a stopped process");
+        add(self.kernel.parked > 0, "parked packets");
+        for path in self.files.names_in_memory() {
+            add(true, &path);
+        }
+        left
+    }
+}

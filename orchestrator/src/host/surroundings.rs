@@ -1,0 +1,26 @@
+//! What Check looks at besides the daemons: kernel, privileges, programs, disks.
+
+use std::time::Instant;
+
+use dpfreeze::freeze::Environment;
+
+use super::real::check::CheckOptions;
+use super::{Daemons, Database, ServiceManager};
+use crate::report::Finding;
+
+/// The rest of the host, as Check asks for it. Nothing is touched.
+pub trait Surroundings: Send + Sync {
+    /// Are we root?
+    fn is_root(&self) -> bool;
+    /// What the kernel lets us do.
+    fn environment(&self) -> Environment;
+    /// Daemons, database, units, disks and the new database tool, looked at.
+    fn findings(
+        &self,
+        daemons: &dyn Daemons,
+        database: &dyn Database,
+        services: &dyn ServiceManager,
+        options: &CheckOptions,
+        until: Instant,
+    ) -> Vec<Finding>;
+}

@@ -1,0 +1,390 @@
+//! Whole runs on the simulated host: the real machine, steps, journal and recovery, with everything that can go wrong
+//! going wrong at every operation. See [`crate::host::simulated`] for what is modelled.
+//!
+//! A run that ended badly says how to have it again: its faults, or its seed
+//! (`OVS_GRACEFUL_SEED=n cargo test -p orchestrator one_seed -- --nocapture`).
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+
+use super::*;
+use crate::host::simulated::{Crash, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant};
+use crate::recovery::recover_interrupted;
+
+/// How often somebody tries to recover before he gives up.
+const LIVES: u32 = 6;
+
+/// A run and what came after it.
+struct Played {
+    sim: Sim,
+    /// What the last report says.
+    report: Option<Report>,
+    /// A supervisor or a recovery was killed.
+    crashed: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Setting {
+    variant: Variant,
+    strategy: Strategy,
+    ovsdb: bool,
+}
+
+const PLAIN: Setting = Setting {
+    variant: Variant { systemd: true, freeze: true, installed_works: true },
+    strategy: Strategy::Standby,
+    ovsdb: true,
+};
+
+/// Does it until its end, or the supervisor's.
+fn living<T>(life: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(life)) {
+        Ok(value) => Some(value),
+        Err(end) if end.is::<Crash>() => None,
+        Err(bug) => resume_unwind(bug),
+    }
+}
+
+fn play(setting: Setting, script: Script) -> Played {
+    let sim = Sim::new(setting.variant, script);
+    let runs =
+        Runs::on(Arc::new(SimDisk(sim.clone())), Path::new("/var/lib/ovs-graceful"), Path::new("/run/ovs-graceful"));
+    let run = || {
+        let host = sim.host();
+        let from = Beginning {
+            id: "run-1".into(),
+            wish: Wish { strategy: setting.strategy, ovsdb: setting.ovsdb, if_needed: false, gate_command: None },
+            config: Config::default(),
+            runs: runs.clone(),
+            control: Box::new(SimControl::new(&sim)),
+            clock: host.clock.clone(),
+        };
+        whole_run(from, |_| Ok(host)).1
+    };
+    let mut crashed = living(run).is_none();
+    // systemd does this after every supervisor, and at boot.
+    for _ in 0..LIVES {
+        sim.world().next_supervisor();
+        let recovery = || {
+            let host = sim.host();
+            let clock = host.clock.clone();
+            let database = sim.host().database;
+            recover_interrupted(&runs, clock, database.as_ref(), || Ok(host))
+        };
+        match living(recovery) {
+            Some(Ok(None)) => break,
+            Some(Ok(Some(_)) | Err(_)) => {}
+            None => crashed = true,
+        }
+    }
+    let mut world = sim.world();
+    if world.rebooted {
+        world.start_switch_at_boot();
+    }
+    world.pass(Duration::from_secs(10));
+    drop(world);
+    let report = runs.list().ok().and_then(|mut all| all.pop()?.report);
+    Played { sim, report, crashed }
+}
+
+impl Played {
+    fn code(&self) -> Option<ExitCode> {
+        self.report.as_ref().map(|report| report.exit_code)
+    }
+
+    /// In words: what went wrong, and how it ended.
+    fn told(&self) -> String {
+        let world = self.sim.world();
+        let reason = self.report.as_ref().map(|report| report.reason.as_str());
+        let crashed = if self.crashed { ", killed" } else { "" };
+        format!("{:?}: {:?}, {}{crashed}", world.script.struck, self.code(), reason.unwrap_or("no report"))
+    }
+
+    /// Everything about the end that must not be.
+    fn wrong(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let code = self.code();
+        let mut world = self.sim.world();
+        let mut left = world.left_over();
+        // What a person may want to look at stays.
+        left.retain(|what| code != Some(ExitCode::NeedsPerson) || !what.starts_with("/run/"));
+        if !left.is_empty() {
+            wrong.push(format!("left over: {left:?}"));
+        }
+        let lost = world.lost();
+        let switches: Vec<_> = world.switches().cloned().collect();
+        // No run can help a host whose switch dies by itself before there is another.
+        if switches.is_empty() && world.happened(Fault::OldDies) && world.lost_before_no_return.is_none() {
+            return wrong;
+        }
+        let [switch] = &switches[..] else {
+            wrong.push(format!("{} switches", switches.len()));
+            return wrong;
+        };
+        let pid = switch.id.pid;
+        let old = pid == world.first;
+        if world.kernel.bound != switch.port_ids {
+            wrong.push("the switch is not bound".into());
+        }
+        if switch.rules != world.rules && !world.rebooted {
+            wrong.push("the switch has not all of its rules".into());
+        }
+        world.pass(Duration::from_secs(1));
+        if world.lost() > lost && !world.rebooted {
+            wrong.push("it goes on losing packets".into());
+        }
+        if world.pid_names.name != Some(pid) {
+            wrong.push("the PID file is not the switch's".into());
+        }
+        if world.variant.systemd && (world.switch.main != pid || world.switch.state != "active") {
+            wrong.push(format!("the unit is {} and does not own the switch", world.switch.state));
+        }
+        match code {
+            Some(ExitCode::Done | ExitCode::Differences) if old || switch.program != Program::Installed => {
+                wrong.push("done, and not on the installed program".into());
+            }
+            Some(ExitCode::Undone | ExitCode::Refused) if !old && !world.rebooted => {
+                wrong.push("undone, and another switch than before".into());
+            }
+            Some(_) => {}
+            None => wrong.push("no report".into()),
+        }
+        wrong
+    }
+
+    /// Packets that must not have been lost. What a supervisor held that died is lost, until its sockets and its ring
+    /// are in systemd's FD store.
+    fn lost(&self) -> Option<String> {
+        let world = self.sim.world();
+        if world.rebooted || world.died_parking || world.happened(Fault::OldDies) {
+            return None;
+        }
+        let before = world.lost_before_no_return.unwrap_or(0);
+        let undone = matches!(self.code(), Some(ExitCode::Undone | ExitCode::Refused)) && world.lost() > 0;
+        (before > 0 || undone).then(|| format!("lost: {:?}", world.losses))
+    }
+}
+
+/// What went wrong, by what it was.
+#[derive(Default)]
+struct Verdict {
+    runs: u32,
+    wrong: BTreeMap<String, Vec<String>>,
+}
+
+impl Verdict {
+    fn judge(&mut self, what: impl Into<String>, played: &Played) {
+        self.runs += 1;
+        let what = what.into();
+        for wrong in played.wrong().into_iter().chain(played.lost()) {
+            self.wrong.entry(wrong).or_default().push(what.clone());
+        }
+    }
+
+    fn note(&mut self, wrong: impl Into<String>, what: impl Into<String>) {
+        self.wrong.entry(wrong.into()).or_default().push(what.into());
+    }
+
+    #[track_caller]
+    fn told(self) {
+        let mut text = String::new();
+        for (wrong, where_) in &self.wrong {
+            writeln!(text, "{} times: {wrong}", where_.len()).unwrap();
+            for what in where_.iter().take(8) {
+                writeln!(text, "    {what}").unwrap();
+            }
+        }
+        assert!(self.wrong.is_empty(), "{} runs\n{text}", self.runs);
+        println!("{} runs", self.runs);
+    }
+}
+
+fn trace(setting: Setting, script: Script) -> Vec<Place> {
+    let played = play(setting, script);
+    let trace = played.sim.world().script.trace.clone();
+    trace
+}
+
+fn settings() -> Vec<(&'static str, Setting)> {
+    let no_systemd = Variant { systemd: false, ..PLAIN.variant };
+    let no_freeze = Variant { freeze: false, ..PLAIN.variant };
+    vec![
+        ("plain", PLAIN),
+        ("stop-start", Setting { strategy: Strategy::StopStart, ..PLAIN }),
+        ("no systemd, stop-start", Setting { variant: no_systemd, ovsdb: false, strategy: Strategy::StopStart }),
+        ("no systemd", Setting { variant: no_systemd, ovsdb: false, ..PLAIN }),
+        ("no freeze", Setting { variant: no_freeze, ..PLAIN }),
+    ]
+}
+
+#[test]
+fn a_run_without_faults_loses_nothing_and_leaves_nothing() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        let played = play(setting, Script::default());
+        verdict.judge(name, &played);
+        if played.code() != Some(ExitCode::Done) {
+            verdict.note(format!("{:?}", played.report), name);
+        }
+        let losses = played.sim.world().losses.clone();
+        // Without a freeze a bridge with a controller is without rules for a moment, as with stock.
+        if setting.variant.freeze && !losses.is_empty() {
+            verdict.note(format!("lost: {losses:?}"), name);
+        }
+    }
+    verdict.told();
+}
+
+#[test]
+fn a_program_that_does_not_come_up_leaves_the_one_that_ran_before() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        let variant = Variant { installed_works: false, ..setting.variant };
+        let played = play(Setting { variant, ..setting }, Script::default());
+        verdict.judge(format!("{name}: {}", played.told()), &played);
+        let (code, program) = match setting.strategy {
+            Strategy::Standby => (ExitCode::Undone, Program::Old),
+            Strategy::StopStart => (ExitCode::Back, Program::Saved),
+        };
+        let world = played.sim.world();
+        if played.code() != Some(code) || world.switches().any(|switch| switch.program != program) {
+            verdict.note(format!("{:?}", played.report), name);
+        }
+        // On the way back, too, a bridge with a controller is without rules for a moment (docs/operating.md).
+        if world.losses.keys().any(|why| *why != "a daemon without its rules dropped them") {
+            verdict.note(format!("lost: {:?}", world.losses), name);
+        }
+    }
+    verdict.told();
+}
+
+/// Every operation of life `life` of `base`, in life 0 those after its last fault, comes to each kind of harm.
+fn harm_all(verdict: &mut Verdict, name: &str, setting: Setting, base: &[(Place, Fault)], life: u32, faults: &[Fault]) {
+    let places = trace(setting, Script::of(base.iter().copied()));
+    let begun = base.iter().filter_map(|(first, _)| places.iter().position(|place| place == first)).max();
+    let after = begun.map_or(0, |at| at + 1);
+    for place in places.into_iter().skip(after).filter(|place| place.life == life) {
+        for fault in faults {
+            // Nobody writes one record twice: a repeated step writes another one.
+            if *fault == Fault::Twice && place.name == "disk.append" {
+                continue;
+            }
+            let all = base.iter().copied().chain([(place, *fault)]);
+            let played = play(setting, Script::of(all));
+            verdict.judge(format!("{name}: {}", played.told()), &played);
+        }
+    }
+}
+
+#[test]
+fn whatever_happens_to_any_operation_the_end_is_old_or_new() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        harm_all(&mut verdict, name, setting, &[], 0, &Fault::OPERATION);
+    }
+    verdict.told();
+}
+
+#[test]
+fn whatever_happens_meanwhile_the_end_is_old_or_new() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        harm_all(&mut verdict, name, setting, &[], 0, &Fault::HAPPENING);
+    }
+    verdict.told();
+}
+
+#[test]
+fn after_a_power_cut_at_any_operation_the_host_forwards() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        harm_all(&mut verdict, name, setting, &[], 0, &[Fault::Reboot]);
+    }
+    verdict.told();
+}
+
+/// The last operation of its kind before the point of no return.
+fn late(setting: Setting, name: &'static str) -> Place {
+    trace(setting, Script::default()).into_iter().rfind(|place| place.name == name).unwrap()
+}
+
+#[test]
+fn whatever_happens_to_an_undo_the_end_is_old() {
+    let mut verdict = Verdict::default();
+    for last in ["openflow.fdb", "datapath.prepare_park", "daemons.wait_standby", "openflow.watch"] {
+        let place = late(PLAIN, last);
+        harm_all(&mut verdict, "plain", PLAIN, &[(place, Fault::Abort)], 0, &Fault::OPERATION);
+    }
+    for (name, setting) in settings().into_iter().skip(1) {
+        let place = late(setting, "openflow.fdb");
+        harm_all(&mut verdict, name, setting, &[(place, Fault::Abort)], 0, &Fault::OPERATION);
+    }
+    verdict.told();
+}
+
+#[test]
+fn whatever_happens_to_the_way_back_somebody_forwards() {
+    let mut verdict = Verdict::default();
+    for last in ["datapath.read_left_over", "datapath.remove_doomed"] {
+        let place = late(PLAIN, last);
+        harm_all(&mut verdict, "plain", PLAIN, &[(place, Fault::NewDies)], 0, &Fault::OPERATION);
+    }
+    for (name, setting) in settings().into_iter().skip(1) {
+        let place = late(setting, "openflow.wait_ready");
+        harm_all(&mut verdict, name, setting, &[(place, Fault::NewDies)], 0, &Fault::OPERATION);
+    }
+    verdict.told();
+}
+
+#[test]
+fn whatever_happens_to_a_recovery_the_next_one_ends_it() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        let (one_in, faults) = match name {
+            "plain" => (12, &Fault::OPERATION[..]),
+            _ => (30, &[Fault::Error, Fault::CrashAfter][..]),
+        };
+        let places = trace(setting, Script::default());
+        for place in places.into_iter().filter(|place| place.life == 0).step_by(one_in) {
+            harm_all(&mut verdict, name, setting, &[(place, Fault::CrashAfter)], 1, faults);
+        }
+    }
+    verdict.told();
+}
+
+fn schedule(seed: u64) -> Played {
+    let all = settings();
+    let (_, setting) = all[seed as usize % all.len()];
+    play(setting, Script::random(seed, 40, 3))
+}
+
+#[test]
+fn random_schedules_end_old_or_new() {
+    let mut verdict = Verdict::default();
+    for seed in 0..2000 {
+        let played = schedule(seed);
+        verdict.judge(format!("OVS_GRACEFUL_SEED={seed}: {}", played.told()), &played);
+    }
+    verdict.told();
+}
+
+#[test]
+fn a_schedule_is_the_same_again_from_its_seed() {
+    for seed in 0..40 {
+        let [first, second] = [schedule(seed), schedule(seed)];
+        assert_eq!(first.told(), second.told(), "seed {seed}");
+        assert_eq!(first.sim.world().losses, second.sim.world().losses, "seed {seed}");
+    }
+}
+
+/// Replays the schedule that a failed test has named.
+#[test]
+fn one_seed() {
+    let Some(seed) = std::env::var("OVS_GRACEFUL_SEED").ok().and_then(|seed| seed.parse().ok()) else { return };
+    let played = schedule(seed);
+    println!("{:#?}\n{:#?}", played.sim.world().script.struck, played.report);
+    let mut verdict = Verdict::default();
+    verdict.judge(format!("seed {seed}"), &played);
+    verdict.told();
+}

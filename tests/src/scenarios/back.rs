@@ -1,0 +1,182 @@
+//! The new ovs-vswitchd does not come up, or dies: the run goes back to the program that ran before, without a loss;
+//! the next run goes forward again.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::{json, Value};
+
+use super::killed::{nothing_left, owned};
+use super::{plain, Custom};
+use crate::command::shell_lenient;
+use crate::guest::probe::Running;
+use crate::guest::{facts, run, say};
+use crate::outcome::{Job, Outcome, ProbeOutcome};
+
+/// See the module.
+pub struct Back;
+
+/// What is done to the new daemon, and what must come of it.
+struct Case {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    harm: Harm,
+    exit: i32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Harm {
+    /// After Check the installed program is replaced by one that ends at once.
+    Broken,
+    /// The new daemon is killed once the old one has been told to end.
+    Killed,
+    /// None: the installed program has to run again.
+    None,
+}
+
+const CASES: [Case; 3] = [
+    Case { name: "broken", arguments: &["--strategy", "stop-start"], harm: Harm::Broken, exit: 21 },
+    Case { name: "dies", arguments: &[], harm: Harm::Killed, exit: 21 },
+    Case { name: "forward again", arguments: &[], harm: Harm::None, exit: 0 },
+];
+
+impl Custom for Back {
+    fn name(&self) -> &'static str {
+        "back"
+    }
+
+    fn about(&self) -> &'static str {
+        "the new ovs-vswitchd cannot come up or dies; the program that ran before forwards again"
+    }
+
+    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        // The program that the package installed, behind its alternative.
+        let installed = fs::canonicalize("/usr/sbin/ovs-vswitchd").context("no ovs-vswitchd is installed")?;
+        for case in &CASES {
+            say(&format!("back: {}", case.name));
+            one(case, &installed, out, outcome).with_context(|| format!("back: {}", case.name))?;
+        }
+        let failed = facts::failed_units();
+        outcome.check("no unit failed", failed.is_empty(), failed);
+        Ok(())
+    }
+}
+
+fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
+    for (name, spec) in plain::probes() {
+        live.push((name, spec.start()?));
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    let rules = facts::promised(&plain::bridges());
+    let before = facts::daemons("ovs-vswitchd");
+    let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
+    let known = run::known();
+    let mut client = start(case, out)?;
+    let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
+    repair(installed)?;
+    let code = code.inspect_err(|_| {
+        let _ = client.kill();
+        let _ = client.wait();
+    })?;
+    std::thread::sleep(Duration::from_secs(5));
+    let check = |what: &str| format!("{}: {what}", case.name);
+    outcome.check(check("exit code"), code == Some(case.exit), code);
+    let after = facts::daemons("ovs-vswitchd");
+    outcome.check(check("one ovs-vswitchd, another process"), after.len() == 1 && after != before, &after);
+    if let [now] = after.as_slice() {
+        let is_installed = Path::new(&now.executable) == installed;
+        outcome.check(check("runs the right program"), is_installed == (case.exit == 0), &now.executable);
+        let version = shell_lenient(&format!("/proc/{}/exe --version", now.pid));
+        outcome.check(check("the program says its version"), version.contains("Open vSwitch"), version);
+        let as_before = started_as(now.pid);
+        outcome.check(check("started as before"), as_before == how, json!([how, as_before]));
+    }
+    nothing_left(case.name, outcome);
+    owned(case.name, outcome);
+    let now = facts::promised(&plain::bridges());
+    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
+    finish(case, live, outcome)
+}
+
+fn start(case: &Case, out: &Path) -> Result<Child> {
+    let log = fs::File::create(out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
+    Command::new("ovs-graceful")
+        .args(["restart", "--no-ovsdb"])
+        .args(case.arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start ovs-graceful")
+}
+
+fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {
+    match case.harm {
+        Harm::Broken => {
+            run::wait_for("snapshot", known)?;
+            fs::rename(installed, aside(installed))?;
+            fs::write(installed, "#!/bin/sh\nexit 1\n")?;
+            Ok(fs::set_permissions(installed, fs::Permissions::from_mode(0o755))?)
+        }
+        Harm::Killed => {
+            run::wait_for("restore", known)?;
+            for daemon in facts::daemons("ovs-vswitchd").iter().filter(|daemon| !before.contains(daemon)) {
+                kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL)?;
+            }
+            Ok(())
+        }
+        Harm::None => Ok(()),
+    }
+}
+
+fn aside(installed: &Path) -> PathBuf {
+    installed.with_extension("aside")
+}
+
+fn repair(installed: &Path) -> Result<()> {
+    match aside(installed).exists() {
+        true => Ok(fs::rename(aside(installed), installed)?),
+        false => Ok(()),
+    }
+}
+
+/// Command line, user, priority and place of a daemon.
+fn started_as(pid: u32) -> BTreeMap<&'static str, String> {
+    let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+    let text = |name: &str| String::from_utf8_lossy(&read(name)).replace('\0', " ");
+    let status = text("status");
+    let line = |name: &str| status.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    let nice = text("stat").rsplit_once(") ").and_then(|(_, rest)| Some(rest.split(' ').nth(16)?.to_owned()));
+    BTreeMap::from([
+        ("cmdline", text("cmdline")),
+        ("cgroup", text("cgroup")),
+        ("limits", text("limits")),
+        ("cwd", fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default().display().to_string()),
+        ("uid", line("Uid:")),
+        ("umask", line("Umask:")),
+        ("nice", nice.unwrap_or_default()),
+    ])
+}
+
+fn finish(case: &Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<()> {
+    for (name, probe) in live {
+        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
+        if let ProbeOutcome::Udp(udp) = &ended {
+            let lost = udp.requests.lost + udp.replies.lost;
+            let what = format!("{}: {name}: nothing lost", case.name);
+            let found: Value = json!({ "lost": lost, "received": udp.requests.received });
+            outcome.check(what, udp.requests.received > 0 && lost == 0, found);
+        }
+        outcome.probes.insert(format!("{} {name}", case.name), ended);
+    }
+    Ok(())
+}
