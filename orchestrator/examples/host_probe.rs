@@ -2,7 +2,7 @@
 //!
 //! It hands the switch over from one ovs-vswitchd to the next without a freeze, so it *does* disturb traffic.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
-use crate::host::{BridgeRules, Cleared, Daemon, Database, DaemonKind, JobKind, ProcessId, Signal};
+use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal};
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};

@@ -144,7 +144,15 @@ fn open_journal(runs: &Runs, id: &str, config: &Config, clock: &dyn Clock) -> an
     })
 }
 
-fn new_run(id: &str, wish: Wish, config: Config, host: Host, report: Report, control: Box<dyn Control>, program_folders: Vec<PathBuf>) -> Run {
+fn new_run(
+    id: &str,
+    wish: Wish,
+    config: Config,
+    host: Host,
+    report: Report,
+    control: Box<dyn Control>,
+    program_folders: Vec<PathBuf>,
+) -> Run {
     let machine = Machine::new(config.machine_options());
     let now = host.clock.now();
     Run {
@@ -252,7 +260,11 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     unless_written(run, written);
     let ended = go_back(run);
     done_if_well(run, journal, Phase::SwitchCommit, BACK, &ended);
-    run.report.phase_named(BACK, begun.duration_since(started).as_millis() as u64, run.now().saturating_duration_since(begun).as_millis() as u64);
+    run.report.phase_named(
+        BACK,
+        begun.duration_since(started).as_millis() as u64,
+        run.now().saturating_duration_since(begun).as_millis() as u64,
+    );
     told(run, BACK, ended)
 }
 

@@ -83,7 +83,9 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
         let owned = run.known.unit.is_none() || matches!(run.known.start, Some(Start::Unit { .. }));
         match start_saved(run, &saved, owned) {
             Err(Stop::Failed { error, .. }) => {
-                run.warn(format!("the program that ran before was not started ({error:#}): starting the installed one"));
+                run.warn(format!(
+                    "the program that ran before was not started ({error:#}): starting the installed one"
+                ));
             }
             started => return started,
         }
@@ -125,10 +127,7 @@ fn start_installed(run: &mut Run) -> Result<(), Stop> {
 }
 
 fn bail_start(unit: &str, result: Option<&str>) -> anyhow::Error {
-    anyhow!(
-        "starting {unit} again ended as `{}`; see `journalctl -u {unit}`",
-        result.unwrap_or("not ended in time")
-    )
+    anyhow!("starting {unit} again ended as `{}`; see `journalctl -u {unit}`", result.unwrap_or("not ended in time"))
 }
 
 /// The service manager owns the daemon, and nothing of the start is left. The daemon forwards already: what does not

@@ -15,8 +15,27 @@ use crate::host::{Context, Daemon, HostError, Result, SavedProgram};
 /// Shared objects of the C library are taken from the disk: its loader is named in the executable and must be of the
 /// same build as they are, and a newer C library runs what was built for an older one.
 const C_LIBRARY: &[&str] = &[
-    "ld-", "ld.", "ld64.", "libc.", "libc-", "libm.", "libm-", "libmvec", "libpthread", "libdl.", "libdl-", "librt.",
-    "librt-", "libresolv", "libnss_", "libutil.", "libutil-", "libanl", "libBrokenLocale", "libthread_db", "linux-vdso",
+    "ld-",
+    "ld.",
+    "ld64.",
+    "libc.",
+    "libc-",
+    "libm.",
+    "libm-",
+    "libmvec",
+    "libpthread",
+    "libdl.",
+    "libdl-",
+    "librt.",
+    "librt-",
+    "libresolv",
+    "libnss_",
+    "libutil.",
+    "libutil-",
+    "libanl",
+    "libBrokenLocale",
+    "libthread_db",
+    "linux-vdso",
 ];
 
 /// Keeps the program of `daemon` in the first of `folders` from which it runs.

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use super::world::{PidNames, Process, Program, World};
 use super::Sim;
-use crate::host::{Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions};
+use crate::host::{
+    Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
+};
 
 pub(super) struct SimDaemons(pub(super) Sim);
 
@@ -208,11 +210,8 @@ impl Daemons for SimDaemons {
         self.0.operate("daemons.remove_stale_pid_files", None, |world| {
             let lives = |pid: &i32| world.processes.contains_key(pid);
             let names = world.pid_names;
-            world.pid_names = PidNames {
-                name: names.name.filter(lives),
-                old: names.old.filter(lives),
-                new: names.new.filter(lives),
-            };
+            world.pid_names =
+                PidNames { name: names.name.filter(lives), old: names.old.filter(lives), new: names.new.filter(lives) };
             Ok(())
         })
     }

@@ -124,7 +124,7 @@ impl Dice {
         let mut hasher = DefaultHasher::new();
         (self.seed, place).hash(&mut hasher);
         let throw = hasher.finish();
-        if throw % self.one_in != 0 {
+        if !throw.is_multiple_of(self.one_in) {
             return None;
         }
         self.left -= 1;
