@@ -62,7 +62,7 @@ impl Traffic for Conntrack {
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
-        let mut probes = network::usual_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
+        let mut probes = network::fewer_new_flows(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
         probes.push(network::silent("ns3"));
         probes
     }

@@ -85,22 +85,25 @@ pub fn ping(ns: &str, address: &str) -> Result<()> {
 
 /// The usual probes: `e`, `n` and `tcp`, from one place to another.
 pub fn usual_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<(String, Spec)> {
-    probes(from, to, address.into(), 1)
+    probes(from, to, address.into(), 1, 1)
+}
+
+/// The usual probes with half as many new flows: where each of them needs several upcalls.
+pub fn fewer_new_flows(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<(String, Spec)> {
+    probes(from, to, address.into(), 1, 2)
 }
 
 /// The usual probes at half the rate: for pipelines of so many tables that an emulated CPU forwards no more.
 pub fn gentle_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<(String, Spec)> {
-    probes(from, to, address.into(), 2)
+    probes(from, to, address.into(), 2, 2)
 }
 
-fn probes(from: Place, to: Place, address: IpAddr, slower: u64) -> Vec<(String, Spec)> {
-    let udp = |port, interval_us, ports| {
-        let interval_us = interval_us * slower;
-        Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports }
-    };
+fn probes(from: Place, to: Place, address: IpAddr, slower: u64, slower_new: u64) -> Vec<(String, Spec)> {
+    let udp =
+        |port, interval_us, ports| Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports };
     vec![
-        ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US, Ports::Constant)),
-        ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US, Ports::EachNew)),
+        ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US * slower, Ports::Constant)),
+        ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US * slower_new, Ports::EachNew)),
         ("tcp".to_owned(), Spec::Tcp { from: from.clone(), to: to.clone(), address, port: TCP_PORT }),
     ]
 }
