@@ -13,6 +13,9 @@ use crate::host::{Daemon, HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
 use crate::report::Strategy;
 
+/// A daemon writes its PID file before it reads the database; TCG makes that half a second.
+const UNSEEN: Duration = Duration::from_secs(3);
+
 pub(super) struct Standby;
 
 impl Step for Standby {
@@ -43,19 +46,38 @@ impl Step for Standby {
         let until = run.now() + run.config.limits.undo();
         run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
-        if let Some(new) = run.known.new.take() {
-            if run.host.daemons.is_alive(new.id) {
-                run.host.daemons.signal(new.id, Signal::Kill)?;
-                run.host.daemons.wait_end(new.id, until)?;
-            }
+        let old = run.old()?.clone();
+        let begun = run.known.start.is_some();
+        let known = run.known.new.take();
+        if let Some(new) = &known {
+            end_daemon(run, new, until)?;
             run.known.standby_stopped = false;
         }
         cancel_start(run)?;
-        let old = run.old()?.clone();
+        if known.is_none() && begun {
+            end_unseen_daemon(run, &old, until)?;
+        }
         run.host.daemons.settle_pid_file(&old)?;
         run.restore_wait = None;
         run.host.database.clear_restore_wait(&run.id, until)?;
         Ok(Event::Done)
+    }
+}
+
+fn end_daemon(run: &Run, daemon: &Daemon, until: Instant) -> Result<(), Stop> {
+    if run.host.daemons.is_alive(daemon.id) {
+        run.host.daemons.signal(daemon.id, Signal::Kill)?;
+        run.host.daemons.wait_end(daemon.id, until)?;
+    }
+    Ok(())
+}
+
+/// Ends a daemon that was being started when the step ended, before its PID file told of it. Left alone it would wait
+/// for the database's lock and destroy the bridges when it gets it (hazards 17).
+fn end_unseen_daemon(run: &Run, old: &Daemon, until: Instant) -> Result<(), Stop> {
+    match run.host.daemons.wait_pid_file(old, until.min(run.now() + UNSEEN)) {
+        Ok(new) => end_daemon(run, &new, until),
+        Err(_none_was_started) => Ok(()),
     }
 }
 
@@ -94,11 +116,11 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
     let new = wait_for_new_daemon(run, &old)?;
+    run.known.new = Some(new.clone());
     run.host.datapath.watch_standby(new.id)?;
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
     }
-    run.known.new = Some(new.clone());
     run.wait_for("the new ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))
 }
 
