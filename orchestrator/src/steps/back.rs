@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::{cancel_start, wait_job};
+use super::standby::{cancel_start, end_daemon, wait_job};
 use super::{classes, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, JobKind, SavedProgram, Signal};
@@ -49,11 +49,7 @@ fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::h
 fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
     let Some(new) = run.known.new.take() else { return Ok(()) };
     run.known.standby_stopped = false;
-    if run.host.daemons.is_alive(new.id) {
-        run.host.daemons.signal(new.id, Signal::Kill)?;
-        run.host.daemons.wait_end(new.id, run.now() + END)?;
-    }
-    Ok(())
+    end_daemon(run, &new, run.now() + END)
 }
 
 /// An old daemon that was never told to end goes on; one that was is seen to its end.

@@ -64,7 +64,8 @@ impl Step for Standby {
     }
 }
 
-fn end_daemon(run: &Run, daemon: &Daemon, until: Instant) -> Result<(), Stop> {
+/// Sees a daemon to its end that is not wanted any more, if it lives.
+pub(super) fn end_daemon(run: &Run, daemon: &Daemon, until: Instant) -> Result<(), Stop> {
     if run.host.daemons.is_alive(daemon.id) {
         run.host.daemons.signal(daemon.id, Signal::Kill)?;
         run.host.daemons.wait_end(daemon.id, until)?;

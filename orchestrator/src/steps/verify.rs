@@ -9,6 +9,7 @@ use dpfreeze::snapshot::Snapshot;
 use super::{notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::{connections, Conntrack};
+use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Verify;
@@ -21,10 +22,10 @@ impl Step for Verify {
     fn perform(&self, run: &mut Run) -> Ended {
         let until = run.deadline;
         let mut after = run.host.datapath.snapshot().context("the datapath's state")?;
-        let wanted = ports::wanted(&run.host.database.facts(until).context("the database")?);
+        let facts = run.host.database.facts(until).context("the database")?;
         if let Some(before) = run.known.before.take() {
-            compare_conntrack(run, &before, &mut after)?;
-            notes::after(&mut run.report, &before, &after, &wanted);
+            compare_conntrack(run, &facts, &before, &mut after)?;
+            notes::after(&mut run.report, &before, &after, &ports::wanted(&facts));
             run.known.before = Some(before);
         }
         let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
@@ -38,16 +39,20 @@ impl Step for Verify {
 }
 
 /// Zones by meaning; limits that were lost are set again, and `after` has them then.
-fn compare_conntrack(run: &mut Run, before: &Snapshot, after: &mut Snapshot) -> Result<(), Stop> {
-    let facts = run.host.database.facts(run.deadline).context("conntrack zones of the database")?;
+fn compare_conntrack(
+    run: &mut Run,
+    facts: &DatabaseFacts,
+    before: &Snapshot,
+    after: &mut Snapshot,
+) -> Result<(), Stop> {
     let old = Conntrack::of(&run.known.facts, before);
-    let lost = old.lost_limits(&Conntrack::of(&facts, after));
+    let lost = old.lost_limits(&Conntrack::of(facts, after));
     if !lost.is_empty() {
         run.host.datapath.set_ct_limits(&lost).context("setting conntrack limits again")?;
         run.report.conntrack.zone_limits_restored = lost.len() as u64;
         *after = run.host.datapath.snapshot().context("the datapath's state")?;
     }
-    run.report.differences.extend(old.zone_differences(&Conntrack::of(&facts, after)));
+    run.report.differences.extend(old.zone_differences(&Conntrack::of(facts, after)));
     run.report.conntrack.connections_after = connections();
     Ok(())
 }

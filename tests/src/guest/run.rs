@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use nix::unistd::Pid;
 use serde_json::Value;
+
+use crate::command::wait_until;
 
 /// Where runs leave their journals and reports.
 const RUNS: &str = "/var/lib/ovs-graceful/runs";
@@ -54,4 +57,25 @@ pub fn supervisor() -> Result<Pid> {
     let holder: Value = serde_json::from_slice(&fs::read("/run/ovs-graceful/lock")?)?;
     let pid = holder["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).filter(|pid| *pid > 1);
     pid.map(Pid::from_raw).with_context(|| format!("no supervisor in the lock: {holder}"))
+}
+
+/// Starts `ovs-graceful restart --no-ovsdb` with `arguments`; what it says goes to `log`.
+pub fn start(arguments: &[&str], log: &Path) -> Result<Child> {
+    let log = fs::File::create(log)?;
+    Command::new("ovs-graceful")
+        .args(["restart", "--no-ovsdb"])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .context("cannot start ovs-graceful")
+}
+
+/// Waits until recover has written the report of run `id`; returns its path.
+pub fn wait_for_recovery(id: &str) -> Result<PathBuf> {
+    let report = report(id);
+    let (patience, every) = (Duration::from_secs(100), Duration::from_millis(100));
+    wait_until("recover has written its report", patience, every, || report.exists())?;
+    Ok(report)
 }

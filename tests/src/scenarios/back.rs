@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -80,7 +79,7 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
     let before = facts::daemons("ovs-vswitchd");
     let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
     let known = run::known();
-    let mut client = start(case, out)?;
+    let mut client = run::start(case.arguments, &out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
     let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
     repair(installed)?;
     let code = code.inspect_err(|_| {
@@ -105,18 +104,6 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
     let now = facts::promised(&plain::bridges());
     outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
     finish(case, live, outcome)
-}
-
-fn start(case: &Case, out: &Path) -> Result<Child> {
-    let log = fs::File::create(out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
-    Command::new("ovs-graceful")
-        .args(["restart", "--no-ovsdb"])
-        .args(case.arguments)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("cannot start ovs-graceful")
 }
 
 fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {

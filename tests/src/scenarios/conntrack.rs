@@ -57,10 +57,6 @@ impl Traffic for Conntrack {
         network::ping("ns1", "10.9.0.2")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let mut probes = network::fewer_new_flows(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
         probes.push(network::silent("ns3"));

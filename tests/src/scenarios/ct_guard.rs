@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -114,22 +113,12 @@ fn all_killed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()>
     pairs.talk()?;
     let old = named_by_flows();
     let known = run::known();
-    let log = fs::File::create(out.join("run-killed"))?;
-    let mut client = Command::new("ovs-graceful")
-        .args(["restart", "--no-ovsdb"])
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("cannot start ovs-graceful")?;
+    let mut client = run::start(&[], &out.join("run-killed"))?;
     let id = killed::kill_in("restore", &known)?;
     for daemon in facts::daemons("ovs-vswitchd") {
         let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
     }
-    let report = run::report(&id);
-    wait_until("recover has written its report", Duration::from_secs(100), Duration::from_millis(100), || {
-        report.exists()
-    })?;
+    run::wait_for_recovery(&id)?;
     client.wait()?;
     guest::wait_for_daemons()?;
     // Two tries of the daemon.

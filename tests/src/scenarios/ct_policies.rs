@@ -252,10 +252,6 @@ impl Traffic for CtPolicies {
         network::ping("ns1", "10.9.0.2")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let mut probes = network::usual_probes(Place::named("ns1"), Place::named("ns2"), SERVER);
         probes.push(network::silent("ns3"));

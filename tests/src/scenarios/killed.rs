@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -71,14 +70,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
     let known = run::known();
-    let log = fs::File::create(out.join(format!("run-{}", case.phase)))?;
-    let mut client = Command::new("ovs-graceful")
-        .args(["restart", "--no-ovsdb"])
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn()
-        .context("cannot start ovs-graceful")?;
+    let mut client = run::start(&[], &out.join(format!("run-{}", case.phase)))?;
     let killed = kill_in(case.phase, &known);
     let id = match killed {
         Ok(id) => id,
@@ -93,10 +85,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
             let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
         }
     }
-    let report = run::report(&id);
-    wait_until("recover has written its report", Duration::from_secs(100), Duration::from_millis(100), || {
-        report.exists()
-    })?;
+    let report = run::wait_for_recovery(&id)?;
     client.wait()?;
     wait_until("the supervisor's unit has gone", Duration::from_secs(20), Duration::from_millis(100), || {
         facts::unit_property("ovs-graceful-run.service", "ActiveState") != "deactivating"

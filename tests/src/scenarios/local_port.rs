@@ -44,10 +44,6 @@ impl Traffic for LocalPort {
         network::ping("ns2", "10.9.0.1")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let mut probes = network::usual_probes(Place::Host, Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
         probes.push(network::silent("ns3"));

@@ -49,10 +49,6 @@ impl Traffic for Mirror {
         network::ping("ns1", "10.9.0.2")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         // First, so that it sees the first packet of the others.
         let ports = vec![network::CONSTANT_PORT, network::EACH_NEW_PORT];

@@ -132,10 +132,6 @@ impl Traffic for Nat {
         network::ping("ns1", self.server)
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let (from, to) = (Place::named("ns1"), Place::named("ns2"));
         let address = |text: &str| text.parse::<IpAddr>().ok();

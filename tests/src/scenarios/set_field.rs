@@ -64,10 +64,6 @@ impl Traffic for SetField {
         network::ping("ns1", "10.9.2.2")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let address = Ipv4Addr::new(10, 9, 2, 2);
         let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);

@@ -74,10 +74,6 @@ impl Traffic for ToNamespace {
         network::ping("ns1", "10.9.0.2")
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let mut probes = network::usual_probes(Place::named("ns1"), Place::named("far"), Ipv4Addr::new(10, 9, 0, 2));
         probes.push(network::silent("ns3"));

@@ -57,10 +57,6 @@ impl Traffic for TwoZones {
         network::ping("ns1", SERVICE)
     }
 
-    fn bridges(&self) -> Vec<String> {
-        vec!["br0".to_owned()]
-    }
-
     fn probes(&self) -> Vec<(String, Spec)> {
         let address = Ipv4Addr::new(10, 9, 0, 200);
         let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
