@@ -11,8 +11,8 @@ use crate::guest::probe::{Place, Ports, Spec};
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
 
-/// The constant flow: a packet every 2 ms.
-pub const CONSTANT_US: u64 = 2000;
+/// The constant flow: a packet every 5 ms.
+pub const CONSTANT_US: u64 = 5000;
 /// The stream of new flows: a packet every 10 ms.
 pub const EACH_NEW_US: u64 = 10_000;
 /// Port of the constant flow.
