@@ -189,6 +189,8 @@ struct Live {
 
 fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let bridges = scenario.bridges();
+    // Not beside the traffic: it is a dozen processes.
+    facts::save_everything(&out.join("before"), &bridges);
     let mut live = Vec::new();
     for (name, spec) in scenario.probes() {
         let probe = spec.start().with_context(|| format!("starting probe {name}"))?;
@@ -226,7 +228,6 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
 }
 
 fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
-    facts::save_everything(&out.join("before"), bridges);
     Ok(Evidence {
         job: job.clone(),
         bridges: bridges.to_vec(),

@@ -81,7 +81,7 @@ pub trait Traffic: Sync {
     }
     /// Seconds of traffic after the action's end.
     fn after_s(&self) -> f64 {
-        15.0
+        10.0
     }
     /// Makes the network.
     fn set_up(&self) -> Result<()> {
