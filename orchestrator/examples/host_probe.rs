@@ -318,6 +318,7 @@ fn supervisor(tally: &mut Tally, systemd: &Systemd) {
         description: "Probe".into(),
         command: vec![own, "sleep".into()],
         stop_post: vec!["/bin/touch".into(), "/run/probe.stop-post".into()],
+        ends_with: vec![0],
         environment: vec![("PROBE".into(), "a b".into())],
         nice: -5,
     };

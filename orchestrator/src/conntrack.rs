@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::zones::PolicyIndex;
 use crate::host::{CtZone, Database, DatabaseFacts};
-use crate::report::write_private_json;
 
 /// The name of the file in a run's folder.
 pub const FILE: &str = "conntrack.json";
@@ -74,14 +73,6 @@ impl Conntrack {
     pub fn load(path: &Path) -> anyhow::Result<Conntrack> {
         let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is no snapshot of conntrack", path.display()))
-    }
-
-    /// Writes it, readable by its owner only.
-    ///
-    /// # Errors
-    /// Where the file cannot be written.
-    pub fn save(&self, path: &Path) -> anyhow::Result<()> {
-        write_private_json(path, self).with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// What of this is not so in `after`, in words. Names do not count, and connections come and go.
@@ -199,6 +190,7 @@ fn words(zone: &CtZone) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::Runs;
 
     fn policy(name: &str, seconds: u32) -> TimeoutPolicy {
         TimeoutPolicy { name: name.into(), l3: 2, l4: 17, ..TimeoutPolicy::default() }.with_timeouts([(1, seconds)])
@@ -275,8 +267,9 @@ mod tests {
     #[test]
     fn it_is_the_same_after_a_file() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(FILE);
-        before().save(&path).unwrap();
+        let path = folder.path().join("runs/run-1").join(FILE);
+        std::fs::create_dir_all(folder.path().join("runs/run-1")).unwrap();
+        Runs::at(folder.path(), folder.path()).keep_conntrack("run-1", &before()).unwrap();
         assert_eq!(Conntrack::load(&path).unwrap(), before());
         assert!(Conntrack::load(&folder.path().join("none")).is_err());
     }

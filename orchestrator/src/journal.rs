@@ -21,10 +21,11 @@ use std::sync::Arc;
 use anyhow::{anyhow, ensure, Context};
 use serde::{Deserialize, Serialize};
 
+use crate::conntrack::{self, Conntrack};
 use crate::host::disk::{AppendFile, Disk};
 use crate::host::real::RealDisk;
 use crate::host::BridgeRules;
-use crate::machine::Phase;
+use crate::machine::{ExitCode, Phase};
 use crate::report::Report;
 
 /// Where the state of runs is kept across reboots.
@@ -373,11 +374,39 @@ impl Runs {
         serde_json::from_slice(&text).map(Some).with_context(|| format!("cannot read {}", path.display()))
     }
 
+    /// Notes that the supervisor of run `id` has died and is started again. True the first time, where that could be
+    /// noted.
+    pub fn note_restart(&self, id: &str) -> bool {
+        let path = self.restart_file(id);
+        !self.files.exists(&path) && self.files.replace(&path, b"").is_ok()
+    }
+
+    fn restart_file(&self, id: &str) -> PathBuf {
+        self.run.join(format!("restarted.{id}"))
+    }
+
+    /// Keeps what conntrack was told when run `id` began.
+    pub fn keep_conntrack(&self, id: &str, found: &Conntrack) -> anyhow::Result<()> {
+        let path = self.folder(id).join(conntrack::FILE);
+        let written = self.files.replace(&path, &serde_json::to_vec_pretty(found)?);
+        written.with_context(|| format!("cannot write {}", path.display()))
+    }
+
     /// Removes what run `id`, which is over, has left in memory.
     pub fn clear_memory(&self, id: &str) {
-        for path in [self.rules_file(id), self.journal_paths(id).memory] {
+        for path in [self.rules_file(id), self.journal_paths(id).memory, self.restart_file(id)] {
             let _not_there_is_fine = self.files.remove(&path);
         }
+    }
+
+    /// Removes what runs have left in memory that were killed just after their reports. What a person may want to look
+    /// at stays.
+    pub fn clear_left_over(&self) -> anyhow::Result<()> {
+        let needs_person = |report: &Report| report.exit_code == ExitCode::NeedsPerson;
+        for run in self.list()?.iter().filter(|run| run.report.as_ref().is_some_and(|report| !needs_person(report))) {
+            self.clear_memory(&run.id);
+        }
+        Ok(())
     }
 
     /// Keeps the report of run `id`: the run is over.

@@ -7,12 +7,14 @@
 mod plan;
 mod record;
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context};
 use dpfreeze::freeze::{self, Captured, Classes};
+use dpfreeze::park::ReplayReport;
 
 use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
@@ -45,12 +47,13 @@ const DATABASE_UNIT: &str = "ovsdb-server.service";
 /// The unit of the switch where the run had not found out another.
 const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 
-/// Finishes or undoes the run that was interrupted, if there is one. Returns the exit code: 0 nothing to do, 11 a run
+/// Finishes or undoes the run that was interrupted, if there is one; with what its supervisor had
+/// [kept](crate::host::ServiceManager::keep), where that is at hand. Returns the exit code: 0 nothing to do, 11 a run
 /// is under way, 20 undone, 21 gone forward, 30 the run was over but for its last look, 40 needs a person.
 ///
 /// # Errors
 /// Where the lock cannot be taken or past runs cannot be listed.
-pub fn recover(config: &Config) -> anyhow::Result<i32> {
+pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<i32> {
     let runs = Runs::default();
     let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: "recover".to_owned(), pid: std::process::id() });
     let _lock = match lock {
@@ -62,7 +65,7 @@ pub fn recover(config: &Config) -> anyhow::Result<i32> {
         Err(error) => return Err(error.into()),
     };
     let database = Host::real_database();
-    let recovered = recover_interrupted(&runs, Arc::new(RealClock), database.as_ref(), || Host::real(config))?;
+    let recovered = recover_interrupted(&runs, Arc::new(RealClock), database.as_ref(), kept, || Host::real(config))?;
     // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
     match clear_our_mark(database.as_ref(), Instant::now() + SHORT) {
         Ok(None) => {}
@@ -82,10 +85,14 @@ pub(crate) fn recover_interrupted(
     runs: &Runs,
     clock: Arc<dyn Clock>,
     database: &dyn Database,
+    kept: Vec<(String, OwnedFd)>,
     host: impl FnOnce() -> anyhow::Result<Host>,
 ) -> anyhow::Result<Option<Report>> {
-    let Some(id) = runs.interrupted()? else { return Ok(None) };
-    let mut recovery = Recovery::new(runs, &id, clock);
+    let Some(id) = runs.interrupted()? else {
+        runs.clear_left_over()?;
+        return Ok(None);
+    };
+    let mut recovery = Recovery { kept, ..Recovery::new(runs, &id, clock) };
     let outcome = recovery.run(database, host);
     let duration = recovery.clock.now().saturating_duration_since(recovery.begun);
     // What is in memory goes to the disk, for whoever wants the whole story.
@@ -119,7 +126,7 @@ pub(crate) fn clear_our_mark(database: &dyn Database, until: Instant) -> anyhow:
 pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     let holder = RunLock::holder(Path::new(LOCK))?;
     if holder.is_none() && Runs::default().interrupted()?.is_some() {
-        let code = recover(config)?;
+        let code = recover(config, Vec::new())?;
         let well = [ExitCode::Undone, ExitCode::Back, ExitCode::Differences].map(|code| i32::from(code.code()));
         return Ok(if well.contains(&code) { 0 } else { code });
     }
@@ -167,6 +174,10 @@ struct Recovery {
     begun: Instant,
     report: Report,
     errors: Vec<String>,
+    /// What the dead supervisor had kept, until it is taken up.
+    kept: Vec<(String, OwnedFd)>,
+    /// Its parked packets are ours.
+    parked: bool,
 }
 
 impl Recovery {
@@ -174,7 +185,8 @@ impl Recovery {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let report = Report::new(id, Strategy::Standby, now.as_millis() as u64);
         let begun = clock.now();
-        Recovery { runs: runs.clone(), id: id.to_owned(), clock, begun, report, errors: Vec::new() }
+        let (runs, id) = (runs.clone(), id.to_owned());
+        Recovery { runs, id, clock, begun, report, errors: Vec::new(), kept: Vec::new(), parked: false }
     }
 
     /// `limit` from now, but not beyond the end of all.
@@ -214,28 +226,70 @@ impl Recovery {
             self.keep("thaw", thawed);
             return needs_person("the datapath cannot be looked at; nothing is frozen any more".into());
         };
+        self.take_up_park(&mut host);
         if known.is_none() {
             // Who was who is not known: what can be lifted without knowing it is lifted.
             self.leave_nothing(&mut host);
             return needs_person("what the run had done cannot be read; nothing is frozen any more".into());
         }
         let mark = mark.unwrap_or_default();
-        let (plan, survivor) = self.decide(&host, &entries, &mark);
-        self.report.details.insert("recovery".into(), format!("{plan:?}").into());
-        let outcome = match (plan, mark.old.clone()) {
-            (Plan::Undo, Some(old)) => self.undo(&mut host, &mark, &old),
-            (Plan::Forward { flush }, Some(_)) => self.forward(&mut host, &mark, survivor, flush),
-            (Plan::AfterReboot, _) => self.after_reboot(database, &entries),
-            (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
-        };
-        self.leave_nothing(&mut host);
+        let mut outcome = self.carry_out(&mut host, database, &entries, &mark);
+        if outcome.is_err() || !self.errors.is_empty() {
+            let first = std::mem::take(&mut self.errors);
+            let failed = outcome.err().map(|error| format!("{error:#}"));
+            first.into_iter().chain(failed).for_each(|error| self.told(format!("{error}: all of it once more")));
+            outcome = self.carry_out(&mut host, database, &entries, &mark);
+        }
         match outcome {
+            Ok(outcome) if !self.errors.is_empty() => {
+                needs_person(format!("{}, but not all of it could be put right: see the warnings", outcome.reason))
+            }
             Ok(outcome) if plan::had_settled(&entries) && outcome.exit_code == ExitCode::Back => Outcome {
                 exit_code: ExitCode::Differences,
                 reason: "done, but verify was cut off: nothing was compared".into(),
             },
             Ok(outcome) => outcome,
             Err(error) => needs_person(format!("{error:#}")),
+        }
+    }
+
+    /// Does what is to be done. May be done twice.
+    fn carry_out(
+        &mut self,
+        host: &mut Host,
+        database: &dyn Database,
+        entries: &[Entry],
+        mark: &Mark,
+    ) -> anyhow::Result<Outcome> {
+        let (plan, survivor) = self.decide(host, entries, mark);
+        self.report.details.insert("recovery".into(), format!("{plan:?}").into());
+        let outcome = match (plan, mark.old.clone()) {
+            (Plan::Undo, Some(old)) => self.undo(host, mark, &old),
+            (Plan::Forward { flush }, Some(_)) => self.forward(host, mark, survivor, flush),
+            (Plan::AfterReboot, _) => self.after_reboot(database, entries),
+            (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
+        };
+        self.leave_nothing(host);
+        outcome
+    }
+
+    fn take_up_park(&mut self, host: &mut Host) {
+        let kept = std::mem::take(&mut self.kept);
+        if kept.is_empty() {
+            return;
+        }
+        let taken = host.datapath.take_up_park(kept);
+        self.parked = self.keep("parked packets", taken).is_some();
+    }
+
+    /// What became of them.
+    fn replayed(&mut self, replay: anyhow::Result<ReplayReport>) {
+        let Some(replay) = self.keep("parked packets", replay) else { return };
+        let lost: u64 = replay.unreplayable.values().chain(replay.errors.values()).sum();
+        self.told(format!("parked packets: {} replayed, {lost} not, {} left", replay.replayed, replay.left));
+        self.report.parked.replayed += replay.replayed;
+        for (reason, count) in replay.unreplayable {
+            *self.report.parked.unreplayable.entry(reason).or_default() += count;
         }
     }
 
@@ -281,7 +335,11 @@ impl Recovery {
     /// The old daemon goes on. First its upcalls: what is missed now is lost.
     fn undo(&mut self, host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<Outcome> {
         let bound = bind_back(host, mark, old);
-        self.keep("binding the old ovs-vswitchd", bound);
+        // As long as the upcalls came to us, every packet would come back.
+        if self.keep("binding the old ovs-vswitchd", bound).is_some() && self.parked {
+            let returned = host.datapath.return_parked(old.id, self.until(SHORT));
+            self.replayed(returned.map_err(Into::into));
+        }
         self.database(host);
         let ended = self.end_leftovers(host, mark, old);
         self.keep("ending what the run had started", ended);
@@ -346,7 +404,8 @@ impl Recovery {
             let started = self.start_anew(host, mark)?;
             self.take_over(host, mark, &started, true)?;
         }
-        let reason = format!("the supervisor was cut off past the point of no return; {how}, with losses");
+        let parked = if self.parked { "what was parked was replayed" } else { "with losses" };
+        let reason = format!("the supervisor was cut off past the point of no return; {how}, {parked}");
         Ok(Outcome { exit_code: ExitCode::Back, reason })
     }
 
@@ -360,10 +419,18 @@ impl Recovery {
             }
             Some(false) | None => None,
         };
+        if self.parked {
+            // Where packets on old recirculation ids came from: later these flows are gone.
+            let chosen = host.datapath.choose_doomed();
+            self.keep("kernel flows", chosen);
+        }
         let woken = host.daemons.signal(survivor.id, Signal::Continue);
         self.keep("waking the new ovs-vswitchd", woken);
         let ended = self.end_old(host, mark, survivor);
-        self.keep("ending the old ovs-vswitchd", ended);
+        if self.keep("ending the old ovs-vswitchd", ended).is_some() && self.parked {
+            let read = host.datapath.read_left_over();
+            self.keep("what the old ovs-vswitchd left unread", read);
+        }
         // The reload hook waits for this.
         let settled = host.daemons.settle_pid_file(survivor);
         self.keep("PID file", settled);
@@ -389,6 +456,10 @@ impl Recovery {
         if flush {
             let flushed = host.daemons.command(survivor, "dpctl/del-flows", &[], self.until(SHORT));
             self.keep("flows that belong to the old ovs-vswitchd", flushed);
+        }
+        if self.parked {
+            let replayed = host.datapath.replay_to(survivor.id, self.until(READY_LIMIT));
+            self.replayed(replayed.map_err(Into::into));
         }
         self.end_hand_over(host, mark);
         self.owned(host, mark, survivor);
@@ -457,6 +528,8 @@ impl Recovery {
         let until = self.until(Duration::from_secs(30));
         if !host.services.is_running() {
             let old = mark.old.as_ref().context("how ovs-vswitchd was started is not known")?;
+            let removed = host.daemons.remove_stale_pid_files(old);
+            self.keep("PID file", removed);
             host.daemons.start_like(old)?;
             return Ok(host.daemons.wait_pid_file(old, until)?);
         }

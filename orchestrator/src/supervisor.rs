@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod simulation;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -14,6 +14,7 @@ use crate::cli::SuperviseArgs;
 use crate::config::Config;
 use crate::control::{Control, Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
 use crate::host::clock::Clock;
+use crate::host::real::systemd::inherited;
 use crate::host::real::RealClock;
 use crate::journal::{Runs, STATE_DIR};
 use crate::machine::{Action, Event, ExitCode, Machine, Outcome, Phase};
@@ -27,6 +28,9 @@ use crate::steps::{go_back, step, Ended, Host, Known, Run, Stop, Wish};
 /// Only where the run could not even begin (lock, socket); what happens later is in the report.
 pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
     let config = Config::load(&args.config)?;
+    if let Some(code) = take_up(&args.id, &config)? {
+        return Ok(code);
+    }
     let gate_command =
         args.gate_command.clone().or_else(|| Some(config.gates.command.clone())).filter(|command| !command.is_empty());
     let wish = Wish { strategy: args.strategy, ovsdb: !args.no_ovsdb, if_needed: args.if_needed, gate_command };
@@ -35,6 +39,20 @@ pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
         report.write(path)?;
     }
     Ok(code.code().into())
+}
+
+/// systemd has started this process in place of a supervisor of this run that died: what that left is finished or
+/// undone. `None` where the run has not begun.
+fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
+    let runs = Runs::default();
+    if !runs.ids()?.iter().any(|begun| begun == id) {
+        return Ok(None);
+    }
+    if runs.is_over(id) {
+        return Ok(Some(Report::read(&runs.report(id))?.exit_code.code().into()));
+    }
+    protect_from_paging_and_oom();
+    recovery::recover(config, inherited()).map(Some)
 }
 
 /// Looks at the host; touches nothing.
@@ -55,7 +73,7 @@ pub fn check(config: &Config) -> anyhow::Result<CheckReport> {
 /// # Errors
 /// As [`recovery::recover`].
 pub fn recover(config: &Config) -> anyhow::Result<i32> {
-    recovery::recover(config)
+    recovery::recover(config, Vec::new())
 }
 
 /// The emergency thaw where no supervisor lives; returns the exit code.
@@ -108,7 +126,7 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
     let ready = open_journal(&runs, &id, &config, clock.as_ref()).and_then(|journal| Ok((journal, host(&config)?)));
     let (outcome, control) = match ready {
         Ok((journal, host)) => {
-            let mut run = new_run(&id, wish, config, host, report, control, runs.program_folders(&id));
+            let mut run = new_run(&id, wish, config, host, report, control, runs.clone());
             let outcome = drive(&mut run, journal, started);
             report = run.report;
             (outcome, run.control)
@@ -151,7 +169,7 @@ fn new_run(
     host: Host,
     report: Report,
     control: Box<dyn Control>,
-    program_folders: Vec<PathBuf>,
+    runs: Runs,
 ) -> Run {
     let machine = Machine::new(config.machine_options());
     let now = host.clock.now();
@@ -160,7 +178,7 @@ fn new_run(
         wish,
         level: Level::None,
         config,
-        program_folders,
+        runs,
         host,
         known: Known::default(),
         report,
@@ -191,7 +209,7 @@ fn advance(run: &mut Run, journal: &mut Recorder, action: Action, started: Insta
         Action::Undo(phase) => undo(run, journal, phase),
         Action::Back => back(run, journal, started),
         Action::Thaw => {
-            let ended = crate::steps::thaw(run);
+            let ended = retryable(crate::steps::thaw(run));
             told(run, "thaw", ended)
         }
         // The machine answers these while a step is under way only; a step has just ended here.
@@ -243,10 +261,16 @@ fn unless_written(run: &mut Run, written: anyhow::Result<()>) {
 fn undo(run: &mut Run, journal: &mut Recorder, phase: Phase) -> Action {
     run.control.tell(&Progress::Undoing { phase });
     run.deadline = run.now() + run.config.limits.undo();
-    let ended = step(phase).undo(run);
+    let ended = retryable(step(phase).undo(run));
     if ended.is_ok() {
         let written = journal.undone(phase);
         unless_written(run, written);
+    }
+    // Nothing else asks on the way back.
+    if run.known.old.as_ref().is_some_and(|old| !run.host.daemons.is_alive(old.id)) {
+        if let Err(Stop::CutOff(action)) = run.tell_machine(Event::OldDaemonDied) {
+            return action;
+        }
     }
     told(run, phase.name(), ended)
 }
@@ -258,7 +282,7 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     run.deadline = begun + run.config.limits.back();
     let written = journal.intent(run, Phase::SwitchCommit, BACK);
     unless_written(run, written);
-    let ended = go_back(run);
+    let ended = retryable(go_back(run));
     done_if_well(run, journal, Phase::SwitchCommit, BACK, &ended);
     run.report.phase_named(
         BACK,
@@ -266,6 +290,14 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
         run.now().saturating_duration_since(begun).as_millis() as u64,
     );
     told(run, BACK, ended)
+}
+
+/// Undoing, going back and thawing may be done twice.
+fn retryable(ended: Ended) -> Ended {
+    ended.map_err(|stop| match stop {
+        Stop::Failed { error, .. } => Stop::Failed { error, retryable: true },
+        other => other,
+    })
 }
 
 /// Tells the machine how an action ended.

@@ -109,9 +109,11 @@ impl Park {
     /// [`Park::adopt`] of duplicates that were taken before: their process may have ended since.
     ///
     /// # Errors
-    /// As [`UpcallSocket::raise_buffer`].
+    /// As [`UpcallSocket::raise_buffer`]; there is no memory for what is in them.
     pub fn adopt_duplicates(&mut self, found: Duplicates) -> Result<Vec<u32>> {
         found.raise_buffers(self.limits.socket_bytes)?;
+        // Now, so that whoever keeps our descriptors need not do it again in the gap.
+        self.shared.store().expect_adopted()?;
         let mut adopted = Vec::new();
         for socket in found.into_sockets() {
             adopted.push(socket.port_id());
@@ -135,9 +137,8 @@ impl Park {
     /// read, each a part. What lay in them goes before all that came by our own.
     ///
     /// # Errors
-    /// There is no memory for it; then they stay unread, and a second call tries again.
+    /// A socket cannot be watched; then it stays unread, and a second call tries again.
     pub fn read_adopted(&mut self) -> Result<()> {
-        self.shared.store().expect_adopted()?;
         for adopted in self.adopted.iter_mut().filter(|adopted| !adopted.is_read) {
             self.shared.read_from(store::Queue::Adopted, Arc::clone(&adopted.socket))?;
             adopted.is_read = true;
@@ -198,7 +199,7 @@ impl Park {
     }
 
     /// Goes on with what [`Park::keep`] gave before a crash. Packets that were on their way to the datapath at the
-    /// crash (at most 144 for each lane, and 64) are neither parked any more nor certain to have arrived.
+    /// crash (at most 144 for each lane, and 64) are parked still, though some of them may have arrived.
     ///
     /// Adopted sockets are adopted again, and unread until [`Park::read_adopted`].
     ///

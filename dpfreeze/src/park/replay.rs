@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
@@ -136,6 +137,7 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
     let start = Instant::now();
     let deadline = start + input.limit;
     let count = lanes.len();
+    let done = AtomicU64::new(0);
     let mut tally = Tally::default();
     let outcome = std::thread::scope(|scope| {
         let mut senders = Vec::with_capacity(count);
@@ -143,10 +145,10 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
         for lane in lanes.iter_mut() {
             let (sender, receiver) = sync_channel(LANE_QUEUE);
             senders.push(sender);
-            let work = Work { input, deadline, lanes: count };
+            let work = Work { input, deadline, lanes: count, done: &done };
             workers.push(scope.spawn(move || work.run(lane, &receiver)));
         }
-        let outcome = dispatch(shared, &senders, deadline, &mut tally);
+        let outcome = dispatch(shared, &senders, &done, deadline, &mut tally);
         drop(senders);
         for worker in workers {
             match worker.join() {
@@ -159,9 +161,10 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
     outcome?;
     let late = std::mem::take(&mut tally.late);
     match lanes.first_mut() {
-        Some(lane) => Work { input, deadline, lanes: 1 }.go_on(lane, late, &mut tally),
+        Some(lane) => Work { input, deadline, lanes: 1, done: &done }.go_on(lane, late, &mut tally),
         None => late.iter().for_each(|(_, reason)| tally.unreplayable(*reason)),
     }
+    commit(shared)?;
     let mut report = tally.report;
     report.left = shared.store().waiting();
     report.p99_ms = tally.waits.percentile(99);
@@ -171,10 +174,26 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
     Ok(report)
 }
 
-/// Hands packets out to the lanes, all of a flow to the same, until there are none.
-fn dispatch(shared: &Shared, lanes: &[SyncSender<Parked>], deadline: Instant, tally: &mut Tally) -> Result<()> {
+/// A crash before this brings packets back that have been given back already; after it none that has not.
+fn commit(shared: &Shared) -> Result<()> {
+    shared.store().commit().map_err(|e| crate::Error::io("write to the memfd of parked packets", e))
+}
+
+/// Hands packets out to the lanes, all of a flow to the same, until there are none. `done` counts those that the lanes
+/// are done with.
+fn dispatch(
+    shared: &Shared,
+    lanes: &[SyncSender<Parked>],
+    done: &AtomicU64,
+    deadline: Instant,
+    tally: &mut Tally,
+) -> Result<()> {
     let mut silent_before = false;
+    let mut sent = 0;
     while Instant::now() < deadline {
+        if done.load(Ordering::SeqCst) == sent {
+            commit(shared)?;
+        }
         let records = shared.store().pop(CHUNK).map_err(|e| crate::Error::io("read parked packets", e))?;
         if records.is_empty() {
             if !shared.is_empty() {
@@ -193,8 +212,9 @@ fn dispatch(shared: &Shared, lanes: &[SyncSender<Parked>], deadline: Instant, ta
                 Ok(upcall) => {
                     let lane = flow_key::flow_hash(&upcall.key) % lanes.len().max(1) as u64;
                     let parked = Parked { arrival: record.arrival, upcall };
-                    if lanes.get(lane as usize).is_none_or(|to| to.send(parked).is_err()) {
-                        tally.error("replay thread ended early", 1);
+                    match lanes.get(lane as usize).is_some_and(|to| to.send(parked).is_ok()) {
+                        true => sent += 1,
+                        false => tally.error("replay thread ended early", 1),
                     }
                 }
                 Err(_) => tally.unreplayable(Unreplayable::Malformed),
@@ -209,6 +229,8 @@ struct Work<'a> {
     input: &'a ReplayInput<'a>,
     deadline: Instant,
     lanes: usize,
+    /// Packets that will not be looked at again.
+    done: &'a AtomicU64,
 }
 
 impl Work<'_> {
@@ -251,6 +273,7 @@ impl Work<'_> {
     }
 
     fn execute(&self, lane: &mut Lane, batch: &[Parked], tally: &mut Tally) {
+        let late_before = tally.late.len();
         let mut planned: Vec<(&Parked, Replay<'_>, Vec<u8>)> = Vec::with_capacity(batch.len());
         for parked in batch {
             match self.input.origins.plan(&parked.upcall, &mut lane.connections) {
@@ -263,6 +286,8 @@ impl Work<'_> {
             }
         }
         self.give_back(lane, &planned, tally);
+        let late = tally.late.len() - late_before;
+        self.done.fetch_add((batch.len() - late) as u64, Ordering::SeqCst);
     }
 
     /// Packets that cannot start again go on where they were, once the new daemon's flows tell where that is.

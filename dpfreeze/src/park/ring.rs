@@ -5,7 +5,8 @@
 //! 4096  records  {u32 length of message, u32 source, u64 arrival ns of CLOCK_BOOTTIME, message}, one after the other
 //! ```
 //! `head` and `tail` count bytes since the beginning; a record's place is its offset modulo `capacity`, so that it may
-//! wrap around the end. The header is written after the records: who reads it after a crash sees whole records only.
+//! wrap around the end. The header is written after the records: who reads it after a crash sees whole records only, and
+//! with them those that were taken out and not yet said to be done with ([`Ring::commit`]).
 
 use std::fs::File;
 use std::io;
@@ -72,7 +73,12 @@ pub(super) struct Ring {
     capacity: u64,
     head: u64,
     tail: u64,
+    /// From `head` on.
     packets: u64,
+    /// Where the next record is taken out.
+    read: u64,
+    /// From `read` on.
+    unread: u64,
 }
 
 impl Ring {
@@ -82,7 +88,7 @@ impl Ring {
         let file = File::from(fd);
         // Pages come with the first write: an empty ring takes no memory.
         file.set_len(RECORDS_AT + capacity).map_err(fail)?;
-        let ring = Ring { file, capacity, head: 0, tail: 0, packets: 0 };
+        let ring = Ring { file, capacity, head: 0, tail: 0, packets: 0, read: 0, unread: 0 };
         ring.write_header().map_err(fail)?;
         Ok(ring)
     }
@@ -105,7 +111,7 @@ impl Ring {
         if magic != MAGIC || !whole {
             return Err(Error::malformed("memfd of parked packets", "its header is not that of a ring"));
         }
-        Ok(Ring { file, capacity, head, tail, packets })
+        Ok(Ring { file, capacity, head, tail, packets, read: head, unread: packets })
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -120,8 +126,9 @@ impl Ring {
         self.capacity - self.used()
     }
 
-    pub fn packets(&self) -> u64 {
-        self.packets
+    /// Records that wait to be taken out.
+    pub fn waiting(&self) -> u64 {
+        self.unread
     }
 
     /// Takes the batch in; the caller has seen that it fits.
@@ -136,38 +143,45 @@ impl Ring {
         }
         self.tail += batch.bytes();
         self.packets += batch.packets;
+        self.unread += batch.packets;
         self.write_header()
     }
 
-    /// Takes up to `most` records out, in order of arrival.
+    /// Takes up to `most` records out, in order of arrival. They keep their place until [`Ring::commit`].
     pub fn pop(&mut self, most: usize) -> io::Result<Vec<Record>> {
         let mut records = Vec::new();
-        while records.len() < most && self.head < self.tail {
+        while records.len() < most && self.read < self.tail {
             let record = self.pop_one()?;
             records.push(record);
-        }
-        if !records.is_empty() {
-            self.write_header()?;
         }
         Ok(records)
     }
 
+    /// All that was taken out is done with: whoever reopens the ring does not see it again.
+    pub fn commit(&mut self) -> io::Result<()> {
+        if self.head == self.read {
+            return Ok(());
+        }
+        (self.head, self.packets) = (self.read, self.unread);
+        self.write_header()
+    }
+
     fn pop_one(&mut self) -> io::Result<Record> {
         let mut header = [0u8; RECORD_HEADER];
-        self.read(self.head, &mut header)?;
+        self.read_at(self.read, &mut header)?;
         let [l0, l1, l2, l3, s0, s1, s2, s3, arrival @ ..] = header;
         let length = u32::from_ne_bytes([l0, l1, l2, l3]);
-        if u64::from(length) + RECORD_HEADER as u64 > self.used() {
+        if u64::from(length) + RECORD_HEADER as u64 > self.tail - self.read {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a record longer than what is parked"));
         }
         let mut message = vec![0u8; length as usize];
-        self.read(self.head + RECORD_HEADER as u64, &mut message)?;
-        self.head += Batch::cost(&message);
-        self.packets = self.packets.saturating_sub(1);
+        self.read_at(self.read + RECORD_HEADER as u64, &mut message)?;
+        self.read += Batch::cost(&message);
+        self.unread = self.unread.saturating_sub(1);
         Ok(Record { source: u32::from_ne_bytes([s0, s1, s2, s3]), arrival: u64::from_ne_bytes(arrival), message })
     }
 
-    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let (first, rest) = into.split_at_mut(self.until_end(offset, into.len()));
         self.file.read_exact_at(first, self.place(offset))?;
         if rest.is_empty() {
@@ -205,7 +219,7 @@ mod tests {
         batch.push(1, 2, &[7; 20]);
         batch.push(1, 3, &[8; 20]);
         assert!(ring.push(&batch).is_err());
-        assert_eq!((ring.used(), ring.packets()), (0, 0));
+        assert_eq!((ring.used(), ring.waiting()), (0, 0));
     }
 
     #[test]
@@ -217,9 +231,13 @@ mod tests {
             ring.push(&batch).unwrap();
             ring.push(&batch).unwrap();
             assert_eq!(ring.pop(1).unwrap().len(), 1);
+            let unfinished = Ring::reopen(ring.fd().try_clone_to_owned().unwrap()).unwrap();
+            assert_eq!((unfinished.used(), unfinished.waiting()), (72, 2));
+            ring.commit().unwrap();
             let mut again = Ring::reopen(ring.fd().try_clone_to_owned().unwrap()).unwrap();
-            assert_eq!((again.used(), again.packets()), (36, 1));
+            assert_eq!((again.used(), again.waiting()), (36, 1));
             assert_eq!(again.pop(9).unwrap(), [Record { source: 1, arrival: 2, message: vec![7; 20] }]);
+            again.commit().unwrap();
             ring = again;
         }
     }
@@ -256,13 +274,15 @@ mod tests {
                     }
                 }
                 ring.push(&batch).unwrap();
-                prop_assert_eq!(ring.packets(), expected.len() as u64);
+                prop_assert_eq!(ring.waiting(), expected.len() as u64);
                 for record in ring.pop(pops).unwrap() {
                     prop_assert_eq!(Some(record), expected.pop_front());
                 }
+                ring.commit().unwrap();
             }
             prop_assert_eq!(ring.pop(usize::MAX).unwrap(), expected.into_iter().collect::<Vec<_>>());
-            prop_assert_eq!((ring.used(), ring.packets()), (0, 0));
+            ring.commit().unwrap();
+            prop_assert_eq!((ring.used(), ring.waiting()), (0, 0));
         }
     }
 }

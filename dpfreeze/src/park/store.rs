@@ -105,7 +105,7 @@ impl Store {
     }
 
     pub fn waiting(&self) -> u64 {
-        self.own.packets() + self.adopted.as_ref().map_or(0, Ring::packets)
+        self.own.waiting() + self.adopted.as_ref().map_or(0, Ring::waiting)
     }
 
     fn used(&self) -> u64 {
@@ -149,7 +149,7 @@ impl Store {
         *self.stats.overflowed_by_port.entry(in_port_of(message).unwrap_or(u32::MAX)).or_default() += 1;
     }
 
-    /// Takes up to `most` packets out, the oldest first.
+    /// Takes up to `most` packets out, the oldest first. A crash brings them back until [`Store::commit`].
     pub fn pop(&mut self, most: usize) -> io::Result<Vec<Record>> {
         if let Some(ring) = &mut self.adopted {
             let records = ring.pop(most)?;
@@ -158,6 +158,14 @@ impl Store {
             }
         }
         self.own.pop(most)
+    }
+
+    /// All packets that were taken out are done with.
+    pub fn commit(&mut self) -> io::Result<()> {
+        if let Some(ring) = &mut self.adopted {
+            ring.commit()?;
+        }
+        self.own.commit()
     }
 }
 

@@ -144,6 +144,8 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.
+    Stopped,
     /// One look at the timeout policies that are guarded for live connections.
     Guard {
         /// Look until nothing is left: where there is no systemd with a timer.

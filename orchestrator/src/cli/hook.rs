@@ -15,6 +15,7 @@ use super::{exit_code, log, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
 use crate::guard;
 use crate::host::real::Systemd;
+use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::supervisor;
 
@@ -43,6 +44,7 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
                 1
             }
         },
+        HookCommand::Stopped => stopped(config),
         HookCommand::Guard { again } => match guarded(again) {
             Ok(()) => 0,
             Err(error) => {
@@ -52,6 +54,19 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         },
         HookCommand::Canary => canary(),
     }
+}
+
+/// A supervisor that has died is started again by systemd, with what it had parked, and recovers by itself; one that
+/// dies twice is not waited for. `SERVICE_RESULT` is systemd's (systemd.exec(5)): `success` also where somebody stopped
+/// the unit.
+fn stopped(config: &Path) -> u8 {
+    let died = std::env::var("SERVICE_RESULT").is_ok_and(|result| result != "success");
+    let runs = Runs::default();
+    let interrupted = runs.interrupted().ok().flatten();
+    if died && interrupted.is_some_and(|id| runs.note_restart(&id)) {
+        return 0;
+    }
+    super::recover_and_tell(config)
 }
 
 fn supervise_exit(result: anyhow::Result<i32>) -> u8 {

@@ -15,6 +15,7 @@ use crate::host::real::procfs::own_program;
 use crate::host::real::Systemd;
 use crate::host::{ServiceManager, SupervisorUnit};
 use crate::journal::Runs;
+use crate::machine::ExitCode;
 use crate::report::Report;
 
 /// The unit that the supervisor runs in.
@@ -77,7 +78,8 @@ fn start_unit(systemd: Systemd, args: &SuperviseArgs, program: &str) -> anyhow::
         description: format!("ovs-graceful run {}", args.id),
         command: command.map_err(|word| anyhow::anyhow!("{} is not UTF-8", word.display()))?,
         // However the supervisor ends: a run that it left unfinished is finished or undone.
-        stop_post: vec![program.to_string(), "--config".to_string(), config, "recover".to_string()],
+        stop_post: [program, "--config", &config, "hook", "stopped"].map(str::to_string).to_vec(),
+        ends_with: ExitCode::ALL.into_iter().map(|code| code.code().into()).collect(),
         environment: log_environment(),
         nice: -10,
     };

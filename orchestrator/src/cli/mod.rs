@@ -38,7 +38,7 @@ pub fn run(cli: Cli) -> u8 {
         Command::Restart(args) => restart::restart(&config, args),
         Command::Status { json } => answered(status::status(json)),
         Command::Abort => answered(abort()),
-        Command::Recover => needs_person(recover(&config)),
+        Command::Recover => recover_and_tell(&config),
         Command::Thaw => needs_person(thaw(&config)),
         Command::Runs { command: None, json } => answered(runs::list(json)),
         Command::Runs { command: Some(RunsCommand::Show { id, json: inner }), json } => {
@@ -123,13 +123,19 @@ fn abort() -> anyhow::Result<ExitCode> {
     anyhow::bail!("the supervisor went before it told the end of the run; look with `ovs-graceful status`")
 }
 
+fn recover_and_tell(config: &Path) -> u8 {
+    needs_person(recover(config))
+}
+
 /// Also what systemd runs after every supervisor, so that nothing to do has to be cheap and 0.
 fn recover(config: &Path) -> anyhow::Result<i32> {
     if let Some(holder) = RunLock::holder(Path::new(LOCK))? {
         complain(&format!("run {} (process {}) is under way: nothing to recover", holder.id, holder.pid));
         return Ok(i32::from(ExitCode::Busy.code()));
     }
-    if Runs::default().interrupted()?.is_none() {
+    let runs = Runs::default();
+    if runs.interrupted()?.is_none() {
+        runs.clear_left_over()?;
         say("nothing to recover");
         return Ok(0);
     }

@@ -1,6 +1,7 @@
 //! The kernel datapath as the steps see it. The bytes are dpfreeze's.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{Captured, Classes, Refused};
@@ -105,6 +106,14 @@ pub trait Datapath {
     /// Binds the upcalls to these port ids, one for each CPU; `features` as the datapath has them where not given. The
     /// caller has proved whose they are.
     fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()>;
+    /// What must outlive this process, with names ([`ServiceManager::keep`](crate::host::ServiceManager::keep)): the
+    /// parking sockets and what was read from them. Empty where nothing is parked.
+    fn kept(&self) -> Result<Vec<(String, OwnedFd)>>;
+    /// Goes on with what [`Datapath::kept`] gave a process that has died.
+    fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()>;
+    /// Gives what is parked back to its owner `daemon`, which lives, is bound again and knows its own recirculation
+    /// ids; what lies in its own sockets is its own. May be run twice.
+    fn return_parked(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
     /// Has the old daemon nothing queued and nothing in hand (hazards 9)? Ask twice.
     fn is_drained(&mut self) -> Result<bool>;
     /// Reads what the old daemon left in its sockets, which it can no longer read.
@@ -121,7 +130,7 @@ pub trait Datapath {
     /// Binds the upcalls to what the new daemon asked for and replays what is parked, until nothing more arrives or
     /// `until`. All that can be made ready is made ready before the binding: after it new misses overtake parked ones.
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver>;
-    /// Replays what is parked to `daemon`, which has bound the upcalls by itself (level `park`).
+    /// Replays what is parked, if anything is, to `daemon`, which has bound the upcalls by itself (level `park`).
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
     /// After the end of a daemon that was handed over to: misses are parked again, and what it left unread in its
     /// sockets as well, of which duplicates are held until the thaw (hazards 1). False where there was none.

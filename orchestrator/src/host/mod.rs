@@ -14,6 +14,7 @@ pub mod surroundings;
 pub mod zones;
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -396,6 +397,9 @@ pub struct SupervisorUnit {
     pub command: Vec<String>,
     /// Run when the supervisor has ended, however it ended.
     pub stop_post: Vec<String>,
+    /// Exit codes that end it for good. However else it ends, it is started again with what it has
+    /// [kept](ServiceManager::keep).
+    pub ends_with: Vec<i32>,
     /// Added to its environment.
     pub environment: Vec<(String, String)>,
     /// Its nice value.
@@ -452,6 +456,10 @@ pub trait ServiceManager: Send + Sync {
     fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>>;
     /// Starts the supervisor as a transient unit and waits until its program has been executed.
     fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()>;
+    /// Has these descriptors outlive this process, until the unit of the supervisor has ended for good: a supervisor
+    /// that is started in place of a dead one gets them ([`SupervisorUnit`]). On return they are safe. False where
+    /// nobody would keep them (no systemd).
+    fn keep(&self, descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool>;
     /// Starts a transient timer with its service. One of this name that is active goes on as it is.
     fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()>;
 }

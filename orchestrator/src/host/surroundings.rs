@@ -1,5 +1,6 @@
 //! What Check looks at besides the daemons: kernel, privileges, programs, disks.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use dpfreeze::freeze::Environment;
@@ -14,6 +15,8 @@ pub trait Surroundings: Send + Sync {
     fn is_root(&self) -> bool;
     /// What the kernel lets us do.
     fn environment(&self) -> Environment;
+    /// Connections of the connection table by zone. What cannot be listed is not counted.
+    fn connections(&self) -> BTreeMap<u16, u64>;
     /// Daemons, database, units, disks and the new database tool, looked at.
     fn findings(
         &self,

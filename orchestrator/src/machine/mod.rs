@@ -22,7 +22,8 @@
 //!
 //! Two rules that the table (`tests.rs`) checks over every pair of state and event:
 //! - before the point of no return whatever goes wrong is undone, in reverse order, the phase that failed included,
-//!   because it may have been cut off half-done;
+//!   because it may have been cut off half-done. But where the old daemon dies by itself there is nothing to return
+//!   to: once its rules are known (Arm, Standby) the run goes back to a daemon that has them;
 //! - after it nothing is undone: the run goes forward, or back to the old version, and in any case it thaws.
 //!
 //! Events that arrive while a step is still running (a watcher saw something) are given to [`Machine::on`] as soon
@@ -57,7 +58,7 @@ pub struct Options {
     /// How often a phase after the point of no return that failed `retryable` is done again (Restore also when it
     /// timed out).
     pub retries: u32,
-    /// How often an undo, a Back or a Thaw that failed `retryable` is done again.
+    /// How often an undo, a Back or a Thaw that failed `retryable` is done again (Back also when it timed out).
     pub undo_retries: u32,
 }
 
@@ -318,7 +319,8 @@ impl Machine {
         }
     }
 
-    /// Verify: nothing of ours holds anything any more; the daemon belongs to systemd or its monitor again.
+    /// Verify: nothing of ours holds anything any more; the daemon belongs to systemd or its monitor again. One that
+    /// they start in place of one that dies now would have no rules: we still know them.
     fn on_verify(&mut self, event: Event) -> Action {
         match event {
             Event::Done | Event::NothingToDo => self.finish_forward(),
@@ -328,7 +330,7 @@ impl Machine {
             Event::TimedOut => self.finish_noting(Cause::TimedOut),
             Event::AbortRequested => Action::RefuseAbort,
             Event::BoundByOther => self.thaw_to_person(Phase::Verify, Cause::BoundByOther),
-            Event::NewDaemonDied => self.thaw_to_person(Phase::Verify, Cause::NewDaemonDied),
+            Event::NewDaemonDied => self.back(Phase::Verify, Cause::NewDaemonDied),
             Event::LeaseLost | Event::RestoreWaitRemoved | Event::OldDaemonDied => Action::Continue,
         }
     }
@@ -343,6 +345,10 @@ impl Machine {
             Event::Failed { retryable: true | false } | Event::TimedOut => {
                 self.undo_failed.get_or_insert(phase);
                 self.undone(phase, why)
+            }
+            // Its rules are known.
+            Event::OldDaemonDied if why.is_some_and(|why| why.phase >= Phase::Arm) => {
+                self.back(phase, Cause::OldDaemonDied)
             }
             Event::OldDaemonDied => {
                 self.old_daemon_died = true;
@@ -362,7 +368,7 @@ impl Machine {
             Event::Done | Event::NothingToDo | Event::DifferencesFound => {
                 self.thaw_to(outcome(ExitCode::Back, format!("{why}; back on the old version")))
             }
-            Event::Failed { retryable: true } if self.tries < self.options.undo_retries => {
+            Event::Failed { retryable: true } | Event::TimedOut if self.tries < self.options.undo_retries => {
                 self.tries += 1;
                 Action::Back
             }
@@ -430,15 +436,21 @@ impl Machine {
         }
     }
 
-    /// Before Switch there is nothing to go forward with. In SwitchPrepare the new daemon stands by and misses are
-    /// parked: the end of the old one is what SwitchCommit would bring about, so that is the shortest gap.
+    /// In SwitchPrepare the new daemon stands by and misses are parked: the end of the old one is what SwitchCommit
+    /// would bring about, so that is the shortest gap. Before, its rules are known since Snapshot, and whoever restarts
+    /// it by himself does not have them.
     fn old_daemon_died(&mut self, phase: Phase) -> Action {
-        if phase == Phase::SwitchPrepare {
-            self.note(phase, Cause::OldDaemonDied);
-            return self.begin(Phase::SwitchCommit);
+        match phase {
+            Phase::SwitchPrepare => {
+                self.note(phase, Cause::OldDaemonDied);
+                self.begin(Phase::SwitchCommit)
+            }
+            Phase::Arm | Phase::Standby => self.back(phase, Cause::OldDaemonDied),
+            _ => {
+                self.old_daemon_died = true;
+                self.turn(phase, Cause::OldDaemonDied)
+            }
         }
-        self.old_daemon_died = true;
-        self.turn(phase, Cause::OldDaemonDied)
     }
 
     fn again_or_back(&mut self, phase: Phase, cause: Cause) -> Action {

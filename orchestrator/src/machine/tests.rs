@@ -25,8 +25,8 @@ const TABLE: &str = "
     idle                 .    .    .    .    .    .    .    .    .    .    .    .
     check                >    u    u    u    u    u    .    .    .    .    u    u
     snapshot             >    >    u    u    u    u    .    .    .    .    u    u
-    arm                  >    >    u    u    u    u    u    u    .    .    u    u
-    standby              >    >    u    u    u    u    u    u    u    u    u    u
+    arm                  >    >    u    u    u    u    u    u    .    .    B    u
+    standby              >    >    u    u    u    u    u    u    u    u    B    u
     switch-prepare       >    >    u    u    u    u    u    u    u    u    >    u
     switch-commit        >    >    @    B    B    x    .    B    .    B    .    >
     switch-commit-last   >    >    B    B    B    x    .    B    .    B    .    >
@@ -37,8 +37,8 @@ const TABLE: &str = "
     gates                >    >    >    >    >    x    .    B    .    B    .    >
     gates-back           >    >    B    B    B    x    .    B    .    B    .    B
     settle               >    >    T    T    T    x    .    T    .    B    .    >
-    verify               0    0    @    3    3    x    .    T    .    T    .    3
-    verify-last          0    0    3    3    3    x    .    T    .    T    .    3
+    verify               0    0    @    3    3    x    .    T    .    B    .    3
+    verify-last          0    0    3    3    3    x    .    T    .    B    .    3
     undo-check           1    1    @    T    T    .    .    .    .    .    .    1
     undo-check-last      1    1    T    T    T    .    .    .    .    .    .    1
     undo-snapshot        p    p    @    p    p    .    .    .    .    .    .    p
@@ -46,7 +46,7 @@ const TABLE: &str = "
     undo-standby         p    p    @    p    p    .    .    .    .    .    .    p
     undo-switch-prepare  p    p    @    p    p    .    .    .    .    .    .    p
     undo-arm-last        p    p    p    p    p    .    .    .    .    .    .    p
-    back                 T    T    @    T    T    x    .    .    .    .    .    T
+    back                 T    T    @    T    @    x    .    .    .    .    .    T
     back-last            T    T    T    T    T    x    .    .    .    .    .    T
     thaw-verify          v    v    @    4    4    x    .    .    .    .    .    v
     thaw-verify-last     v    v    4    4    4    x    .    .    .    .    .    v
@@ -282,9 +282,22 @@ fn nothing_to_do_ends_with_0_and_touches_nothing() {
 }
 
 #[test]
-fn the_old_daemon_dying_by_itself_before_switch_needs_a_person_and_in_switch_goes_forward() {
-    let (_, outcome) = run(Options::default(), |a| (*a == Action::Do(Phase::Arm)).then_some(Event::OldDaemonDied));
+fn the_old_daemon_dying_by_itself_is_replaced_as_soon_as_its_rules_are_known() {
+    let died = |during| move |a: &Action| (*a == Action::Do(during)).then_some(Event::OldDaemonDied);
+    let (_, outcome) = run(Options::default(), died(Phase::Snapshot));
     assert_eq!(outcome.exit_code, ExitCode::NeedsPerson);
+    for phase in [Phase::Arm, Phase::Standby] {
+        let (seen, outcome) = run(Options::default(), died(phase));
+        assert_eq!(seen[seen.len() - 2..], [Action::Back, Action::Thaw]);
+        assert_eq!(outcome.exit_code, ExitCode::Back);
+    }
+    let (seen, outcome) = run(Options::default(), |a| match a {
+        Action::Do(Phase::Standby) => Some(Event::TimedOut),
+        Action::Undo(Phase::Arm) => Some(Event::OldDaemonDied),
+        _ => None,
+    });
+    assert_eq!(seen[seen.len() - 2..], [Action::Back, Action::Thaw]);
+    assert_eq!(outcome.exit_code, ExitCode::Back);
     let (seen, outcome) =
         run(Options::default(), |a| (*a == Action::Do(Phase::SwitchPrepare)).then_some(Event::OldDaemonDied));
     assert_eq!(seen, Phase::ALL.map(Action::Do));

@@ -93,7 +93,7 @@ impl Recorder {
             if let Some(old) = run.known.old.clone() {
                 // What cannot be found out now is looked up by the recovery, as far as it can.
                 self.mark.old_port_ids = run.host.datapath.upcall_port_ids().unwrap_or_default();
-                self.mark.unit = run.host.services.owner(&old, run.deadline).ok().flatten().map(|unit| unit.name);
+                self.mark.unit = run.known.owner.clone();
                 self.mark.old = Some(old);
             }
         }

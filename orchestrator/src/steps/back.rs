@@ -1,12 +1,13 @@
 //! Back: the program that ran before, on the database as it is, bound, and the parked packets replayed, after something
-//! went wrong past the point of no return.
+//! went wrong past the point of no return, or the old daemon died before it.
 
 use std::time::Duration;
 
 use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::{cancel_start, end_daemon, wait_job};
+use super::standby::{cancel_start, end_daemon, release_unit, wait_job};
+use super::switch_prepare::keep_parked;
 use super::{classes, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, JobKind, SavedProgram, Signal};
@@ -18,10 +19,13 @@ const END: Duration = Duration::from_secs(5);
 
 /// Ends the daemon that did not come up and starts the old program in its place. May be done twice.
 pub fn go_back(run: &mut Run) -> Ended {
+    // An abort would bring about the same; who asked before gets it by this.
+    let _asked_before = run.control.gate().commit();
     if run.host.datapath.is_armed() {
         // Whoever comes may bind; what it would flush or delete before it is ready stays.
         run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
     }
+    run.host.datapath.tunnels_adopted(Duration::ZERO)?;
     end_new_daemon(run)?;
     if stay(run)? {
         return Ok(Event::Done);
@@ -29,6 +33,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     // Hazards 1: it may have been bound already.
     if run.host.datapath.retake_upcalls().context("taking the upcalls back")? {
         run.known.gap_began = Some(run.now());
+        keep_parked(run)?;
     }
     let until = run.deadline;
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
@@ -47,9 +52,11 @@ fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::h
 }
 
 fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
-    let Some(new) = run.known.new.take() else { return Ok(()) };
+    let Some(new) = run.known.new.clone() else { return Ok(()) };
+    end_daemon(run, &new, run.now() + END)?;
     run.known.standby_stopped = false;
-    end_daemon(run, &new, run.now() + END)
+    run.known.new = None;
+    Ok(())
 }
 
 /// An old daemon that was never told to end goes on; one that was is seen to its end.
@@ -76,7 +83,7 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
     run.host.daemons.remove_stale_pid_files(&old)?;
     if let Some(saved) = run.known.saved.clone() {
         // A unit without a reload under way would not take the daemon for its own.
-        let owned = run.known.unit.is_none() || matches!(run.known.start, Some(Start::Unit { .. }));
+        let owned = run.known.owner.is_none() || matches!(run.known.start, Some(Start::Unit { .. }));
         match start_saved(run, &saved, owned) {
             Err(Stop::Failed { error, .. }) => {
                 run.warn(format!(
@@ -106,7 +113,7 @@ fn start_saved(run: &mut Run, saved: &SavedProgram, owned: bool) -> Result<(), S
 fn start_installed(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let old = run.old()?.clone();
-    let Some(unit) = run.known.unit.clone() else {
+    let Some(unit) = run.known.owner.clone() else {
         run.known.back = Some(run.host.daemons.start_like(&old)?);
         run.known.new = Some(run.host.daemons.wait_pid_file(&old, until)?);
         return run.checkpoint();
@@ -142,9 +149,10 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
         }
     }
     if let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() {
-        let told = link.send(HookCommand::Finish).context("the reload hook has gone");
+        let told = link.send(HookCommand::Finish).or_else(|_| link.send(HookCommand::Finish));
+        let told = told.context("the reload hook has gone");
         let ended = told.and_then(|()| wait_job(job.as_mut(), &unit, until));
-        run.host.services.end_hand_over(&unit, until)?;
+        release_unit(run, &unit, until)?;
         if let Err(error) = ended {
             run.warn(format!("{error:#}"));
         }

@@ -51,6 +51,7 @@ fn take_in(run: &mut Run, checked: check::Checked) -> Result<(), Stop> {
     }
     run.known.facts = checked.facts.unwrap_or_default();
     keep_program(run, &old)?;
+    run.known.owner = run.host.services.owner(&old, run.deadline)?.map(|unit| unit.name);
     run.known.old = Some(old);
     run.checkpoint()
 }
@@ -58,7 +59,8 @@ fn take_in(run: &mut Run, checked: check::Checked) -> Result<(), Stop> {
 /// The way back: what runs now may have been replaced on the disk, or be by the time that it is needed.
 fn keep_program(run: &mut Run, old: &Daemon) -> Result<(), Stop> {
     let Some(version) = run.report.from.ovs.clone() else { return Ok(()) };
-    match run.host.daemons.save_program(old, &version, &run.program_folders, run.deadline) {
+    let folders = run.runs.program_folders(&run.id);
+    match run.host.daemons.save_program(old, &version, &folders, run.deadline) {
         Ok(saved) => run.known.saved = Some(saved),
         Err(error) if run.report.from == run.report.to => {
             run.warn(format!("{error}: going back would start the installed program, which is of the same version"));

@@ -2,7 +2,6 @@
 //! changes the plan.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use crate::host::{
     BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
     RuleWatch, SavedProgram, ServiceManager, Starting,
 };
+use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
 
@@ -79,7 +79,9 @@ pub struct Known {
     pub saved: Option<SavedProgram>,
     /// It was told to end.
     pub old_told: bool,
-    /// The unit that owns it, where one does.
+    /// The unit that owned it at Check, where one did.
+    pub owner: Option<String>,
+    /// The unit whose reload starts the new one.
     pub unit: Option<String>,
     /// The ovs-vswitchd that takes over.
     pub new: Option<Daemon>,
@@ -144,8 +146,8 @@ pub struct Run {
     pub level: Level,
     /// Limits and bounds.
     pub config: Config,
-    /// Where the running program may be kept, the best first.
-    pub program_folders: Vec<PathBuf>,
+    /// Where runs are kept.
+    pub runs: Runs,
     /// The host.
     pub host: Host,
     /// Found out so far.

@@ -8,8 +8,7 @@ use dpfreeze::snapshot::Snapshot as Kernel;
 
 use super::{notes, Ended, Run, Step};
 use crate::config::Config;
-use crate::conntrack::{connections, Conntrack, FILE};
-use crate::journal::Runs;
+use crate::conntrack::Conntrack;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Snapshot;
@@ -43,9 +42,10 @@ impl Step for Snapshot {
 
 /// What `ovs-graceful ct diff` and `ct restore` compare with. Without it the run goes on.
 fn keep_conntrack(run: &mut Run, kernel: &Kernel) {
-    let found = Conntrack { connections: connections(), ..Conntrack::of(&run.known.facts, kernel) };
+    let found =
+        Conntrack { connections: run.host.surroundings.connections(), ..Conntrack::of(&run.known.facts, kernel) };
     run.report.conntrack.connections_before = found.connections.clone();
-    if let Err(error) = found.save(&Runs::default().folder(&run.id).join(FILE)) {
+    if let Err(error) = run.runs.keep_conntrack(&run.id, &found) {
         run.warn(format!("what conntrack was told is not kept for `ovs-graceful ct`: {error:#}"));
     }
 }

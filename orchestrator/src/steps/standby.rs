@@ -13,6 +13,8 @@ use crate::host::{Daemon, HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
 use crate::report::Strategy;
 
+/// A reload hook connects within this, if there is one.
+const UNSEEN_HOOK: Duration = Duration::from_secs(1);
 /// A daemon writes its PID file before it reads the database; TCG makes that half a second.
 const UNSEEN: Duration = Duration::from_secs(3);
 
@@ -48,10 +50,11 @@ impl Step for Standby {
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         let old = run.old()?.clone();
         let begun = run.known.start.is_some();
-        let known = run.known.new.take();
+        let known = run.known.new.clone();
         if let Some(new) = &known {
             end_daemon(run, new, until)?;
             run.known.standby_stopped = false;
+            run.known.new = None;
         }
         cancel_start(run)?;
         if known.is_none() && begun {
@@ -168,7 +171,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
         Some(Start::Unit { unit, mut job, mut link }) => {
             let ended = end_start(run, job.as_mut(), link.as_mut(), &unit, until);
             // Whatever came of it, the unit goes back to what the package wrote.
-            run.host.services.end_hand_over(&unit, until)?;
+            release_unit(run, &unit, until)?;
             ended?;
         }
         Some(Start::Own(mut start)) => {
@@ -212,15 +215,25 @@ pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
         Some(Start::Unit { unit, mut job, mut link }) => {
             let _gone_is_fine = link.send(HookCommand::Cancel);
             job.wait(until)?;
-            run.host.services.end_hand_over(&unit, until)?;
+            release_unit(run, &unit, until)?;
         }
         Some(Start::Own(mut start)) => start.cancel(),
         None => {
-            // The hook may never have connected.
             if let Some(unit) = run.known.unit.clone() {
-                run.host.services.end_hand_over(&unit, until)?;
+                // A reload may be under way whose beginning was not told.
+                if let Some(mut link) = run.control.wait_hook(until.min(run.now() + UNSEEN_HOOK)) {
+                    let _gone_is_fine = link.send(HookCommand::Cancel);
+                }
+                release_unit(run, &unit, until)?;
             }
         }
     }
+    Ok(())
+}
+
+/// The unit goes back to what the package wrote.
+pub(super) fn release_unit(run: &mut Run, unit: &str, until: Instant) -> Result<(), Stop> {
+    run.host.services.end_hand_over(unit, until)?;
+    run.known.unit = None;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::standby::start_new_daemon;
-use super::switch_prepare::take_upcalls;
+use super::switch_prepare::{keep_parked, take_upcalls};
 use super::{Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
@@ -25,6 +25,7 @@ impl Step for SwitchCommit {
         if run.known.gap_began.is_none() {
             // The old daemon has ended by itself before SwitchPrepare came to it.
             take_upcalls(run)?;
+            keep_parked(run)?;
         }
         let old = run.old()?.clone();
         if run.known.standby_stopped {

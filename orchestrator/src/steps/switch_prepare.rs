@@ -11,14 +11,21 @@ use crate::machine::{Event, Phase};
 
 pub(super) struct SwitchPrepare;
 
+/// How long the old daemon may take to carry changed rules into the kernel.
+const CATCH_UP: Duration = Duration::from_secs(3);
+/// How long systemd may take to have what is to be kept.
+const KEEP_LIMIT: Duration = Duration::from_secs(3);
+
 impl Step for SwitchPrepare {
     fn limit(&self, config: &Config) -> Duration {
         config.limits.of(Phase::SwitchPrepare)
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
+        let_it_catch_up(run)?;
         let old = run.old()?.id;
         run.host.datapath.prepare_park(old).context("opening the parking sockets")?;
+        keep_parked(run)?;
         take_upcalls(run)?;
         wait_until_drained(run)?;
         take_in_openflow_changes(run)?;
@@ -38,6 +45,35 @@ impl Step for SwitchPrepare {
         }
         Ok(Event::Done)
     }
+}
+
+/// Hazards 4: where rules were changed during the run, the old daemon does with its kernel flows what they ask for, as
+/// long as it may. `revalidator/wait` answers at the end of the dump under way, which may be older than the change:
+/// hence two.
+fn let_it_catch_up(run: &mut Run) -> Result<(), Stop> {
+    let Some(watch) = &mut run.known.rule_watch else { return Ok(()) };
+    if watch.changed(run.deadline)?.is_empty() {
+        return Ok(());
+    }
+    let old = run.old()?.clone();
+    let until = run.deadline.min(run.now() + CATCH_UP);
+    for _ in 0..2 {
+        if let Err(error) = run.host.daemons.command(&old, "revalidator/wait", &[], until) {
+            run.warn(format!("kernel flows may be older than the last change of rules until the run settles: {error}"));
+            break;
+        }
+    }
+    run.checkpoint()
+}
+
+/// A supervisor that dies does not take along what it has parked. Where nobody keeps it, it does.
+pub(super) fn keep_parked(run: &mut Run) -> Result<(), Stop> {
+    let until = run.deadline.min(run.now() + KEEP_LIMIT);
+    let kept = run.host.datapath.kept()?;
+    if let Err(error) = run.host.services.keep(kept, until) {
+        run.warn(format!("{error}: what is parked would be lost with the supervisor"));
+    }
+    run.checkpoint()
 }
 
 /// From here on misses are parked, and nothing may be deleted that the new daemon will want.
@@ -69,8 +105,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let bridges = run.known.facts.bridges.clone();
     if let Some(mut watch) = run.known.rule_watch.take() {
-        let before = std::mem::take(&mut run.known.rules);
-        run.known.rules = run.host.openflow.refresh(&bridges, &before, watch.as_mut(), until)?;
+        run.known.rules = run.host.openflow.refresh(&bridges, &run.known.rules, watch.as_mut(), until)?;
     }
     let old = run.old()?.clone();
     for bridge in &bridges {

@@ -2,7 +2,7 @@
 
 use anyhow::Context;
 
-use super::standby::{cancel_start, wait_job};
+use super::standby::{cancel_start, release_unit, wait_job};
 use super::{Ended, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::Daemon;
@@ -27,10 +27,12 @@ fn let_start_go(run: &mut Run) -> Result<(), Stop> {
         return cancel_start(run);
     }
     let until = run.now() + run.config.limits.undo();
-    let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() else { return Ok(()) };
+    let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() else {
+        return run.known.unit.clone().map_or(Ok(()), |unit| release_unit(run, &unit, until));
+    };
     let told = link.send(HookCommand::Finish).context("the reload hook has gone");
     if let Err(error) = told.and_then(|()| wait_job(job.as_mut(), &unit, until)) {
         run.warn(format!("{error:#}"));
     }
-    Ok(run.host.services.end_hand_over(&unit, until)?)
+    release_unit(run, &unit, until)
 }

@@ -8,7 +8,7 @@ use dpfreeze::snapshot::Snapshot;
 
 use super::{notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
-use crate::conntrack::{connections, Conntrack};
+use crate::conntrack::Conntrack;
 use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
 
@@ -53,6 +53,6 @@ fn compare_conntrack(
         *after = run.host.datapath.snapshot().context("the datapath's state")?;
     }
     run.report.differences.extend(old.zone_differences(&Conntrack::of(facts, after)));
-    run.report.conntrack.connections_after = connections();
+    run.report.conntrack.connections_after = run.host.surroundings.connections();
     Ok(())
 }

@@ -2,14 +2,16 @@
 //! going wrong at every operation. See [`crate::host::simulated`] for what is modelled.
 //!
 //! A run that ended badly says how to have it again: its faults, or its seed
-//! (`OVS_GRACEFUL_SEED=n cargo test -p orchestrator one_seed -- --nocapture`).
+//! (`OVS_GRACEFUL_SEED=n cargo test -p orchestrator one_seed -- --nocapture`). `OVS_GRACEFUL_SEEDS=n` plays that many.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
-use crate::host::simulated::{Crash, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant};
+use crate::host::simulated::{Crash, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World};
 use crate::recovery::recover_interrupted;
 
 /// How often somebody tries to recover before he gives up.
@@ -62,15 +64,21 @@ fn play(setting: Setting, script: Script) -> Played {
         };
         whole_run(from, |_| Ok(host)).1
     };
-    let mut crashed = living(run).is_none();
+    let told = living(run);
+    let mut crashed = told.is_none();
     // systemd does this after every supervisor, and at boot.
     for _ in 0..LIVES {
         sim.world().next_supervisor();
+        // It has the descriptors once: the one after it is no supervisor (`hook stopped`).
+        let kept = match std::mem::take(&mut sim.world().kept) {
+            true => vec![("park".to_owned(), OwnedFd::from(File::open("/dev/null").unwrap()))],
+            false => Vec::new(),
+        };
         let recovery = || {
             let host = sim.host();
             let clock = host.clock.clone();
             let database = sim.host().database;
-            recover_interrupted(&runs, clock, database.as_ref(), || Ok(host))
+            recover_interrupted(&runs, clock, database.as_ref(), kept, || Ok(host))
         };
         match living(recovery) {
             Some(Ok(None)) => break,
@@ -84,7 +92,8 @@ fn play(setting: Setting, script: Script) -> Played {
     }
     world.pass(Duration::from_secs(10));
     drop(world);
-    let report = runs.list().ok().and_then(|mut all| all.pop()?.report);
+    // Where it could not be written, whoever asked for the run has got it.
+    let report = runs.list().ok().and_then(|mut all| all.pop()?.report).or(told);
     Played { sim, report, crashed }
 }
 
@@ -114,8 +123,7 @@ impl Played {
         }
         let lost = world.lost();
         let switches: Vec<_> = world.switches().cloned().collect();
-        // No run can help a host whose switch dies by itself before there is another.
-        if switches.is_empty() && world.happened(Fault::OldDies) && world.lost_before_no_return.is_none() {
+        if self.beyond_help(&world) {
             return wrong;
         }
         let [switch] = &switches[..] else {
@@ -148,9 +156,27 @@ impl Played {
                 wrong.push("undone, and another switch than before".into());
             }
             Some(_) => {}
+            // Killed before it had begun.
+            None if self.crashed && old && lost == 0 => {}
             None => wrong.push("no report".into()),
         }
         wrong
+    }
+
+    /// A switch that died by itself before its rules were known, or after the run had looked for the last time: what
+    /// becomes of it is up to whoever restarts it, as without us.
+    fn beyond_help(&self, world: &World) -> bool {
+        let Some(report) = &self.report else { return false };
+        let began = |name: &str| report.phases.iter().any(|phase| phase.name == name);
+        let too_early = world.happened(Fault::OldDies) && !began("arm");
+        // The report is the third file that is written whole; after it files are removed.
+        let over = |place: &Place| match place.name {
+            "disk.replace" => place.nth >= 2,
+            name => matches!(name, "disk.remove" | "disk.remove_folder"),
+        };
+        let died = |fault: &Fault| matches!(fault, Fault::OldDies | Fault::NewDies);
+        let too_late = world.script.struck.iter().any(|(place, fault)| died(fault) && over(place));
+        too_early || too_late || (world.happened(Fault::NewDies) && report.exit_code == ExitCode::Done)
     }
 
     /// Packets that must not have been lost. What a supervisor held that died is lost, until its sockets and its ring
@@ -278,7 +304,6 @@ fn harm_all(verdict: &mut Verdict, name: &str, setting: Setting, base: &[(Place,
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn whatever_happens_to_any_operation_the_end_is_old_or_new() {
     let mut verdict = Verdict::default();
     for (name, setting) in settings() {
@@ -288,7 +313,6 @@ fn whatever_happens_to_any_operation_the_end_is_old_or_new() {
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn whatever_happens_meanwhile_the_end_is_old_or_new() {
     let mut verdict = Verdict::default();
     for (name, setting) in settings() {
@@ -312,7 +336,6 @@ fn late(setting: Setting, name: &'static str) -> Place {
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn whatever_happens_to_an_undo_the_end_is_old() {
     let mut verdict = Verdict::default();
     for last in ["openflow.fdb", "datapath.prepare_park", "daemons.wait_standby", "openflow.watch"] {
@@ -327,7 +350,6 @@ fn whatever_happens_to_an_undo_the_end_is_old() {
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn whatever_happens_to_the_way_back_somebody_forwards() {
     let mut verdict = Verdict::default();
     for last in ["datapath.read_left_over", "datapath.remove_doomed"] {
@@ -342,7 +364,6 @@ fn whatever_happens_to_the_way_back_somebody_forwards() {
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn whatever_happens_to_a_recovery_the_next_one_ends_it() {
     let mut verdict = Verdict::default();
     for (name, setting) in settings() {
@@ -365,10 +386,10 @@ fn schedule(seed: u64) -> Played {
 }
 
 #[test]
-#[ignore = "finds faults that are open: docs/simulation.md"]
 fn random_schedules_end_old_or_new() {
     let mut verdict = Verdict::default();
-    for seed in 0..2000 {
+    let most = std::env::var("OVS_GRACEFUL_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(2000);
+    for seed in 0..most {
         let played = schedule(seed);
         verdict.judge(format!("OVS_GRACEFUL_SEED={seed}: {}", played.told()), &played);
     }

@@ -1,6 +1,7 @@
 //! The kernel datapath of this machine, through dpfreeze.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{
@@ -270,11 +271,8 @@ impl Datapath for KernelDatapath {
         }
         let port_ids = self.returned_to.clone();
         self.bind(None, &port_ids)?;
-        // The old daemon knows its own recirculation ids and reads its own sockets: all goes back as it came.
-        self.park()?.release_adopted();
         if let Some(old) = self.old {
-            let reader = raised(number(old)?, &port_ids, self.limits)?;
-            give_back(&mut self.park, &Origins::living(), &reader, Instant::now() + RETURN_LIMIT)?;
+            self.return_parked(old, Instant::now() + RETURN_LIMIT)?;
         }
         self.park = None;
         self.dump = None;
@@ -284,6 +282,28 @@ impl Datapath for KernelDatapath {
 
     fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
         self.bind(features, port_ids)
+    }
+
+    fn kept(&self) -> Result<Vec<(String, OwnedFd)>> {
+        self.park.as_ref().map_or(Ok(Vec::new()), Park::keep).about("parking sockets")
+    }
+
+    fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()> {
+        self.park = Some(Park::resume(self.limits, kept).about("parked packets of a supervisor that died")?);
+        Ok(())
+    }
+
+    fn return_parked(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport> {
+        if self.park.is_none() {
+            return Ok(ReplayReport::default());
+        }
+        let port_ids = self.upcall_port_ids()?;
+        // The daemon knows its own recirculation ids and reads its own sockets: all goes back as it came.
+        self.park()?.release_adopted();
+        let reader = raised(number(daemon)?, &port_ids, self.limits)?;
+        let replayed = give_back(&mut self.park, &Origins::living(), &reader, until)?;
+        self.park = None;
+        Ok(replayed)
     }
 
     fn is_drained(&mut self) -> Result<bool> {
@@ -397,7 +417,7 @@ fn give_back(
     let limit = until.saturating_duration_since(Instant::now());
     match park {
         Some(park) => park.replay(&ReplayInput { origins, daemon, limit }).about("parked packets"),
-        None => Err(HostError::new("parked packets", "nothing was parked")),
+        None => Ok(ReplayReport::default()),
     }
 }
 

@@ -1,10 +1,12 @@
 //! The rest of this machine.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use dpfreeze::freeze::{environment, Environment};
 
 use super::check::{findings, CheckOptions};
+use crate::conntrack::connections;
 use crate::host::surroundings::Surroundings;
 use crate::host::{Daemons, Database, ServiceManager};
 use crate::report::Finding;
@@ -20,6 +22,10 @@ impl Surroundings for RealSurroundings {
 
     fn environment(&self) -> Environment {
         environment()
+    }
+
+    fn connections(&self) -> BTreeMap<u16, u64> {
+        connections()
     }
 
     fn findings(

@@ -8,10 +8,14 @@
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Instant;
 
+use nix::fcntl::OFlag;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use sd_notify::NotifyState;
 use tokio::runtime::Runtime;
 use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant};
 
@@ -304,6 +308,20 @@ impl ServiceManager for Systemd {
         }
     }
 
+    fn keep(&self, descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool> {
+        if !self.is_running() || std::env::var_os("NOTIFY_SOCKET").is_none() {
+            return Ok(false);
+        }
+        let about = "systemd's file descriptor store";
+        for (name, descriptor) in &descriptors {
+            // A socket that is readable is none that systemd should drop.
+            let message = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
+            sd_notify::notify_with_fds(&message, &[descriptor.as_fd()]).about(about)?;
+        }
+        barrier(until).about(about)?;
+        Ok(true)
+    }
+
     fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()> {
         let bus = Bus::connect(until)?;
         if let Some(path) = bus.path("GetUnit", &(&units.timer,), until)? {
@@ -320,6 +338,28 @@ impl ServiceManager for Systemd {
             Some(other) => Err(HostError::new(&units.timer, format!("its start ended as {other}"))),
             None => Err(HostError::timeout(&units.timer, "starting it")),
         }
+    }
+}
+
+/// What a supervisor that has died had [kept](ServiceManager::keep), where systemd has started this process in its
+/// place. To be called once.
+pub fn inherited() -> Vec<(String, OwnedFd)> {
+    let Ok(listed) = sd_notify::listen_fds_with_names() else { return Vec::new() };
+    // SAFETY: systemd has given these descriptors to this process, and nobody else in it has taken them.
+    listed.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect()
+}
+
+/// Waits until systemd has read everything that we have told it: it closes what came with the barrier
+/// (sd_notify_barrier(3)).
+fn barrier(until: Instant) -> std::io::Result<()> {
+    let (ours, theirs) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+    drop(theirs);
+    let left = until.saturating_duration_since(Instant::now()).as_millis();
+    let mut closed = [PollFd::new(ours.as_fd(), PollFlags::POLLHUP)];
+    match poll(&mut closed, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX))? {
+        0 => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
+        _ => Ok(()),
     }
 }
 
@@ -476,6 +516,9 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
 }
 
 /// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
+/// Two sockets for each CPU that a datapath can have, and two memories.
+const MOST_DESCRIPTORS: u32 = 2 * 4096 + 2;
+
 fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>)> {
     let environment: Vec<String> = unit.environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
     let text = |text: &str| Variant::from(text.to_owned());
@@ -489,6 +532,12 @@ fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>
         ("OOMScoreAdjust", Variant::from(-1000i32)),
         ("Nice", Variant::from(unit.nice)),
         ("LimitMEMLOCK", Variant::from(u64::MAX)),
+        // One that dies comes back with what it had parked, and undoes or finishes its run.
+        ("Restart", text("on-failure")),
+        ("RestartUSec", Variant::from(0u64)),
+        ("SuccessExitStatus", Variant::from((unit.ends_with.clone(), Vec::<i32>::new()))),
+        ("NotifyAccess", text("main")),
+        ("FileDescriptorStoreMax", Variant::from(MOST_DESCRIPTORS)),
         // What it has started (ovs-ofctl, a gate command) has to end with it; daemons live in units of their own.
         ("KillMode", text("mixed")),
         ("StandardOutput", text("journal")),

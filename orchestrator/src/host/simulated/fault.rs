@@ -129,6 +129,8 @@ impl Dice {
         }
         self.left -= 1;
         let all: Vec<Fault> = Fault::OPERATION.into_iter().chain(Fault::HAPPENING).collect();
-        Some(all[(throw / self.one_in) as usize % all.len()])
+        let fault = all[(throw / self.one_in) as usize % all.len()];
+        // Nobody writes one record twice: a repeated step writes another one.
+        Some(fault).filter(|fault| *fault != Fault::Twice || place.name != "disk.append")
     }
 }

@@ -1,5 +1,6 @@
 //! The service manager of the simulated host.
 
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use super::world::{WorldHook, SERVER, SWITCH};
@@ -107,6 +108,13 @@ impl ServiceManager for SimServices {
             Ok(id)
         })?;
         Ok(Box::new(SimJob { sim: self.0.clone(), id }))
+    }
+
+    fn keep(&self, _descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool> {
+        self.0.operate("services.keep", Some(until), |world| {
+            world.kept = world.variant.systemd;
+            Ok(world.kept)
+        })
     }
 
     fn start_guard(&self, _units: &GuardUnits, until: Instant) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Kernel and privileges of the simulated host.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use dpfreeze::freeze::{Environment, Hook, ModuleState};
@@ -28,6 +29,10 @@ impl Surroundings for SimSurroundings {
             hook: self.0.look().variant.freeze.then_some(Hook::FmodRet),
             failures: Vec::new(),
         }
+    }
+
+    fn connections(&self) -> BTreeMap<u16, u64> {
+        BTreeMap::new()
     }
 
     fn findings(

@@ -25,6 +25,8 @@ pub(super) const READY: Duration = Duration::from_millis(60);
 const IN_HAND: Duration = Duration::from_millis(3);
 /// A hook whose supervisor has died gives up after this.
 const HOOK_PATIENCE: Duration = Duration::from_secs(100);
+/// `RestartSec=` of the units, systemd's default.
+const RESTART: Duration = Duration::from_millis(100);
 /// The bridge that has a controller.
 const WITH_CONTROLLER: &str = "br1";
 /// How long the machine is down, and how long the world needs to come to rest.
@@ -168,6 +170,8 @@ pub struct SwitchUnit {
     pub results: BTreeMap<u64, &'static str>,
     /// The reload under way.
     pub reload: Option<u64>,
+    /// It has failed, and `Restart=on-failure` starts it then.
+    pub restart: Option<Duration>,
 }
 
 /// The PID file of the switch and the names beside it.
@@ -250,6 +254,8 @@ pub struct World {
     pub died_parking: bool,
     /// The machine went down.
     pub rebooted: bool,
+    /// systemd keeps what the supervisor has parked.
+    pub kept: bool,
     in_hand: Option<(i32, Duration)>,
     next_pid: i32,
     next_id: u64,
@@ -306,6 +312,7 @@ impl World {
             lost_before_no_return: None,
             died_parking: false,
             rebooted: false,
+            kept: false,
             in_hand: None,
             next_pid: 100,
             next_id: 0,
@@ -377,7 +384,7 @@ impl World {
             self.lose("in hand of a daemon that ended", 2);
         }
         if self.switch.main == pid && self.switch.reload.is_none() && self.switch.state == "active" {
-            self.stop_unit("failed");
+            self.fail_unit(asked);
         }
     }
 
@@ -558,6 +565,10 @@ impl World {
             next = self.switches().map(|process| process.id.pid).find(|other| *other > pid);
         }
         self.live_hook();
+        if self.switch.restart.is_some_and(|at| self.time >= at) {
+            let job = self.fresh_id();
+            self.restart_switch(job);
+        }
     }
 
     fn live_switch(&mut self, pid: i32) {
@@ -722,8 +733,14 @@ impl World {
             }
         }
         if !self.processes.contains_key(&self.switch.main) {
-            self.stop_unit("failed");
+            self.fail_unit(false);
         }
+    }
+
+    /// The unit's main process has gone; `Restart=on-failure` of both distributions' units looks at why.
+    fn fail_unit(&mut self, asked: bool) {
+        self.stop_unit("failed");
+        self.switch.restart = (self.variant.systemd && !asked).then(|| self.time + RESTART);
     }
 
     /// Everything in the switch's cgroup ends.
@@ -734,6 +751,7 @@ impl World {
             self.switch.results.insert(job, "canceled");
         }
         self.switch.main = 0;
+        self.switch.restart = None;
         let inside: Vec<i32> = self.switches().filter(|process| process.in_unit).map(|p| p.id.pid).collect();
         for pid in inside {
             self.end(pid, true);
@@ -769,15 +787,20 @@ impl World {
     /// The supervisor is gone, and with it what only it had.
     pub fn kill_supervisor(&mut self) {
         self.supervisor_lives = false;
+        if let Some(hook) = &mut self.switch.hook {
+            hook.orphan = true;
+        }
+        if self.kept {
+            self.live();
+            return;
+        }
         if self.kernel.park.take().is_some_and(|park| park == self.kernel.bound) {
             self.died_parking = true;
         }
         let parked = std::mem::take(&mut self.kernel.parked);
         if parked > 0 {
+            self.died_parking = true;
             self.lose("parked by a supervisor that died", parked);
-        }
-        if let Some(hook) = &mut self.switch.hook {
-            hook.orphan = true;
         }
         self.live();
     }
