@@ -1,5 +1,7 @@
 //! The run: knows daemons, systemd, OVSDB and OpenFlow; asks dpfreeze for the datapath.
 
+#[cfg(feature = "chaos")]
+pub mod chaos;
 pub mod check;
 pub mod cli;
 pub mod config;

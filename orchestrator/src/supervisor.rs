@@ -22,6 +22,23 @@ use crate::recovery::{self, Recorder, BACK};
 use crate::report::{CheckReport, Level, Report, Strategy};
 use crate::steps::{go_back, step, Ended, Host, Known, Run, Stop, Wish};
 
+#[cfg(feature = "chaos")]
+use crate::chaos;
+
+/// Nothing is thrown into a run but by tests.
+#[cfg(not(feature = "chaos"))]
+mod chaos {
+    use super::{Phase, Run, Stop};
+
+    pub fn before(_run: &mut Run, _phase: Phase) -> Result<(), Stop> {
+        Ok(())
+    }
+
+    pub fn after(_run: &mut Run, _phase: Phase) -> Result<(), Stop> {
+        Ok(())
+    }
+}
+
 /// Does the run of `args` and returns its exit code.
 ///
 /// # Errors
@@ -224,7 +241,11 @@ fn perform(run: &mut Run, journal: &mut Recorder, phase: Phase, started: Instant
     let step = step(phase);
     run.deadline = begun + step.limit(&run.config);
     let written = intent(run, journal, phase, phase.name());
-    let ended = written.and_then(|()| run.checkpoint()).and_then(|()| step.perform(run));
+    let ended = written
+        .and_then(|()| run.checkpoint())
+        .and_then(|()| chaos::before(run, phase))
+        .and_then(|()| step.perform(run))
+        .and_then(|event| chaos::after(run, phase).map(|()| event));
     done_if_well(run, journal, phase, phase.name(), &ended);
     let duration_ms = run.now().saturating_duration_since(begun).as_millis() as u64;
     run.report.phase(phase, at_ms, duration_ms);

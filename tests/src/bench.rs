@@ -12,7 +12,7 @@ use crate::guest;
 use crate::image;
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
 use crate::places;
-use crate::scenarios::{self, Scenario};
+use crate::scenarios::{self, Program, Scenario};
 use crate::vm;
 
 /// Where statically linked binaries are taken from instead of being built.
@@ -41,13 +41,13 @@ pub struct Request {
     pub extra_args: Vec<String>,
 }
 
-/// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them; `programs` are examples of dpfreeze.
-pub fn binaries(product: bool, programs: &[&str]) -> Result<PathBuf> {
+/// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them.
+pub fn binaries(product: bool, programs: &[Program]) -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os(BIN_DIR) {
         let folder = PathBuf::from(folder);
         let mut wanted = vec!["lab"];
         wanted.extend(PRODUCT.iter().filter(|_| product));
-        wanted.extend(programs);
+        wanted.extend(programs.iter().map(|program| program.example));
         for name in wanted {
             if !folder.join(name).is_file() {
                 bail!("{BIN_DIR} is {}, which has no {name}: put it there, or unset {BIN_DIR}", folder.display());
@@ -60,8 +60,9 @@ pub fn binaries(product: bool, programs: &[&str]) -> Result<PathBuf> {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| places::workspace().join("target"), PathBuf::from);
     let folder = target.join(TARGET).join("release");
     for program in programs {
-        build(&["-p", "dpfreeze", "--example", program])?;
-        fs::copy(folder.join("examples").join(program), folder.join(program))?;
+        let Program { package, example, features } = program;
+        build(&["-p", package, "--example", example, "--features", features])?;
+        fs::copy(folder.join("examples").join(example), folder.join(example))?;
     }
     Ok(folder)
 }
@@ -123,13 +124,13 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
 }
 
 /// What the guest finds in `/lab`.
-fn put_binaries(input: &Path, product: bool, programs: &[&str]) -> Result<()> {
+fn put_binaries(input: &Path, product: bool, programs: &[Program]) -> Result<()> {
     let bin = binaries(product, programs)?;
     fs::copy(bin.join("lab"), input.join("lab"))?;
     if product {
         let folder = input.join("bin");
         fs::create_dir(&folder)?;
-        for name in PRODUCT.iter().chain(programs) {
+        for name in PRODUCT.into_iter().chain(programs.iter().map(|program| program.example)) {
             fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
         }
     }

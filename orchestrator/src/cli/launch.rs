@@ -80,7 +80,7 @@ fn start_unit(systemd: Systemd, args: &SuperviseArgs, program: &str) -> anyhow::
         // However the supervisor ends: a run that it left unfinished is finished or undone.
         stop_post: [program, "--config", &config, "hook", "stopped"].map(str::to_string).to_vec(),
         ends_with: ExitCode::ALL.into_iter().map(|code| code.code().into()).collect(),
-        environment: log_environment(),
+        environment: environment(),
         nice: -10,
     };
     systemd.start_supervisor(&unit, Instant::now() + START_LIMIT).with_context(|| format!("cannot start {UNIT}"))?;
@@ -101,8 +101,14 @@ fn wait_for_the_last_one(systemd: &Systemd) {
     }
 }
 
-fn log_environment() -> Vec<(String, String)> {
-    std::env::var("OVS_GRACEFUL_LOG").map(|log| ("OVS_GRACEFUL_LOG".to_string(), log)).into_iter().collect()
+/// What the supervisor takes over of our environment.
+fn environment() -> Vec<(String, String)> {
+    let names = [
+        "OVS_GRACEFUL_LOG",
+        #[cfg(feature = "chaos")]
+        crate::chaos::VARIABLE,
+    ];
+    names.into_iter().filter_map(|name| Some((name.to_string(), std::env::var(name).ok()?))).collect()
 }
 
 /// A session of its own: neither Ctrl-C nor the end of the terminal reaches it.

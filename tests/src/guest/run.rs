@@ -61,10 +61,17 @@ pub fn supervisor() -> Result<Pid> {
 
 /// Starts `ovs-graceful restart --no-ovsdb` with `arguments`; what it says goes to `log`.
 pub fn start(arguments: &[&str], log: &Path) -> Result<Child> {
+    let arguments: Vec<&str> = std::iter::once("--no-ovsdb").chain(arguments.iter().copied()).collect();
+    start_with(&arguments, &[], log)
+}
+
+/// Starts `ovs-graceful restart` with `arguments` and `environment`; what it says goes to `log`.
+pub fn start_with(arguments: &[&str], environment: &[(&str, &str)], log: &Path) -> Result<Child> {
     let log = fs::File::create(log)?;
     Command::new("ovs-graceful")
-        .args(["restart", "--no-ovsdb"])
+        .arg("restart")
         .args(arguments)
+        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod back;
+mod chaos;
 mod conntrack;
 mod ct_guard;
 mod ct_policies;
@@ -107,6 +108,17 @@ pub trait Traffic: Sync {
     fn judge(&self, _evidence: &Evidence, _outcome: &mut Outcome) {}
 }
 
+/// An example of one of the packages.
+#[derive(Debug, Clone, Copy)]
+pub struct Program {
+    /// The package.
+    pub package: &'static str,
+    /// The example, and the name of the program.
+    pub example: &'static str,
+    /// Its features, in cargo's words.
+    pub features: &'static str,
+}
+
 /// A scenario that is not traffic through one restart.
 pub trait Custom: Sync {
     /// Name on the command line.
@@ -118,7 +130,7 @@ pub trait Custom: Sync {
         ""
     }
     /// Programs that go into the VM beside the product.
-    fn programs(&self) -> &'static [&'static str] {
+    fn programs(&self) -> &'static [Program] {
         &[]
     }
     /// Does everything.
@@ -160,7 +172,7 @@ impl Scenario {
     }
 
     /// Programs that go into the VM beside the product.
-    pub fn programs(self) -> &'static [&'static str] {
+    pub fn programs(self) -> &'static [Program] {
         match self {
             Scenario::Traffic(_) => &[],
             Scenario::Custom(s) => s.programs(),
@@ -203,6 +215,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&back::Back),
+    Scenario::Custom(&chaos::Chaos),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
     Scenario::Custom(&selftest::SelfTest),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use super::Custom;
+use super::{Custom, Program};
 use crate::command::{shell, shell_lenient};
 use crate::outcome::{Job, Outcome};
 
@@ -24,8 +24,8 @@ impl Custom for SelfTest {
         "the freeze's own tests on the running kernel"
     }
 
-    fn programs(&self) -> &'static [&'static str] {
-        &[PROGRAM]
+    fn programs(&self) -> &'static [Program] {
+        &[Program { package: "dpfreeze", example: PROGRAM, features: "" }]
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {

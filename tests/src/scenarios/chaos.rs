@@ -1,0 +1,234 @@
+//! Faults are thrown into real runs under traffic: at every step, before and after its effect, something fails, hangs, is
+//! killed or stopped. `lab run chaos` takes a sample (`-- seed=N` names another), `lab run chaos -- CASE…` these, and
+//! `lab run chaos -- part=K/N` the K-th of N parts of the whole list. Each case leaves a line in `table.md`.
+
+use std::fmt::Write;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{ensure, Context, Result};
+use serde_json::{json, Value};
+
+use super::killed::{nothing_left, owned};
+use super::{network, plain, Custom, Program};
+use crate::command::{shell_lenient, wait_until};
+use crate::guest::probe::Running;
+use crate::guest::{facts, run, say};
+use crate::outcome::{Job, Outcome, ProbeOutcome};
+
+/// See the module.
+pub struct Chaos;
+
+/// The product with the feature `chaos`.
+const PROGRAM: &str = "ovs_graceful_chaos";
+/// Cases of a sample.
+const SAMPLE: usize = 5;
+/// The steps of a run, in their order.
+const STEPS: [&str; 11] = [
+    "check",
+    "snapshot",
+    "arm",
+    "standby",
+    "switch-prepare",
+    "switch-commit",
+    "restore",
+    "handover",
+    "gates",
+    "settle",
+    "verify",
+];
+/// What can be thrown (orchestrator/src/chaos.rs).
+const FAULTS: [&str; 10] = [
+    "fail",
+    "hang",
+    "kill-supervisor",
+    "kill-old",
+    "kill-new",
+    "kill-ovsdb",
+    "stop-supervisor",
+    "stop-old",
+    "stop-new",
+    "stop-ovsdb",
+];
+
+/// A fault and where it strikes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Case {
+    step: usize,
+    after: bool,
+    fault: &'static str,
+}
+
+impl Case {
+    fn parse(text: &str) -> Option<Case> {
+        all().into_iter().find(|case| case.name() == text)
+    }
+
+    fn name(self) -> String {
+        format!("{}:{}:{}", STEPS[self.step], if self.after { "after" } else { "before" }, self.fault)
+    }
+
+    /// Is there somebody to be hit?
+    fn makes_sense(self) -> bool {
+        let at = |step: &str| STEPS.iter().position(|name| *name == step).unwrap_or(0);
+        let place = (self.step, self.after);
+        match self.fault {
+            // Before its rules are known nobody but its service manager can help it, and he has none.
+            "kill-old" => place >= (at("arm"), false) && place <= (at("switch-commit"), false),
+            "stop-old" => place <= (at("switch-commit"), false),
+            "kill-new" | "stop-new" => place >= (at("standby"), true),
+            _ => true,
+        }
+    }
+
+    /// The daemon that is bound dies, with what it has in hand and until another one is.
+    fn may_lose(self) -> bool {
+        match self.fault {
+            "kill-old" => true,
+            "kill-new" => self.step >= 7,
+            _ => false,
+        }
+    }
+}
+
+fn all() -> Vec<Case> {
+    let places = (0..STEPS.len()).flat_map(|step| [false, true].map(|after| (step, after)));
+    let cases = places.flat_map(|(step, after)| FAULTS.map(|fault| Case { step, after, fault }));
+    cases.filter(|case| case.makes_sense()).collect()
+}
+
+fn sample(seed: u64) -> Vec<Case> {
+    let mut cases = all();
+    cases.sort_by_key(|case| {
+        let mut hasher = DefaultHasher::new();
+        (seed, case.name()).hash(&mut hasher);
+        hasher.finish()
+    });
+    cases.truncate(SAMPLE);
+    cases
+}
+
+/// What the arguments ask for.
+fn chosen(arguments: &[String]) -> Result<Vec<Case>> {
+    let value = |key: &str| arguments.iter().find_map(|argument| argument.strip_prefix(key));
+    if let Some((part, parts)) = value("part=").and_then(|part| part.split_once('/')) {
+        let (part, parts): (usize, usize) = (part.parse()?, parts.parse()?);
+        ensure!((1..=parts).contains(&part), "part=K/N: K from 1 to N");
+        return Ok(all().into_iter().skip(part - 1).step_by(parts).collect());
+    }
+    let named: Vec<&String> = arguments.iter().filter(|argument| argument.contains(':')).collect();
+    if !named.is_empty() {
+        return named.iter().map(|name| Case::parse(name).with_context(|| format!("no case {name}"))).collect();
+    }
+    let days = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs() / 86_400;
+    Ok(sample(value("seed=").map_or(Ok(days), str::parse)?))
+}
+
+impl Custom for Chaos {
+    fn name(&self) -> &'static str {
+        "chaos"
+    }
+
+    fn about(&self) -> &'static str {
+        "something fails, hangs, is killed or stopped at a step of the run (a sample)"
+    }
+
+    fn programs(&self) -> &'static [Program] {
+        &[Program { package: "orchestrator", example: PROGRAM, features: "orchestrator/chaos" }]
+    }
+
+    fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        network::patient_veth()?;
+        fs::copy(format!("/usr/bin/{PROGRAM}"), "/usr/bin/ovs-graceful")?;
+        let mut table = String::new();
+        for case in chosen(&job.extra_args)? {
+            say(&format!("chaos: {}", case.name()));
+            let row = one(case, out, outcome).with_context(|| format!("chaos: {}", case.name()))?;
+            writeln!(table, "{row}")?;
+            fs::write(out.join("table.md"), &table)?;
+        }
+        let failed = facts::failed_units();
+        outcome.check("no unit failed", failed.is_empty(), failed);
+        Ok(())
+    }
+}
+
+fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
+    let name = case.name();
+    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
+    for (probe, spec) in plain::probes() {
+        live.push((probe, spec.start()?));
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    let rules = facts::promised(&plain::bridges());
+    let known = run::known();
+    let log = out.join(format!("run-{}", name.replace(':', "-")));
+    let mut client = run::start_with(&[], &[("OVS_GRACEFUL_CHAOS", &name)], &log)?;
+    client.wait()?;
+    let id = run::known().into_iter().find(|id| !known.contains(id)).context("there was no run")?;
+    let report: Value = serde_json::from_str(&fs::read_to_string(run::wait_for_recovery(&id)?)?)?;
+    wait_until("the supervisor's unit has gone", Duration::from_secs(60), Duration::from_millis(100), || {
+        facts::unit_property("ovs-graceful-run.service", "ActiveState") == "inactive"
+    })?;
+    std::thread::sleep(Duration::from_secs(4));
+    let exit = report["exit_code"].as_u64().unwrap_or(u64::MAX);
+    let check = |what: &str| format!("{name}: {what}");
+    let struck = report["warnings"].to_string().contains("chaos:") || case.fault.ends_with("supervisor");
+    outcome.check(check("the fault has struck"), struck, &report["warnings"]);
+    outcome.check(check("ended by itself"), [0, 10, 20, 21, 30].contains(&exit), &report);
+    let found = facts::daemons("ovs-vswitchd");
+    outcome.check(check("one ovs-vswitchd"), found.len() == 1, &found);
+    nothing_left(&name, outcome);
+    owned(&name, outcome);
+    let now = facts::promised(&plain::bridges());
+    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
+    let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
+    outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);
+    let [e, n] = finish(case, live, outcome)?;
+    let gap = report["gap_ms"].as_f64().map_or_else(|| "-".to_owned(), |gap| format!("{gap:.0}"));
+    let reason = report["reason"].as_str().unwrap_or_default();
+    Ok(format!("| {name} | {exit} | {e} / {n} | {gap} | {reason} |"))
+}
+
+/// What `e` and `n` lost.
+fn finish(case: Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<[u64; 2]> {
+    let mut all_lost = [0; 2];
+    for (probe, running) in live {
+        let ended = running.finish().with_context(|| format!("probe {probe}"))?;
+        if let ProbeOutcome::Udp(udp) = &ended {
+            let lost = udp.requests.lost + udp.replies.lost;
+            all_lost[usize::from(probe == "n")] = lost;
+            let good = udp.requests.received > 0 && (lost == 0 || case.may_lose());
+            outcome.check(format!("{}: {probe}: nothing lost", case.name()), good, json!({ "lost": lost }));
+        }
+        outcome.probes.insert(format!("{} {probe}", case.name()), ended);
+    }
+    Ok(all_lost)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_has_its_cases_and_together_they_are_all() {
+        let part = |part: usize| chosen(&[format!("part={part}/7")]).unwrap();
+        let together: usize = (1..=7).map(|k| part(k).len()).sum();
+        assert_eq!(together, all().len());
+        assert!(all().len() > 100);
+        assert!(chosen(&["part=8/7".into()]).is_err());
+    }
+
+    #[test]
+    fn a_case_is_found_by_its_name_and_a_sample_by_its_seed() {
+        let named = chosen(&["restore:after:kill-new".into()]).unwrap();
+        assert_eq!(named.iter().map(|case| case.name()).collect::<Vec<_>>(), ["restore:after:kill-new"]);
+        assert!(chosen(&["check:before:kill-new".into()]).is_err());
+        assert_eq!(chosen(&["seed=3".into()]).unwrap(), sample(3));
+        assert_ne!(sample(3), sample(4));
+        assert_eq!(sample(3).len(), SAMPLE);
+    }
+}
