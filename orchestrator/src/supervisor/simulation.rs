@@ -179,11 +179,13 @@ impl Played {
         too_early || too_late || (world.happened(Fault::NewDies) && report.exit_code == ExitCode::Done)
     }
 
-    /// Packets that must not have been lost. What a supervisor held that died is lost, until its sockets and its ring
-    /// are in systemd's FD store.
+    /// Packets that must not have been lost. What a supervisor held that died is lost where systemd has not kept it:
+    /// without systemd, when asking it to failed, and when the one that had it back died as well.
     fn lost(&self) -> Option<String> {
         let world = self.sim.world();
-        if world.rebooted || world.died_parking || world.happened(Fault::OldDies) {
+        let not_kept = world.script.struck.iter().any(|(place, _)| place.name == "services.keep");
+        let died_parking = world.died_parking && (!world.variant.systemd || world.deaths > 1 || not_kept);
+        if world.rebooted || died_parking || world.happened(Fault::OldDies) {
             return None;
         }
         let before = world.lost_before_no_return.unwrap_or(0);
@@ -283,6 +285,14 @@ fn a_program_that_does_not_come_up_leaves_the_one_that_ran_before() {
         }
     }
     verdict.told();
+}
+
+#[test]
+fn a_hook_that_refuses_nothing_is_no_freeze() {
+    let canary = Place { life: 0, name: "datapath.prove_freeze", nth: 0 };
+    let played = play(PLAIN, Script::of([(canary, Fault::Error)]));
+    assert_eq!(played.report.as_ref().and_then(|report| report.level), Some(Level::Park), "{}", played.told());
+    assert_eq!(played.code(), Some(ExitCode::Done));
 }
 
 /// Every operation of life `life` of `base`, in life 0 those after its last fault, comes to each kind of harm.

@@ -256,6 +256,8 @@ pub struct World {
     pub rebooted: bool,
     /// systemd keeps what the supervisor has parked.
     pub kept: bool,
+    /// How often a supervisor, or a recovery, was killed.
+    pub deaths: u32,
     in_hand: Option<(i32, Duration)>,
     next_pid: i32,
     next_id: u64,
@@ -313,6 +315,7 @@ impl World {
             died_parking: false,
             rebooted: false,
             kept: false,
+            deaths: 0,
             in_hand: None,
             next_pid: 100,
             next_id: 0,
@@ -787,6 +790,7 @@ impl World {
     /// The supervisor is gone, and with it what only it had.
     pub fn kill_supervisor(&mut self) {
         self.supervisor_lives = false;
+        self.deaths += 1;
         if let Some(hook) = &mut self.switch.hook {
             hook.orphan = true;
         }
