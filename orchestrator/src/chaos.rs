@@ -75,7 +75,9 @@ fn signal(run: &Run, fault: &str) -> anyhow::Result<()> {
     };
     let Some(pid) = number.map(Pid::from_raw) else { return Ok(()) };
     match what {
-        "kill" => drop(kill(pid, Signal::SIGKILL)),
+        "kill" => {
+            let _ended_by_itself = kill(pid, Signal::SIGKILL);
+        }
         "stop" => {
             let seconds = if whom == "supervisor" { SUPERVISOR_STOPPED_S } else { STOPPED_S };
             Command::new("sh")
@@ -83,7 +85,7 @@ fn signal(run: &Run, fault: &str) -> anyhow::Result<()> {
                 .stdin(Stdio::null())
                 .spawn()
                 .context("cannot start sh")?;
-            drop(kill(pid, Signal::SIGSTOP));
+            let _ended_by_itself = kill(pid, Signal::SIGSTOP);
         }
         _ => bail!("{VARIABLE}: no fault {fault}"),
     }

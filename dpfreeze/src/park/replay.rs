@@ -1,7 +1,6 @@
 //! Giving parked packets back to the datapath: in order within a flow, from every CPU, no faster than the daemon reads.
 
-use std::collections::BTreeMap;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::time::{Duration, Instant};
@@ -12,6 +11,7 @@ use nix::unistd::Pid;
 use super::plan::{Origins, Replay, Unreplayable};
 use super::reader::{boottime_ns, Shared};
 use super::removal::grace_period;
+use super::ring::Record;
 use super::socket::Duplicates;
 use super::successors::Successors;
 use super::undo::Undone;
@@ -27,6 +27,12 @@ const MOST_LANES: usize = 16;
 const BATCH: usize = 16;
 /// Packets taken out of memory at once.
 const CHUNK: usize = 64;
+/// Packets that are put in order before the first is given back.
+const ORDERED: usize = 4096;
+/// How long the first packets of flows that go on are waited for, at most.
+const FIRST_PATIENCE: Duration = Duration::from_millis(50);
+/// What a daemon needs to make a kernel flow of an upcall it has read.
+const FIRST_FLOWS: Duration = Duration::from_millis(2);
 /// Packets that wait in front of a lane.
 const LANE_QUEUE: usize = 128;
 /// How long to wait where there is no room or nothing to do.
@@ -148,7 +154,8 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
             let work = Work { input, deadline, lanes: count, done: &done };
             workers.push(scope.spawn(move || work.run(lane, &receiver)));
         }
-        let outcome = dispatch(shared, &senders, &done, deadline, &mut tally);
+        let work = Work { input, deadline, lanes: count, done: &done };
+        let outcome = dispatch(shared, &mut Lanes { lanes: &senders, sent: 0, done: &done }, &work, &mut tally);
         drop(senders);
         for worker in workers {
             match worker.join() {
@@ -179,23 +186,72 @@ fn commit(shared: &Shared) -> Result<()> {
     shared.store().commit().map_err(|e| crate::Error::io("write to the memfd of parked packets", e))
 }
 
-/// Hands packets out to the lanes, all of a flow to the same, until there are none. `done` counts those that the lanes
-/// are done with.
-fn dispatch(
-    shared: &Shared,
-    lanes: &[SyncSender<Parked>],
-    done: &AtomicU64,
-    deadline: Instant,
-    tally: &mut Tally,
-) -> Result<()> {
+/// Where packets go, all of a flow to the same lane.
+struct Lanes<'a> {
+    lanes: &'a [SyncSender<Parked>],
+    sent: u64,
+    /// Counts those that the lanes are done with.
+    done: &'a AtomicU64,
+}
+
+impl Lanes<'_> {
+    fn send(&mut self, parked: Parked, tally: &mut Tally) {
+        let lane = flow_key::flow_hash(&parked.upcall.key) % self.lanes.len().max(1) as u64;
+        match self.lanes.get(lane as usize).is_some_and(|to| to.send(parked).is_ok()) {
+            true => self.sent += 1,
+            false => tally.error("replay thread ended early", 1),
+        }
+    }
+
+    fn are_done(&self) -> bool {
+        self.done.load(Ordering::SeqCst) == self.sent
+    }
+}
+
+/// Takes up to `most` packets out of memory.
+fn take(shared: &Shared, most: usize, tally: &mut Tally) -> Result<Vec<Parked>> {
+    let records = shared.store().pop(most).map_err(|e| crate::Error::io("read parked packets", e))?;
+    let parse = |record: Record| match Upcall::parse(&record.message) {
+        Ok(upcall) => Some(Parked { arrival: record.arrival, upcall }),
+        Err(_) => {
+            tally.unreplayable(Unreplayable::Malformed);
+            None
+        }
+    };
+    Ok(records.into_iter().filter_map(parse).collect())
+}
+
+/// The first packet of each flow that has several, and all others, the rest of these flows before the single ones.
+/// Within a flow the order stays.
+fn in_order(parked: Vec<Parked>) -> (Vec<Parked>, Vec<Parked>) {
+    let mut packets: HashMap<u64, usize> = HashMap::new();
+    let named: Vec<(u64, Parked)> =
+        parked.into_iter().map(|parked| (flow_key::flow_hash(&parked.upcall.key), parked)).collect();
+    named.iter().for_each(|(flow, _)| *packets.entry(*flow).or_default() += 1);
+    let (several, single): (Vec<_>, Vec<_>) = named.into_iter().partition(|(flow, _)| packets[flow] > 1);
+    let mut begun = HashSet::new();
+    let (first, next): (Vec<_>, Vec<_>) = several.into_iter().partition(|(flow, _)| begun.insert(*flow));
+    let plain = |named: Vec<(u64, Parked)>| named.into_iter().map(|(_, parked)| parked);
+    (plain(first).collect(), plain(next).chain(plain(single)).collect())
+}
+
+/// Hands packets out to the lanes until there are none. Flows that go on come first, one packet of each: as long as the
+/// daemon has made no kernel flow of it, each of their packets, parked or new, is an upcall that keeps it from the next.
+fn dispatch(shared: &Shared, lanes: &mut Lanes<'_>, work: &Work<'_>, tally: &mut Tally) -> Result<()> {
+    let (first, next) = in_order(take(shared, ORDERED, tally)?);
+    let some = !first.is_empty();
+    first.into_iter().for_each(|parked| lanes.send(parked, tally));
+    if some {
+        work.wait_for_flows(lanes);
+    }
+    next.into_iter().for_each(|parked| lanes.send(parked, tally));
     let mut silent_before = false;
-    let mut sent = 0;
-    while Instant::now() < deadline {
-        if done.load(Ordering::SeqCst) == sent {
+    while Instant::now() < work.deadline {
+        if lanes.are_done() {
             commit(shared)?;
         }
-        let records = shared.store().pop(CHUNK).map_err(|e| crate::Error::io("read parked packets", e))?;
-        if records.is_empty() {
+        let parked = take(shared, CHUNK, tally)?;
+        if parked.is_empty() {
             if !shared.is_empty() {
                 std::thread::sleep(PAUSE);
             } else if silent_before {
@@ -207,19 +263,7 @@ fn dispatch(
             }
             continue;
         }
-        for record in records {
-            match Upcall::parse(&record.message) {
-                Ok(upcall) => {
-                    let lane = flow_key::flow_hash(&upcall.key) % lanes.len().max(1) as u64;
-                    let parked = Parked { arrival: record.arrival, upcall };
-                    match lanes.get(lane as usize).is_some_and(|to| to.send(parked).is_ok()) {
-                        true => sent += 1,
-                        false => tally.error("replay thread ended early", 1),
-                    }
-                }
-                Err(_) => tally.unreplayable(Unreplayable::Malformed),
-            }
-        }
+        parked.into_iter().for_each(|parked| lanes.send(parked, tally));
     }
     Ok(())
 }
@@ -255,6 +299,15 @@ impl Work<'_> {
             let batch = take_while_it_fits(&mut waiting, room);
             self.execute(lane, &batch, &mut tally);
         }
+    }
+
+    /// Until the daemon has taken what the lanes were given, and a moment more for the kernel flows that it makes of it.
+    fn wait_for_flows(&self, lanes: &Lanes<'_>) {
+        let until = self.deadline.min(Instant::now() + FIRST_PATIENCE);
+        while Instant::now() < until && !(lanes.are_done() && self.input.daemon.is_idle()) {
+            std::thread::sleep(PAUSE);
+        }
+        std::thread::sleep(FIRST_FLOWS.min(until.saturating_duration_since(Instant::now())));
     }
 
     /// Bytes this lane may fill in the daemon's sockets now: its share of the fullest one's free half.
@@ -452,6 +505,7 @@ impl Waits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::attr::AttrBuf;
     use crate::ovs::UpcallKind;
 
     fn parked(bytes: usize) -> Parked {
@@ -481,6 +535,23 @@ mod tests {
         assert!(take_while_it_fits(&mut waiting, usize::MAX).is_empty());
         let mut many: VecDeque<Parked> = (0..200).map(|_| parked(1)).collect();
         assert_eq!(take_while_it_fits(&mut many, usize::MAX).len(), BATCH);
+    }
+
+    #[test]
+    fn flows_that_go_on_come_first_and_none_is_put_out_of_order() {
+        let of = |port: u32, arrival: u64| {
+            let mut key = AttrBuf::new();
+            key.push_u32(flow_key::uapi::key::IN_PORT, port);
+            let mut parked = parked(60);
+            parked.upcall.key = key.as_bytes().to_vec();
+            parked.arrival = arrival;
+            parked
+        };
+        let arrivals = [(1, 1), (2, 2), (3, 3), (2, 4), (4, 5), (3, 6), (2, 7)].map(|(port, at)| of(port, at));
+        let (first, next) = in_order(arrivals.to_vec());
+        let when = |parked: &[Parked]| parked.iter().map(|parked| parked.arrival).collect::<Vec<_>>();
+        assert_eq!(when(&first), [2, 3]);
+        assert_eq!(when(&next), [4, 6, 7, 1, 5]);
     }
 
     #[test]

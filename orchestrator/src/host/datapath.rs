@@ -127,6 +127,8 @@ pub trait Datapath {
     fn remove_doomed(&mut self) -> Result<&RemovalReport>;
     /// What [`Datapath::remove_doomed`] did, once it has.
     fn removed(&self) -> Option<&RemovalReport>;
+    /// Gets ready all that [`Datapath::hand_over`] can be spared.
+    fn prepare_hand_over(&mut self, to: &Captured) -> Result<()>;
     /// Binds the upcalls to what the new daemon asked for and replays what is parked, until nothing more arrives or
     /// `until`. All that can be made ready is made ready before the binding: after it new misses overtake parked ones.
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver>;

@@ -33,6 +33,7 @@ impl Step for Handover {
 fn hand_over(run: &mut Run) -> Result<(), Stop> {
     clear_restore_wait(run)?;
     let captured = wait_until_captured(run)?;
+    run.host.datapath.prepare_hand_over(&captured).context("the upcall sockets of the new ovs-vswitchd")?;
     restore_bridges_with_controllers(run)?;
     remove_doomed(run)?;
     let until = run.deadline;

@@ -337,8 +337,16 @@ impl Datapath for KernelDatapath {
         self.removed.as_ref()
     }
 
+    fn prepare_hand_over(&mut self, to: &Captured) -> Result<()> {
+        self.bound = Some(raised(to.process.tgid, &to.port_ids, self.limits)?);
+        Ok(())
+    }
+
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver> {
-        let reader = raised(to.process.tgid, &to.port_ids, self.limits)?;
+        let reader = match self.bound.take() {
+            Some(reader) => reader,
+            None => raised(to.process.tgid, &to.port_ids, self.limits)?,
+        };
         let dp = self.dp()?;
         let origins = Origins::of(dump(&self.removed, &self.dump));
         bind(&mut self.ovs, &dp, to.features, &to.port_ids)?;

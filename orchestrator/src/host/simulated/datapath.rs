@@ -309,6 +309,12 @@ impl Datapath for SimDatapath {
         self.removed.as_ref()
     }
 
+    fn prepare_hand_over(&mut self, to: &Captured) -> Result<()> {
+        let daemon = ProcessId { pid: to.process.tgid as i32, start_time: to.process.start_time };
+        let port_ids = to.port_ids.clone();
+        self.sim.operate("datapath.prepare_hand_over", None, |world| reads(world, daemon, &port_ids))
+    }
+
     fn hand_over(&mut self, to: &Captured, _until: Instant) -> Result<HandedOver> {
         let daemon = ProcessId { pid: to.process.tgid as i32, start_time: to.process.start_time };
         let replayed = self.sim.operate_in_parts(
