@@ -25,14 +25,6 @@ const MOST_LANES: usize = 16;
 /// Packets executed with one request, at most: few, because each makes the daemon's handler run, on this very CPU, and
 /// packets of a batch that come late hold up the next look at the daemon's queues.
 const BATCH: usize = 16;
-/// As many parked packets or fewer are given back gently: the daemon gets the next when it has read the last. A packet
-/// that passes several tables is an upcall for each, and a handler answers what it has read at once, up to 64: the first
-/// packets would wait behind all others, table by table, and they have waited longest.
-const GENTLY: u64 = 256;
-/// Packets executed with one request when it is done gently.
-const GENTLE_BATCH: usize = 4;
-/// How long a daemon is waited for that does not read, gently.
-const GENTLE_PATIENCE: Duration = Duration::from_millis(20);
 /// Packets taken out of memory at once.
 const CHUNK: usize = 64;
 /// Packets that are put in order before the first is given back.
@@ -152,7 +144,6 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
     let deadline = start + input.limit;
     let count = lanes.len();
     let done = AtomicU64::new(0);
-    let gently = shared.store().waiting() <= GENTLY;
     let mut tally = Tally::default();
     let outcome = std::thread::scope(|scope| {
         let mut senders = Vec::with_capacity(count);
@@ -160,10 +151,10 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
         for lane in lanes.iter_mut() {
             let (sender, receiver) = sync_channel(LANE_QUEUE);
             senders.push(sender);
-            let work = Work { input, deadline, lanes: count, done: &done, gently };
+            let work = Work { input, deadline, lanes: count, done: &done };
             workers.push(scope.spawn(move || work.run(lane, &receiver)));
         }
-        let work = Work { input, deadline, lanes: count, done: &done, gently };
+        let work = Work { input, deadline, lanes: count, done: &done };
         let outcome = dispatch(shared, &mut Lanes { lanes: &senders, sent: 0, done: &done }, &work, &mut tally);
         drop(senders);
         for worker in workers {
@@ -177,7 +168,7 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
     outcome?;
     let late = std::mem::take(&mut tally.late);
     match lanes.first_mut() {
-        Some(lane) => Work { input, deadline, lanes: 1, done: &done, gently }.go_on(lane, late, &mut tally),
+        Some(lane) => Work { input, deadline, lanes: 1, done: &done }.go_on(lane, late, &mut tally),
         None => late.iter().for_each(|(_, reason)| tally.unreplayable(*reason)),
     }
     commit(shared)?;
@@ -284,8 +275,6 @@ struct Work<'a> {
     lanes: usize,
     /// Packets that will not be looked at again.
     done: &'a AtomicU64,
-    /// See [`GENTLY`].
-    gently: bool,
 }
 
 impl Work<'_> {
@@ -302,8 +291,7 @@ impl Work<'_> {
                 let Ok(first) = from.recv() else { return tally };
                 waiting.push_back(first);
             }
-            let most = if self.gently { GENTLE_BATCH } else { BATCH };
-            while waiting.len() < most {
+            while waiting.len() < BATCH {
                 let Ok(next) = from.try_recv() else { break };
                 waiting.push_back(next);
             }
@@ -325,9 +313,6 @@ impl Work<'_> {
     /// Bytes this lane may fill in the daemon's sockets now: its share of the fullest one's free half.
     fn wait_for_room(&self, needed: usize, tally: &mut Tally) -> usize {
         let start = Instant::now();
-        while self.gently && !self.input.daemon.is_idle() && start.elapsed() < GENTLE_PATIENCE {
-            std::thread::sleep(PAUSE);
-        }
         loop {
             // A daemon whose sockets cannot be asked is not waited for.
             let Ok(room) = self.input.daemon.headroom() else { return usize::MAX };
