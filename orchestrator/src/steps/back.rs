@@ -38,6 +38,8 @@ pub fn go_back(run: &mut Run) -> Ended {
     let until = run.deadline;
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
     start_again(run)?;
+    let new = run.new_daemon()?.clone();
+    run.wait_for("ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))?;
     super::restore::restore(run)?;
     let_it_bind(run)?;
     finish(run)?;

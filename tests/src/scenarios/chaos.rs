@@ -83,10 +83,11 @@ impl Case {
         }
     }
 
-    /// The daemon that is bound dies, with what it has in hand and until another one is.
+    /// The daemon that is bound dies, with what it has in hand and until another one is. With an ovsdb-server that fails
+    /// systemd restarts ovs-vswitchd as well, with or without us (`Requires=`).
     fn may_lose(self) -> bool {
         match self.fault {
-            "kill-old" => true,
+            "kill-old" | "kill-ovsdb" => true,
             "kill-new" => self.step >= 7,
             _ => false,
         }

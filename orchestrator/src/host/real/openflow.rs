@@ -187,7 +187,11 @@ impl OpenFlow for RealOpenFlow {
         let object = format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
         loop {
             // While it takes over it answers late; its control socket is there all the time.
-            let list = unixctl::command(&daemon.control, "ofproto/list", &[], until)?;
+            let list = match unixctl::command(&daemon.control, "ofproto/list", &[], until) {
+                // One that has just begun to listen knows its commands a moment later.
+                Err(error) if error.cause.contains("is not a valid command") => String::new(),
+                answer => answer?,
+            };
             let there: BTreeSet<&str> = list.lines().map(str::trim).collect();
             // Its main loop answers only between two turns: a bridge in the list has its management socket too.
             let ready = |bridge: &Bridge| there.contains(bridge.name.as_str()) && self.socket(&bridge.name).exists();
