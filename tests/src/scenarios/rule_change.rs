@@ -29,7 +29,7 @@ fn with_cookie(cookie: &str) -> String {
 /// The kernel's flows for pings to ns2.
 fn pings() -> Vec<String> {
     let flows = shell_lenient("ovs-dpctl dump-flows");
-    flows.lines().filter(|flow| flow.contains("dst=10.9.0.2,proto=1")).map(str::to_owned).collect()
+    flows.lines().filter(|flow| flow.contains("dst=10.9.0.2,proto=1,")).map(str::to_owned).collect()
 }
 
 fn all_drop(flows: &[String]) -> bool {
