@@ -226,7 +226,7 @@ fn advance(run: &mut Run, journal: &mut Recorder, action: Action, started: Insta
         Action::Undo(phase) => undo(run, journal, phase),
         Action::Back => back(run, journal, started),
         Action::Thaw => {
-            let ended = retryable(crate::steps::thaw(run));
+            let ended = crate::steps::thaw(run).map_err(Stop::retryable);
             told(run, "thaw", ended)
         }
         // The machine answers these while a step is under way only; a step has just ended here.
@@ -282,7 +282,7 @@ fn unless_written(run: &mut Run, written: anyhow::Result<()>) {
 fn undo(run: &mut Run, journal: &mut Recorder, phase: Phase) -> Action {
     run.control.tell(&Progress::Undoing { phase });
     run.deadline = run.now() + run.config.limits.undo();
-    let ended = retryable(step(phase).undo(run));
+    let ended = step(phase).undo(run).map_err(Stop::retryable);
     if ended.is_ok() {
         let written = journal.undone(phase);
         unless_written(run, written);
@@ -303,7 +303,7 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
     run.deadline = begun + run.config.limits.back();
     let written = journal.intent(run, Phase::SwitchCommit, BACK);
     unless_written(run, written);
-    let ended = retryable(go_back(run));
+    let ended = go_back(run).map_err(Stop::retryable);
     done_if_well(run, journal, Phase::SwitchCommit, BACK, &ended);
     run.report.phase_named(
         BACK,
@@ -311,14 +311,6 @@ fn back(run: &mut Run, journal: &mut Recorder, started: Instant) -> Action {
         run.now().saturating_duration_since(begun).as_millis() as u64,
     );
     told(run, BACK, ended)
-}
-
-/// Undoing, going back and thawing may be done twice.
-fn retryable(ended: Ended) -> Ended {
-    ended.map_err(|stop| match stop {
-        Stop::Failed { error, .. } => Stop::Failed { error, retryable: true },
-        other => other,
-    })
 }
 
 /// Tells the machine how an action ended.

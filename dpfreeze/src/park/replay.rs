@@ -155,7 +155,7 @@ pub(super) fn replay(shared: &Shared, lanes: &mut [Lane], input: &ReplayInput<'_
             workers.push(scope.spawn(move || work.run(lane, &receiver)));
         }
         let work = Work { input, deadline, lanes: count, done: &done };
-        let outcome = dispatch(shared, &mut Lanes { lanes: &senders, sent: 0, done: &done }, &work, &mut tally);
+        let outcome = dispatch(shared, &mut Lanes { lanes: &senders, sent: 0 }, &work, &mut tally);
         drop(senders);
         for worker in workers {
             match worker.join() {
@@ -190,8 +190,6 @@ fn commit(shared: &Shared) -> Result<()> {
 struct Lanes<'a> {
     lanes: &'a [SyncSender<Parked>],
     sent: u64,
-    /// Counts those that the lanes are done with.
-    done: &'a AtomicU64,
 }
 
 impl Lanes<'_> {
@@ -201,10 +199,6 @@ impl Lanes<'_> {
             true => self.sent += 1,
             false => tally.error("replay thread ended early", 1),
         }
-    }
-
-    fn are_done(&self) -> bool {
-        self.done.load(Ordering::SeqCst) == self.sent
     }
 }
 
@@ -239,15 +233,14 @@ fn in_order(parked: Vec<Parked>) -> (Vec<Parked>, Vec<Parked>) {
 /// daemon has made no kernel flow of it, each of their packets, parked or new, is an upcall that keeps it from the next.
 fn dispatch(shared: &Shared, lanes: &mut Lanes<'_>, work: &Work<'_>, tally: &mut Tally) -> Result<()> {
     let (first, next) = in_order(take(shared, ORDERED, tally)?);
-    let some = !first.is_empty();
     first.into_iter().for_each(|parked| lanes.send(parked, tally));
-    if some {
-        work.wait_for_flows(lanes);
+    if lanes.sent > 0 {
+        work.wait_for_flows(lanes.sent);
     }
     next.into_iter().for_each(|parked| lanes.send(parked, tally));
     let mut silent_before = false;
     while Instant::now() < work.deadline {
-        if lanes.are_done() {
+        if work.is_done_with(lanes.sent) {
             commit(shared)?;
         }
         let parked = take(shared, CHUNK, tally)?;
@@ -301,10 +294,15 @@ impl Work<'_> {
         }
     }
 
+    /// Are the lanes done with all that they were given?
+    fn is_done_with(&self, sent: u64) -> bool {
+        self.done.load(Ordering::SeqCst) == sent
+    }
+
     /// Until the daemon has taken what the lanes were given, and a moment more for the kernel flows that it makes of it.
-    fn wait_for_flows(&self, lanes: &Lanes<'_>) {
+    fn wait_for_flows(&self, sent: u64) {
         let until = self.deadline.min(Instant::now() + FIRST_PATIENCE);
-        while Instant::now() < until && !(lanes.are_done() && self.input.daemon.is_idle()) {
+        while Instant::now() < until && !(self.is_done_with(sent) && self.input.daemon.is_idle()) {
             std::thread::sleep(PAUSE);
         }
         std::thread::sleep(FIRST_FLOWS.min(until.saturating_duration_since(Instant::now())));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::{cancel_start, end_daemon, release_unit, wait_job};
+use super::standby::{cancel_start, end_daemon, release_unit, wait_job, wait_until_it_listens};
 use super::switch_prepare::keep_parked;
 use super::{classes, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
@@ -38,8 +38,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     let until = run.deadline;
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
     start_again(run)?;
-    let new = run.new_daemon()?.clone();
-    run.wait_for("ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))?;
+    wait_until_it_listens(run)?;
     super::restore::restore(run)?;
     let_it_bind(run)?;
     finish(run)?;

@@ -22,7 +22,7 @@ impl Step for Restore {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
-        restore(run).map_err(retryable)?;
+        restore(run).map_err(Stop::retryable)?;
         Ok(Event::Done)
     }
 }
@@ -118,11 +118,4 @@ pub(super) fn restore_bridges_with_controllers(run: &mut Run) -> Result<(), Stop
     let (new, until) = (run.new_daemon()?.clone(), run.deadline);
     let done = put_back(&run.host, &new, &with_controllers, &rules, &run.known.addresses, None, until)?;
     note(run, done)
-}
-
-fn retryable(stop: Stop) -> Stop {
-    match stop {
-        Stop::Failed { error, .. } => Stop::Failed { error, retryable: true },
-        other => other,
-    }
 }

@@ -127,6 +127,16 @@ pub enum Stop {
     CutOff(Action),
 }
 
+impl Stop {
+    /// A failure that may be tried again: what failed may be done twice.
+    pub fn retryable(self) -> Stop {
+        match self {
+            Stop::Failed { error, .. } => Stop::Failed { error, retryable: true },
+            other => other,
+        }
+    }
+}
+
 impl<E: Into<anyhow::Error>> From<E> for Stop {
     fn from(error: E) -> Stop {
         Stop::Failed { error: error.into(), retryable: false }

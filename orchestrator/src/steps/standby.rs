@@ -125,6 +125,12 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
     }
+    wait_until_it_listens(run)
+}
+
+/// A daemon that has written its PID file has its control socket a moment later.
+pub(super) fn wait_until_it_listens(run: &mut Run) -> Result<(), Stop> {
+    let new = run.new_daemon()?.clone();
     run.wait_for("the new ovs-vswitchd to listen", |run| Ok(run.host.daemons.listens(&new)))
 }
 

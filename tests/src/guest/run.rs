@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::command::wait_until;
+use crate::guest::facts;
 
 /// Where runs leave their journals and reports.
 const RUNS: &str = "/var/lib/ovs-graceful/runs";
@@ -77,6 +78,13 @@ pub fn start_with(arguments: &[&str], environment: &[(&str, &str)], log: &Path) 
         .stderr(log)
         .spawn()
         .context("cannot start ovs-graceful")
+}
+
+/// Waits until the supervisor's unit has ended, also the last time that systemd starts it again.
+pub fn wait_until_unit_gone(patience: Duration) -> Result<()> {
+    wait_until("the supervisor's unit has gone", patience, Duration::from_millis(100), || {
+        facts::unit_property("ovs-graceful-run.service", "ActiveState") == "inactive"
+    })
 }
 
 /// Waits until recover has written the report of run `id`; returns its path.

@@ -70,10 +70,7 @@ impl Custom for Back {
 }
 
 fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Result<()> {
-    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (name, spec) in plain::probes() {
-        live.push((name, spec.start()?));
-    }
+    let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");

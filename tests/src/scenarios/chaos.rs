@@ -13,7 +13,7 @@ use serde_json::{json, Value};
 
 use super::killed::{nothing_left, owned};
 use super::{network, plain, Custom, Program};
-use crate::command::{shell_lenient, wait_until};
+use crate::command::shell_lenient;
 use crate::guest::probe::Running;
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome, ProbeOutcome};
@@ -72,7 +72,6 @@ impl Case {
 
     /// Is there somebody to be hit?
     fn makes_sense(self) -> bool {
-        let at = |step: &str| STEPS.iter().position(|name| *name == step).unwrap_or(0);
         let place = (self.step, self.after);
         match self.fault {
             // Before its rules are known nobody but its service manager can help it, and he has none.
@@ -88,10 +87,15 @@ impl Case {
     fn may_lose(self) -> bool {
         match self.fault {
             "kill-old" | "kill-ovsdb" => true,
-            "kill-new" => self.step >= 7,
+            "kill-new" => self.step >= at("handover"),
             _ => false,
         }
     }
+}
+
+/// The place of a step in [`STEPS`].
+fn at(step: &str) -> usize {
+    STEPS.iter().position(|name| *name == step).unwrap_or(0)
 }
 
 fn all() -> Vec<Case> {
@@ -159,10 +163,7 @@ impl Custom for Chaos {
 
 fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
     let name = case.name();
-    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (probe, spec) in plain::probes() {
-        live.push((probe, spec.start()?));
-    }
+    let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(2));
     let rules = facts::promised(&plain::bridges());
     let known = run::known();
@@ -171,9 +172,7 @@ fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
     client.wait()?;
     let id = run::known().into_iter().find(|id| !known.contains(id)).context("there was no run")?;
     let report: Value = serde_json::from_str(&fs::read_to_string(run::wait_for_recovery(&id)?)?)?;
-    wait_until("the supervisor's unit has gone", Duration::from_secs(60), Duration::from_millis(100), || {
-        facts::unit_property("ovs-graceful-run.service", "ActiveState") == "inactive"
-    })?;
+    run::wait_until_unit_gone(Duration::from_secs(60))?;
     std::thread::sleep(Duration::from_secs(4));
     let exit = report["exit_code"].as_u64().unwrap_or(u64::MAX);
     let check = |what: &str| format!("{name}: {what}");

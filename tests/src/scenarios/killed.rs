@@ -61,10 +61,7 @@ impl Custom for Killed {
 }
 
 fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
-    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (name, spec) in plain::probes() {
-        live.push((name, spec.start()?));
-    }
+    let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(2));
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
@@ -86,9 +83,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     }
     let report = run::wait_for_recovery(&id)?;
     client.wait()?;
-    wait_until("the supervisor's unit has gone", Duration::from_secs(20), Duration::from_millis(100), || {
-        facts::unit_property("ovs-graceful-run.service", "ActiveState") == "inactive"
-    })?;
+    run::wait_until_unit_gone(Duration::from_secs(20))?;
     std::thread::sleep(Duration::from_secs(3));
     let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
     let check = |what: &str| format!("{}: {what}", case.name);

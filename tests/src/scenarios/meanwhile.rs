@@ -9,7 +9,6 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{network, plain, Expect};
-use crate::guest::probe::Running;
 use crate::guest::{run, say, verdict};
 use crate::outcome::Outcome;
 
@@ -37,10 +36,7 @@ pub fn traffic(
     meanwhile: impl FnOnce(&[String], &mut Outcome) -> Result<()>,
 ) -> Result<Value> {
     network::patient_veth()?;
-    let mut live: Vec<(String, Box<dyn Running>)> = Vec::new();
-    for (name, spec) in plain::probes() {
-        live.push((name, spec.start()?));
-    }
+    let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
     live.iter().for_each(|(_, probe)| probe.action_begins());
     let known = run::known();

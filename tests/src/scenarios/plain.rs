@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::network::{self, UNWILDCARD};
 use super::Traffic;
 use crate::command::shell;
-use crate::guest::probe::{Place, Spec};
+use crate::guest::probe::{Place, Running, Spec};
 
 /// See the module.
 pub struct Plain;
@@ -38,6 +38,11 @@ pub fn probes() -> Vec<(String, Spec)> {
     let mut probes = network::usual_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
     probes.push(network::silent("ns3"));
     probes
+}
+
+/// Starts [`probes`].
+pub fn start_probes() -> Result<Vec<(String, Box<dyn Running>)>> {
+    probes().into_iter().map(|(name, spec)| Ok((name, spec.start()?))).collect()
 }
 
 impl Traffic for Plain {
