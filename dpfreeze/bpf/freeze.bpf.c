@@ -6,7 +6,8 @@
  * security_netlink_send() runs in netlink_sendmsg() after the copy and before delivery: the skb is linear and holds
  * all messages of the sendmsg. A non-zero answer fails the sendmsg as a whole, with nothing delivered.
  *
- * The answer is EBUSY throughout. Never EAGAIN, ENOBUFS or EINTR: the OVS daemons repeat on those for ever.
+ * The answer is EBUSY throughout. Never EAGAIN, ENOBUFS or EINTR: the OVS daemons repeat on those for ever. The one
+ * exception is the thread in `halt`, which shall repeat, once its tracer has seen the message.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -20,7 +21,10 @@ typedef unsigned long long u64;
 
 #define EBUSY 16
 #define CAP_NET_ADMIN_BIT 12 /* linux/capability.h */
-#define NETLINK_NETFILTER 12 /* linux/netlink.h */
+#define EINTR 4
+#define SIGURG 23	  /* asm-generic/signal.h */
+#define NETLINK_ROUTE 0	  /* linux/netlink.h */
+#define NETLINK_NETFILTER 12
 #define NETLINK_GENERIC 16
 #define NLM_F_REQUEST 1
 #define NLMSG_MIN_TYPE 0x10
@@ -31,6 +35,7 @@ typedef unsigned long long u64;
 #define NFNL_HDRLEN (NLMSG_HDRLEN + 4)	  /* + struct nfgenmsg */
 
 /* linux/openvswitch.h; DEL and SET are the same for datapath, vport and flow */
+#define OVS_VPORT_CMD_NEW 1
 #define OVS_CMD_DEL 2
 #define OVS_CMD_SET 4
 #define OVS_METER_CMD_DEL 3
@@ -46,6 +51,8 @@ typedef unsigned long long u64;
 /* lib/dpif-netlink.c, probe_broken_meters__(): left undeleted, these two would stay in the datapath for ever */
 #define PROBE_METER_1 54545401
 #define PROBE_METER_2 54545402
+
+#define RTM_DELLINK 17 /* linux/rtnetlink.h */
 
 /* linux/netfilter/nfnetlink.h, nfnetlink_cttimeout.h */
 #define NFNL_MSG_BATCH_BEGIN 16
@@ -106,6 +113,12 @@ struct config {
 	u64 armed_ns;	   /* CLOCK_BOOTTIME of the arming, for reports */
 };
 
+/* The thread that is stopped for its tracer when it adds or deletes a port (tunnel::Adoption). */
+struct halt {
+	u64 tid; /* number in the initial pid namespace; 0 = nobody */
+	u64 fam_vport;
+};
+
 struct captured {
 	u64 sequence; /* odd while the program writes */
 	u64 count;    /* how often the standby tried */
@@ -136,6 +149,14 @@ struct {
 	__type(key, u32);
 	__type(value, struct config);
 } config SEC(".maps");
+
+/* Not part of config: the tracing thread writes it while others renew the lease. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct halt);
+} halt SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -215,6 +236,7 @@ struct cred {
 struct task_struct {
 	struct task_struct *group_leader;
 	const struct cred *cred;
+	unsigned int ptrace;
 	u64 start_boottime;
 } CORE;
 
@@ -549,6 +571,45 @@ static __always_inline int walk(struct config *conf, u64 data, u32 len, u16 prot
 	return -EBUSY;
 }
 
+/*
+ * Is this the traced thread about to add or delete a port or device? Only the first message is looked at:
+ * dpif_netlink_vport_transact() and dpif_netlink_rtnl_destroy() send one at a time.
+ */
+static __always_inline int is_port_change(struct halt *of, u64 data, u32 len, u16 protocol)
+{
+	struct nlmsg head;
+	struct genl genl;
+
+	if (len < NLMSG_HDRLEN || bpf_probe_read_kernel(&head, sizeof(head), (void *)data))
+		return 0;
+	if (protocol == NETLINK_ROUTE)
+		return head.type == RTM_DELLINK;
+	if (protocol != NETLINK_GENERIC || head.type != of->fam_vport || len < OVS_HDRLEN)
+		return 0;
+	if (bpf_probe_read_kernel(&genl, sizeof(genl), (void *)(data + NLMSG_HDRLEN)))
+		return 0;
+	return genl.cmd == OVS_VPORT_CMD_NEW || genl.cmd == OVS_CMD_DEL;
+}
+
+/*
+ * Stops the thread by a signal that only its tracer sees (ignored by default, so harmless should the tracer die just
+ * now), and lets it send the message again. Whoever has no tracer is let by.
+ */
+static __always_inline int halts(struct sk_buff *skb, u16 protocol)
+{
+	u32 zero = 0;
+	struct halt *of = bpf_map_lookup_elem(&halt, &zero);
+	struct task_struct *task;
+
+	if (!of || !of->tid || (u32)bpf_get_current_pid_tgid() != of->tid)
+		return 0;
+	task = (void *)bpf_get_current_task();
+	if (!BPF_CORE_READ(task, ptrace) || !is_port_change(of, (u64)skb->data, skb->len, protocol))
+		return 0;
+	bpf_send_signal_thread(SIGURG);
+	return 1;
+}
+
 static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 {
 	struct config *conf = get_config();
@@ -556,6 +617,8 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 	struct net *net;
 	u64 now;
 
+	if (halts(skb, protocol))
+		return -EINTR;
 	if (protocol != NETLINK_GENERIC && protocol != NETLINK_NETFILTER)
 		return 0;
 	if (!conf || !conf->classes)

@@ -17,7 +17,7 @@ fn main() -> anyhow::Result<()> {
     println!("guarded: {:?}", guard.backers);
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let start = stat.rsplit_once(')').and_then(|(_, r)| r.split_whitespace().nth(19)).context("stat")?.parse()?;
-    let adoption = Adoption::attach(pid, start, guard)?;
+    let adoption = Adoption::attach(pid, start, guard, None)?;
     println!("attached");
     let all = adoption.wait(Duration::from_secs(seconds));
     println!("all adopted: {all}; {:#?}", adoption.finish());

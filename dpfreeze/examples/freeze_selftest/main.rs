@@ -17,10 +17,11 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{
-    self, CanaryCommand, Classes, EventKind, Families, Freeze, Hook, PolicyGuard, Port, Refused, Renewal, Scope,
+    self, CanaryCommand, Classes, EventKind, Families, Freeze, Halt, Hook, PolicyGuard, Port, Refused, Renewal, Scope,
     PIN_DIR,
 };
 use dpfreeze::ovs::Ovs;
+use dpfreeze::tunnel::{Adoption, Backer, Guard};
 use nix::errno::Errno;
 
 use messages::*;
@@ -85,6 +86,7 @@ const TESTS: &[(&str, fn())] = &[
     ("capture_limits", capture_limits),
     ("bound_by_other", bound_by_other),
     ("vport_del_is_told", vport_del_is_told),
+    ("halt_stops_a_traced_thread_for_ports", halt_stops_a_traced_thread_for_ports),
     ("lease_runs_out", lease_runs_out),
     ("end_is_not_moved", end_is_not_moved),
     ("held_by_another", held_by_another),
@@ -473,6 +475,35 @@ fn vport_del_is_told() {
     let told: Vec<EventKind> = freeze.events().unwrap().into_iter().map(|event| event.kind).collect();
     assert_eq!(told, [7, 8].map(|port_no| EventKind::VportDelRefused(Port::Number(port_no))));
     assert_eq!(freeze.events().unwrap(), []);
+}
+
+fn halt_stops_a_traced_thread_for_ports() {
+    let freeze = armed(Classes::VPORT_DEL);
+    let (f, mut sender) = (families(), Sender::root());
+    let pid = sender.pid().as_raw();
+    let tunnel = vport_new(f, GHOST, "vxlan_sys_4789");
+    let halt = || Halt::of(&freeze, pid, f.vport).unwrap();
+    let on = halt();
+    on.on().unwrap();
+    assert_eq!(sender.send(&tunnel), NO_DEVICE, "nobody traces it: it is let by");
+    drop(on);
+
+    let backer = |name: &str, port_no| Backer { name: name.into(), port_no };
+    let backers = vec![backer("vxlan_sys_4789", 7), backer("gre_sys", 8)];
+    let guard = Guard { dp_ifindex: GHOST, vport_family: f.vport, backers };
+    let adoption = Adoption::attach(pid, sender.start_time(), guard, Some(halt())).unwrap();
+    for _ in 0..100 {
+        assert_eq!(sender.send(&flow_get(f, GHOST)), NO_DEVICE);
+    }
+    assert_eq!(adoption.report().stops, 0, "stopped for what is no port");
+    assert_eq!(sender.send(&tunnel), NO_DEVICE);
+    assert_eq!(adoption.report().adopted, ["vxlan_sys_4789"]);
+    assert_eq!(sender.send(&vport_del(f, GHOST, 9)), BUSY, "not a guarded port: it is refused as it is");
+    assert_eq!(sender.send(&vport_new(f, GHOST, "gre_sys")), NO_DEVICE);
+    let report = adoption.finish();
+    assert_eq!(report.adopted, ["vxlan_sys_4789", "gre_sys"]);
+    assert!(report.failed.is_empty() && report.stops < 40, "{report:?}");
+    assert_eq!(sender.send(&tunnel), NO_DEVICE, "let go");
 }
 
 fn lease_runs_out() {

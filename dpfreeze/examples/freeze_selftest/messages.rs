@@ -123,6 +123,13 @@ pub fn dp_bind(f: Families, ifindex: u32, name: &str, features: u32, port_ids: &
     ovs(f.datapath, 4, ifindex, &attrs)
 }
 
+/// Of a tunnel port, in the version that OVS uses.
+pub fn vport_new(f: Families, ifindex: u32, name: &str) -> Sendmsg {
+    let mut message = ovs(f.vport, 1, ifindex, &attrs(|a| a.push_u32(2, 4).push_str(3, name).push_u32(5, 0)));
+    message.bytes[17] = 1;
+    message
+}
+
 pub fn vport_del(f: Families, ifindex: u32, port_no: u32) -> Sendmsg {
     ovs(f.vport, 2, ifindex, &attrs(|a| a.push_u32(1, port_no)))
 }

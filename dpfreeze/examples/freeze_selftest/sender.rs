@@ -1,13 +1,15 @@
 //! Processes that send messages, because what is refused depends on who sends.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 
 use dpfreeze::freeze;
 use dpfreeze::netlink::Protocol;
 use netlink_sys::{Socket, SocketAddr};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::errno::Errno;
+use nix::sys::socket::{sendmsg, setsockopt, sockopt, MsgFlags};
 use nix::sys::time::TimeVal;
 use nix::unistd::Pid;
 
@@ -33,14 +35,24 @@ pub fn send(what: &Sendmsg) -> Fate {
     socket.bind_auto().unwrap();
     socket.connect(&SocketAddr::new(0, 0)).unwrap();
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(5, 0)).unwrap();
-    if let Err(error) = socket.send(&what.bytes, 0) {
-        return Fate::Refused(error.raw_os_error().unwrap_or(-1));
+    if let Err(errno) = sendmsg_as_ovs(&socket, &what.bytes) {
+        return Fate::Refused(errno as i32);
     }
     let Ok((answer, _)) = socket.recv_from_full() else { return Fate::Answered(-1) };
     const NLMSG_ERROR: u16 = 2;
     let kind = u16::from_ne_bytes([answer[4], answer[5]]);
     let errno = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
     Fate::Answered(if kind == NLMSG_ERROR { -errno } else { 0 })
+}
+
+/// As nl_sock_transact_multiple__() of lib/netlink-socket.c sends: by sendmsg, again where that was interrupted.
+fn sendmsg_as_ovs(socket: &Socket, bytes: &[u8]) -> nix::Result<usize> {
+    loop {
+        match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &[], MsgFlags::empty(), None) {
+            Err(Errno::EINTR) => {}
+            other => return other,
+        }
+    }
 }
 
 /// A child that sends what it is told.

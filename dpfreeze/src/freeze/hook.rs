@@ -104,6 +104,7 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
         let maps = &mut loaded.maps;
         let pin = |map: &mut MapMut<'_>, name: &str| map.pin(pins.path(name));
         pin(&mut maps.config, "config")?;
+        pin(&mut maps.halt, "halt")?;
         pin(&mut maps.refused, "refused")?;
         pin(&mut maps.captured, "captured")?;
         pin(&mut maps.datapaths, "datapaths")?;

@@ -1,4 +1,4 @@
-//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/{link,config,refused,captured,datapaths,dp_names,timeouts,events}`.
+//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/{link,config,halt,refused,captured,datapaths,dp_names,timeouts,events}`.
 //!
 //! The link is pinned last and removed first: where it is, the freeze is whole.
 

@@ -7,6 +7,7 @@
 mod drain;
 mod plan;
 mod reader;
+mod receiver;
 mod removal;
 mod replay;
 mod ring;
@@ -42,6 +43,7 @@ const MOST_CPUS: usize = 4096;
 /// Names of kept descriptors ([`Park::keep`]).
 const KEPT_MEMORY: &str = "park-memory";
 const KEPT_ADOPTED_MEMORY: &str = "park-adopted-memory";
+const KEPT_RECEIVER: &str = "park-receiver";
 const KEPT_SOCKET: &str = "park-socket-";
 const KEPT_ADOPTED_SOCKET: &str = "park-adopted-socket-";
 
@@ -53,6 +55,8 @@ pub struct Park {
     own: Vec<Arc<UpcallSocket>>,
     adopted: Vec<Adopted>,
     lanes: Vec<replay::Lane>,
+    /// The memory of the reading thread's [`receiver::Receiver`].
+    in_hand: OwnedFd,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -73,11 +77,21 @@ impl Park {
     /// No datapath in the kernel, missing `CAP_NET_ADMIN`, or no room for the sockets.
     pub fn open(limits: ParkLimits) -> Result<Self> {
         let own = (0..possible_cpus()?).map(|_| UpcallSocket::open(limits.socket_bytes)).collect::<Result<_>>()?;
-        Self::start(limits, store::Store::new(limits)?, own)
+        Self::start(limits, store::Store::new(limits)?, own, receiver::Receiver::new()?)
     }
 
-    fn start(limits: ParkLimits, store: store::Store, own: Vec<UpcallSocket>) -> Result<Self> {
+    fn start(
+        limits: ParkLimits,
+        store: store::Store,
+        own: Vec<UpcallSocket>,
+        receiver: receiver::Receiver,
+    ) -> Result<Self> {
         let shared = Arc::new(reader::Shared::new(store, Families::resolve()?.packet)?);
+        shared.take_up(&receiver);
+        let in_hand = receiver
+            .fd()
+            .try_clone_to_owned()
+            .map_err(|e| Error::io("duplicate the memfd of packets on their way", e))?;
         let own: Vec<Arc<UpcallSocket>> = own.into_iter().map(Arc::new).collect();
         for socket in &own {
             shared.read_from(store::Queue::Own, Arc::clone(socket))?;
@@ -86,9 +100,9 @@ impl Park {
         let thread = Arc::clone(&shared);
         let reader = std::thread::Builder::new()
             .name("park-reader".into())
-            .spawn(move || thread.run())
+            .spawn(move || thread.run(receiver))
             .map_err(|e| Error::io("start the thread that reads parked packets", e))?;
-        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, reader: Some(reader) })
+        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, in_hand, reader: Some(reader) })
     }
 
     /// The port ids to bind the datapath's upcalls to, by CPU.
@@ -185,7 +199,8 @@ impl Park {
             Err(e) => Err(Error::io(format!("duplicate {name}"), e)),
         };
         let store = self.shared.store();
-        let mut kept = vec![copy(KEPT_MEMORY.into(), store.own_ring().fd())?];
+        let mut kept =
+            vec![copy(KEPT_MEMORY.into(), store.own_ring().fd())?, copy(KEPT_RECEIVER.into(), self.in_hand.as_fd())?];
         if let Some(ring) = store.adopted_ring() {
             kept.push(copy(KEPT_ADOPTED_MEMORY.into(), ring.fd())?);
         }
@@ -208,6 +223,7 @@ impl Park {
     pub fn resume(limits: ParkLimits, kept: Vec<(String, OwnedFd)>) -> Result<Self> {
         let mut memory = None;
         let mut adopted_memory = None;
+        let mut in_hand = None;
         let mut own = BTreeMap::new();
         let mut adopted = Vec::new();
         for (name, fd) in kept {
@@ -215,6 +231,8 @@ impl Park {
                 memory = Some(fd);
             } else if name == KEPT_ADOPTED_MEMORY {
                 adopted_memory = Some(fd);
+            } else if name == KEPT_RECEIVER {
+                in_hand = Some(fd);
             } else if let Some(i) = name.strip_prefix(KEPT_SOCKET).and_then(|i| i.parse::<usize>().ok()) {
                 own.insert(i, UpcallSocket::from_fd(fd)?);
             } else if name.starts_with(KEPT_ADOPTED_SOCKET) {
@@ -223,7 +241,9 @@ impl Park {
         }
         let memory = memory.ok_or_else(|| Error::malformed("kept descriptors", format!("{KEPT_MEMORY} is missing")))?;
         let store = store::Store::reopen(limits, memory, adopted_memory)?;
-        let mut park = Self::start(limits, store, own.into_values().collect())?;
+        // A version before kept none.
+        let receiver = in_hand.map_or_else(receiver::Receiver::new, receiver::Receiver::reopen)?;
+        let mut park = Self::start(limits, store, own.into_values().collect(), receiver)?;
         for socket in adopted {
             let drops_before = socket.queue()?.drops;
             park.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });

@@ -1,6 +1,6 @@
 //! The thread that empties upcall sockets into the store, as fast as it can.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,18 +8,13 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::receiver::{Received, Receiver, MESSAGES};
 use super::socket::UpcallSocket;
 use super::store::{Queue, Store};
 use crate::error::{Error, Result};
 
-/// Messages taken with one recvmmsg.
-const MESSAGES: usize = 32;
-/// Room for one: packet, key and user data are attributes of at most 64 KiB each, and only the packet is ever long.
-const MESSAGE_BYTES: usize = 128 << 10;
 /// Calls in a row on one socket before the next has its turn.
 const TURNS: usize = 8;
-/// `struct nlmsghdr` (include/uapi/linux/netlink.h)
-const NLMSGHDR: usize = 16;
 /// Marks the eventfd among the epoll data, which are indexes of sockets otherwise.
 const WAKE: u64 = u64::MAX;
 
@@ -105,9 +100,16 @@ impl Shared {
         let _ = self.wake.write(1);
     }
 
+    /// Parks what the process before had taken out of a socket and not parked when it died.
+    pub fn take_up(&self, receiver: &Receiver) {
+        if let Some(left) = receiver.in_hand(|queue| self.store().tail(queue)) {
+            self.take(left.queue, left.source, receiver, left.count);
+        }
+        receiver.put_down();
+    }
+
     /// The thread.
-    pub fn run(&self) {
-        let mut receiver = Receiver::new();
+    pub fn run(&self, mut receiver: Receiver) {
         let mut events = [EpollEvent::empty(); 64];
         while !self.stop.load(Ordering::SeqCst) {
             let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
@@ -132,7 +134,8 @@ impl Shared {
             return;
         };
         for _ in 0..TURNS {
-            let count = match receiver.receive(&socket) {
+            let tail = self.store().tail(queue);
+            let count = match receiver.receive(&socket, queue, index as u32, tail) {
                 Ok(count) => count,
                 Err(Errno::EAGAIN) => return,
                 Err(errno) => {
@@ -141,6 +144,7 @@ impl Shared {
                 }
             };
             self.take(queue, index as u32, receiver, count);
+            receiver.put_down();
             if count < MESSAGES {
                 return;
             }
@@ -173,105 +177,4 @@ impl Shared {
 pub(super) fn boottime_ns() -> u64 {
     nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
         .map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
-}
-
-enum Received<'a> {
-    Upcall(&'a [u8]),
-    Foreign,
-    Oversized,
-}
-
-/// Buffers for recvmmsg(2).
-struct Receiver {
-    bytes: Vec<u8>,
-    lengths: [usize; MESSAGES],
-    flags: [libc::c_int; MESSAGES],
-    senders: [u32; MESSAGES],
-}
-
-impl Receiver {
-    fn new() -> Self {
-        Receiver {
-            bytes: vec![0; MESSAGES * MESSAGE_BYTES],
-            lengths: [0; MESSAGES],
-            flags: [0; MESSAGES],
-            senders: [0; MESSAGES],
-        }
-    }
-
-    fn receive(&mut self, socket: &UpcallSocket) -> nix::Result<usize> {
-        // SAFETY: zero is a valid value of these C structures.
-        let mut names: [libc::sockaddr_nl; MESSAGES] = unsafe { std::mem::zeroed() };
-        // SAFETY: as above.
-        let mut vectors: [libc::iovec; MESSAGES] = unsafe { std::mem::zeroed() };
-        // SAFETY: as above.
-        let mut headers: [libc::mmsghdr; MESSAGES] = unsafe { std::mem::zeroed() };
-        for (i, buffer) in self.bytes.chunks_exact_mut(MESSAGE_BYTES).enumerate().take(MESSAGES) {
-            vectors[i] = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-            headers[i].msg_hdr.msg_name = (&raw mut names[i]).cast();
-            headers[i].msg_hdr.msg_namelen = std::mem::size_of::<libc::sockaddr_nl>() as libc::socklen_t;
-            headers[i].msg_hdr.msg_iov = &raw mut vectors[i];
-            headers[i].msg_hdr.msg_iovlen = 1;
-        }
-        // The flag, not O_NONBLOCK: adopted sockets share their file status flags with the daemon.
-        // SAFETY: every header points to one name and one vector of ours, every vector to a buffer of its length; all
-        // of them live through the call.
-        let answer = unsafe {
-            libc::recvmmsg(
-                socket.as_fd().as_raw_fd(),
-                headers.as_mut_ptr(),
-                MESSAGES as libc::c_uint,
-                libc::MSG_DONTWAIT as _,
-                std::ptr::null_mut(),
-            )
-        };
-        let count = Errno::result(answer)? as usize;
-        for i in 0..count.min(MESSAGES) {
-            self.lengths[i] = headers[i].msg_len as usize;
-            self.flags[i] = headers[i].msg_hdr.msg_flags;
-            self.senders[i] = names[i].nl_pid;
-        }
-        Ok(count.min(MESSAGES))
-    }
-
-    /// The i-th message, if the kernel sent it and it is of `family` (hazard 2).
-    fn upcall(&self, i: usize, family: u16) -> Received<'_> {
-        if self.flags[i] & libc::MSG_TRUNC != 0 {
-            return Received::Oversized;
-        }
-        let start = i * MESSAGE_BYTES;
-        let message = &self.bytes[start..start + self.lengths[i].min(MESSAGE_BYTES)];
-        match upcall_of(message, family) {
-            Some(payload) if self.senders[i] == 0 => Received::Upcall(payload),
-            _ => Received::Foreign,
-        }
-    }
-}
-
-/// What follows the nlmsghdr of a message of `family`.
-fn upcall_of(message: &[u8], family: u16) -> Option<&[u8]> {
-    let [l0, l1, l2, l3, k0, k1, ..] = *message.first_chunk::<NLMSGHDR>()?;
-    let length = u32::from_ne_bytes([l0, l1, l2, l3]) as usize;
-    if u16::from_ne_bytes([k0, k1]) != family {
-        return None;
-    }
-    message.get(NLMSGHDR..length)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_whole_messages_of_the_family_are_upcalls() {
-        let mut message = vec![0u8; 40];
-        message[..4].copy_from_slice(&36u32.to_ne_bytes());
-        message[4..6].copy_from_slice(&33u16.to_ne_bytes());
-        assert_eq!(upcall_of(&message, 33).map(<[u8]>::len), Some(20));
-        assert_eq!(upcall_of(&message, 34), None);
-        assert_eq!(upcall_of(&message[..30], 33), None);
-        assert_eq!(upcall_of(&message[..10], 33), None);
-        message[..4].copy_from_slice(&3u32.to_ne_bytes());
-        assert_eq!(upcall_of(&message, 33), None);
-    }
 }

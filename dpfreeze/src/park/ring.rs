@@ -118,6 +118,11 @@ impl Ring {
         self.file.as_fd()
     }
 
+    /// Bytes that were ever put in.
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
     pub fn used(&self) -> u64 {
         self.tail - self.head
     }

@@ -104,6 +104,18 @@ impl Store {
         self.adopted.as_ref()
     }
 
+    /// Where the ring of `queue` ends: what is parked there moves it.
+    pub fn tail(&self, queue: Queue) -> u64 {
+        self.ring_of(queue).tail()
+    }
+
+    fn ring_of(&self, queue: Queue) -> &Ring {
+        match (queue, &self.adopted) {
+            (Queue::Adopted, Some(ring)) => ring,
+            _ => &self.own,
+        }
+    }
+
     pub fn waiting(&self) -> u64 {
         self.own.waiting() + self.adopted.as_ref().map_or(0, Ring::waiting)
     }

@@ -68,8 +68,13 @@ impl Tracee {
     }
 
     /// Lets the tracee run to the next system call stop, delivering `signal` if it is not 0.
-    pub(super) fn run(&self, signal: c_int) -> io::Result<()> {
+    pub(super) fn run_to_syscall(&self, signal: c_int) -> io::Result<()> {
         ptrace(libc::PTRACE_SYSCALL, self.0, 0, signal as usize).map(drop)
+    }
+
+    /// Lets the tracee run to the next stop of another kind, delivering `signal` if it is not 0.
+    pub(super) fn run(&self, signal: c_int) -> io::Result<()> {
+        ptrace(libc::PTRACE_CONT, self.0, 0, signal as usize).map(drop)
     }
 
     /// Leaves the tracee in the stop of its whole process, but waits for its end.

@@ -14,6 +14,8 @@ pub struct HostError {
     pub remedy: String,
     /// True where a deadline passed: the thing asked for may still happen.
     pub timed_out: bool,
+    /// True where the daemon that was asked is not there, or went away before it answered: it may come back.
+    pub away: bool,
 }
 
 /// The result of the host.
@@ -22,12 +24,23 @@ pub type Result<T> = std::result::Result<T, HostError>;
 impl HostError {
     /// An error of `object` with its cause.
     pub fn new(object: impl Into<String>, cause: impl Display) -> Self {
-        HostError { object: object.into(), cause: cause.to_string(), remedy: String::new(), timed_out: false }
+        HostError {
+            object: object.into(),
+            cause: cause.to_string(),
+            remedy: String::new(),
+            timed_out: false,
+            away: false,
+        }
     }
 
     /// A deadline of `object` that passed while `doing`.
     pub fn timeout(object: impl Into<String>, doing: impl Display) -> Self {
         HostError { timed_out: true, ..HostError::new(object, format_args!("no answer in time while {doing}")) }
+    }
+
+    /// The daemon `object` is not there, or went away.
+    pub fn away(object: impl Into<String>, cause: impl Display) -> Self {
+        HostError { away: true, ..HostError::new(object, cause) }
     }
 
     /// The same error with a remedy.

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{
-    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, PolicyGuard, Refused, Renewal, Scope,
+    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Refused, Renewal, Scope,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::{
@@ -183,7 +183,9 @@ impl Datapath for KernelDatapath {
         let dp = self.dp()?;
         let guard = Guard::read(&mut self.ovs, dp.ifindex).about("tunnel ports")?;
         if !guard.backers.is_empty() {
-            let adoption = Adoption::attach(standby.pid, standby.start_time, guard).about("tunnel ports")?;
+            let halt = self.freeze.as_ref().map(|freeze| Halt::of(freeze, standby.pid, guard.vport_family));
+            let halt = halt.transpose().about("freeze")?;
+            let adoption = Adoption::attach(standby.pid, standby.start_time, guard, halt).about("tunnel ports")?;
             self.adoption = Some(adoption);
         }
         Ok(())
@@ -193,6 +195,11 @@ impl Datapath for KernelDatapath {
         let Some(adoption) = self.adoption.take() else { return Ok(Vec::new()) };
         adoption.wait(patience);
         let report = adoption.finish();
+        let (ports, ms) = (report.adopted.len(), report.watched.as_millis());
+        tracing::info!(
+            "{ports} tunnel ports adopted; the new ovs-vswitchd was watched for {ms} ms, {} stops",
+            report.stops
+        );
         self.stale_tunnels.extend(report.stale);
         Ok(report.failed)
     }

@@ -64,7 +64,7 @@ impl Connection {
     pub fn connect(path: &Path) -> Result<Self> {
         let object = path.display().to_string();
         let stream = UnixStream::connect(path)
-            .map_err(|e| HostError::new(&object, format!("cannot connect: {e}")).remedy("is the daemon running?"))?;
+            .map_err(|e| HostError::away(&object, format!("cannot connect: {e}")).remedy("is the daemon running?"))?;
         Ok(Connection {
             stream,
             path: path.to_owned(),
@@ -146,7 +146,7 @@ impl Connection {
         self.stream.set_write_timeout(Some(left)).about(&object)?;
         self.stream.write_all(message.to_string().as_bytes()).map_err(|e| match e.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => HostError::timeout(&object, "sending"),
-            _ => HostError::new(&object, format!("cannot send: {e}")),
+            _ => HostError::away(&object, format!("cannot send: {e}")),
         })
     }
 
@@ -189,14 +189,14 @@ impl Connection {
         let mut chunk = [0; 65536];
         loop {
             match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(HostError::new(object, "the daemon closed the connection")),
+                Ok(0) => return Err(HostError::away(object, "the daemon closed the connection")),
                 Ok(n) => {
                     self.received.extend_from_slice(&chunk[..n]);
                     return Ok(true);
                 }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return Ok(false),
-                Err(e) => return Err(HostError::new(object, format!("cannot receive: {e}"))),
+                Err(e) => return Err(HostError::away(object, format!("cannot receive: {e}"))),
             }
         }
     }

@@ -1,10 +1,11 @@
 //! The database through `db.sock` (RFC 7047).
 //!
-//! Every call has a connection of its own: nothing is lost when ovsdb-server is replaced in between.
+//! Every call has a connection of its own: nothing is lost when ovsdb-server is replaced in between, and one that died
+//! is given a moment to come back.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{json, Map, Value};
 
@@ -19,6 +20,11 @@ const FLAG: &str = "flow-restore-wait";
 const MARK: &str = "ovs-graceful-run";
 /// The database.
 const DATABASE: &str = "Open_vSwitch";
+
+/// How long a server that is not there is waited for: systemd starts one that failed again within a second or two.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The database server of this host.
 #[derive(Debug, Clone)]
@@ -37,8 +43,29 @@ impl Ovsdb {
         &self.socket
     }
 
-    fn connect(&self) -> Result<Connection> {
-        Connection::connect(&self.socket)
+    fn connect(&self, until: Instant) -> Result<Connection> {
+        self.ask(until, Ok)
+    }
+
+    /// Asks again while the server is away, and where it goes away without an answer: only what may be asked twice.
+    fn ask<T>(&self, until: Instant, mut question: impl FnMut(Connection) -> Result<T>) -> Result<T> {
+        let mut last_seen = Instant::now();
+        loop {
+            let error = match Connection::connect(&self.socket) {
+                Ok(connection) => match question(connection) {
+                    Err(error) if error.away => {
+                        last_seen = Instant::now();
+                        error
+                    }
+                    answer => return answer,
+                },
+                Err(error) => error,
+            };
+            if Instant::now() >= until || last_seen.elapsed() >= PATIENCE {
+                return Err(error);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
     }
 
     fn object(&self) -> String {
@@ -65,9 +92,11 @@ impl Ovsdb {
 
 impl Database for Ovsdb {
     fn facts(&self, until: Instant) -> Result<DatabaseFacts> {
-        let mut connection = self.connect()?;
-        let schema = connection.call("get_schema", json!([DATABASE]), until)?;
-        let tables = Tables::select(&mut connection, &schema, until)?;
+        let (schema, tables) = self.ask(until, |mut connection| {
+            let schema = connection.call("get_schema", json!([DATABASE]), until)?;
+            let tables = Tables::select(&mut connection, &schema, until)?;
+            Ok((schema, tables))
+        })?;
         let root = tables
             .rows("Open_vSwitch")
             .next()
@@ -123,7 +152,7 @@ impl Database for Ovsdb {
                 ["external_ids", "delete", ["set", [MARK]]]]}),
             json!({"op": "select", "table": DATABASE, "where": [], "columns": ["next_cfg"]}),
         ];
-        let results = self.transact(operations, until)?;
+        let results = self.ask(until, |mut connection| transact(&mut connection, operations.clone(), until))?;
         Ok(match (results[0]["count"].as_i64(), results[1]["count"].as_i64()) {
             (Some(1), _) => Cleared::Removed { next_cfg: self.incremented(&results)? },
             (_, Some(1)) => Cleared::AlreadyGone,
@@ -132,30 +161,33 @@ impl Database for Ovsdb {
     }
 
     fn bump(&self, until: Instant) -> Result<i64> {
-        let results = self.transact(Self::increment().to_vec(), until)?;
+        let increment = Self::increment().to_vec();
+        let results = self.ask(until, |mut connection| transact(&mut connection, increment.clone(), until))?;
         self.incremented(&results)
     }
 
     fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()> {
-        let mut monitor = Monitor::start(self.connect()?, &["cur_cfg"], until)?;
-        while monitor.row["cur_cfg"].as_i64().is_none_or(|cur| cur < next_cfg) {
-            if !monitor.next(until)? {
-                return Err(HostError::timeout(
-                    "ovs-vswitchd",
-                    format_args!("waiting for cur_cfg {} to reach next_cfg {next_cfg}", monitor.row["cur_cfg"]),
-                )
-                .remedy("see its log; it may be stopped, or busy configuring"));
+        self.ask(until, |connection| {
+            let mut monitor = Monitor::start(connection, &["cur_cfg"], until)?;
+            while monitor.row["cur_cfg"].as_i64().is_none_or(|cur| cur < next_cfg) {
+                if !monitor.next(until)? {
+                    return Err(HostError::timeout(
+                        "ovs-vswitchd",
+                        format_args!("waiting for cur_cfg {} to reach next_cfg {next_cfg}", monitor.row["cur_cfg"]),
+                    )
+                    .remedy("see its log; it may be stopped, or busy configuring"));
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn transact(&self, operations: Vec<Value>, until: Instant) -> Result<Vec<Value>> {
-        transact(&mut self.connect()?, operations, until)
+        transact(&mut self.connect(until)?, operations, until)
     }
 
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
-        Ok(Box::new(FlagWatch(Monitor::start(self.connect()?, &["other_config"], until)?)))
+        Ok(Box::new(FlagWatch(Monitor::start(self.connect(until)?, &["other_config"], until)?)))
     }
 }
 
@@ -426,6 +458,27 @@ mod tests {
         assert_eq!(map(&json!(["map", [["k", "v"]]])), BTreeMap::from([("k".into(), "v".into())]));
         assert!(map(&json!("x")).is_empty());
         assert_eq!(string(&json!(["set", []])), "");
+    }
+
+    #[test]
+    fn a_server_that_is_away_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db.sock");
+        let database = Ovsdb::new(&path);
+        let server = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            // The first is closed without an answer.
+            drop(listener.accept().unwrap());
+            let (mut peer, _) = listener.accept().unwrap();
+            std::io::Read::read(&mut peer, &mut [0; 4096]).unwrap();
+            std::io::Write::write_all(&mut peer, br#"{"id":0,"error":null,"result":[{},{"rows":[{"next_cfg":7}]}]}"#)
+                .unwrap();
+        });
+        assert_eq!(database.bump(Instant::now() + Duration::from_secs(5)).unwrap(), 7);
+        server.join().unwrap();
+        let error = database.bump(Instant::now()).unwrap_err();
+        assert!(error.away, "{error}");
     }
 
     fn row(uuid: &str, mut value: Value) -> (String, Value) {
