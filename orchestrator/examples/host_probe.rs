@@ -240,7 +240,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.check("it has ended", daemons.wait_end(old.id, soon()).unwrap_or(false));
     println!("     after {:?}", begin.elapsed());
     tally.take("settle PID files", daemons.settle_pid_file(&new));
-    tally.take("bridges are ready", bridges.wait_ready(&new, &facts.bridges, soon()));
+    tally.take("bridges are ready", bridges.wait_ready(&new, &facts.bridges, 200_000, soon()));
     println!("     after {:?}", begin.elapsed());
     if let Some(prepared) = prepared {
         tally.take("commit the prepared restore", prepared.commit(&before, soon()));

@@ -16,7 +16,7 @@ use anyhow::{bail, Context};
 use dpfreeze::freeze::{self, Captured, Classes};
 use dpfreeze::park::ReplayReport;
 
-use crate::config::Config;
+use crate::config::{Config, RestoreConfig};
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
@@ -93,8 +93,9 @@ pub(crate) fn recover_interrupted(
         return Ok(None);
     };
     let mut recovery = Recovery { kept, ..Recovery::new(runs, &id, clock) };
+    let begun = recovery.begun;
     let outcome = recovery.run(database, host);
-    let duration = recovery.clock.now().saturating_duration_since(recovery.begun);
+    let duration = recovery.clock.now().saturating_duration_since(begun);
     // What is in memory goes to the disk, for whoever wants the whole story.
     let carried = runs.journal(&id);
     recovery.keep("journal", carried);
@@ -171,6 +172,7 @@ struct Recovery {
     runs: Runs,
     id: String,
     clock: Arc<dyn Clock>,
+    /// When it began, or began anew.
     begun: Instant,
     report: Report,
     errors: Vec<String>,
@@ -238,6 +240,8 @@ impl Recovery {
             let first = std::mem::take(&mut self.errors);
             let failed = outcome.err().map(|error| format!("{error:#}"));
             first.into_iter().chain(failed).for_each(|error| self.told(format!("{error}: all of it once more")));
+            // The first may have used all the time up. Should systemd cut this one off, the next recovery goes on.
+            self.begun = self.clock.now();
             outcome = self.carry_out(&mut host, database, &entries, &mark);
         }
         match outcome {
@@ -361,26 +365,35 @@ impl Recovery {
     }
 
     /// Standby, its waiting parent and ovs-ctl: whatever the run has started in the unit's cgroup, and every other
-    /// ovs-vswitchd. SIGKILL, because a standby may be stopped.
+    /// ovs-vswitchd.
     fn end_leftovers(&mut self, host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
-        let until = self.until(SHORT);
-        loop {
+        self.kill_all(host, |host| {
             let mut left = started_since(host, mark, old)?;
-            let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
-            left.extend(all.into_iter().map(|daemon| daemon.id).filter(|id| *id != old.id));
+            left.extend(every_switch(host)?.into_iter().filter(|id| *id != old.id));
             left.sort_unstable();
             left.dedup();
+            Ok(left)
+        })
+    }
+
+    /// SIGKILL, because a standby may be stopped; asked again, because one may be starting another.
+    fn kill_all(&mut self, host: &Host, who: impl Fn(&Host) -> anyhow::Result<Vec<ProcessId>>) -> anyhow::Result<()> {
+        let until = self.until(SHORT);
+        let mut late = false;
+        loop {
+            let left = who(host)?;
             if left.is_empty() {
                 return Ok(());
+            }
+            if late {
+                bail!("processes {:?} do not end", left.iter().map(|id| id.pid).collect::<Vec<_>>());
             }
             for id in &left {
                 // One that has ended by itself is what was wanted.
                 let _ = host.daemons.signal(*id, Signal::Kill);
                 host.daemons.wait_end(*id, until)?;
             }
-            if self.clock.now() >= until {
-                bail!("processes {:?} do not end", left.iter().map(|id| id.pid).collect::<Vec<_>>());
-            }
+            late = self.clock.now() >= until;
         }
     }
 
@@ -436,7 +449,7 @@ impl Recovery {
         self.keep("PID file", settled);
         let facts = host.database.facts(self.until(SHORT));
         let bridges = self.keep("database", facts).map(|facts| facts.bridges).unwrap_or_default();
-        host.openflow.wait_ready(survivor, &bridges, self.until(READY_LIMIT))?;
+        host.openflow.wait_ready(survivor, &bridges, RestoreConfig::default().flow_limit, self.until(READY_LIMIT))?;
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
         let let_go = let_it_bind(host);
@@ -507,14 +520,15 @@ impl Recovery {
     fn bind(&mut self, host: &mut Host, survivor: &Daemon, captured: Option<Captured>) -> anyhow::Result<()> {
         let until = self.until(BIND_LIMIT);
         while !bound_to(host, survivor.id)? {
+            if self.clock.now() >= until {
+                bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
+            }
             let own = captured.as_ref().filter(|captured| {
                 captured.process.tgid == survivor.id.pid as u32 && captured.process.start_time == survivor.id.start_time
             });
             if let Some(captured) = own {
                 host.datapath.bind_upcalls(captured.features, &captured.port_ids)?;
                 self.told("the upcalls were bound to what the new ovs-vswitchd had asked for");
-            } else if self.clock.now() >= until {
-                bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
             }
             self.clock.sleep(LOOK_AGAIN);
         }
@@ -528,6 +542,9 @@ impl Recovery {
         let until = self.until(Duration::from_secs(30));
         if !host.services.is_running() {
             let old = mark.old.as_ref().context("how ovs-vswitchd was started is not known")?;
+            // One that could not take over holds the lock of the database, as long as it lives.
+            let ended = self.kill_all(host, every_switch);
+            self.keep("ending what could not take over", ended);
             let removed = host.daemons.remove_stale_pid_files(old);
             self.keep("PID file", removed);
             host.daemons.start_like(old)?;
@@ -614,6 +631,11 @@ fn let_it_bind(host: &mut Host) -> anyhow::Result<()> {
         let _over_is_over = host.datapath.renew(LIMIT);
     }
     Ok(())
+}
+
+/// Every ovs-vswitchd of this host.
+fn every_switch(host: &Host) -> anyhow::Result<Vec<ProcessId>> {
+    Ok(host.daemons.find_all(DaemonKind::OvsVswitchd)?.into_iter().map(|daemon| daemon.id).collect())
 }
 
 /// Is the datapath bound to sockets of this process?

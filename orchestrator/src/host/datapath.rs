@@ -123,7 +123,7 @@ pub trait Datapath {
     /// Dumps the flows and decides which of them cannot survive; no flow is added while the upcalls are parked, so
     /// the decision stands until [`Datapath::remove_doomed`].
     fn choose_doomed(&mut self) -> Result<()>;
-    /// Removes them, in order and with grace periods (hazards 12).
+    /// Removes them, in order and with a grace period between (hazards 12).
     fn remove_doomed(&mut self) -> Result<&RemovalReport>;
     /// What [`Datapath::remove_doomed`] did, once it has.
     fn removed(&self) -> Option<&RemovalReport>;

@@ -551,8 +551,10 @@ pub trait OpenFlow: Send + Sync {
     ) -> Result<Vec<BridgeRules>>;
     /// Watches the flows of `bridges` from now on. A bridge that cannot be watched counts as changed.
     fn watch(&self, bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>>;
-    /// Waits until `daemon` has all of `bridges` and each one's management socket answers.
-    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()>;
+    /// Waits until `daemon` has all of `bridges` and each one's management socket answers. From then on it keeps up to
+    /// `flow_limit` kernel flows (hazards 24: it begins with 10,000; above its limit handlers do not install flows, far
+    /// above it all are deleted).
+    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], flow_limit: u32, until: Instant) -> Result<()>;
     /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. May be run twice.
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
     /// Does all of a restore that can be done before the new daemon is there: programs started, rules parsed.

@@ -31,12 +31,12 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let new = run.new_daemon()?.clone();
     let bridges = run.known.facts.bridges.clone();
-    run.host.openflow.wait_ready(&new, &bridges, until).context("the new ovs-vswitchd with every bridge")?;
+    let limit = run.config.restore.flow_limit;
+    run.host.openflow.wait_ready(&new, &bridges, limit, until).context("the new ovs-vswitchd with every bridge")?;
     run.checkpoint()?;
     for failed in run.host.datapath.tunnels_adopted(TUNNEL_PATIENCE)? {
         run.warn(format!("tunnel port not kept: {failed}"));
     }
-    raise_flow_limit(run)?;
     let Known { rules, addresses, prepared, .. } = &mut run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
     note(run, done)
@@ -87,15 +87,6 @@ fn teach_addresses(
 fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -> Result<(), Stop> {
     notes::restored(&mut run.report, &restored);
     notes::learned(&mut run.report, &learned);
-    run.checkpoint()
-}
-
-/// Hazards 24: the limit starts at 10,000; above it handlers do not install flows, far above it all are deleted.
-fn raise_flow_limit(run: &mut Run) -> Result<(), Stop> {
-    let until = run.deadline;
-    let new = run.new_daemon()?.clone();
-    let limit = run.config.restore.flow_limit.to_string();
-    run.host.daemons.command(&new, "upcall/set-flow-limit", &[&limit], until).context("raising the flow limit")?;
     run.checkpoint()
 }
 

@@ -47,8 +47,8 @@ pub fn learn(control: &Path, bridge: &Bridge, entries: &[FdbEntry], until: Insta
         }
         let arguments =
             |entry: &&FdbEntry| json!([bridge.name, frame(entry, port_of(bridge, &entry.port)), "-generate", "NORMAL"]);
-        let calls = batch.iter().map(arguments).collect();
-        match connection.call_many("ofproto/trace-packet-out", calls, until) {
+        let calls: Vec<_> = batch.iter().map(|entry| ("ofproto/trace-packet-out", arguments(entry))).collect();
+        match connection.call_many(&calls, until) {
             Ok(answers) => answers.into_iter().filter_map(|answer| answer.err()).for_each(|error| skip(&error.cause)),
             Err(error) if error.timed_out => batch.iter().for_each(|_| skip("no time left")),
             Err(error) => return Err(error),

@@ -115,15 +115,15 @@ impl Connection {
         }
     }
 
-    /// Calls `method` once for each of `params`, all sent before the first answer is waited for. Keep the list short:
-    /// what is sent has to fit into the socket.
-    pub fn call_many(&mut self, method: &str, params: Vec<Value>, until: Instant) -> Result<Vec<Result<Value>>> {
+    /// Makes all `calls` (method, parameters) before the first answer is waited for. Keep the list short: what is sent
+    /// has to fit into the socket.
+    pub fn call_many(&mut self, calls: &[(&str, Value)], until: Instant) -> Result<Vec<Result<Value>>> {
         let first = self.next_id;
-        for params in params {
+        for (method, params) in calls {
             self.send(&json!({"method": method, "params": params, "id": self.next_id}), until)?;
             self.next_id += 1;
         }
-        (first..self.next_id).map(|id| self.answer(method, id, until)).collect()
+        calls.iter().zip(first..).map(|((method, _), id)| self.answer(method, id, until)).collect()
     }
 
     /// The next notification, or `None` where `until` passes first.

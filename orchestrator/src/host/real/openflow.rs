@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::jsonrpc::remaining;
+use serde_json::{json, Value};
+
+use super::jsonrpc::{remaining, Connection};
 use super::prepared::{Prepared, PreparedBridge};
 use super::rule_watch::Watch;
 use super::{command, fdb, unixctl};
@@ -183,14 +185,17 @@ impl OpenFlow for RealOpenFlow {
         Watch::start(self, bridges, until).map(|watch| Box::new(watch) as _)
     }
 
-    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {
+    fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], flow_limit: u32, until: Instant) -> Result<()> {
         let object = format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
+        // The limit is that of the bridges' datapath, so it is set after the list was made; with the list, because while
+        // it takes over it answers late, and both in one turn of its main loop.
+        let questions = [("ofproto/list", json!([])), ("upcall/set-flow-limit", json!([flow_limit.to_string()]))];
         loop {
-            // While it takes over it answers late; its control socket is there all the time.
-            let list = match unixctl::command(&daemon.control, "ofproto/list", &[], until) {
+            let answers = Connection::connect(&daemon.control)?.call_many(&questions, until)?;
+            let list = match answers.into_iter().collect::<Result<Vec<Value>>>() {
                 // One that has just begun to listen knows its commands a moment later.
                 Err(error) if error.cause.contains("is not a valid command") => String::new(),
-                answer => answer?,
+                answers => answers?.first().and_then(Value::as_str).unwrap_or_default().to_owned(),
             };
             let there: BTreeSet<&str> = list.lines().map(str::trim).collect();
             // Its main loop answers only between two turns: a bridge in the list has its management socket too.

@@ -67,7 +67,7 @@ impl OpenFlow for SimOpenFlow {
         Ok(Box::new(SimRuleWatch))
     }
 
-    fn wait_ready(&self, daemon: &Daemon, _bridges: &[Bridge], until: Instant) -> Result<()> {
+    fn wait_ready(&self, daemon: &Daemon, _bridges: &[Bridge], _flow_limit: u32, until: Instant) -> Result<()> {
         self.0.operate("openflow.wait_ready", Some(until), |_| Ok(()))?;
         let pid = daemon.id.pid;
         let ready = self.0.wait(until, |world| match world.processes.get(&pid) {
