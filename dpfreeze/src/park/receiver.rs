@@ -119,9 +119,11 @@ impl Receiver {
     fn map(fd: OwnedFd) -> Result<Self> {
         let length = NonZeroUsize::new(LENGTH).unwrap_or(NonZeroUsize::MIN);
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // Populated: a page fault while a SIGKILL is pending fails, and takes the message with it that is being copied.
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
         // SAFETY: a new mapping at an address of the kernel's choice, of a memfd that is LENGTH bytes long and that
         // nobody makes shorter.
-        let map = unsafe { mmap(None, length, protection, MapFlags::MAP_SHARED, fd.as_fd(), 0) };
+        let map = unsafe { mmap(None, length, protection, flags, fd.as_fd(), 0) };
         let map = map.map_err(|e| Error::io("map the memfd of packets on their way", e))?;
         Ok(Receiver { fd, map: map.cast() })
     }

@@ -54,8 +54,7 @@ impl Recorder {
     pub fn intent(&mut self, run: &mut Run, phase: Phase, step: &str) -> anyhow::Result<()> {
         self.place(phase)?;
         self.look(run);
-        let data = self.news()?;
-        self.journal.append(&Entry::intent(phase, step, data))
+        self.say(|data| Entry::intent(phase, step, data))
     }
 
     /// It is done.
@@ -67,8 +66,7 @@ impl Recorder {
         if matches!(phase, Phase::Snapshot | Phase::SwitchPrepare) {
             self.keep_rules(&run.id, &run.known.rules)?;
         }
-        let data = self.news()?;
-        self.journal.append(&Entry::done(phase, step, data))
+        self.say(|data| Entry::done(phase, step, data))
     }
 
     /// It is undone.
@@ -91,24 +89,28 @@ impl Recorder {
     fn look(&mut self, run: &mut Run) {
         if self.mark.old.is_none() {
             if let Some(old) = run.known.old.clone() {
-                // What cannot be found out now is looked up by the recovery, as far as it can.
-                self.mark.old_port_ids = run.host.datapath.upcall_port_ids().unwrap_or_default();
                 self.mark.unit = run.known.owner.clone();
                 self.mark.old = Some(old);
             }
+        }
+        // As long as they are the old daemon's; what could not be found out is asked again.
+        if self.mark.old.is_some() && self.mark.old_port_ids.is_empty() && run.known.gap_began.is_none() {
+            self.mark.old_port_ids = run.host.datapath.upcall_port_ids().unwrap_or_default();
         }
         if self.mark.new.as_ref().map(|new| new.id) != run.known.new.as_ref().map(|new| new.id) {
             self.mark.new = run.known.new.clone();
         }
     }
 
-    /// The mark where it has changed; a daemon's description is long, and the gap is short.
-    fn news(&mut self) -> anyhow::Result<serde_json::Value> {
+    /// Writes an entry down, with the mark where that has changed: a daemon's description is long, and the gap is short.
+    /// What could not be written has not been said.
+    fn say(&mut self, entry: impl FnOnce(serde_json::Value) -> Entry) -> anyhow::Result<()> {
         if self.said.as_ref() == Some(&self.mark) {
-            return Ok(serde_json::Value::Null);
+            return self.journal.append(&entry(serde_json::Value::Null));
         }
+        self.journal.append(&entry(serde_json::to_value(&self.mark)?))?;
         self.said = Some(self.mark.clone());
-        Ok(serde_json::to_value(&self.mark)?)
+        Ok(())
     }
 
     /// Hazards 22: the rules of the switch, not of the snapshot.

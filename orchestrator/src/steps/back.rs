@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::{cancel_start, end_daemon, release_unit, wait_job, wait_until_it_listens};
+use super::standby::{cancel_start, end_daemon, end_unseen_daemon, release_unit, wait_job, wait_until_it_listens};
 use super::switch_prepare::keep_parked;
 use super::{classes, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
@@ -53,7 +53,7 @@ fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::h
 }
 
 fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
-    let Some(new) = run.known.new.clone() else { return Ok(()) };
+    let Some(new) = run.known.new.clone() else { return end_unseen_daemon(run, run.now() + END) };
     end_daemon(run, &new, run.now() + END)?;
     run.known.standby_stopped = false;
     run.known.new = None;

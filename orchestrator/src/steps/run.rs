@@ -101,6 +101,8 @@ pub struct Known {
     pub start: Option<Start>,
     /// The command that starts it has ended well.
     pub start_ended: bool,
+    /// A daemon was told to start and has not been seen yet.
+    pub unseen: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
     /// Ports whose deletion was refused.

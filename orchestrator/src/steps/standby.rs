@@ -36,7 +36,9 @@ impl Step for Standby {
             run.host.daemons.wait_standby(&new, until).context("the standby to wait for the database's lock")?;
             run.host.daemons.signal(new.id, Signal::Stop).context("stopping the standby")?;
             run.known.standby_stopped = true;
-            run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
+            if takes_tunnels_for_stale(run.report.to.ovs.as_deref()) {
+                run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
+            }
         }
         // Parsed and ready now, so that the gap does not pay for it.
         run.known.prepared = Some(run.host.openflow.prepare_restore(&run.known.rules)?);
@@ -49,21 +51,27 @@ impl Step for Standby {
         run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         let old = run.old()?.clone();
-        let begun = run.known.start.is_some();
-        let known = run.known.new.clone();
-        if let Some(new) = &known {
-            end_daemon(run, new, until)?;
+        if let Some(new) = run.known.new.clone() {
+            end_daemon(run, &new, until)?;
             run.known.standby_stopped = false;
             run.known.new = None;
         }
         cancel_start(run)?;
-        if known.is_none() && begun {
-            end_unseen_daemon(run, &old, until)?;
-        }
+        end_unseen_daemon(run, until)?;
         run.host.daemons.settle_pid_file(&old)?;
         run.restore_wait = None;
         run.host.database.clear_restore_wait(&run.id, until)?;
         Ok(Event::Done)
+    }
+}
+
+/// Open vSwitch before 3.2 deletes the ports of its tunnels at its start and makes them again (hazards 7, docs/tunnels.md);
+/// later ones note their numbers, and need not be watched. A version that cannot be read may be an old one.
+fn takes_tunnels_for_stale(version: Option<&str>) -> bool {
+    let mut numbers = version.unwrap_or_default().split('.').map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (3, 2),
+        _ => true,
     }
 }
 
@@ -77,12 +85,24 @@ pub(super) fn end_daemon(run: &Run, daemon: &Daemon, until: Instant) -> Result<(
 }
 
 /// Ends a daemon that was being started when the step ended, before its PID file told of it. Left alone it would wait
-/// for the database's lock and destroy the bridges when it gets it (hazards 17).
-fn end_unseen_daemon(run: &Run, old: &Daemon, until: Instant) -> Result<(), Stop> {
-    match run.host.daemons.wait_pid_file(old, until.min(run.now() + UNSEEN)) {
-        Ok(new) => end_daemon(run, &new, until),
-        Err(_none_was_started) => Ok(()),
+/// for the database's lock and destroy the bridges when it gets it (hazards 17). May be done twice.
+pub(super) fn end_unseen_daemon(run: &mut Run, until: Instant) -> Result<(), Stop> {
+    if !run.known.unseen {
+        return Ok(());
     }
+    let old = run.old()?.clone();
+    match run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN)) {
+        Ok(new) => end_daemon(run, &new, until)?,
+        Err(none_was_started) if none_was_started.timed_out => {}
+        // A PID file that one has left which died, perhaps: asked once more, it says so again.
+        Err(_) => {
+            if let Ok(new) = run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN)) {
+                end_daemon(run, &new, until)?;
+            }
+        }
+    }
+    run.known.unseen = false;
+    Ok(())
 }
 
 /// Gets a place to start the new daemon from: the unit's cgroup, by way of its reload hook.
@@ -115,12 +135,14 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     if beside_the_old {
         run.host.daemons.set_aside_pid_file(&old)?;
     }
+    run.known.unseen = true;
     match &mut run.known.start {
         Some(Start::Unit { link, .. }) => link.send(HookCommand::Start)?,
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
     let new = wait_for_new_daemon(run, &old)?;
     run.known.new = Some(new.clone());
+    run.known.unseen = false;
     run.host.datapath.watch_standby(new.id)?;
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
@@ -242,4 +264,20 @@ pub(super) fn release_unit(run: &mut Run, unit: &str, until: Instant) -> Result<
     run.host.services.end_hand_over(unit, until)?;
     run.known.unit = None;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_versions_before_3_2_take_tunnels_for_stale() {
+        for old in ["3.1.0", "2.15.2", "3.1.0-2+deb12u1", "", "none"] {
+            assert!(takes_tunnels_for_stale(Some(old)), "{old}");
+        }
+        for new in ["3.2.0", "3.5.0-1~bpo", "4.0", "10.1.2"] {
+            assert!(!takes_tunnels_for_stale(Some(new)), "{new}");
+        }
+        assert!(takes_tunnels_for_stale(None));
+    }
 }

@@ -406,6 +406,19 @@ fn random_schedules_end_old_or_new() {
     verdict.told();
 }
 
+/// Schedules beyond the first 2,000 that found something (docs/simulation.md).
+const FOUND: [u64; 8] = [1707, 2216, 2394, 3455, 3884, 5925, 9933, 10902];
+
+#[test]
+fn what_was_found_once_stays_mended() {
+    let mut verdict = Verdict::default();
+    for seed in FOUND {
+        let played = schedule(seed);
+        verdict.judge(format!("OVS_GRACEFUL_SEED={seed}: {}", played.told()), &played);
+    }
+    verdict.told();
+}
+
 #[test]
 fn a_schedule_is_the_same_again_from_its_seed() {
     for seed in 0..40 {
