@@ -258,9 +258,6 @@ fn upcall_of(message: &[u8], family: u16) -> Option<&[u8]> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::FromRawFd;
-    use std::os::fd::IntoRawFd;
-
     use nix::sys::socket::{sendto, socket, AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType};
 
     use super::*;
@@ -301,8 +298,7 @@ mod tests {
     fn after_a_crash(receiver: Receiver) -> Receiver {
         let kept = receiver.fd().try_clone_to_owned().unwrap();
         std::mem::forget(receiver);
-        // SAFETY: the descriptor is given from one owner to the next.
-        Receiver::reopen(unsafe { OwnedFd::from_raw_fd(kept.into_raw_fd()) }).unwrap()
+        Receiver::reopen(kept).unwrap()
     }
 
     #[test]

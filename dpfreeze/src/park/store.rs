@@ -105,14 +105,14 @@ impl Store {
     }
 
     /// Where the ring of `queue` ends: what is parked there moves it.
-    pub fn tail(&self, queue: Queue) -> u64 {
+    pub fn tail(&mut self, queue: Queue) -> u64 {
         self.ring_of(queue).tail()
     }
 
-    fn ring_of(&self, queue: Queue) -> &Ring {
-        match (queue, &self.adopted) {
+    fn ring_of(&mut self, queue: Queue) -> &mut Ring {
+        match (queue, &mut self.adopted) {
             (Queue::Adopted, Some(ring)) => ring,
-            _ => &self.own,
+            _ => &mut self.own,
         }
     }
 
@@ -141,11 +141,7 @@ impl Store {
                 batch.push(source, arrival, message);
             }
         }
-        let ring = match (queue, &mut self.adopted) {
-            (Queue::Adopted, Some(ring)) => ring,
-            _ => &mut self.own,
-        };
-        match ring.push(&batch) {
+        match self.ring_of(queue).push(&batch) {
             Ok(()) => self.stats.parked += batch.packets(),
             Err(e) => {
                 self.stats.overflowed += batch.packets();

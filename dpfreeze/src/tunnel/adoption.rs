@@ -196,7 +196,6 @@ fn watch(
     tell: &mpsc::Sender<Result<()>>,
 ) {
     let begun = Instant::now();
-    answer_at_once();
     match take(pid, start_time) {
         Err(e) => drop(tell.send(Err(e))),
         Ok((tracee, first)) => {
@@ -211,18 +210,6 @@ fn watch(
     shared.report().watched = begun.elapsed();
     shared.ended.store(true, Ordering::Release);
     shared.changed.notify_all();
-}
-
-/// The daemon stands still from each stop until this thread has run, and misses are parked meanwhile: on a busy host the
-/// thread would wait for its turn each time, about 1,500 times without a halt. Where that is not allowed it waits.
-fn answer_at_once() {
-    let priority = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the structure is whole and lives through the call; 0 is the calling thread.
-    let answer =
-        unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const priority) };
-    if answer != 0 {
-        tracing::debug!("the watch of tunnel ports runs at normal priority: {}", io::Error::last_os_error());
-    }
 }
 
 /// Seizes the process, and returns when it is in its first stop.

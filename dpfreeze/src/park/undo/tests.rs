@@ -445,9 +445,12 @@ proptest! {
             let translated_before = table.len();
             let tracked = (translated_before > 0).then_some((1, NEW | ct_state::SRC_NAT));
             for change in changes {
-                let fields_after_nat = matches!(change, Change::Field(..)) && table.len() > translated_before;
-                // A field that is set behind the translation in one flow had a value that no match tells.
-                if !fields_after_nat {
+                // A field that is set behind the translation, or behind a label that was popped, in one flow had a value
+                // that no match tells (Open vSwitch recirculates after a pop before it looks at what was covered).
+                let has_ip = |packet: &Packet| packet.layout().map(|layout| layout.ip.is_some());
+                let uncovered = has_ip(&before) == Some(false) && has_ip(&packet) == Some(true);
+                let unmatched = uncovered || table.len() > translated_before;
+                if !(unmatched && matches!(change, Change::Field(..))) {
                     change.apply(&mut packet, &mut actions, &mut table, &translated);
                 }
             }
@@ -455,7 +458,9 @@ proptest! {
             flows.push(Flow { key: key_of(&before, level, tracked), ..flow(&before, level, &actions) });
         }
         let tracked = (!table.is_empty()).then_some((1, NEW | ct_state::SRC_NAT));
-        if packet.layout().unwrap().ip.is_some() {
+        // A label that was there from the start and is uncovered again may look like the beginning of an IP header.
+        let like_ip = labelled.is_some_and(|entry| matches!(entry[0] >> 4, 4 | 6));
+        if !like_ip && packet.layout().unwrap().ip.is_some() {
             prop_assert!(checksums_are_right(&packet));
         }
         let parked = upcall(&packet, levels.len() as u32, tracked);
