@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use orchestrator::config::Config;
 use orchestrator::host::real::check::{self, CheckOptions};
 use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealClock, RealDaemons, RealOpenFlow, Systemd};
 use orchestrator::host::{
@@ -240,7 +241,10 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.check("it has ended", daemons.wait_end(old.id, soon()).unwrap_or(false));
     println!("     after {:?}", begin.elapsed());
     tally.take("settle PID files", daemons.settle_pid_file(&new));
-    tally.take("bridges are ready", bridges.wait_ready(&new, &facts.bridges, 200_000, soon()));
+    tally.take(
+        "bridges are ready",
+        bridges.wait_ready(&new, &facts.bridges, Config::default().restore.flow_limit, soon()),
+    );
     println!("     after {:?}", begin.elapsed());
     if let Some(prepared) = prepared {
         tally.take("commit the prepared restore", prepared.commit(&before, soon()));

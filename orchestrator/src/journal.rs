@@ -5,6 +5,7 @@
 //!     journal                          records: [length u32 LE][crc32c u32 LE][JSON]
 //!     report.json                      once the run is over
 //! /run/ovs-graceful/journal.<id>       records written between Switch and Handover
+//! /run/ovs-graceful/report.<id>.json   where the disk could not take the report, until it can
 //! ```
 //!
 //! Every step is journalled before it is done. Each record is synced to disk before the step goes on, except between
@@ -327,9 +328,20 @@ impl Runs {
         self.state.join(id)
     }
 
+    /// Where the report of run `id` is: on disk, or in memory because that was full.
+    fn report_files(&self, id: &str) -> [PathBuf; 2] {
+        [self.folder(id).join("report.json"), self.run.join(format!("report.{id}.json"))]
+    }
+
     /// The report of run `id`.
-    pub fn report(&self, id: &str) -> PathBuf {
-        self.folder(id).join("report.json")
+    ///
+    /// # Errors
+    /// Where it has none yet, or one of another schema.
+    pub fn report(&self, id: &str) -> anyhow::Result<Report> {
+        let files = self.report_files(id);
+        let path = files.iter().find(|path| self.files.exists(path)).unwrap_or(&files[0]);
+        let text = self.files.read(path).with_context(|| format!("cannot read the report {}", path.display()))?;
+        Report::parse(&text).with_context(|| format!("{} is not a report of this version", path.display()))
     }
 
     /// Where the journal of run `id` is.
@@ -399,22 +411,47 @@ impl Runs {
         }
     }
 
-    /// Removes what runs have left in memory that were killed just after their reports. What a person may want to look
-    /// at stays.
+    /// Removes what runs have left in memory that were killed just after their reports; reports themselves are brought
+    /// to the disk. What a person may want to look at stays.
     pub fn clear_left_over(&self) -> anyhow::Result<()> {
-        let needs_person = |report: &Report| report.exit_code == ExitCode::NeedsPerson;
-        for run in self.list()?.iter().filter(|run| run.report.as_ref().is_some_and(|report| !needs_person(report))) {
-            self.clear_memory(&run.id);
+        for run in self.list()? {
+            let Some(report) = run.report else { continue };
+            let [on_disk, in_memory] = self.report_files(&run.id);
+            let kept = self.files.exists(&on_disk) || self.write_report(&on_disk, &report).is_ok();
+            if kept && self.files.exists(&in_memory) {
+                let _still_there_is_fine = self.files.remove(&in_memory);
+            }
+            if report.exit_code != ExitCode::NeedsPerson {
+                self.clear_memory(&run.id);
+            }
         }
         Ok(())
     }
 
-    /// Keeps the report of run `id`: the run is over.
-    pub fn keep_report(&self, id: &str, report: &Report) -> anyhow::Result<()> {
-        let path = self.report(id);
+    /// Keeps the report of run `id`: the run is over. On a disk that is full it would not be, and would be taken for one
+    /// that was cut off: then the report is kept in memory, and says so.
+    ///
+    /// # Errors
+    /// Where neither can take it.
+    pub fn keep_report(&self, id: &str, report: &mut Report) -> anyhow::Result<()> {
+        let [on_disk, in_memory] = self.report_files(id);
+        let Err(error) = self.write_report(&on_disk, report) else { return Ok(()) };
+        if !self.files.exists(&self.folder(id)) {
+            // It has not begun.
+            return Err(error);
+        }
+        report.warnings.push(format!(
+            "{error:#}; it is kept in {} until the machine goes down; `ovs-graceful recover` brings it to the disk once \
+             there is space",
+            in_memory.display()
+        ));
+        self.write_report(&in_memory, report)
+    }
+
+    fn write_report(&self, path: &Path, report: &Report) -> anyhow::Result<()> {
         let mut text = serde_json::to_vec_pretty(report)?;
         text.push(b'\n');
-        self.files.replace(&path, &text).with_context(|| format!("cannot write the report {}", path.display()))
+        self.files.replace(path, &text).with_context(|| format!("cannot write the report {}", path.display()))
     }
 
     /// Where the program that ran before run `id` may be kept, the best place first: either may be mounted noexec.
@@ -461,8 +498,7 @@ impl Runs {
     /// All runs with their reports, oldest first.
     pub fn list(&self) -> anyhow::Result<Vec<PastRun>> {
         let ids = self.ids()?;
-        let report = |id: &str| serde_json::from_slice(&self.files.read(&self.report(id)).ok()?).ok();
-        Ok(ids.into_iter().map(|id| PastRun { report: report(&id), id }).collect())
+        Ok(ids.into_iter().map(|id| PastRun { report: self.report(&id).ok(), id }).collect())
     }
 
     /// The newest run that was begun and has no report. It is under way, or was cut off: the run lock tells which.
@@ -472,7 +508,7 @@ impl Runs {
 
     /// Has run `id` a report?
     pub fn is_over(&self, id: &str) -> bool {
-        self.files.exists(&self.report(id))
+        self.report_files(id).iter().any(|path| self.files.exists(path))
     }
 
     /// Old reports are not worth failing a run for: what cannot be removed stays.
@@ -671,7 +707,7 @@ mod tests {
     }
 
     fn report(runs: &Runs, id: &str) {
-        Report::new(id, RunStrategy::Standby, 0).write(&runs.report(id)).unwrap();
+        runs.keep_report(id, &mut Report::new(id, RunStrategy::Standby, 0)).unwrap();
     }
 
     #[test]
@@ -691,6 +727,25 @@ mod tests {
         assert_eq!(runs.interrupted().unwrap(), Some("run-1".into()));
         report(&runs, "run-1");
         assert_eq!(runs.interrupted().unwrap(), None);
+    }
+
+    #[test]
+    fn a_report_that_the_disk_cannot_take_ends_the_run_and_gets_there_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let [state, run] = ["state", "run"].map(|name| dir.path().join(name));
+        let runs = Runs::at(&state, &run);
+        let folder = runs.create("run-1", 3).unwrap();
+        // Nothing can take the place of a folder that is not empty.
+        std::fs::create_dir_all(folder.join("report.json/in-the-way")).unwrap();
+        let mut written = Report::new("run-1", RunStrategy::Standby, 0);
+        runs.keep_report("run-1", &mut written).unwrap();
+        assert!(written.warnings[0].contains("until the machine goes down"), "{:?}", written.warnings);
+        std::fs::remove_dir_all(folder.join("report.json")).unwrap();
+        assert_eq!(runs.interrupted().unwrap(), None);
+        assert_eq!(runs.list().unwrap()[0].report.as_ref(), Some(&written));
+        runs.clear_left_over().unwrap();
+        assert_eq!(std::fs::read_dir(&run).unwrap().count(), 0);
+        assert_eq!(runs.report("run-1").unwrap(), written);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use anyhow::{bail, Context};
 use dpfreeze::freeze::{self, Captured, Classes};
 use dpfreeze::park::ReplayReport;
 
-use crate::config::{Config, RestoreConfig};
+use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
@@ -65,7 +65,8 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
         Err(error) => return Err(error.into()),
     };
     let database = Host::real_database();
-    let recovered = recover_interrupted(&runs, Arc::new(RealClock), database.as_ref(), kept, || Host::real(config))?;
+    let recovered =
+        recover_interrupted(&runs, config, Arc::new(RealClock), database.as_ref(), kept, || Host::real(config))?;
     // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
     match clear_our_mark(database.as_ref(), Instant::now() + SHORT) {
         Ok(None) => {}
@@ -83,6 +84,7 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
 /// Finishes or undoes the run that has no report yet, if there is one: it is over once it has.
 pub(crate) fn recover_interrupted(
     runs: &Runs,
+    config: &Config,
     clock: Arc<dyn Clock>,
     database: &dyn Database,
     kept: Vec<(String, OwnedFd)>,
@@ -92,8 +94,8 @@ pub(crate) fn recover_interrupted(
         runs.clear_left_over()?;
         return Ok(None);
     };
-    let mut recovery = Recovery { kept, ..Recovery::new(runs, &id, clock) };
-    let begun = recovery.begun;
+    let begun = clock.now();
+    let mut recovery = Recovery { kept, ..Recovery::new(runs, &id, config, clock) };
     let outcome = recovery.run(database, host);
     let duration = recovery.clock.now().saturating_duration_since(begun);
     // What is in memory goes to the disk, for whoever wants the whole story.
@@ -102,7 +104,7 @@ pub(crate) fn recover_interrupted(
     let mut report = recovery.report;
     report.warnings.extend(recovery.errors);
     report.finish(&outcome, duration.as_millis() as u64);
-    runs.keep_report(&id, &report)?;
+    runs.keep_report(&id, &mut report)?;
     runs.clear_memory(&id);
     if report.exit_code == ExitCode::Undone {
         runs.drop_program(&id);
@@ -172,8 +174,10 @@ struct Recovery {
     runs: Runs,
     id: String,
     clock: Arc<dyn Clock>,
-    /// When it began, or began anew.
-    begun: Instant,
+    /// When this attempt must have ended.
+    end: Instant,
+    /// `restore.flow_limit` of the configuration.
+    flow_limit: u32,
     report: Report,
     errors: Vec<String>,
     /// What the dead supervisor had kept, until it is taken up.
@@ -183,17 +187,18 @@ struct Recovery {
 }
 
 impl Recovery {
-    fn new(runs: &Runs, id: &str, clock: Arc<dyn Clock>) -> Recovery {
+    fn new(runs: &Runs, id: &str, config: &Config, clock: Arc<dyn Clock>) -> Recovery {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let report = Report::new(id, Strategy::Standby, now.as_millis() as u64);
-        let begun = clock.now();
+        let end = clock.now() + LIMIT;
+        let flow_limit = config.restore.flow_limit;
         let (runs, id) = (runs.clone(), id.to_owned());
-        Recovery { runs, id, clock, begun, report, errors: Vec::new(), kept: Vec::new(), parked: false }
+        Recovery { runs, id, clock, end, flow_limit, report, errors: Vec::new(), kept: Vec::new(), parked: false }
     }
 
     /// `limit` from now, but not beyond the end of all.
     fn until(&self, limit: Duration) -> Instant {
-        (self.clock.now() + limit).min(self.begun + LIMIT)
+        (self.clock.now() + limit).min(self.end)
     }
 
     /// The value, or its error kept for the report.
@@ -241,7 +246,7 @@ impl Recovery {
             let failed = outcome.err().map(|error| format!("{error:#}"));
             first.into_iter().chain(failed).for_each(|error| self.told(format!("{error}: all of it once more")));
             // The first may have used all the time up. Should systemd cut this one off, the next recovery goes on.
-            self.begun = self.clock.now();
+            self.end = self.clock.now() + LIMIT;
             outcome = self.carry_out(&mut host, database, &entries, &mark);
         }
         match outcome {
@@ -366,7 +371,7 @@ impl Recovery {
 
     /// Standby, its waiting parent and ovs-ctl: whatever the run has started in the unit's cgroup, and every other
     /// ovs-vswitchd.
-    fn end_leftovers(&mut self, host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
+    fn end_leftovers(&self, host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
         self.kill_all(host, |host| {
             let mut left = started_since(host, mark, old)?;
             left.extend(every_switch(host)?.into_iter().filter(|id| *id != old.id));
@@ -377,7 +382,7 @@ impl Recovery {
     }
 
     /// SIGKILL, because a standby may be stopped; asked again, because one may be starting another.
-    fn kill_all(&mut self, host: &Host, who: impl Fn(&Host) -> anyhow::Result<Vec<ProcessId>>) -> anyhow::Result<()> {
+    fn kill_all(&self, host: &Host, who: impl Fn(&Host) -> anyhow::Result<Vec<ProcessId>>) -> anyhow::Result<()> {
         let until = self.until(SHORT);
         let mut late = false;
         loop {
@@ -449,7 +454,7 @@ impl Recovery {
         self.keep("PID file", settled);
         let facts = host.database.facts(self.until(SHORT));
         let bridges = self.keep("database", facts).map(|facts| facts.bridges).unwrap_or_default();
-        host.openflow.wait_ready(survivor, &bridges, RestoreConfig::default().flow_limit, self.until(READY_LIMIT))?;
+        host.openflow.wait_ready(survivor, &bridges, self.flow_limit, self.until(READY_LIMIT))?;
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
         let let_go = let_it_bind(host);

@@ -66,7 +66,7 @@ fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
         return Ok(None);
     }
     if runs.is_over(id) {
-        return Ok(Some(Report::read(&runs.report(id))?.exit_code.code().into()));
+        return Ok(Some(runs.report(id)?.exit_code.code().into()));
     }
     protect_from_paging_and_oom();
     recovery::recover(config, inherited()).map(Some)
@@ -154,7 +154,7 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
         }
     };
     report.finish(&outcome, clock.now().saturating_duration_since(started).as_millis() as u64);
-    keep(&runs, &id, &report);
+    keep(&runs, &id, &mut report);
     if outcome.exit_code != ExitCode::NeedsPerson {
         runs.clear_memory(&id);
     }
@@ -168,6 +168,7 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
 
 /// A run that cannot be written down cannot be recovered: it must not begin.
 fn open_journal(runs: &Runs, id: &str, config: &Config, clock: &dyn Clock) -> anyhow::Result<Recorder> {
+    runs.clear_left_over()?;
     if let Some(other) = runs.interrupted()? {
         return Err(anyhow!("run {other} was cut off and has to be undone or finished first; `ovs-graceful recover`"));
     }
@@ -338,7 +339,7 @@ fn because(run: &mut Run, event: Event) -> Action {
 }
 
 /// The report must outlive this process; where it cannot be written, the client still gets it.
-fn keep(runs: &Runs, id: &str, report: &Report) {
+fn keep(runs: &Runs, id: &str, report: &mut Report) {
     let kept = runs.keep_report(id, report);
     if let Err(error) = kept {
         tracing::warn!("the report was not kept: {error:#}");

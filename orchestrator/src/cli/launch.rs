@@ -139,7 +139,7 @@ fn look(id: &str) -> Option<Launched> {
             return Some(Launched::Running(events));
         }
     }
-    let report = Report::read(&Runs::default().report(id)).ok()?;
+    let report = Runs::default().report(id).ok()?;
     Some(Launched::Over(Box::new(report)))
 }
 

@@ -211,10 +211,10 @@ fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
 
 /// The connection broke before the end was told.
 fn orphaned(id: &str, args: &RestartArgs) -> u8 {
-    let path = Runs::default().report(id);
+    let runs = Runs::default();
     let until = Instant::now() + REPORT_LIMIT;
     while Instant::now() < until {
-        if let Ok(report) = Report::read(&path) {
+        if let Ok(report) = runs.report(id) {
             return end(&report, args);
         }
         thread::sleep(Duration::from_millis(100));

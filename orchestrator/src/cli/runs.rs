@@ -31,7 +31,8 @@ pub fn show(id: &str, json: bool) -> anyhow::Result<ExitCode> {
     if !runs.ids()?.iter().any(|known| known == id) {
         anyhow::bail!("there is no run {id}; `ovs-graceful runs` lists them");
     }
-    let report = Report::read(&runs.report(id))
+    let report = runs
+        .report(id)
         .map_err(|error| error.context(format!("run {id} has no report; if it was cut off: `ovs-graceful recover`")))?;
     match json {
         true => say_json(&report),

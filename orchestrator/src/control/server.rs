@@ -144,9 +144,13 @@ impl Server {
         lock(&self.hooks).recv_timeout(until.saturating_duration_since(Instant::now())).ok()
     }
 
-    /// Stops listening, lets subscribers have what is queued for them (for `patience` at most), removes the socket.
+    /// Stops listening, lets subscribers have what is queued for them (for `patience` at most), removes the socket. A run
+    /// that is over at once waits for the client that has started it, or nobody would be told why.
     pub fn close(mut self, patience: Duration) {
         let until = Instant::now() + patience;
+        while lock(&self.shared.audience).writers.is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
         self.stop();
         let writers = {
             let mut audience = lock(&self.shared.audience);

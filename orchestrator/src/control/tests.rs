@@ -54,6 +54,20 @@ fn nobody_listening_is_none() {
 }
 
 #[test]
+fn a_run_that_is_over_at_once_waits_for_its_client() {
+    let Run { _dir, path, server } = run();
+    let report = Box::new(Report::new("run-1", Strategy::Standby, 0));
+    server.tell(&Progress::Finished { exit_code: 10, report });
+    let client = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        let mut events = Connection::open(&path).unwrap().unwrap().subscribe().unwrap();
+        std::iter::from_fn(|| events.next_event().unwrap()).last()
+    });
+    server.close(Duration::from_secs(20));
+    assert!(matches!(client.join().unwrap(), Some(Progress::Finished { exit_code: 10, .. })));
+}
+
+#[test]
 fn a_late_subscriber_hears_everything_and_the_end() {
     let run = run();
     run.server.tell(&Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 });

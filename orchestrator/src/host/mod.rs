@@ -563,6 +563,8 @@ pub trait OpenFlow: Send + Sync {
     fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
+    /// Does both and returns when both are done: at the same time, or one after the other.
+    fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send));
 }
 
 /// A restore that waits for the new daemon.

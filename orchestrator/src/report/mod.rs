@@ -296,10 +296,12 @@ impl Report {
         write_private_json(path, self).with_context(|| format!("cannot write the report {}", path.display()))
     }
 
-    /// Reads a report.
-    pub fn read(path: &Path) -> anyhow::Result<Report> {
-        let text = std::fs::read(path).with_context(|| format!("cannot read the report {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{} is not a report of schema {SCHEMA}", path.display()))
+    /// The report that `text` is.
+    ///
+    /// # Errors
+    /// Where it is none of [`SCHEMA`].
+    pub fn parse(text: &[u8]) -> anyhow::Result<Report> {
+        serde_json::from_slice(text).with_context(|| format!("this is not a report of schema {SCHEMA}"))
     }
 }
 

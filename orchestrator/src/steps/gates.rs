@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::{notes, Ended, Run, Step, Stop};
+use super::{bridges, notes, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::DATAPATH;
 use crate::host::real::openflow::is_timed;
@@ -32,6 +32,7 @@ impl Step for Gates {
 
 /// By number only: Verify compares by meaning, and a dump of tens of thousands of rules takes seconds.
 fn has_every_rule(run: &mut Run) -> Result<bool, Stop> {
+    bridges::forget_removed_now(run)?;
     let now = run.host.openflow.count_flows(&run.known.rules, run.deadline).context("counting OpenFlow flows")?;
     let mut lacking = Vec::new();
     for (before, now) in run.known.rules.iter().zip(now) {

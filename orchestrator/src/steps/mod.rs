@@ -4,6 +4,7 @@
 
 mod arm;
 mod back;
+mod bridges;
 mod check;
 mod classes;
 mod gates;

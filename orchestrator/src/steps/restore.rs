@@ -1,12 +1,11 @@
 //! Restore: the new daemon gets back what the old one had been told and had learned.
 
 use std::collections::BTreeMap;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context};
+use anyhow::{anyhow, Context};
 
-use super::{notes, Ended, Host, Known, Run, Step, Stop};
+use super::{bridges, notes, Ended, Host, Known, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::{Bridge, BridgeRules, Daemon, FdbEntry, LearnReport, OpenFlow, PreparedRestore, RestoredRules};
 use crate::machine::{Event, Phase};
@@ -15,6 +14,8 @@ pub(super) struct Restore;
 
 /// A daemon that has every bridge has its tunnel ports as well, but for this.
 const TUNNEL_PATIENCE: Duration = Duration::from_millis(500);
+/// A bridge that the daemon does not have after this time may have been removed from the database.
+const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 
 impl Step for Restore {
     fn limit(&self, config: &Config) -> Duration {
@@ -30,16 +31,28 @@ impl Step for Restore {
 pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let new = run.new_daemon()?.clone();
+    wait_for_bridges(run, &new)?;
     let bridges = run.known.facts.bridges.clone();
-    let limit = run.config.restore.flow_limit;
-    run.host.openflow.wait_ready(&new, &bridges, limit, until).context("the new ovs-vswitchd with every bridge")?;
-    run.checkpoint()?;
     for failed in run.host.datapath.tunnels_adopted(TUNNEL_PATIENCE)? {
         run.warn(format!("tunnel port not kept: {failed}"));
     }
     let Known { rules, addresses, prepared, .. } = &mut run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
     note(run, done)
+}
+
+fn wait_for_bridges(run: &mut Run, new: &Daemon) -> Result<(), Stop> {
+    let limit = run.config.restore.flow_limit;
+    loop {
+        let until = run.deadline.min(run.now() + BRIDGE_PATIENCE);
+        match run.host.openflow.wait_ready(new, &run.known.facts.bridges, limit, until) {
+            Err(error) if error.timed_out && until < run.deadline => bridges::forget_removed_now(run)?,
+            ready => {
+                ready.context("the new ovs-vswitchd with every bridge")?;
+                return run.checkpoint();
+            }
+        }
+    }
 }
 
 /// Rules and addresses, side by side: the one waits for the daemon's table, the other for its control socket.
@@ -49,19 +62,23 @@ fn put_back(
     bridges: &[Bridge],
     rules: &[BridgeRules],
     addresses: &BTreeMap<String, Vec<FdbEntry>>,
-    prepared: Option<Box<dyn PreparedRestore>>,
+    mut prepared: Option<Box<dyn PreparedRestore>>,
     until: Instant,
 ) -> anyhow::Result<(Vec<RestoredRules>, LearnReport)> {
-    thread::scope(|scope| {
-        let openflow = host.openflow.as_ref();
-        let learned = scope.spawn(move || teach_addresses(openflow, new, bridges, addresses, until));
-        let restored = match prepared {
+    let openflow = host.openflow.as_ref();
+    let (mut restored, mut learned) = (None, None);
+    let mut restore = || {
+        restored = Some(match prepared.take() {
             Some(prepared) => prepared.commit(rules, until),
             None => openflow.restore(rules, until),
-        };
-        let learned = learned.join().unwrap_or_else(|_| bail!("teaching learned addresses panicked"));
-        Ok((restored.context("restoring OpenFlow rules")?, learned.context("restoring learned addresses")?))
-    })
+        });
+    };
+    openflow.both(&mut restore, &mut || learned = Some(teach_addresses(openflow, new, bridges, addresses, until)));
+    let ended_early = || anyhow!("putting rules and addresses back ended early; the log says why");
+    Ok((
+        restored.ok_or_else(ended_early)?.context("restoring OpenFlow rules")?,
+        learned.ok_or_else(ended_early)?.context("restoring learned addresses")?,
+    ))
 }
 
 /// Hazards 24: NORMAL would flood what it had learned to send to one port.
@@ -93,12 +110,13 @@ fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -
 /// A bridge with a controller loses its rules when flow-restore-wait goes: it takes the adding of the controllers,
 /// held back until then, for a change of mind (ofproto_flush_flows).
 pub(super) fn restore_bridges_with_controllers(run: &mut Run) -> Result<(), Stop> {
-    let with_controllers: Vec<Bridge> =
-        run.known.facts.bridges.iter().filter(|bridge| !bridge.controllers.is_empty()).cloned().collect();
-    if with_controllers.is_empty() {
+    let has_controllers = |bridge: &&Bridge| !bridge.controllers.is_empty();
+    if !run.known.facts.bridges.iter().any(|bridge| has_controllers(&bridge)) {
         return Ok(());
     }
     super::handover::wait_in_step(run)?;
+    bridges::forget_removed_now(run)?;
+    let with_controllers: Vec<Bridge> = run.known.facts.bridges.iter().filter(has_controllers).cloned().collect();
     let rules: Vec<BridgeRules> = run
         .known
         .rules

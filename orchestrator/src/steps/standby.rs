@@ -91,15 +91,14 @@ pub(super) fn end_unseen_daemon(run: &mut Run, until: Instant) -> Result<(), Sto
         return Ok(());
     }
     let old = run.old()?.clone();
-    match run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN)) {
-        Ok(new) => end_daemon(run, &new, until)?,
-        Err(none_was_started) if none_was_started.timed_out => {}
+    let look = || run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN));
+    let found = match look() {
         // A PID file that one has left which died, perhaps: asked once more, it says so again.
-        Err(_) => {
-            if let Ok(new) = run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN)) {
-                end_daemon(run, &new, until)?;
-            }
-        }
+        Err(error) if !error.timed_out => look(),
+        found => found,
+    };
+    if let Ok(new) = found {
+        end_daemon(run, &new, until)?;
     }
     run.known.unseen = false;
     Ok(())

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::{classes, Ended, Run, Step, Stop};
+use super::{bridges, classes, notes, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -22,6 +22,7 @@ impl Step for SwitchPrepare {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
+        bridges::look_again(run)?;
         let_it_catch_up(run)?;
         let old = run.old()?.id;
         run.host.datapath.prepare_park(old).context("opening the parking sockets")?;
@@ -106,6 +107,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     let bridges = run.known.facts.bridges.clone();
     if let Some(mut watch) = run.known.rule_watch.take() {
         run.known.rules = run.host.openflow.refresh(&bridges, &run.known.rules, watch.as_mut(), until)?;
+        notes::rules_before(&mut run.report, &run.known.rules);
     }
     let old = run.old()?.clone();
     for bridge in &bridges {

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot;
 
-use super::{notes, ports, Ended, Run, Step, Stop};
+use super::{bridges, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::DatabaseFacts;
@@ -28,6 +28,7 @@ impl Step for Verify {
             notes::after(&mut run.report, &before, &after, &ports::wanted(&facts));
             run.known.before = Some(before);
         }
+        bridges::forget_removed(run, &facts);
         let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules);
         run.checkpoint()?;

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use serde_json::{json, Value};
+use serde_json::json;
 
-use super::jsonrpc::{remaining, Connection};
+use super::jsonrpc::remaining;
 use super::prepared::{Prepared, PreparedBridge};
 use super::rule_watch::Watch;
 use super::{command, fdb, unixctl};
@@ -191,11 +191,10 @@ impl OpenFlow for RealOpenFlow {
         // it takes over it answers late, and both in one turn of its main loop.
         let questions = [("ofproto/list", json!([])), ("upcall/set-flow-limit", json!([flow_limit.to_string()]))];
         loop {
-            let answers = Connection::connect(&daemon.control)?.call_many(&questions, until)?;
-            let list = match answers.into_iter().collect::<Result<Vec<Value>>>() {
+            let list = match unixctl::commands(&daemon.control, &questions, until) {
                 // One that has just begun to listen knows its commands a moment later.
                 Err(error) if error.cause.contains("is not a valid command") => String::new(),
-                answers => answers?.first().and_then(Value::as_str).unwrap_or_default().to_owned(),
+                answers => answers?.into_iter().next().unwrap_or_default(),
             };
             let there: BTreeSet<&str> = list.lines().map(str::trim).collect();
             // Its main loop answers only between two turns: a bridge in the list has its management socket too.
@@ -230,6 +229,16 @@ impl OpenFlow for RealOpenFlow {
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
         fdb::learn(&daemon.control, bridge, entries, until)
+    }
+
+    fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send)) {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(other);
+            one();
+            if thread.join().is_err() {
+                tracing::error!("a thread of ours panicked: what it was to do is not done");
+            }
+        });
     }
 }
 

@@ -68,6 +68,11 @@ impl Ovsdb {
         }
     }
 
+    /// [`Database::transact`] of what may be done twice.
+    fn transact_again(&self, operations: &[Value], until: Instant) -> Result<Vec<Value>> {
+        self.ask(until, |mut connection| transact(&mut connection, operations.to_vec(), until))
+    }
+
     fn object(&self) -> String {
         format!("database {}", self.socket.display())
     }
@@ -145,14 +150,14 @@ impl Database for Ovsdb {
             ["external_ids", "includes", ["map", [[MARK, run]]]],
             ["other_config", "includes", ["map", [[FLAG, "true"]]]]
         ]);
-        let operations = vec![
+        let operations = [
             json!({"op": "mutate", "table": DATABASE, "where": flagged, "mutations": [
                 ["other_config", "delete", ["set", [FLAG]]], ["next_cfg", "+=", 1]]}),
             json!({"op": "mutate", "table": DATABASE, "where": ours, "mutations": [
                 ["external_ids", "delete", ["set", [MARK]]]]}),
             json!({"op": "select", "table": DATABASE, "where": [], "columns": ["next_cfg"]}),
         ];
-        let results = self.ask(until, |mut connection| transact(&mut connection, operations.clone(), until))?;
+        let results = self.transact_again(&operations, until)?;
         Ok(match (results[0]["count"].as_i64(), results[1]["count"].as_i64()) {
             (Some(1), _) => Cleared::Removed { next_cfg: self.incremented(&results)? },
             (_, Some(1)) => Cleared::AlreadyGone,
@@ -161,8 +166,7 @@ impl Database for Ovsdb {
     }
 
     fn bump(&self, until: Instant) -> Result<i64> {
-        let increment = Self::increment().to_vec();
-        let results = self.ask(until, |mut connection| transact(&mut connection, increment.clone(), until))?;
+        let results = self.transact_again(&Self::increment(), until)?;
         self.incremented(&results)
     }
 

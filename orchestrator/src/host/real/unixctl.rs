@@ -12,8 +12,19 @@ use crate::host::error::{HostError, Result};
 
 /// Sends `command` with `arguments` to the daemon behind `socket` and returns its text.
 pub fn command(socket: &Path, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
-    let mut connection = Connection::connect(socket)?;
-    match connection.call(command, json!(arguments), until)? {
+    let answer = Connection::connect(socket)?.call(command, json!(arguments), until)?;
+    text(socket, command, answer)
+}
+
+/// Sends all `commands` (with their arguments) at once: a daemon that answers late answers them in one turn. Their texts,
+/// or the first error.
+pub fn commands(socket: &Path, commands: &[(&str, Value)], until: Instant) -> Result<Vec<String>> {
+    let answers = Connection::connect(socket)?.call_many(commands, until)?;
+    commands.iter().zip(answers).map(|((command, _), answer)| text(socket, command, answer?)).collect()
+}
+
+fn text(socket: &Path, command: &str, answer: Value) -> Result<String> {
+    match answer {
         Value::String(text) => Ok(text),
         Value::Null => Ok(String::new()),
         other => Err(HostError::new(socket.display().to_string(), format!("{command}: unexpected answer {other}"))),

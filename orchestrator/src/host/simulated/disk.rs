@@ -15,6 +15,8 @@ use crate::host::HostError;
 pub struct Files {
     files: BTreeMap<PathBuf, Stored>,
     folders: BTreeSet<PathBuf>,
+    /// Nothing can be added but in /run.
+    pub full: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -35,6 +37,14 @@ impl Files {
     /// The files in /run.
     pub fn names_in_memory(&self) -> Vec<String> {
         self.files.keys().filter(|path| path.starts_with("/run")).map(|path| path.display().to_string()).collect()
+    }
+
+    /// May something be added to `path`?
+    fn room(&self, path: &Path) -> io::Result<()> {
+        match self.full && !path.starts_with("/run") {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => Ok(()),
+        }
     }
 
     fn file(&mut self, path: &Path) -> io::Result<&mut Stored> {
@@ -71,6 +81,7 @@ impl Disk for SimDisk {
             "disk.make_folder",
             |_| {},
             |files| {
+                files.room(folder)?;
                 files.folders.extend(folder.ancestors().map(Path::to_path_buf));
                 Ok(())
             },
@@ -104,6 +115,9 @@ impl Disk for SimDisk {
                 if path.parent().is_none_or(|folder| !files.folders.contains(folder)) {
                     return Err(io::ErrorKind::NotFound.into());
                 }
+                if !files.files.contains_key(path) {
+                    files.room(path)?;
+                }
                 files.files.entry(path.to_path_buf()).or_default();
                 Ok(())
             },
@@ -119,6 +133,7 @@ impl Disk for SimDisk {
                 if path.parent().is_none_or(|folder| !files.folders.contains(folder)) {
                     return Err(io::ErrorKind::NotFound.into());
                 }
+                files.room(path)?;
                 files.files.insert(path.to_path_buf(), Stored { bytes: bytes.to_vec(), synced: bytes.len() });
                 Ok(())
             },
@@ -164,6 +179,7 @@ impl AppendFile for SimFile {
             }
         };
         self.disk.operate("disk.append", half, |files| {
+            files.room(&self.path)?;
             files.file(&self.path)?.bytes.extend_from_slice(bytes);
             Ok(())
         })

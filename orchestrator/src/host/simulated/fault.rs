@@ -36,6 +36,8 @@ pub enum Fault {
     FlagRemoved,
     /// Just before, the machine is suspended for longer than any lease.
     Suspend,
+    /// Just before, the disk becomes full (random schedules do without it: their seeds mean what they meant).
+    DiskFull,
 }
 
 impl Fault {
@@ -117,7 +119,7 @@ impl Script {
 
 impl Dice {
     fn throw(&mut self, place: Place) -> Option<Fault> {
-        // Rules and addresses are put back by two threads: the order of their operations is not ours.
+        // The seeds of docs/simulation.md were thrown without it; every fault comes to it where each operation has its turn.
         if self.left == 0 || place.name == "openflow.learn" {
             return None;
         }

@@ -106,6 +106,12 @@ impl OpenFlow for SimOpenFlow {
             None => Err(HostError::new("ovs-vswitchd", "it has ended")),
         })
     }
+
+    /// In turn: the same faults give the same run.
+    fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send)) {
+        one();
+        other();
+    }
 }
 
 struct SimPrepared(SimOpenFlow);
