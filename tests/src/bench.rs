@@ -19,12 +19,12 @@ use crate::vm;
 const BIN_DIR: &str = "LAB_BIN_DIR";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PRODUCT: [&str; 2] = ["ovs-graceful", "dpfreeze"];
-/// A scenario takes about a minute; TCG on a busy machine much more.
-const LIMIT: Duration = Duration::from_secs(420);
+/// A scenario takes about a minute, `scale` three; TCG on a slow machine five times as much.
+const LIMIT: Duration = Duration::from_secs(900);
 /// What a further round in the same VM adds.
-const ROUND_LIMIT: Duration = Duration::from_secs(240);
-/// Those that go through many hosts or runs.
-const CUSTOM_LIMIT: Duration = Duration::from_secs(900);
+const ROUND_LIMIT: Duration = Duration::from_secs(400);
+/// The same for a run of a scenario that makes several by itself.
+const RUN_LIMIT: Duration = Duration::from_secs(150);
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -112,7 +112,7 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
         input: input.path(),
         output: &out,
         kernel_args: scenario.kernel_args(),
-        limit: more + if matches!(scenario, Scenario::Custom(_)) { CUSTOM_LIMIT } else { LIMIT },
+        limit: more + LIMIT + RUN_LIMIT * scenario.runs(&job.extra_args)?,
     };
     let ran = vm::boot(&boot)?;
     (1..=rounds)

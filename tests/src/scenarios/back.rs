@@ -10,14 +10,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use serde_json::{json, Value};
+use serde_json::json;
 
-use super::killed::{nothing_left, owned};
-use super::{plain, Custom};
+use super::{aftermath, plain, Custom};
 use crate::command::shell_lenient;
-use crate::guest::probe::Running;
 use crate::guest::{facts, run, say};
-use crate::outcome::{Job, Outcome, ProbeOutcome};
+use crate::outcome::{Job, Outcome};
 
 /// See the module.
 pub struct Back;
@@ -63,8 +61,7 @@ impl Custom for Back {
             say(&format!("back: {}", case.name));
             one(case, &installed, out, outcome).with_context(|| format!("back: {}", case.name))?;
         }
-        let failed = facts::failed_units();
-        outcome.check("no unit failed", failed.is_empty(), failed);
+        aftermath::no_unit_failed(outcome);
         Ok(())
     }
 }
@@ -96,11 +93,10 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
         let as_before = started_as(now.pid);
         outcome.check(check("started as before"), as_before == how, json!([how, as_before]));
     }
-    nothing_left(case.name, outcome);
-    owned(case.name, outcome);
-    let now = facts::promised(&plain::bridges());
-    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
-    finish(case, live, outcome)
+    aftermath::nothing_left(case.name, outcome);
+    aftermath::owned(case.name, outcome);
+    aftermath::as_before(case.name, &rules, outcome);
+    aftermath::finish(case.name, live, false, outcome).map(drop)
 }
 
 fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {
@@ -149,18 +145,4 @@ fn started_as(pid: u32) -> BTreeMap<&'static str, String> {
         ("umask", line("Umask:")),
         ("nice", nice.unwrap_or_default()),
     ])
-}
-
-fn finish(case: &Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<()> {
-    for (name, probe) in live {
-        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
-        if let ProbeOutcome::Udp(udp) = &ended {
-            let lost = udp.requests.lost + udp.replies.lost;
-            let what = format!("{}: {name}: nothing lost", case.name);
-            let found: Value = json!({ "lost": lost, "received": udp.requests.received });
-            outcome.check(what, udp.requests.received > 0 && lost == 0, found);
-        }
-        outcome.probes.insert(format!("{} {name}", case.name), ended);
-    }
-    Ok(())
 }

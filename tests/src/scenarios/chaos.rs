@@ -1,6 +1,7 @@
 //! Faults are thrown into real runs under traffic: at every step, before and after its effect, something fails, hangs, is
 //! killed or stopped. `lab run chaos` takes a sample (`-- seed=N` names another), `lab run chaos -- CASE…` these, and
-//! `lab run chaos -- part=K/N` the K-th of N parts of the whole list. Each case leaves a line in `table.md`.
+//! `lab run chaos -- part=K/N` the K-th of N parts of the whole list. `lab run chaos -- soak=100` restarts so often in a
+//! row, in two of three runs somebody is killed. Each run leaves a line in `table.md`.
 
 use std::fmt::Write;
 use std::fs;
@@ -9,14 +10,11 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{ensure, Context, Result};
-use serde_json::{json, Value};
+use serde_json::Value;
 
-use super::killed::{nothing_left, owned};
-use super::{network, plain, Custom, Program};
-use crate::command::shell_lenient;
-use crate::guest::probe::Running;
+use super::{aftermath, network, plain, Custom, Program};
 use crate::guest::{facts, run, say};
-use crate::outcome::{Job, Outcome, ProbeOutcome};
+use crate::outcome::{Job, Outcome};
 
 /// See the module.
 pub struct Chaos;
@@ -93,6 +91,13 @@ impl Case {
     }
 }
 
+/// One run.
+struct Round {
+    name: String,
+    /// What happens to it.
+    case: Option<Case>,
+}
+
 /// The place of a step in [`STEPS`].
 fn at(step: &str) -> usize {
     STEPS.iter().position(|name| *name == step).unwrap_or(0)
@@ -115,10 +120,36 @@ fn sample(seed: u64) -> Vec<Case> {
     cases
 }
 
+/// So many runs in a row, random kills in two of three.
+fn soak(seed: u64, runs: u64) -> Vec<Round> {
+    let kills: Vec<Case> = all().into_iter().filter(|case| case.fault.starts_with("kill")).collect();
+    let round = |n: u64| {
+        let mut hasher = DefaultHasher::new();
+        (seed, n).hash(&mut hasher);
+        let dice = hasher.finish() as usize;
+        let case = (!dice.is_multiple_of(3)).then(|| kills[dice / 3 % kills.len()]);
+        let what = case.map_or_else(|| "undisturbed".to_owned(), Case::name);
+        Round { name: format!("{n:03} {what}"), case }
+    };
+    (1..=runs).map(round).collect()
+}
+
 /// What the arguments ask for.
-fn chosen(arguments: &[String]) -> Result<Vec<Case>> {
-    let value = |key: &str| arguments.iter().find_map(|argument| argument.strip_prefix(key));
-    if let Some((part, parts)) = value("part=").and_then(|part| part.split_once('/')) {
+fn chosen(arguments: &[String]) -> Result<Vec<Round>> {
+    if let Some(runs) = value(arguments, "soak=") {
+        return Ok(soak(value(arguments, "seed=").map_or(Ok(1), str::parse)?, runs.parse()?));
+    }
+    let cases = cases(arguments)?;
+    Ok(cases.into_iter().map(|case| Round { name: case.name(), case: Some(case) }).collect())
+}
+
+/// What stands behind `key`.
+fn value<'a>(arguments: &'a [String], key: &str) -> Option<&'a str> {
+    arguments.iter().find_map(|argument| argument.strip_prefix(key))
+}
+
+fn cases(arguments: &[String]) -> Result<Vec<Case>> {
+    if let Some((part, parts)) = value(arguments, "part=").and_then(|part| part.split_once('/')) {
         let (part, parts): (usize, usize) = (part.parse()?, parts.parse()?);
         ensure!((1..=parts).contains(&part), "part=K/N: K from 1 to N");
         return Ok(all().into_iter().skip(part - 1).step_by(parts).collect());
@@ -128,7 +159,7 @@ fn chosen(arguments: &[String]) -> Result<Vec<Case>> {
         return named.iter().map(|name| Case::parse(name).with_context(|| format!("no case {name}"))).collect();
     }
     let days = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_secs() / 86_400;
-    Ok(sample(value("seed=").map_or(Ok(days), str::parse)?))
+    Ok(sample(value(arguments, "seed=").map_or(Ok(days), str::parse)?))
 }
 
 impl Custom for Chaos {
@@ -144,31 +175,38 @@ impl Custom for Chaos {
         &[Program { package: "orchestrator", example: PROGRAM, features: "orchestrator/chaos" }]
     }
 
+    fn runs(&self, arguments: &[String]) -> Result<u32> {
+        Ok(chosen(arguments)?.len() as u32)
+    }
+
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
         fs::copy(format!("/usr/bin/{PROGRAM}"), "/usr/bin/ovs-graceful")?;
         let mut table = String::new();
-        for case in chosen(&job.extra_args)? {
-            say(&format!("chaos: {}", case.name()));
-            let row = one(case, out, outcome).with_context(|| format!("chaos: {}", case.name()))?;
+        for round in chosen(&job.extra_args)? {
+            say(&format!("chaos: {}", round.name));
+            let row = one(&round, out, outcome).with_context(|| format!("chaos: {}", round.name))?;
             writeln!(table, "{row}")?;
             fs::write(out.join("table.md"), &table)?;
         }
-        let failed = facts::failed_units();
-        outcome.check("no unit failed", failed.is_empty(), failed);
+        aftermath::no_unit_failed(outcome);
+        // `run.keep` of the configuration.
+        let kept = run::known().len();
+        outcome.check("old runs are not kept for ever", kept <= 20, kept);
         Ok(())
     }
 }
 
-fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
-    let name = case.name();
+fn one(Round { name, case }: &Round, out: &Path, outcome: &mut Outcome) -> Result<String> {
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(2));
     let rules = facts::promised(&plain::bridges());
     let known = run::known();
-    let log = out.join(format!("run-{}", name.replace(':', "-")));
-    let mut client = run::start_with(&[], &[("OVS_GRACEFUL_CHAOS", &name)], &log)?;
+    let log = out.join(format!("run-{}", name.replace([':', ' '], "-")));
+    let fault = case.map(Case::name).unwrap_or_default();
+    let environment = [("OVS_GRACEFUL_CHAOS", fault.as_str())];
+    let mut client = run::start_with(&[], if case.is_some() { &environment } else { &[] }, &log)?;
     client.wait()?;
     let id = run::known().into_iter().find(|id| !known.contains(id)).context("there was no run")?;
     let report: Value = serde_json::from_str(&fs::read_to_string(run::wait_for_recovery(&id)?)?)?;
@@ -176,37 +214,25 @@ fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
     std::thread::sleep(Duration::from_secs(4));
     let exit = report["exit_code"].as_u64().unwrap_or(u64::MAX);
     let check = |what: &str| format!("{name}: {what}");
-    let struck = report["warnings"].to_string().contains("chaos:") || case.fault.ends_with("supervisor");
-    outcome.check(check("the fault has struck"), struck, &report["warnings"]);
-    outcome.check(check("ended by itself"), [0, 10, 20, 21, 30].contains(&exit), &report);
+    let ends: &[u64] = match case {
+        Some(case) => {
+            let struck = report["warnings"].to_string().contains("chaos:") || case.fault.ends_with("supervisor");
+            outcome.check(check("the fault has struck"), struck, &report["warnings"]);
+            &[0, 10, 20, 21, 30]
+        }
+        None => &[0],
+    };
+    outcome.check(check("ended by itself"), ends.contains(&exit), &report);
     let found = facts::daemons("ovs-vswitchd");
     outcome.check(check("one ovs-vswitchd"), found.len() == 1, &found);
-    nothing_left(&name, outcome);
-    owned(&name, outcome);
-    let now = facts::promised(&plain::bridges());
-    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
-    let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
-    outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);
-    let [e, n] = finish(case, live, outcome)?;
+    aftermath::nothing_left(name, outcome);
+    aftermath::owned(name, outcome);
+    aftermath::as_before(name, &rules, outcome);
+    aftermath::new_traffic_passes(name, outcome);
+    let [e, n] = aftermath::finish(name, live, case.is_some_and(Case::may_lose), outcome)?;
     let gap = report["gap_ms"].as_f64().map_or_else(|| "-".to_owned(), |gap| format!("{gap:.0}"));
     let reason = report["reason"].as_str().unwrap_or_default();
     Ok(format!("| {name} | {exit} | {e} / {n} | {gap} | {reason} |"))
-}
-
-/// What `e` and `n` lost.
-fn finish(case: Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<[u64; 2]> {
-    let mut all_lost = [0; 2];
-    for (probe, running) in live {
-        let ended = running.finish().with_context(|| format!("probe {probe}"))?;
-        if let ProbeOutcome::Udp(udp) = &ended {
-            let lost = udp.requests.lost + udp.replies.lost;
-            all_lost[usize::from(probe == "n")] = lost;
-            let good = udp.requests.received > 0 && (lost == 0 || case.may_lose());
-            outcome.check(format!("{}: {probe}: nothing lost", case.name()), good, json!({ "lost": lost }));
-        }
-        outcome.probes.insert(format!("{} {probe}", case.name()), ended);
-    }
-    Ok(all_lost)
 }
 
 #[cfg(test)]
@@ -225,10 +251,23 @@ mod tests {
     #[test]
     fn a_case_is_found_by_its_name_and_a_sample_by_its_seed() {
         let named = chosen(&["restore:after:kill-new".into()]).unwrap();
-        assert_eq!(named.iter().map(|case| case.name()).collect::<Vec<_>>(), ["restore:after:kill-new"]);
+        assert_eq!(named.iter().map(|round| round.name.as_str()).collect::<Vec<_>>(), ["restore:after:kill-new"]);
         assert!(chosen(&["check:before:kill-new".into()]).is_err());
-        assert_eq!(chosen(&["seed=3".into()]).unwrap(), sample(3));
+        let seeded = chosen(&["seed=3".into()]).unwrap();
+        assert_eq!(seeded.iter().filter_map(|round| round.case).collect::<Vec<_>>(), sample(3));
         assert_ne!(sample(3), sample(4));
         assert_eq!(sample(3).len(), SAMPLE);
+    }
+
+    #[test]
+    fn a_soak_is_the_same_again_from_its_seed_and_kills_in_most_runs() {
+        let names = |seed: &str| {
+            let rounds = chosen(&["soak=100".into(), seed.into()]).unwrap();
+            rounds.into_iter().map(|round| round.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names("seed=1"), names("seed=1"));
+        assert_ne!(names("seed=1"), names("seed=2"));
+        let undisturbed = names("seed=1").iter().filter(|name| name.ends_with("undisturbed")).count();
+        assert!((20..50).contains(&undisturbed), "{undisturbed}");
     }
 }

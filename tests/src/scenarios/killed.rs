@@ -8,13 +8,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
-use serde_json::{json, Value};
+use serde_json::Value;
 
-use super::{plain, Custom};
-use crate::command::{shell_lenient, wait_until};
-use crate::guest::probe::Running;
+use super::{aftermath, plain, Custom};
+use crate::command::wait_until;
 use crate::guest::{facts, run, say};
-use crate::outcome::{Job, Outcome, ProbeOutcome};
+use crate::outcome::{Job, Outcome};
 
 /// See the module.
 pub struct Killed;
@@ -54,8 +53,7 @@ impl Custom for Killed {
             say(&format!("killed in {}", case.name));
             one(case, out, outcome).with_context(|| format!("killed in {}", case.name))?;
         }
-        let failed = facts::failed_units();
-        outcome.check("no unit failed", failed.is_empty(), failed);
+        aftermath::no_unit_failed(outcome);
         Ok(())
     }
 }
@@ -91,64 +89,11 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let after = facts::daemons("ovs-vswitchd");
     let same = before == after;
     outcome.check(check("one ovs-vswitchd, the right one"), after.len() == 1 && same == case.undone, &after);
-    nothing_left(case.name, outcome);
-    owned(case.name, outcome);
-    let now = facts::promised(&plain::bridges());
-    outcome.check(check("rules and ports as before"), now == rules, json!([rules, now]));
-    let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
-    outcome.check(check("new traffic passes"), ping.contains("3 received"), ping);
-    finish(case, live, outcome)
-}
-
-fn finish(case: &Case, live: Vec<(String, Box<dyn Running>)>, outcome: &mut Outcome) -> Result<()> {
-    for (name, probe) in live {
-        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
-        let udp = match &ended {
-            ProbeOutcome::Udp(udp) => Some((udp.requests.lost + udp.replies.lost, udp.requests.received)),
-            _ => None,
-        };
-        if let Some((lost, received)) = udp {
-            let name = format!("{}: {name}: nothing lost", case.name);
-            outcome.check(name, received > 0 && lost == 0, json!({ "lost": lost }));
-        }
-        outcome.probes.insert(format!("{} {name}", case.phase), ended);
-    }
-    Ok(())
-}
-
-/// Nothing of a run that is over is left on the host.
-pub(super) fn nothing_left(case: &str, outcome: &mut Outcome) {
-    let check = |what: &str| format!("{case}: {what}");
-    let frozen = shell_lenient("dpfreeze status --json");
-    let thawed = serde_json::from_str::<Value>(&frozen).is_ok_and(|s| s.is_null() || s["armed"] == false);
-    outcome.check(check("nothing is frozen"), thawed, frozen);
-    let flag = shell_lenient("ovs-vsctl get open_vswitch . other_config external_ids");
-    let unset = !flag.contains("flow-restore-wait") && !flag.contains("ovs-graceful");
-    outcome.check(check("no flow-restore-wait, no mark"), unset, flag);
-    let files = shell_lenient("ls /run/openvswitch /run/ovs-graceful; ls /run/systemd/system/*.d 2>/dev/null");
-    let clean =
-        !["ovsg", "rules.", "journal.", "restarted.", "90-ovs-graceful"].iter().any(|word| files.contains(word));
-    outcome.check(check("no file of the run is left"), clean, files);
-    let status = shell_lenient("ovs-graceful status --json");
-    let parsed: Value = serde_json::from_str(&status).unwrap_or(Value::Null);
-    outcome.check(
-        check("status: no run, none interrupted"),
-        parsed["lock"].is_null() && parsed["interrupted"].is_null(),
-        status,
-    );
-}
-
-/// The unit owns the one ovs-vswitchd that lives.
-pub(super) fn owned(case: &str, outcome: &mut Outcome) {
-    let found = facts::daemons("ovs-vswitchd");
-    let unit = "ovs-vswitchd.service";
-    let state = facts::unit_property(unit, "ActiveState");
-    let main = facts::unit_property(unit, "MainPID");
-    let right = matches!(found.as_slice(), [d] if main == d.pid.to_string()) && state == "active";
-    let value = json!({ "state": state, "main_pid": main, "daemons": found });
-    outcome.check(format!("{case}: the unit is active and owns its daemon"), right, value);
-    let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
-    outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
+    aftermath::nothing_left(case.name, outcome);
+    aftermath::owned(case.name, outcome);
+    aftermath::as_before(case.name, &rules, outcome);
+    aftermath::new_traffic_passes(case.name, outcome);
+    aftermath::finish(case.name, live, false, outcome).map(drop)
 }
 
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the

@@ -1,10 +1,12 @@
 //! The scenarios, one file each.
 
+mod aftermath;
 mod back;
 mod chaos;
 mod conntrack;
 mod ct_guard;
 mod ct_policies;
+mod disturbed;
 mod killed;
 mod local_port;
 mod meanwhile;
@@ -133,6 +135,13 @@ pub trait Custom: Sync {
     fn programs(&self) -> &'static [Program] {
         &[]
     }
+    /// About how many runs it makes.
+    ///
+    /// # Errors
+    /// Where `arguments` ask for what there is not.
+    fn runs(&self, _arguments: &[String]) -> Result<u32> {
+        Ok(4)
+    }
     /// Does everything.
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()>;
 }
@@ -179,6 +188,17 @@ impl Scenario {
         }
     }
 
+    /// About how many runs a scenario makes by itself, beside that of [`Scenario::Traffic`].
+    ///
+    /// # Errors
+    /// Where `arguments` ask for what there is not.
+    pub fn runs(self, arguments: &[String]) -> Result<u32> {
+        match self {
+            Scenario::Traffic(_) => Ok(0),
+            Scenario::Custom(s) => s.runs(arguments),
+        }
+    }
+
     /// More words for the kernel's command line.
     pub fn kernel_args(self) -> &'static str {
         match self {
@@ -215,6 +235,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&back::Back),
+    Scenario::Custom(&disturbed::Disturbed),
     Scenario::Custom(&chaos::Chaos),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),

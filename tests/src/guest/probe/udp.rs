@@ -20,8 +20,9 @@ use crate::outcome::{ProbeOutcome, UdpOutcome};
 
 /// Bytes of a probe packet.
 const LENGTH: usize = 64;
-/// Source sockets kept open for replies: 20 s of the new-flow stream at 10 ms.
-const KEPT_SOCKETS: usize = 2048;
+/// Source sockets kept open for replies: 80 s of the new-flow stream at 10 ms. A reply that comes later would count as
+/// lost, and a slow machine has had 14 s at 5 ms.
+const KEPT_SOCKETS: usize = 8192;
 /// Source port of a constant flow, plus the last digits of its destination port.
 const CONSTANT_FIRST: u16 = 62_000;
 /// Once sending has stopped: no arrival for so long means that there will be none.

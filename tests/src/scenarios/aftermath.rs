@@ -1,0 +1,85 @@
+//! What has to hold after whatever happened to a run: the host forwards, and nothing of it is left.
+
+use anyhow::{Context, Result};
+use serde_json::{json, Value};
+
+use super::plain;
+use crate::command::shell_lenient;
+use crate::guest::facts;
+use crate::guest::probe::Running;
+use crate::outcome::{Outcome, ProbeOutcome};
+
+/// Nothing of a run that is over is left on the host.
+pub fn nothing_left(case: &str, outcome: &mut Outcome) {
+    let check = |what: &str| format!("{case}: {what}");
+    let frozen = shell_lenient("dpfreeze status --json");
+    let thawed = serde_json::from_str::<Value>(&frozen).is_ok_and(|s| s.is_null() || s["armed"] == false);
+    outcome.check(check("nothing is frozen"), thawed, frozen);
+    let flag = shell_lenient("ovs-vsctl get open_vswitch . other_config external_ids");
+    let unset = !flag.contains("flow-restore-wait") && !flag.contains("ovs-graceful");
+    outcome.check(check("no flow-restore-wait, no mark"), unset, flag);
+    let files = shell_lenient("ls /run/openvswitch /run/ovs-graceful; ls /run/systemd/system/*.d 2>/dev/null");
+    let clean = !["ovsg", "rules.", "journal.", "report.", "restarted.", "90-ovs-graceful"]
+        .iter()
+        .any(|word| files.contains(word));
+    outcome.check(check("no file of the run is left"), clean, files);
+    let status = shell_lenient("ovs-graceful status --json");
+    let parsed: Value = serde_json::from_str(&status).unwrap_or(Value::Null);
+    outcome.check(
+        check("status: no run, none interrupted"),
+        parsed["lock"].is_null() && parsed["interrupted"].is_null(),
+        status,
+    );
+}
+
+/// The unit owns the one ovs-vswitchd that lives.
+pub fn owned(case: &str, outcome: &mut Outcome) {
+    let found = facts::daemons("ovs-vswitchd");
+    let unit = "ovs-vswitchd.service";
+    let state = facts::unit_property(unit, "ActiveState");
+    let main = facts::unit_property(unit, "MainPID");
+    let right = matches!(found.as_slice(), [d] if main == d.pid.to_string()) && state == "active";
+    let value = json!({ "state": state, "main_pid": main, "daemons": found });
+    outcome.check(format!("{case}: the unit is active and owns its daemon"), right, value);
+    let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
+    outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
+}
+
+/// No unit is in the state `failed`.
+pub fn no_unit_failed(outcome: &mut Outcome) {
+    let failed = facts::failed_units();
+    outcome.check("no unit failed", failed.is_empty(), failed);
+}
+
+/// Plain's bridge has the rules and ports that it had.
+pub fn as_before(case: &str, rules: &facts::Promised, outcome: &mut Outcome) {
+    let now = facts::promised(&plain::bridges());
+    outcome.check(format!("{case}: rules and ports as before"), now == *rules, json!([rules, now]));
+}
+
+/// What no kernel flow is there for passes as well.
+pub fn new_traffic_passes(case: &str, outcome: &mut Outcome) {
+    let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");
+    outcome.check(format!("{case}: new traffic passes"), ping.contains("3 received"), ping);
+}
+
+/// Ends plain's probes; what `e` and `n` lost, which is nothing unless this case may lose something.
+pub fn finish(
+    case: &str,
+    live: Vec<(String, Box<dyn Running>)>,
+    may_lose: bool,
+    outcome: &mut Outcome,
+) -> Result<[u64; 2]> {
+    let mut all_lost = [0; 2];
+    for (probe, running) in live {
+        let ended = running.finish().with_context(|| format!("probe {probe}"))?;
+        if let ProbeOutcome::Udp(udp) = &ended {
+            let lost = udp.requests.lost + udp.replies.lost;
+            all_lost[usize::from(probe == "n")] = lost;
+            let good = udp.requests.received > 0 && (lost == 0 || may_lose);
+            outcome.check(format!("{case}: {probe}: nothing lost"), good, json!({ "lost": lost }));
+        }
+        outcome.probes.insert(format!("{case} {probe}"), ended);
+    }
+    Ok(all_lost)
+}

@@ -1,0 +1,284 @@
+//! What a host does in the midst of a run without meaning any harm: its disk fills up or fails, somebody presses
+//! Ctrl-C, closes the terminal, starts a second run, sets the clock, or works with ovs-vsctl. Nothing is lost, and
+//! each has its outcome (docs/operating.md).
+
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::{aftermath, network, plain, Custom};
+use crate::command::{shell, shell_lenient};
+use crate::guest::{facts, run, say};
+use crate::outcome::{Job, Outcome};
+
+/// See the module.
+pub struct Disturbed;
+
+struct Case {
+    name: &'static str,
+    /// Before the run.
+    prepare: &'static [&'static str],
+    /// The phase that it happens in; empty where the run must be refused as it is.
+    phase: &'static str,
+    what: What,
+    /// How the client ends.
+    client: i32,
+    /// What the report says.
+    exit: u64,
+    /// Afterwards.
+    heal: &'static str,
+    /// What must succeed then.
+    holds: &'static [&'static str],
+    /// At the end.
+    tidy: &'static str,
+    /// Rules and ports are others afterwards.
+    changes: bool,
+}
+
+enum What {
+    Shell(&'static str),
+    /// Two of them for the client.
+    Signals(Signal),
+}
+
+const BASE: Case = Case {
+    name: "",
+    prepare: &[],
+    phase: "",
+    what: What::Shell("true"),
+    client: 0,
+    exit: 0,
+    heal: "true",
+    holds: &[],
+    tidy: "true",
+    changes: false,
+};
+
+const SMALL_DISK: &str = "mkdir -p /var/lib/ovs-graceful; truncate -s 128M /root/disk; mkfs.ext4 -qF /root/disk; \
+                          mount -o loop,errors=remount-ro /root/disk /var/lib/ovs-graceful";
+/// Root may use what is reserved, and so do we: to the last block.
+const FILL: &str = "dd if=/dev/zero of=/var/lib/ovs-graceful/fill bs=64k 2>/dev/null || true; \
+                    dd if=/dev/zero of=/var/lib/ovs-graceful/rest bs=1k 2>/dev/null || true; sync";
+/// What ext4 does on an error of its device.
+const FAIL: &str = "echo 1 > /sys/fs/ext4/$(basename $(findmnt -no SOURCE /var/lib/ovs-graceful))/trigger_fs_error";
+const MOUNT_AGAIN: &str = "umount /var/lib/ovs-graceful; mount -o loop /root/disk /var/lib/ovs-graceful; \
+                           ovs-graceful recover";
+const REMOVE_DISK: &str = "umount /var/lib/ovs-graceful; rm /root/disk";
+const REPORT_IS_ON_DISK: &str = "test -s /var/lib/ovs-graceful/runs/*/report.json && ! ls /run/ovs-graceful/report.*";
+
+const CASES: &[Case] = &[
+    Case { name: "disk full before", prepare: &[SMALL_DISK, FILL], client: 10, tidy: REMOVE_DISK, ..BASE },
+    Case {
+        name: "disk read-only before",
+        prepare: &[SMALL_DISK, "mount -o remount,ro /var/lib/ovs-graceful"],
+        client: 10,
+        tidy: REMOVE_DISK,
+        ..BASE
+    },
+    Case {
+        name: "disk fails in Arm",
+        prepare: &[SMALL_DISK],
+        phase: "arm",
+        what: What::Shell(FAIL),
+        client: 20,
+        exit: 20,
+        heal: MOUNT_AGAIN,
+        holds: &[REPORT_IS_ON_DISK],
+        tidy: REMOVE_DISK,
+        ..BASE
+    },
+    Case {
+        name: "disk fails in Restore",
+        prepare: &[SMALL_DISK],
+        phase: "restore",
+        what: What::Shell(FAIL),
+        heal: MOUNT_AGAIN,
+        holds: &[REPORT_IS_ON_DISK],
+        tidy: REMOVE_DISK,
+        ..BASE
+    },
+    Case {
+        name: "disk full in Restore",
+        prepare: &[SMALL_DISK],
+        phase: "restore",
+        what: What::Shell(FILL),
+        heal: "rm /var/lib/ovs-graceful/fill; ovs-graceful recover",
+        holds: &[REPORT_IS_ON_DISK],
+        tidy: REMOVE_DISK,
+        ..BASE
+    },
+    Case {
+        name: "Ctrl-C twice in Standby",
+        phase: "standby",
+        what: What::Signals(Signal::SIGINT),
+        client: 20,
+        exit: 20,
+        ..BASE
+    },
+    Case { name: "Ctrl-C twice in Restore", phase: "restore", what: What::Signals(Signal::SIGINT), client: 40, ..BASE },
+    Case { name: "lost terminal", phase: "standby", what: What::Signals(Signal::SIGHUP), ..BASE },
+    Case {
+        name: "a second run",
+        phase: "arm",
+        what: What::Shell("if ovs-graceful restart > /dev/null 2>&1; then false; else test $? = 11; fi"),
+        ..BASE
+    },
+    Case {
+        name: "the clock is set",
+        prepare: &["date +%s > /run/lab-now; cut -d. -f1 /proc/uptime > /run/lab-up"],
+        phase: "standby",
+        what: What::Shell("date -s '+3 hours'; sleep 2; date -s '-1 day'"),
+        heal: "date -s @$(($(cat /run/lab-now) + $(cut -d. -f1 /proc/uptime) - $(cat /run/lab-up)))",
+        ..BASE
+    },
+    Case {
+        name: "ovs-vsctl adds in Arm",
+        phase: "arm",
+        what: What::Shell(
+            "ovs-vsctl set bridge br0 external_ids:lab=yes -- add-port br0 v-ns4 -- add-br br1 \
+             -- set bridge br1 fail_mode=secure; ovs-ofctl add-flow br1 cookie=0x777,actions=NORMAL",
+        ),
+        holds: &[
+            "ovs-vsctl get bridge br0 external_ids:lab | grep -w yes",
+            "ip netns exec ns4 ping -q -c 3 -W 2 10.9.0.2",
+            "ovs-ofctl dump-flows br1 cookie=0x777/-1 | grep 0x777",
+        ],
+        changes: true,
+        ..BASE
+    },
+    Case {
+        name: "ovs-vsctl removes in Restore",
+        phase: "restore",
+        what: What::Shell(
+            "ovs-vsctl --no-wait del-port br0 v-ns4 -- del-br br1 -- set open_vswitch . other_config:max-idle=15000",
+        ),
+        holds: &[
+            "ovs-vsctl get open_vswitch . other_config:max-idle | grep 15000",
+            "! ovs-dpctl show | grep -w -e v-ns4 -e br1",
+        ],
+        changes: true,
+        ..BASE
+    },
+    Case {
+        name: "ovs-vsctl adds in Restore",
+        phase: "restore",
+        what: What::Shell("ovs-vsctl --no-wait add-port br0 v-ns4 -- add-br br2"),
+        holds: &["ip netns exec ns4 ping -q -c 3 -W 2 10.9.0.2", "ovs-ofctl show br2"],
+        changes: true,
+        ..BASE
+    },
+    Case {
+        name: "ovs-vsctl removes in Arm",
+        phase: "arm",
+        what: What::Shell("ovs-vsctl del-port br0 v-ns4 -- del-br br2"),
+        holds: &["! ovs-dpctl show | grep -w -e v-ns4 -e br2"],
+        changes: true,
+        ..BASE
+    },
+];
+
+impl Custom for Disturbed {
+    fn name(&self) -> &'static str {
+        "disturbed"
+    }
+
+    fn about(&self) -> &'static str {
+        "in the midst of a run: disk full or failing, Ctrl-C, a second run, the clock, ovs-vsctl"
+    }
+
+    fn runs(&self, _arguments: &[String]) -> Result<u32> {
+        Ok(CASES.len() as u32)
+    }
+
+    fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        network::patient_veth()?;
+        network::attach("ns4", "br0", "10.9.0.4/24", "")?;
+        shell("ovs-vsctl del-port br0 v-ns4")?;
+        let wanted =
+            |case: &&Case| job.extra_args.is_empty() || job.extra_args.iter().any(|arg| case.name.contains(arg));
+        for case in CASES.iter().filter(wanted) {
+            say(&format!("disturbed: {}", case.name));
+            one(case, out, outcome).with_context(|| format!("disturbed: {}", case.name))?;
+        }
+        aftermath::no_unit_failed(outcome);
+        Ok(())
+    }
+}
+
+fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let check = |what: &str| format!("{}: {what}", case.name);
+    let live = plain::start_probes()?;
+    std::thread::sleep(Duration::from_secs(2));
+    case.prepare.iter().try_for_each(|step| shell(step).map(drop))?;
+    let rules = facts::promised(&plain::bridges());
+    let daemons = facts::daemons("ovs-vswitchd");
+    let known = run::known();
+    let log = out.join(format!("run-{}", case.name.replace(' ', "-")));
+    let mut client = run::start(&[], &log)?;
+    let happened = match case.phase {
+        "" => Ok(None),
+        phase => happen(case, phase, &known, &client).map(Some),
+    };
+    let code = client.wait()?.code();
+    let id = happened?;
+    let said = fs::read_to_string(&log)?;
+    outcome.check(check("exit code of the client"), code == Some(case.client), &said);
+    match id {
+        None => outcome.check(
+            check("names a remedy"),
+            said.to_lowercase().contains("remedy") || said.contains("free some space"),
+            &said,
+        ),
+        Some(id) => ended(case, &id, outcome)?,
+    }
+    let same = facts::daemons("ovs-vswitchd") == daemons;
+    let untouched = matches!(case.client, 10 | 20);
+    outcome.check(check("the right ovs-vswitchd"), same == untouched, facts::daemons("ovs-vswitchd"));
+    std::thread::sleep(Duration::from_secs(3));
+    let healed = shell_lenient(case.heal);
+    for line in case.holds {
+        let held = shell(line);
+        outcome.check(check(line), held.is_ok(), format!("{healed}{held:?}"));
+    }
+    aftermath::nothing_left(case.name, outcome);
+    aftermath::owned(case.name, outcome);
+    if !case.changes {
+        aftermath::as_before(case.name, &rules, outcome);
+    }
+    aftermath::new_traffic_passes(case.name, outcome);
+    shell(case.tidy)?;
+    aftermath::finish(case.name, live, false, outcome).map(drop)
+}
+
+/// Returns the id of the run.
+fn happen(case: &Case, phase: &str, known: &[String], client: &Child) -> Result<String> {
+    let id = run::wait_for(phase, known)?;
+    match case.what {
+        What::Shell(script) => drop(shell(script)?),
+        What::Signals(signal) => {
+            let client = Pid::from_raw(i32::try_from(client.id())?);
+            kill(client, signal)?;
+            std::thread::sleep(Duration::from_millis(300));
+            // It may have ended by the first.
+            let _gone_is_fine = kill(client, signal);
+        }
+    }
+    ensure!(phase != "arm" || !run::has_begun(&id, "switch-prepare"), "the run was faster than what happened to it");
+    Ok(id)
+}
+
+/// Waits for the end of the run, which may have lost its client, and judges its report.
+fn ended(case: &Case, id: &str, outcome: &mut Outcome) -> Result<()> {
+    run::wait_until_unit_gone(Duration::from_secs(60))?;
+    let shown = shell(&format!("ovs-graceful runs show {id} --json"))?;
+    let report: Value = serde_json::from_str(&shown)?;
+    outcome.check(format!("{}: exit code of the report", case.name), report["exit_code"] == case.exit, &report);
+    Ok(())
+}
