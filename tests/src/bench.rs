@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context, Result};
 
@@ -39,6 +39,8 @@ pub struct Request {
     pub out: Option<PathBuf>,
     /// More arguments for `ovs-graceful restart`.
     pub extra_args: Vec<String>,
+    /// The traffic's intervals are so many times as long.
+    pub slower: u32,
 }
 
 /// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them.
@@ -102,7 +104,10 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
         action: request.action,
         product,
         before_s: 5.0,
+        slower: request.slower,
         rounds,
+        unix_ms: SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64,
+        entropy: fs::read_to_string("/proc/sys/kernel/random/uuid")?,
         extra_args: scenario.extra_args().iter().map(|a| (*a).to_owned()).chain(request.extra_args.clone()).collect(),
     };
     fs::write(input.path().join("job.json"), serde_json::to_string_pretty(&job)?)?;
@@ -126,15 +131,21 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
 /// What the guest finds in `/lab`.
 fn put_binaries(input: &Path, product: bool, programs: &[Program]) -> Result<()> {
     let bin = binaries(product, programs)?;
-    fs::copy(bin.join("lab"), input.join("lab"))?;
+    put_binary(&bin, "lab", input)?;
     if product {
         let folder = input.join("bin");
         fs::create_dir(&folder)?;
         for name in PRODUCT.into_iter().chain(programs.iter().map(|program| program.example)) {
-            fs::copy(bin.join(name), folder.join(name)).with_context(|| format!("no static {name}"))?;
+            put_binary(&bin, name, &folder)?;
         }
     }
     Ok(())
+}
+
+/// Without what only a debugger wants: the guest copies it several times.
+fn put_binary(from: &Path, name: &str, to: &Path) -> Result<()> {
+    run(Command::new("strip").args(["--strip-debug", "-o"]).arg(to.join(name)).arg(from.join(name)))
+        .with_context(|| format!("no static {name}"))
 }
 
 /// Reads what the guest left of a round and adds what only the host knows.

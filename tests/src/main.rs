@@ -12,6 +12,7 @@ mod outcome;
 mod places;
 mod scenarios;
 mod vm;
+mod warm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,6 +45,9 @@ enum Cmd {
         /// Runs in a row in the same VM, each judged for itself
         #[arg(long, default_value_t = 1)]
         rounds: usize,
+        /// So many times as long between two packets, for machines that are slow
+        #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=20))]
+        slower: u32,
         /// More arguments for `ovs-graceful restart`
         #[arg(last = true)]
         extra: Vec<String>,
@@ -118,8 +122,8 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Cmd) -> anyhow::Result<bool> {
     match command {
-        Cmd::Run { scenario, action, out, suite, rounds, extra } => {
-            let request = bench::Request { scenario, action, suite, out, extra_args: extra };
+        Cmd::Run { scenario, action, out, suite, rounds, slower, extra } => {
+            let request = bench::Request { scenario, action, suite, out, extra_args: extra, slower };
             let results = bench::rounds(&request, rounds)?;
             results.iter().for_each(|(outcome, folder)| bench::print(outcome, folder));
             Ok(!results.is_empty() && results.iter().all(|(outcome, _)| outcome.passed))

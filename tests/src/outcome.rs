@@ -47,9 +47,15 @@ pub struct Job {
     pub product: bool,
     /// Seconds of traffic before the action.
     pub before_s: f64,
+    /// The traffic's intervals are so many times as long as the scenario says.
+    pub slower: u32,
     /// Actions one after the other in the same guest, each with its own traffic, judgement and `result.json`; only
     /// scenarios with traffic take more than one.
     pub rounds: usize,
+    /// What time it is, ms since 1970: a machine that was kept lives in the past.
+    pub unix_ms: u64,
+    /// Something that no other run has, for the random numbers of a machine that was kept.
+    pub entropy: String,
     /// More arguments for `ovs-graceful restart`.
     pub extra_args: Vec<String>,
 }

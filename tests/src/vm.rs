@@ -1,4 +1,5 @@
-//! One VM from boot to power-off: input as a tar on the second disk, output as a tar on the third.
+//! One VM from boot, or from where every run begins ([`crate::warm`]), to power-off: input as a tar on the second disk,
+//! output as a tar on the third.
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
@@ -11,10 +12,18 @@ use anyhow::{bail, Context, Result};
 use crate::command::{capture, run};
 use crate::image::Image;
 use crate::places;
+use crate::warm::{self, Warm};
 
 const QEMU: &str = "qemu-system-x86_64";
+/// Size of the input disk, the same for all: a machine that goes on has the disks that it was kept with.
+const INPUT_BYTES: u64 = 256 << 20;
 /// Room for what a scenario brings back.
 const OUTPUT_BYTES: u64 = 512 << 20;
+/// The machine. Two CPUs, as the machines have that the lab runs on.
+pub const MACHINE: &str =
+    "-machine q35 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 -display none -monitor none -no-reboot -nic none";
+/// The kernel's command line.
+pub const KERNEL_ARGS: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 tsc=reliable mitigations=off";
 
 /// What is asked of a VM.
 #[derive(Debug)]
@@ -25,7 +34,7 @@ pub struct Boot<'a> {
     pub input: &'a Path,
     /// Folder that receives what the guest leaves in `/out`, and `console`.
     pub output: &'a Path,
-    /// More words for the kernel's command line.
+    /// More words for the kernel's command line; with any the machine boots.
     pub kernel_args: &'a str,
     /// When to give up.
     pub limit: Duration,
@@ -84,12 +93,15 @@ fn boot_once(job: &Boot) -> Result<Ran> {
     let input = scratch.path().join("in.tar");
     let output = scratch.path().join("out.raw");
     run(Command::new("tar").arg("cf").arg(&input).arg("-C").arg(job.input).arg("."))?;
-    pad_to_sectors(&input)?;
-    File::create(&output)?.set_len(OUTPUT_BYTES)?;
+    empty_disks(&input, &output)?;
     let console = job.output.join("console");
     let _lock = places::vm_lock()?;
+    let warm = match job.kernel_args {
+        "" => warm::ensure(job.image, &qemu)?,
+        _ => None,
+    };
     let started = Instant::now();
-    let mut child = start(job, &input, &output, &console)?;
+    let mut child = start(job, warm.as_ref(), &input, &output, &console)?;
     let end = wait(&mut child, &console, job.limit);
     let seconds = started.elapsed().as_secs_f64();
     end?;
@@ -98,27 +110,40 @@ fn boot_once(job: &Boot) -> Result<Ran> {
     Ok(Ran { qemu, seconds })
 }
 
-fn pad_to_sectors(path: &Path) -> Result<()> {
-    let file = File::options().write(true).open(path)?;
+/// Gives both disks their size; what `input` holds stays.
+pub fn empty_disks(input: &Path, output: &Path) -> Result<()> {
+    let file = File::options().create(true).append(true).open(input)?;
     let length = file.metadata()?.len();
-    file.set_len(length.div_ceil(1 << 20) << 20)?;
+    if length > INPUT_BYTES {
+        bail!("the input is {length} bytes, more than its disk has ({INPUT_BYTES}): raise INPUT_BYTES");
+    }
+    file.set_len(INPUT_BYTES)?;
+    File::create(output)?.set_len(OUTPUT_BYTES)?;
     Ok(())
 }
 
-fn start(job: &Boot, input: &Path, output: &Path, console: &Path) -> Result<Child> {
+/// qemu with the lab's machine and these disks.
+pub fn machine(image: &Image, disk: &str, input: &Path, output: &Path, console: &Path) -> Command {
     let drive = |path: &Path, extra: &str| format!("file={},if=virtio,format=raw,{extra}", path.display());
     let mut command = Command::new(QEMU);
-    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
-    command.args(["-display", "none", "-monitor", "none", "-no-reboot", "-nic", "none"]);
+    command.args(MACHINE.split(' '));
     command.arg("-serial").arg(format!("file:{}", console.display()));
-    command.arg("-kernel").arg(&job.image.kernel).arg("-initrd").arg(&job.image.initrd);
-    command
-        .arg("-append")
-        .arg(format!("console=ttyS0 root=/dev/vda rw quiet panic=-1 tsc=reliable mitigations=off {}", job.kernel_args));
-    command.arg("-drive").arg(drive(&job.image.disk, "snapshot=on,cache=unsafe"));
+    command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
+    command.arg("-drive").arg(disk);
     command.arg("-drive").arg(drive(input, "readonly=on"));
     command.arg("-drive").arg(drive(output, "cache=unsafe"));
     command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
+fn start(job: &Boot, warm: Option<&Warm>, input: &Path, output: &Path, console: &Path) -> Result<Child> {
+    let disk = warm.map_or(&job.image.disk, |warm| &warm.disk);
+    let disk = format!("file={},if=virtio,format=raw,snapshot=on,cache=unsafe", disk.display());
+    let mut command = machine(job.image, &disk, input, output, console);
+    command.arg("-append").arg(format!("{KERNEL_ARGS} {}", job.kernel_args).trim());
+    if let Some(warm) = warm {
+        command.arg("-incoming").arg(warm.incoming());
+    }
     command.stderr(File::create(job.output.join("qemu-stderr"))?);
     command.spawn().with_context(|| format!("cannot start {QEMU}"))
 }

@@ -283,7 +283,10 @@ mod tests {
             action: Action::Ours,
             product: true,
             before_s: 5.0,
+            slower: 1,
             rounds: 1,
+            unix_ms: 0,
+            entropy: String::new(),
             extra_args: Vec::new(),
         };
         Evidence {

@@ -9,6 +9,7 @@ pub mod udp;
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
 use nix::sched::{setns, CloneFlags};
@@ -65,6 +66,9 @@ impl Ports {
         }
     }
 }
+
+/// The intervals of all probes are so many times as long: what a slow machine carries.
+pub static SLOWER: AtomicU64 = AtomicU64::new(1);
 
 /// Source ports of [`Ports::EachNew`]: enough for minutes, and below those of [`Ports::Cycle`] and of constant flows.
 const FIRST_NEW: u16 = 10_000;
@@ -145,13 +149,14 @@ pub trait Running: Send {
 impl Spec {
     /// Starts it.
     pub fn start(&self) -> Result<Box<dyn Running>> {
+        let slower = SLOWER.load(Ordering::Relaxed);
         Ok(match self {
             Spec::Udp { from, to, address, port, interval_us, ports } => {
-                Box::new(udp::start(from, to, SocketAddr::new(*address, *port), *interval_us, *ports)?)
+                Box::new(udp::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower, *ports)?)
             }
             Spec::Tcp { from, to, address, port } => Box::new(tcp::start(from, to, SocketAddr::new(*address, *port))?),
             Spec::Connections { from, to, address, port, interval_us } => {
-                Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us)?)
+                Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower)?)
             }
             Spec::Copies { place, device, ports } => Box::new(copies::start(place, device, ports)?),
             Spec::Silent { place, device } => Box::new(silent::start(place, device)?),

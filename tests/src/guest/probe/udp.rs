@@ -107,14 +107,16 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64, por
     if is_ready.recv().is_err() {
         return Err(echo.join().map_err(|_| anyhow!("the echo thread panicked"))?.err().unwrap_or(anyhow!("no echo")));
     }
+    let epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
     let (hand_over, sockets) = channel();
     let collector = {
-        let flags = flags.clone();
-        std::thread::spawn(move || collect(target, &flags, &sockets))
+        let (flags, epoll) = (flags.clone(), epoll.clone());
+        std::thread::spawn(move || collect(target, &flags, &epoll, &sockets))
     };
     let sender = {
         let (flags, from) = (flags.clone(), from.clone());
-        std::thread::spawn(move || send(&from, target, interval_ns, ports, &flags, &hand_over))
+        let hand_over = HandOver { sockets: hand_over, epoll, next_id: 0 };
+        std::thread::spawn(move || send(&from, target, interval_ns, ports, &flags, hand_over))
     };
     Ok(UdpProbe { flags, interval_ns, ports, sender, echo, collector })
 }
@@ -145,27 +147,41 @@ fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) ->
     Ok(log)
 }
 
-fn collect(target: SocketAddr, flags: &Flags, sockets: &Receiver<UdpSocket>) -> Result<Log> {
+/// Gives sockets to the collector, who hears of replies from then on.
+struct HandOver {
+    sockets: Sender<UdpSocket>,
+    epoll: Arc<Epoll>,
+    next_id: u64,
+}
+
+impl HandOver {
+    fn give(&mut self, socket: &UdpSocket) -> Result<()> {
+        let socket = socket.try_clone()?;
+        self.epoll.add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, self.next_id))?;
+        self.next_id += 1;
+        self.sockets.send(socket).map_err(|_| anyhow!("the collector is gone"))
+    }
+}
+
+fn collect(target: SocketAddr, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpSocket>) -> Result<Log> {
     measure_first(target.port());
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    let mut open: VecDeque<(u64, UdpSocket)> = VecDeque::new();
-    let mut next_id = 0u64;
+    // In the order of their ids.
+    let mut open: VecDeque<UdpSocket> = VecDeque::new();
+    let mut oldest = 0u64;
     let mut log = Log::default();
     let mut events = [EpollEvent::empty(); 128];
     while !flags.stop_listening.load(Ordering::Relaxed) {
+        let count = epoll.wait(&mut events, EpollTimeout::from(100u8))?;
         while let Ok(socket) = sockets.try_recv() {
-            epoll.add(socket.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, next_id))?;
-            open.push_back((next_id, socket));
-            next_id += 1;
+            open.push_back(socket);
             if open.len() > KEPT_SOCKETS {
                 open.pop_front();
+                oldest += 1;
             }
         }
-        let count = epoll.wait(&mut events, EpollTimeout::from(5u8))?;
-        let oldest = open.front().map_or(0, |(id, _)| *id);
         for event in events.iter().take(count) {
             let index = event.data().checked_sub(oldest).and_then(|i| usize::try_from(i).ok());
-            if let Some((_, socket)) = index.and_then(|i| open.get(i)) {
+            if let Some(socket) = index.and_then(|i| open.get(i)) {
                 receive_all(socket, target, &mut log);
                 flags.arrived.fetch_add(1, Ordering::Relaxed);
             }
@@ -203,14 +219,14 @@ fn send(
     interval_ns: u64,
     ports: Ports,
     flags: &Flags,
-    hand_over: &Sender<UdpSocket>,
+    mut hand_over: HandOver,
 ) -> Result<Sent> {
     place.enter()?;
     measure_first(target.port());
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
     // Fixed, so that it never takes a port that another probe needs.
     let constant = source_socket(target, CONSTANT_FIRST + target.port() % 1000)?;
-    hand_over.send(constant.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
+    hand_over.give(&constant)?;
     let begin = now();
     let mut sequence = 0u32;
     while !flags.stop_sending.load(Ordering::Relaxed) {
@@ -224,7 +240,7 @@ fn send(
             Some(port) => {
                 let socket = source_socket(target, port)?;
                 // The collector must know the socket before a reply can come.
-                hand_over.send(socket.try_clone()?).map_err(|_| anyhow!("the collector is gone"))?;
+                hand_over.give(&socket)?;
                 transmit(&socket, sequence, target, &mut sent)
             }
         };
