@@ -132,7 +132,7 @@ impl Default for Limits {
             restore_ms: 60_000,
             handover_ms: 60_000,
             gates_ms: 60_000,
-            settle_ms: 60_000,
+            settle_ms: 90_000,
             verify_ms: 60_000,
             undo_ms: 30_000,
             back_ms: 90_000,
@@ -243,11 +243,13 @@ pub struct RestoreConfig {
     pub retries: u32,
     /// The limit of datapath flows that the new daemon starts with (`upcall/set-flow-limit`).
     pub flow_limit: u32,
+    /// Controllers that bridges were connected to and whose rules ask them are waited for so long, in milliseconds.
+    pub controllers_wait_ms: u64,
 }
 
 impl Default for RestoreConfig {
     fn default() -> RestoreConfig {
-        RestoreConfig { retries: 2, flow_limit: 200_000 }
+        RestoreConfig { retries: 2, flow_limit: 200_000, controllers_wait_ms: 2_000 }
     }
 }
 
@@ -279,7 +281,7 @@ pub struct SettleConfig {
 
 impl Default for SettleConfig {
     fn default() -> SettleConfig {
-        SettleConfig { revalidations: 2, revalidate_wait_ms: 15_000 }
+        SettleConfig { revalidations: 2, revalidate_wait_ms: 30_000 }
     }
 }
 

@@ -251,6 +251,9 @@ pub struct Bridge {
     pub fail_mode: String,
     /// Targets of its controllers. A bridge with one loses its rules when flow-restore-wait is removed.
     pub controllers: Vec<String>,
+    /// Of them, those that the daemon was connected to, by its own word (up to 5 s old).
+    #[serde(default)]
+    pub connected: Vec<String>,
     /// STP is on.
     pub stp: bool,
     /// RSTP is on.
@@ -563,6 +566,9 @@ pub trait OpenFlow: Send + Sync {
     fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
+    /// Waits until `daemon` is connected to all controllers that `bridges` were connected to: before, it throws packets
+    /// for them away.
+    fn wait_for_controllers(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()>;
     /// Does both and returns when both are done: at the same time, or one after the other.
     fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send));
 }

@@ -126,5 +126,27 @@ pub(super) fn restore_bridges_with_controllers(run: &mut Run) -> Result<(), Stop
         .collect();
     let (new, until) = (run.new_daemon()?.clone(), run.deadline);
     let done = put_back(&run.host, &new, &with_controllers, &rules, &run.known.addresses, None, until)?;
-    note(run, done)
+    note(run, done)?;
+    wait_for_controllers(run, &new, with_controllers, &rules)
+}
+
+/// Packets whose rules ask a controller wait, parked, until it can be asked. Bridges that ask none do not wait for theirs.
+fn wait_for_controllers(
+    run: &mut Run,
+    new: &Daemon,
+    mut bridges: Vec<Bridge>,
+    rules: &[BridgeRules],
+) -> Result<(), Stop> {
+    let asks = |rules: &BridgeRules| rules.flows.iter().any(|flow| flow.to_ascii_lowercase().contains("controller"));
+    let asking: Vec<&str> = rules.iter().filter(|rules| asks(rules)).map(|rules| rules.bridge.as_str()).collect();
+    bridges.retain(|bridge| !bridge.connected.is_empty() && asking.contains(&bridge.name.as_str()));
+    if bridges.is_empty() {
+        return Ok(());
+    }
+    let patience = Duration::from_millis(run.config.restore.controllers_wait_ms);
+    let until = run.deadline.min(run.now() + patience);
+    if let Err(error) = run.host.openflow.wait_for_controllers(new, &bridges, until) {
+        run.warn(format!("packets for a controller may be lost: {error}"));
+    }
+    run.checkpoint()
 }

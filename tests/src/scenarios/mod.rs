@@ -2,12 +2,17 @@
 
 mod aftermath;
 mod back;
+mod bond;
 mod chaos;
 mod conntrack;
+mod controller;
 mod ct_guard;
 mod ct_policies;
 mod disturbed;
+mod group;
 mod killed;
+mod large;
+mod learn;
 mod local_port;
 mod meanwhile;
 mod mirror;
@@ -24,6 +29,7 @@ mod rule_change;
 mod scale;
 mod selftest;
 mod set_field;
+mod sflow;
 mod systemd;
 mod tunnel;
 mod two_zones;
@@ -218,7 +224,14 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&two_zones::TwoZones),
     Scenario::Traffic(&set_field::SetField),
     Scenario::Traffic(&mirror::Mirror),
+    Scenario::Traffic(&large::Large),
+    Scenario::Traffic(&group::Group),
+    Scenario::Traffic(&learn::Learn),
+    Scenario::Traffic(&sflow::Sflow),
+    Scenario::Traffic(&controller::ATTENDED),
+    Scenario::Traffic(&controller::REACTIVE),
     Scenario::Traffic(&vlan_patch::VlanPatch),
+    Scenario::Traffic(&bond::Bond),
     Scenario::Traffic(&tunnel::VXLAN),
     Scenario::Traffic(&tunnel::GENEVE),
     Scenario::Traffic(&tunnel::VxlanBridges),

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::network::{self, undone, UNWILDCARD};
 use super::{Expect, Traffic};
 use crate::command::shell;
-use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::probe::{udp, Place, Ports, Spec};
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
 
@@ -148,7 +148,8 @@ impl Traffic for Nat {
             interval_us: CONNECTIONS_US,
         };
         probes.push(("connections".to_owned(), connections));
-        let masqueraded = Spec::Udp { from, to, address: server, port: MASQUERADED_PORT, interval_us, ports };
+        let (port, length) = (MASQUERADED_PORT, udp::LENGTH);
+        let masqueraded = Spec::Udp { from, to, address: server, port, interval_us, ports, length };
         probes.push(("masqueraded".to_owned(), masqueraded));
         probes.push(network::silent("ns3"));
         probes

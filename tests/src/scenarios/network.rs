@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::command::{shell, wait_until};
-use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::probe::{tcp, udp, Place, Ports, Spec};
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
 
@@ -99,12 +99,22 @@ pub fn gentle_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<
 }
 
 fn probes(from: Place, to: Place, address: IpAddr, slower: u64, slower_new: u64) -> Vec<(String, Spec)> {
-    let udp =
-        |port, interval_us, ports| Spec::Udp { from: from.clone(), to: to.clone(), address, port, interval_us, ports };
+    let udp = |port, interval_us, ports| Spec::Udp {
+        from: from.clone(),
+        to: to.clone(),
+        address,
+        port,
+        interval_us,
+        ports,
+        length: udp::LENGTH,
+    };
     vec![
         ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US * slower, Ports::Constant)),
         ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US * slower_new, Ports::EachNew)),
-        ("tcp".to_owned(), Spec::Tcp { from: from.clone(), to: to.clone(), address, port: TCP_PORT }),
+        (
+            "tcp".to_owned(),
+            Spec::Tcp { from: from.clone(), to: to.clone(), address, port: TCP_PORT, pace: tcp::MODEST },
+        ),
     ]
 }
 

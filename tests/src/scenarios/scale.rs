@@ -10,7 +10,7 @@ use serde_json::json;
 use super::network::{self, UNWILDCARD};
 use super::Traffic;
 use crate::command::{shell, wait_until};
-use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::probe::{udp, Place, Ports, Spec};
 use crate::guest::{facts, say, Evidence};
 use crate::outcome::Outcome;
 
@@ -117,6 +117,7 @@ impl Traffic for Scale {
             port,
             interval_us,
             ports,
+            length: udp::LENGTH,
         };
         vec![
             ("e".to_owned(), udp(network::CONSTANT_PORT, network::CONSTANT_US, Ports::Constant)),

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::jsonrpc::remaining;
 use super::prepared::{Prepared, PreparedBridge};
 use super::rule_watch::Watch;
-use super::{command, fdb, unixctl};
+use super::{command, controllers, fdb, unixctl};
 use crate::host::{
     Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
     RuleDifference, RuleWatch,
@@ -229,6 +229,11 @@ impl OpenFlow for RealOpenFlow {
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
         fdb::learn(&daemon.control, bridge, entries, until)
+    }
+
+    fn wait_for_controllers(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {
+        let targets: Vec<String> = bridges.iter().flat_map(|bridge| bridge.connected.clone()).collect();
+        controllers::wait(daemon, &targets, until)
     }
 
     fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send)) {

@@ -317,7 +317,7 @@ const WANTED: &[(&str, &[&str])] = &[
     ),
     ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
     ("Interface", &["name", "type", "ofport", "options", "bfd", "cfm_mpid"]),
-    ("Controller", &["target"]),
+    ("Controller", &["target", "is_connected"]),
     // Schema 8.2.0 (OVS 2.13) and later; the limits 8.5.0 (OVS 3.3).
     ("Datapath", &["ct_zones", "ct_zone_default_limit"]),
     ("CT_Zone", &["timeout_policy", "limit"]),
@@ -377,12 +377,18 @@ impl Tables {
     }
 
     fn bridge(&self, row: &Value) -> Bridge {
+        let controllers: Vec<&Value> = self.referred("Controller", &row["controller"]).collect();
         Bridge {
             name: string(&row["name"]),
             datapath_type: string(&row["datapath_type"]),
             protocols: set(&row["protocols"]).into_iter().map(string).collect(),
             fail_mode: string(&row["fail_mode"]),
-            controllers: self.referred("Controller", &row["controller"]).map(|c| string(&c["target"])).collect(),
+            controllers: controllers.iter().map(|row| string(&row["target"])).collect(),
+            connected: controllers
+                .iter()
+                .filter(|row| row["is_connected"] == true)
+                .map(|row| string(&row["target"]))
+                .collect(),
             stp: row["stp_enable"] == json!(true),
             rstp: row["rstp_enable"] == json!(true),
             mirrors: set(&row["mirrors"]).len(),
@@ -524,7 +530,7 @@ mod tests {
     #[test]
     fn a_bridge_is_put_together_from_its_rows() {
         let tables = Tables(BTreeMap::from([
-            ("Controller", BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4"}))])),
+            ("Controller", BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4", "is_connected": true}))])),
             (
                 "Port",
                 BTreeMap::from([row(
@@ -547,7 +553,7 @@ mod tests {
         ]));
         let bridge = tables.bridge(&json!({"name": "br0", "datapath_type": "netdev", "protocols": "OpenFlow13",
             "controller": ["uuid", "c"], "ports": ["uuid", "p"], "stp_enable": true, "fail_mode": ["set", []]}));
-        assert_eq!(bridge.controllers, ["tcp:1.2.3.4"]);
+        assert_eq!((&bridge.controllers, &bridge.connected), (&vec!["tcp:1.2.3.4".to_owned()], &bridge.controllers));
         assert_eq!(bridge.protocols, ["OpenFlow13"]);
         assert!(bridge.stp && !bridge.rstp && bridge.fail_mode.is_empty());
         let port = &bridge.ports[0];

@@ -107,6 +107,13 @@ impl OpenFlow for SimOpenFlow {
         })
     }
 
+    fn wait_for_controllers(&self, daemon: &Daemon, _bridges: &[Bridge], until: Instant) -> Result<()> {
+        self.0.operate("openflow.wait_for_controllers", Some(until), |world| {
+            let lives = world.processes.contains_key(&daemon.id.pid);
+            lives.then_some(()).ok_or_else(|| HostError::new("ovs-vswitchd", "it has ended"))
+        })
+    }
+
     /// In turn: the same faults give the same run.
     fn both(&self, one: &mut dyn FnMut(), other: &mut (dyn FnMut() + Send)) {
         one();

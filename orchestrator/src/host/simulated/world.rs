@@ -266,7 +266,8 @@ pub struct World {
 /// The bridges of the host: one keeps its rules by itself, one has a controller.
 pub fn bridges() -> Vec<Bridge> {
     let bridge = |name: &str| Bridge { name: name.to_owned(), fail_mode: "secure".into(), ..Bridge::default() };
-    vec![bridge("br0"), Bridge { controllers: vec!["tcp:192.0.2.1".into()], ..bridge(WITH_CONTROLLER) }]
+    let controllers = vec!["tcp:192.0.2.1".to_owned()];
+    vec![bridge("br0"), Bridge { connected: controllers.clone(), controllers, ..bridge(WITH_CONTROLLER) }]
 }
 
 /// What the switch was told, by bridge.
@@ -276,7 +277,7 @@ pub fn rules() -> BTreeMap<String, BridgeRules> {
         protocol: "OpenFlow15".into(),
         flows: vec![
             format!("priority=1,in_port=1,actions=2,comment={}", bridge.name),
-            "priority=0,actions=drop".into(),
+            "priority=0,actions=CONTROLLER:65535".into(),
         ],
         ..BridgeRules::default()
     };

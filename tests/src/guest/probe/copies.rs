@@ -1,13 +1,15 @@
-//! A mirror's port: every packet of the UDP probes has to be seen there exactly once.
+//! Copies of the packets of the UDP probes, by name: at a mirror's port, or in the samples that a collector is sent.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{measure_first, silent, udp, Place, Running};
@@ -26,21 +28,54 @@ pub struct Copies {
 /// Whose packet it is: the probe's port, whether it is a request, and its number.
 type Name = (u16, bool, u32);
 
-/// Starts to count on `device`; `ports` are those of the probes.
-pub fn start(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
+/// Where copies come from.
+trait Source {
+    /// Hands the next ones to `each`, from their IPv4 headers on; returns after 100 ms without any.
+    fn next(&mut self, each: &mut dyn FnMut(&[u8]));
+    /// Copies that this end has lost: then the count is worth nothing.
+    fn dropped(&self) -> Result<u64>;
+}
+
+/// Starts to count on `device`, the other end of a mirror's port; `ports` are those of the probes.
+pub fn on_device(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
+    let (place, device) = (place.clone(), device.to_owned());
+    start(ports, move || {
+        place.enter()?;
+        let socket = silent::listen(&device)?;
+        setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+        Ok(Device(socket))
+    })
+}
+
+/// Starts to count in the sFlow datagrams that come to `port` of the host; `ports` are those of the probes.
+pub fn in_samples(port: u16, ports: &[u16]) -> Result<Copies> {
+    start(ports, move || {
+        let socket = UdpSocket::bind(("127.0.0.1", port)).with_context(|| format!("cannot collect on port {port}"))?;
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
+        Ok(Collector(socket))
+    })
+}
+
+fn start<S: Source>(ports: &[u16], open: impl FnOnce() -> Result<S> + Send + 'static) -> Result<Copies> {
     let (stop, arrived) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (ready, is_ready) = channel();
     let counter = {
-        let (place, device, ports) = (place.clone(), device.to_owned(), ports.to_vec());
-        let (stop, arrived) = (stop.clone(), arrived.clone());
+        let (ports, stop, arrived) = (ports.to_vec(), stop.clone(), arrived.clone());
         std::thread::spawn(move || {
-            place.enter()?;
+            let mut source = open()?;
             measure_first(0);
-            let socket = silent::listen(&device)?;
-            setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
             let _ = ready.send(());
-            let seen = count(&socket, &ports, &stop, &arrived);
-            Ok(CopiesOutcome { by_flow: sum(&seen), dropped: dropped(&socket)? })
+            let mut seen: HashMap<Name, u32> = HashMap::new();
+            while !stop.load(Ordering::Relaxed) {
+                source.next(&mut |bytes| {
+                    if let Some(name) = name_of(bytes, &ports) {
+                        *seen.entry(name).or_default() += 1;
+                        arrived.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            Ok(CopiesOutcome { by_flow: sum(&seen), dropped: source.dropped()? })
         })
     };
     if is_ready.recv().is_err() {
@@ -49,19 +84,91 @@ pub fn start(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
     Ok(Copies { stop, arrived, counter })
 }
 
-fn count(socket: &OwnedFd, ports: &[u16], stop: &AtomicBool, arrived: &AtomicU64) -> HashMap<Name, u32> {
-    let mut seen = HashMap::new();
-    let mut buffer = [0u8; 256];
-    while !stop.load(Ordering::Relaxed) {
+struct Device(OwnedFd);
+
+impl Source for Device {
+    fn next(&mut self, each: &mut dyn FnMut(&[u8])) {
+        let mut buffer = [0u8; 256];
         // SAFETY: the buffer lives through the call and its true size is given.
-        let got = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-        let Ok(length) = usize::try_from(got) else { continue };
-        if let Some(name) = buffer.get(..length).and_then(|bytes| name_of(bytes, ports)) {
-            *seen.entry(name).or_default() += 1;
-            arrived.fetch_add(1, Ordering::Relaxed);
+        let got = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        if let Some(bytes) = usize::try_from(got).ok().and_then(|length| buffer.get(..length)) {
+            each(bytes);
         }
     }
-    seen
+
+    fn dropped(&self) -> Result<u64> {
+        dropped(&self.0)
+    }
+}
+
+struct Collector(UdpSocket);
+
+impl Source for Collector {
+    fn next(&mut self, each: &mut dyn FnMut(&[u8])) {
+        let mut buffer = [0u8; 2048];
+        let Ok(length) = self.0.recv(&mut buffer) else { return };
+        let frames = sampled(Words(buffer.get(..length).unwrap_or_default())).unwrap_or_default();
+        frames.iter().filter_map(|frame| frame.get(ETHERNET..)).for_each(each);
+    }
+
+    /// Its datagrams are few, and have all of the buffer.
+    fn dropped(&self) -> Result<u64> {
+        Ok(0)
+    }
+}
+
+/// Bytes of an Ethernet header without tags.
+const ETHERNET: usize = 14;
+// Of sFlow version 5 (sflow_version_5.txt, 5): samples and records are numbered by enterprise (0) and format.
+const FLOW_SAMPLE: u32 = 1;
+const RAW_PACKET_HEADER: u32 = 1;
+
+/// The frames sampled in an sFlow datagram; None if it is malformed.
+fn sampled(mut datagram: Words<'_>) -> Option<Vec<&[u8]>> {
+    let [_version, kind] = [datagram.word()?, datagram.word()?];
+    datagram.take(if kind == 1 { 4 } else { 16 })?;
+    let [_agent, _number, _uptime, samples] = [datagram.word()?, datagram.word()?, datagram.word()?, datagram.word()?];
+    let mut frames = Vec::new();
+    for _ in 0..samples {
+        let (format, mut sample) = datagram.structure()?;
+        if format != FLOW_SAMPLE {
+            continue;
+        }
+        // Number, source, rate, pool, drops, input, output.
+        sample.take(7 * 4)?;
+        for _ in 0..sample.word()? {
+            let (format, mut record) = sample.structure()?;
+            if format == RAW_PACKET_HEADER {
+                // Protocol, length of the frame, bytes stripped.
+                record.take(3 * 4)?;
+                let length = record.word()?;
+                frames.push(record.take(length as usize)?.0);
+            }
+        }
+    }
+    Some(frames)
+}
+
+/// XDR: words of four bytes, in network order.
+#[derive(Clone, Copy)]
+struct Words<'a>(&'a [u8]);
+
+impl<'a> Words<'a> {
+    fn take(&mut self, length: usize) -> Option<Words<'a>> {
+        let (head, tail) = self.0.split_at_checked(length)?;
+        self.0 = tail;
+        Some(Words(head))
+    }
+
+    fn word(&mut self) -> Option<u32> {
+        Some(u32::from_be_bytes(self.take(4)?.0.try_into().ok()?))
+    }
+
+    /// A format, a length, and so many bytes.
+    fn structure(&mut self) -> Option<(u32, Words<'a>)> {
+        let (format, length) = (self.word()?, self.word()?);
+        Some((format, self.take(length as usize)?))
+    }
 }
 
 /// Reads a packet from its IPv4 header on; None if it is no probe's.
@@ -132,6 +239,21 @@ mod tests {
         bytes.extend([0; 4]);
         bytes.extend(number.to_be_bytes());
         bytes
+    }
+
+    #[test]
+    fn frames_are_found_in_an_sflow_datagram() {
+        let words = |words: &[u32]| words.iter().flat_map(|word| word.to_be_bytes()).collect::<Vec<u8>>();
+        let frame = [&[0u8; ETHERNET], &packet(5, 9001, 77)[..], &[0; 2]].concat();
+        assert_eq!(frame.len() % 4, 0);
+        let record = [words(&[1, 16 + frame.len() as u32, 1, 64, 4, frame.len() as u32]), frame.clone()].concat();
+        let sample = [words(&[7, 3, 1, 9, 0, 1, 2, 2]), words(&[1001, 4, 0]), record].concat();
+        let counters = words(&[2, 8, 0, 0]);
+        let mut datagram = words(&[5, 1, 0x7f00_0001, 0, 1, 1000, 2]);
+        datagram.extend(counters);
+        datagram.extend([words(&[1, sample.len() as u32]), sample].concat());
+        assert_eq!(sampled(Words(&datagram)), Some(vec![&frame[..]]));
+        assert_eq!(sampled(Words(&datagram[..datagram.len() - 1])), None);
     }
 
     #[test]

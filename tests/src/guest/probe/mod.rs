@@ -91,6 +91,8 @@ pub enum Spec {
         interval_us: u64,
         /// One flow or many.
         ports: Ports,
+        /// Bytes of a packet.
+        length: usize,
     },
     /// One long-lived connection with checked payload both ways.
     Tcp {
@@ -102,6 +104,8 @@ pub enum Spec {
         address: IpAddr,
         /// The server's port.
         port: u16,
+        /// What is written at once.
+        pace: tcp::Pace,
     },
     /// TCP connections, each new.
     Connections {
@@ -122,6 +126,13 @@ pub enum Spec {
         place: Place,
         /// The device there.
         device: String,
+        /// Ports of the probes.
+        ports: Vec<u16>,
+    },
+    /// Counts the packets of UDP probes in sFlow datagrams.
+    Samples {
+        /// Port of the host that they come to.
+        port: u16,
         /// Ports of the probes.
         ports: Vec<u16>,
     },
@@ -151,14 +162,19 @@ impl Spec {
     pub fn start(&self) -> Result<Box<dyn Running>> {
         let slower = SLOWER.load(Ordering::Relaxed);
         Ok(match self {
-            Spec::Udp { from, to, address, port, interval_us, ports } => {
-                Box::new(udp::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower, *ports)?)
+            Spec::Udp { from, to, address, port, interval_us, ports, length } => {
+                let target = SocketAddr::new(*address, *port);
+                let stream = udp::Stream { target, interval_us: *interval_us * slower, ports: *ports, length: *length };
+                Box::new(udp::start(from, to, stream)?)
             }
-            Spec::Tcp { from, to, address, port } => Box::new(tcp::start(from, to, SocketAddr::new(*address, *port))?),
+            Spec::Tcp { from, to, address, port, pace } => {
+                Box::new(tcp::start(from, to, SocketAddr::new(*address, *port), *pace)?)
+            }
             Spec::Connections { from, to, address, port, interval_us } => {
                 Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower)?)
             }
-            Spec::Copies { place, device, ports } => Box::new(copies::start(place, device, ports)?),
+            Spec::Copies { place, device, ports } => Box::new(copies::on_device(place, device, ports)?),
+            Spec::Samples { port, ports } => Box::new(copies::in_samples(*port, ports)?),
             Spec::Silent { place, device } => Box::new(silent::start(place, device)?),
         })
     }

@@ -14,10 +14,19 @@ use anyhow::{anyhow, Context, Result};
 use super::{anywhere, Place, Running};
 use crate::outcome::{ProbeOutcome, TcpOutcome};
 
-/// One write.
-const CHUNK: usize = 1000;
-/// Time between two writes: 50 kB/s each way.
-const PACE: Duration = Duration::from_millis(20);
+/// What is written at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// Bytes of a write: with more than a segment has, the datapath gets packets of many segments (GSO).
+    pub chunk: usize,
+    /// Time between two writes, ms.
+    pub every_ms: u64,
+}
+
+/// 50 kB/s each way, in segments.
+pub const MODEST: Pace = Pace { chunk: 1000, every_ms: 20 };
+/// 650 kB/s each way, 64 KiB at once.
+pub const BULKY: Pace = Pace { chunk: 1 << 16, every_ms: 100 };
 /// How long the reader waits for the last bytes.
 const GRACE: Duration = Duration::from_secs(4);
 
@@ -47,7 +56,7 @@ pub struct TcpProbe {
 }
 
 /// Connects `from` to `target`, which listens in `to`.
-pub fn start(from: &Place, to: &Place, target: SocketAddr) -> Result<TcpProbe> {
+pub fn start(from: &Place, to: &Place, target: SocketAddr, pace: Pace) -> Result<TcpProbe> {
     let stop = Arc::new(AtomicBool::new(false));
     let (ready, is_ready) = channel();
     let server = {
@@ -57,7 +66,7 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr) -> Result<TcpProbe> {
             let listener = TcpListener::bind((anywhere(target), target.port())).context("cannot listen")?;
             let _ = ready.send(());
             let (stream, _) = listener.accept().context("cannot accept")?;
-            talk(stream, &stop)
+            talk(stream, pace, &stop)
         })
     };
     if is_ready.recv().is_err() {
@@ -68,19 +77,19 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr) -> Result<TcpProbe> {
         std::thread::spawn(move || {
             from.enter()?;
             let stream = TcpStream::connect(target).with_context(|| format!("cannot connect to {target}"))?;
-            talk(stream, &stop)
+            talk(stream, pace, &stop)
         })
     };
     Ok(TcpProbe { stop, started: Instant::now(), server, client })
 }
 
-fn talk(stream: TcpStream, stop: &AtomicBool) -> Result<End> {
+fn talk(stream: TcpStream, pace: Pace, stop: &AtomicBool) -> Result<End> {
     let before = timeouts();
     let mut writer = stream.try_clone()?;
     writer.set_nodelay(true)?;
     stream.set_read_timeout(Some(Duration::from_millis(50)))?;
     let mut end = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| write_stream(&mut writer, stop));
+        let writing = scope.spawn(|| write_stream(&mut writer, pace, stop));
         let mut end = read_stream(&stream);
         match writing.join() {
             Ok(Ok(written)) => end.written = written,
@@ -96,17 +105,17 @@ fn talk(stream: TcpStream, stop: &AtomicBool) -> Result<End> {
     Ok(end)
 }
 
-fn write_stream(stream: &mut TcpStream, stop: &AtomicBool) -> std::io::Result<u64> {
+fn write_stream(stream: &mut TcpStream, pace: Pace, stop: &AtomicBool) -> std::io::Result<u64> {
     let mut position = 0u64;
     let mut next = Instant::now();
+    let mut chunk = vec![0u8; pace.chunk];
     while !stop.load(Ordering::Relaxed) {
-        let mut chunk = [0u8; CHUNK];
         for byte in &mut chunk {
             *byte = byte_at(position);
             position += 1;
         }
         stream.write_all(&chunk)?;
-        next += PACE;
+        next += Duration::from_millis(pace.every_ms);
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }
     stream.shutdown(std::net::Shutdown::Write)?;
@@ -217,12 +226,12 @@ mod tests {
 
     #[test]
     fn the_stream_is_checked_over_loopback() {
-        let probe = start(&Place::Host, &Place::Host, "127.0.0.1:39002".parse().unwrap()).unwrap();
+        let probe = start(&Place::Host, &Place::Host, "127.0.0.1:39002".parse().unwrap(), MODEST).unwrap();
         std::thread::sleep(Duration::from_millis(300));
         let ProbeOutcome::Tcp(outcome) = Box::new(probe).finish().unwrap() else { panic!() };
         assert_eq!(outcome.error, None);
         assert_eq!(outcome.written, outcome.verified);
-        assert!(outcome.written[0] >= 5 * CHUNK as u64);
+        assert!(outcome.written[0] >= 5 * MODEST.chunk as u64);
         assert_eq!(outcome.corrupted, 0);
     }
 }

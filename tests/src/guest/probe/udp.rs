@@ -18,8 +18,10 @@ use super::stats::{judge, Arrival};
 use super::{anywhere, measure_first, now, Place, Ports, Running};
 use crate::outcome::{ProbeOutcome, UdpOutcome};
 
-/// Bytes of a probe packet.
-const LENGTH: usize = 64;
+/// Bytes of a usual probe packet.
+pub const LENGTH: usize = 64;
+/// Room for the longest packet.
+const BUFFER: usize = 65_536;
 /// Source sockets kept open for replies: 80 s of the new-flow stream at 10 ms. A reply that comes later would count as
 /// lost, and a slow machine has had 14 s at 5 ms.
 const KEPT_SOCKETS: usize = 8192;
@@ -35,17 +37,16 @@ const RECEIVE_BUFFER: usize = 8 << 20;
 /// flow's sender would get EAGAIN after some hundred parked packets, bytes.
 const SEND_BUFFER: usize = 32 << 20;
 
-/// Builds packet `sequence`: number, filling that depends on it, checksum.
-fn packet(sequence: u32) -> [u8; LENGTH] {
-    let mut bytes = [0u8; LENGTH];
-    bytes[..4].copy_from_slice(&sequence.to_be_bytes());
+/// Builds packet `sequence` of `length` bytes: number, filling that depends on it, checksum.
+fn packet(sequence: u32, length: usize) -> Vec<u8> {
+    let mut bytes = sequence.to_be_bytes().to_vec();
     let mut filling = sequence.wrapping_mul(2_654_435_761);
-    for byte in &mut bytes[4..LENGTH - 4] {
+    bytes.resize_with(length - 4, || {
         filling = filling.rotate_left(5).wrapping_add(0x9e37_79b9);
-        *byte = filling as u8;
-    }
-    let sum = checksum(&bytes[..LENGTH - 4]);
-    bytes[LENGTH - 4..].copy_from_slice(&sum.to_be_bytes());
+        filling as u8
+    });
+    let sum = checksum(&bytes);
+    bytes.extend(sum.to_be_bytes());
     bytes
 }
 
@@ -54,10 +55,10 @@ fn checksum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
 
-/// The number of a whole packet; None for a damaged one.
-fn sequence_of(bytes: &[u8]) -> Option<u32> {
-    let (body, sum) = bytes.split_at_checked(LENGTH - 4)?;
-    if bytes.len() != LENGTH || checksum(body).to_be_bytes() != sum {
+/// The number of a whole packet of `length` bytes; None for a damaged one.
+fn sequence_of(bytes: &[u8], length: usize) -> Option<u32> {
+    let (body, sum) = bytes.split_at_checked(length - 4)?;
+    if bytes.len() != length || checksum(body).to_be_bytes() != sum {
         return None;
     }
     Some(u32::from_be_bytes(body.get(..4)?.try_into().ok()?))
@@ -85,24 +86,41 @@ struct Sent {
     errors: BTreeMap<String, u64>,
 }
 
+/// What a UDP probe sends.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream {
+    /// Where requests go.
+    pub target: SocketAddr,
+    /// Time between two of them, µs.
+    pub interval_us: u64,
+    /// Source ports.
+    pub ports: Ports,
+    /// Bytes of each; more than the MTU leaves in fragments.
+    pub length: usize,
+}
+
+impl Stream {
+    fn interval_ns(&self) -> u64 {
+        self.interval_us * 1000
+    }
+}
+
 /// A UDP probe under way.
 pub struct UdpProbe {
     flags: Arc<Flags>,
-    interval_ns: u64,
-    ports: Ports,
+    stream: Stream,
     sender: JoinHandle<Result<Sent>>,
     echo: JoinHandle<Result<Log>>,
     collector: JoinHandle<Result<Log>>,
 }
 
-/// Starts requests from `from` to `target`, answered in `to`.
-pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64, ports: Ports) -> Result<UdpProbe> {
+/// Starts requests from `from`, answered in `to`.
+pub fn start(from: &Place, to: &Place, stream: Stream) -> Result<UdpProbe> {
     let flags = Arc::new(Flags::default());
-    let interval_ns = interval_us * 1000;
     let (ready, is_ready) = channel();
     let echo = {
         let (flags, to) = (flags.clone(), to.clone());
-        std::thread::spawn(move || echo(&to, target, &flags, &ready))
+        std::thread::spawn(move || echo(&to, stream, &flags, &ready))
     };
     if is_ready.recv().is_err() {
         return Err(echo.join().map_err(|_| anyhow!("the echo thread panicked"))?.err().unwrap_or(anyhow!("no echo")));
@@ -111,17 +129,18 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64, por
     let (hand_over, sockets) = channel();
     let collector = {
         let (flags, epoll) = (flags.clone(), epoll.clone());
-        std::thread::spawn(move || collect(target, &flags, &epoll, &sockets))
+        std::thread::spawn(move || collect(stream, &flags, &epoll, &sockets))
     };
     let sender = {
         let (flags, from) = (flags.clone(), from.clone());
         let hand_over = HandOver { sockets: hand_over, epoll, next_id: 0 };
-        std::thread::spawn(move || send(&from, target, interval_ns, ports, &flags, hand_over))
+        std::thread::spawn(move || send(&from, stream, &flags, hand_over))
     };
-    Ok(UdpProbe { flags, interval_ns, ports, sender, echo, collector })
+    Ok(UdpProbe { flags, stream, sender, echo, collector })
 }
 
-fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
+fn echo(place: &Place, stream: Stream, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
+    let target = stream.target;
     place.enter()?;
     measure_first(target.port());
     let socket = UdpSocket::bind((anywhere(target), target.port())).context("cannot bind the echo socket")?;
@@ -130,11 +149,11 @@ fn echo(place: &Place, target: SocketAddr, flags: &Flags, ready: &Sender<()>) ->
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
     let _ = ready.send(());
     let mut log = Log::default();
-    let mut buffer = [0u8; 2048];
+    let mut buffer = vec![0u8; BUFFER];
     while !flags.stop_listening.load(Ordering::Relaxed) {
         let Ok((length, sender)) = socket.recv_from(&mut buffer) else { continue };
         let bytes = buffer.get(..length).unwrap_or_default();
-        match sequence_of(bytes) {
+        match sequence_of(bytes, stream.length) {
             None => log.corrupted += 1,
             Some(sequence) => {
                 log.arrivals.push(Arrival { sequence, at: now() });
@@ -163,13 +182,14 @@ impl HandOver {
     }
 }
 
-fn collect(target: SocketAddr, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpSocket>) -> Result<Log> {
-    measure_first(target.port());
+fn collect(stream: Stream, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpSocket>) -> Result<Log> {
+    measure_first(stream.target.port());
     // In the order of their ids.
     let mut open: VecDeque<UdpSocket> = VecDeque::new();
     let mut oldest = 0u64;
     let mut log = Log::default();
     let mut events = [EpollEvent::empty(); 128];
+    let mut buffer = vec![0u8; BUFFER];
     while !flags.stop_listening.load(Ordering::Relaxed) {
         let count = epoll.wait(&mut events, EpollTimeout::from(100u8))?;
         while let Ok(socket) = sockets.try_recv() {
@@ -182,7 +202,7 @@ fn collect(target: SocketAddr, flags: &Flags, epoll: &Epoll, sockets: &Receiver<
         for event in events.iter().take(count) {
             let index = event.data().checked_sub(oldest).and_then(|i| usize::try_from(i).ok());
             if let Some(socket) = index.and_then(|i| open.get(i)) {
-                receive_all(socket, target, &mut log);
+                receive_all(socket, stream, &mut buffer, &mut log);
                 flags.arrived.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -190,14 +210,13 @@ fn collect(target: SocketAddr, flags: &Flags, epoll: &Epoll, sockets: &Receiver<
     Ok(log)
 }
 
-fn receive_all(socket: &UdpSocket, target: SocketAddr, log: &mut Log) {
-    let mut buffer = [0u8; 2048];
-    while let Ok((length, sender)) = socket.recv_from(&mut buffer) {
-        if sender != target {
+fn receive_all(socket: &UdpSocket, stream: Stream, buffer: &mut [u8], log: &mut Log) {
+    while let Ok((length, sender)) = socket.recv_from(buffer) {
+        if sender != stream.target {
             log.wrong_source += 1;
             continue;
         }
-        match sequence_of(buffer.get(..length).unwrap_or_default()) {
+        match sequence_of(buffer.get(..length).unwrap_or_default(), stream.length) {
             None => log.corrupted += 1,
             Some(sequence) => log.arrivals.push(Arrival { sequence, at: now() }),
         }
@@ -213,14 +232,9 @@ fn source_socket(target: SocketAddr, port: u16) -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn send(
-    place: &Place,
-    target: SocketAddr,
-    interval_ns: u64,
-    ports: Ports,
-    flags: &Flags,
-    mut hand_over: HandOver,
-) -> Result<Sent> {
+fn send(place: &Place, stream: Stream, flags: &Flags, mut hand_over: HandOver) -> Result<Sent> {
+    let Stream { target, ports, .. } = stream;
+    let interval_ns = stream.interval_ns();
     place.enter()?;
     measure_first(target.port());
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
@@ -236,12 +250,12 @@ fn send(
             std::thread::sleep(Duration::from_nanos(early));
         }
         let result = match ports.source(sequence) {
-            None => transmit(&constant, sequence, target, &mut sent),
+            None => transmit(&constant, sequence, stream, &mut sent),
             Some(port) => {
                 let socket = source_socket(target, port)?;
                 // The collector must know the socket before a reply can come.
                 hand_over.give(&socket)?;
-                transmit(&socket, sequence, target, &mut sent)
+                transmit(&socket, sequence, stream, &mut sent)
             }
         };
         if let Err(error) = result {
@@ -255,10 +269,11 @@ fn send(
     Ok(sent)
 }
 
-fn transmit(socket: &UdpSocket, sequence: u32, target: SocketAddr, sent: &mut Sent) -> std::io::Result<()> {
+fn transmit(socket: &UdpSocket, sequence: u32, stream: Stream, sent: &mut Sent) -> std::io::Result<()> {
+    let packet = packet(sequence, stream.length);
     sent.at.push(now());
     loop {
-        match socket.send_to(&packet(sequence), target) {
+        match socket.send_to(&packet, stream.target) {
             // It has not left: a full buffer delays the packet, the network did not lose it.
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::from(100u8))?;
@@ -282,7 +297,7 @@ pub(super) fn wait_for_stragglers(arrived: &AtomicU64) {
 
 impl Running for UdpProbe {
     fn flows_begun(&self) -> u64 {
-        match self.ports {
+        match self.stream.ports {
             Ports::Constant | Ports::Cycle { .. } => 0,
             Ports::EachNew => self.flags.sent.load(Ordering::Relaxed),
         }
@@ -307,8 +322,8 @@ impl Running for UdpProbe {
             sent: sent.at.len() as u64,
             sender_late_ms: sent.late_ns as f64 / 1e6,
             send_errors: sent.errors,
-            requests: judge(&sent.at, &all, &there.arrivals, there.corrupted, self.interval_ns),
-            replies: judge(&sent.at, &answered, &back.arrivals, back.corrupted, self.interval_ns),
+            requests: judge(&sent.at, &all, &there.arrivals, there.corrupted, self.stream.interval_ns()),
+            replies: judge(&sent.at, &answered, &back.arrivals, back.corrupted, self.stream.interval_ns()),
             wrong_source: back.wrong_source,
         })))
     }
@@ -320,13 +335,14 @@ mod tests {
 
     #[test]
     fn a_packet_knows_its_number_and_its_damage() {
-        let mut bytes = packet(70_000);
-        assert_eq!(sequence_of(&bytes), Some(70_000));
-        assert_ne!(packet(1)[4..20], packet(2)[4..20]);
+        let mut bytes = packet(70_000, 64);
+        assert_eq!(sequence_of(&bytes, 64), Some(70_000));
+        assert_ne!(packet(1, 64)[4..20], packet(2, 64)[4..20]);
+        assert_eq!(sequence_of(&packet(5, 4000), 4000), Some(5));
         bytes[17] ^= 1;
-        assert_eq!(sequence_of(&bytes), None);
-        assert_eq!(sequence_of(&bytes[..40]), None);
-        assert_eq!(sequence_of(&[]), None);
+        assert_eq!(sequence_of(&bytes, 64), None);
+        assert_eq!(sequence_of(&bytes[..40], 64), None);
+        assert_eq!(sequence_of(&[], 64), None);
     }
 
     #[test]
@@ -336,7 +352,8 @@ mod tests {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
-        let probe = start(&Place::Host, &Place::Host, target, 5000, Ports::EachNew).unwrap();
+        let stream = Stream { target, interval_us: 5000, ports: Ports::EachNew, length: LENGTH };
+        let probe = start(&Place::Host, &Place::Host, stream).unwrap();
         std::thread::sleep(Duration::from_millis(300));
         let ProbeOutcome::Udp(outcome) = Box::new(probe).finish().unwrap() else { panic!() };
         assert!(outcome.sent > 20, "{outcome:?}");

@@ -1,0 +1,52 @@
+//! Two bridges joined by bonds without LACP.
+
+use std::net::Ipv4Addr;
+
+use anyhow::Result;
+
+use super::network::{self, UNWILDCARD};
+use super::Traffic;
+use crate::command::shell;
+use crate::guest::probe::{Place, Spec};
+
+/// See the module.
+pub struct Bond;
+
+impl Traffic for Bond {
+    fn name(&self) -> &'static str {
+        "bond"
+    }
+
+    fn about(&self) -> &'static str {
+        "two bridges joined by bonds of two links each, no LACP"
+    }
+
+    fn set_up(&self) -> Result<()> {
+        shell(
+            "for link in a b; do
+               ip link add ${link}0 type veth peer name ${link}1
+               ip link set ${link}0 up
+               ip link set ${link}1 up
+             done
+             ovs-vsctl add-br br0 -- add-br br1 \
+               -- add-bond br0 bond0 a0 b0 bond_mode=balance-slb -- add-bond br1 bond1 a1 b1 bond_mode=balance-slb",
+        )?;
+        network::attach("ns1", "br0", "10.9.0.1/24", "")?;
+        network::attach("ns2", "br1", "10.9.0.2/24", "")?;
+        network::attach("ns3", "br1", "", "")?;
+        let rules = format!("priority=10,actions=NORMAL\npriority=100,udp,tp_dst=9001,actions={UNWILDCARD},NORMAL\n");
+        network::rules("br0", &rules)?;
+        network::ping("ns1", "10.9.0.2")
+    }
+
+    fn bridges(&self) -> Vec<String> {
+        vec!["br0".to_owned(), "br1".to_owned()]
+    }
+
+    fn probes(&self) -> Vec<(String, Spec)> {
+        let address = Ipv4Addr::new(10, 9, 0, 2);
+        let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
+        probes.push(network::silent("ns3"));
+        probes
+    }
+}
