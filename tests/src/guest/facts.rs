@@ -97,11 +97,14 @@ impl Flow {
 
     /// Whether a restart may keep it: nothing in it belongs to the old process.
     ///
-    /// Recirculation ids, slow-path and controller cookies, and meters do (design, idea 5).
+    /// Recirculation ids, slow-path and controller cookies, and meters do (design, idea 5); samples are only copies.
     pub fn may_be_kept(&self) -> bool {
         let recirculated = self.key.contains("recirc_id(") && !self.key.contains("recirc_id(0)");
-        let bound = ["recirc(", "userspace(", "meter("].iter().any(|w| self.actions.contains(w));
-        !recirculated && !bound
+        let bound = ["recirc(", "meter("].iter().any(|w| self.actions.contains(w));
+        let mut upcalls = self.actions.split("userspace(").skip(1);
+        let samples_only =
+            upcalls.all(|upcall| ["sFlow(", "ipfix(", "flow_sample("].iter().any(|w| upcall.contains(w)));
+        !recirculated && !bound && samples_only
     }
 }
 
@@ -178,6 +181,12 @@ pub fn save_everything(folder: &Path, bridges: &[String]) {
         ("units".to_owned(), "systemctl --no-pager status 'ovs*' openvswitch-switch; systemctl --failed".to_owned()),
         ("upcall-show".to_owned(), "ovs-appctl upcall/show".to_owned()),
         ("links".to_owned(), "ip -s link; ip addr".to_owned()),
+        // For lost fragments: who gave up putting them together (IpReasm...).
+        (
+            "snmp".to_owned(),
+            "cat /proc/net/snmp; for ns in $(ls /run/netns); do echo $ns; ip netns exec $ns cat /proc/net/snmp; done"
+                .to_owned(),
+        ),
     ];
     for bridge in bridges {
         let flows = format!("ovs-ofctl dump-flows {bridge}; ovs-ofctl dump-ports {bridge}");
@@ -185,7 +194,8 @@ pub fn save_everything(folder: &Path, bridges: &[String]) {
         wanted.push((format!("fdb-{bridge}"), format!("ovs-appctl fdb/show {bridge}")));
     }
     for (name, script) in wanted {
-        let _ = fs::write(folder.join(name), shell_lenient(&format!("timeout 20 sh -c \"{script}\"")));
+        let _ =
+            fs::write(folder.join(name), shell_lenient(&format!("timeout 20 sh -c '{}'", script.replace('\'', "\""))));
     }
 }
 
@@ -208,6 +218,10 @@ mod tests {
         assert!(flow.may_be_kept());
         let recirculating = line.replace("actions:v2", "actions:ct(zone=5),recirc(0x1)");
         assert!(!parse_flow(&recirculating).unwrap().1.may_be_kept());
+        let sampled = line.replace("actions:v2", "actions:userspace(pid=0,sFlow(vid=0,pcp=0,output=1),actions),v2");
+        assert!(parse_flow(&sampled).unwrap().1.may_be_kept());
+        let slow = line.replace("actions:v2", "actions:userspace(pid=0,slow_path(action))");
+        assert!(!parse_flow(&slow).unwrap().1.may_be_kept());
         let child = line.replace("recirc_id(0)", "recirc_id(0x1)");
         assert!(!parse_flow(&child).unwrap().1.may_be_kept());
         assert_eq!(parse_flow("garbage"), None);

@@ -55,6 +55,9 @@ pub struct Expect {
     pub keeps_flows: bool,
     /// Whether the park is meant to overflow.
     pub overflow: bool,
+    /// Reasons for which parked copies of packets are thrown away, with samples on. Kept flows then name bridges of the
+    /// old daemon until the run settles, which the new one says in its log.
+    pub thrown_away: &'static [&'static str],
     /// Whether systemd units own the daemons.
     pub in_units: bool,
     /// Whether TCP must come through without a retransmission time-out.
@@ -68,6 +71,7 @@ impl Default for Expect {
             refused: &["upcall_bind"],
             keeps_flows: true,
             overflow: false,
+            thrown_away: &[],
             in_units: true,
             no_timeouts: false,
         }
