@@ -59,7 +59,7 @@ fn fill() -> Result<()> {
             // Too short for a probe's packet: the sink ignores it.
             socket.send_to(b"fill", (Ipv4Addr::new(10, 9, 0, 2), CROWD_PORT))?;
             if i % 4 == 0 {
-                std::thread::sleep(Duration::from_millis(4));
+                std::thread::sleep(Duration::from_millis(2));
             }
         }
         Ok(())
@@ -100,8 +100,12 @@ impl Traffic for Scale {
             Ok(UdpSocket::bind(("0.0.0.0", CROWD_PORT))?)
         });
         let sink = sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
-        // Looking through all flows twice a second takes most of the time that making them needs.
-        shell("ovs-vsctl set open_vswitch . other_config:max-revalidator=60000")?;
+        say("rules are there");
+        // Looking through all flows twice a second takes much of the time that making them needs; but only revalidators
+        // raise the limit that a daemon begins with, 10,000.
+        shell(
+            "ovs-vsctl set open_vswitch . other_config:max-revalidator=60000; ovs-appctl upcall/set-flow-limit 200000",
+        )?;
         fill()?;
         shell("ovs-vsctl remove open_vswitch . other_config max-revalidator")?;
         drop(sink);
