@@ -244,7 +244,7 @@ fn shifts(runs: usize, ours_first: bool) -> Vec<(Action, usize)> {
 
 /// The long list: each traffic scenario five times with stock's reload and five times with ours, order alternated.
 /// The table goes to `docs/measured.md`: a scenario's row is replaced when it has been measured, the others stay.
-pub fn whole(only: &[String], suite: &str, runs: Option<usize>) -> Result<bool> {
+pub fn whole(only: &[String], suite: &str, runs: Option<usize>, slower: u32) -> Result<bool> {
     let started = Instant::now();
     let runs = runs.unwrap_or(LONG_RUNS);
     for name in only {
@@ -257,12 +257,14 @@ pub fn whole(only: &[String], suite: &str, runs: Option<usize>) -> Result<bool> 
         let mut sides = Sides::default();
         for (shift, (action, runs)) in shifts(runs, index % 2 == 0).into_iter().enumerate() {
             let out = format!("whole/{}-{suite}-{shift}-{}", traffic.name(), action.name());
-            match tell(&request(traffic.name(), action, suite, Some(out)), runs) {
+            let request = Request { slower, ..request(traffic.name(), action, suite, Some(out)) };
+            match tell(&request, runs) {
                 Some(outcomes) => sides.take(action, outcomes),
                 None => sides.lab_errors += 1,
             }
         }
-        let (row, good) = sides.row(&format!("{}, {suite}", traffic.name()));
+        let traffic_of = if slower == 1 { String::new() } else { format!(", traffic 1/{slower}") };
+        let (row, good) = sides.row(&format!("{}, {suite}{traffic_of}", traffic.name()));
         if good {
             passed += 1;
         } else {

@@ -62,6 +62,9 @@ enum Cmd {
         /// Runs of each side with --whole
         #[arg(long, requires = "whole")]
         runs: Option<usize>,
+        /// With --whole: so many times as long between two packets, where the machine carries no more
+        #[arg(long, requires = "whole", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=20))]
+        slower: u32,
         /// Debian suite of the image
         #[arg(long, default_value = "bookworm")]
         suite: String,
@@ -129,7 +132,7 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
             Ok(!results.is_empty() && results.iter().all(|(outcome, _)| outcome.passed))
         }
         Cmd::All { scenarios, whole: false, suite, .. } => campaign::all(&scenarios, &suite),
-        Cmd::All { scenarios, whole: true, runs, suite } => campaign::whole(&scenarios, &suite, runs),
+        Cmd::All { scenarios, whole: true, runs, slower, suite } => campaign::whole(&scenarios, &suite, runs, slower),
         Cmd::Demo { suite } => campaign::demo(&suite),
         Cmd::Mirror => {
             println!("{}", apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?);

@@ -74,7 +74,7 @@ pub fn undone(evidence: &Evidence, outcome: &mut Outcome, what: &str) {
 pub fn rules(bridge: &str, flows: &str) -> Result<()> {
     let file = format!("/run/lab-rules-{bridge}");
     std::fs::write(&file, flows)?;
-    shell(&format!("ovs-ofctl del-flows {bridge} && ovs-ofctl add-flows {bridge} {file}")).map(drop)
+    shell(&format!("ovs-ofctl del-flows {bridge} && ovs-ofctl --bundle add-flows {bridge} {file}")).map(drop)
 }
 
 /// Waits until `address` answers a ping from `ns`.
