@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use dpfreeze::ovs::Ovs;
-use dpfreeze::park::{remove_doomed, DrainWatch, Duplicates, Origins, Park, ParkLimits, ReplayInput};
+use dpfreeze::park::{remove_doomed, Chosen, DrainWatch, Duplicates, Origins, Park, ParkLimits, ReplayInput};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
@@ -54,7 +54,8 @@ fn main() -> Result<()> {
     say(format!("{:?}", park.stats()));
     let mut dump = snapshot;
     if remove {
-        let report = remove_doomed(&mut ovs, datapath.ifindex, &dump, None)?;
+        let chosen = Chosen::now(&mut ovs, datapath.ifindex, &dump)?;
+        let report = remove_doomed(&mut ovs, datapath.ifindex, chosen)?;
         say(format!(
             "removed {:?} of {} (dump {:?}, removal {:?}, slept {}, gone {}, errors {:?})",
             report.by_reason(),

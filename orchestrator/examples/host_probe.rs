@@ -188,8 +188,8 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.check("the refresh has the new rule", before.iter().any(|r| r.flows.iter().any(|f| f.contains("table=77"))));
     drop(watch);
     shell("ping -c1 -W1 10.1.1.2; ip netns exec a ping -c2 -i0.2 10.0.0.2");
-    let fdb: Vec<_> =
-        facts.bridges.iter().map(|b| (b, bridges.fdb(&old, &b.name, soon()).unwrap_or_default())).collect();
+    let learned = bridges.fdb(&old, &facts.bridges, soon()).unwrap_or_default();
+    let fdb: Vec<_> = facts.bridges.iter().zip(learned).collect();
     println!("     {:?}", fdb.iter().map(|(b, e)| (&b.name, e.len())).collect::<Vec<_>>());
 
     let mut flag = tally.take("watch flow-restore-wait", database.watch_restore_wait(soon()));

@@ -166,7 +166,7 @@ pub struct RemovalReport {
     pub malformed: u64,
     /// Whether membarrier(2) was refused and a sleep took its place.
     pub slept: bool,
-    /// How long the dump took; zero where the caller brought it.
+    /// How long the dump took; zero where none was made for it.
     pub dump_time: Duration,
     /// How long the deletions and the grace period took.
     pub removal_time: Duration,
@@ -214,36 +214,79 @@ impl RemovalReport {
     }
 }
 
+/// A flow table, and which of its flows cannot survive.
+#[derive(Clone, Debug, Default)]
+pub struct Chosen {
+    dump: Vec<Flow>,
+    dump_time: Duration,
+    /// Roots, then what else a packet meets in table 0.
+    first: Batch,
+    children: Batch,
+    malformed: u64,
+}
+
+impl Chosen {
+    /// Dumps datapath `ifindex` and chooses: see [`Chosen::among`].
+    ///
+    /// # Errors
+    /// The dump failed or stayed incomplete.
+    pub fn now(ovs: &mut Ovs, ifindex: u32, snapshot: &[Flow]) -> Result<Chosen> {
+        Chosen::of(&mut KernelTable { ovs, ifindex }, snapshot)
+    }
+
+    fn of(table: &mut impl FlowTable, snapshot: &[Flow]) -> Result<Chosen> {
+        let start = Instant::now();
+        let dump = table.dump()?;
+        Ok(Chosen { dump_time: start.elapsed(), ..Chosen::among(dump, snapshot) })
+    }
+
+    /// Chooses among the flows of `dump`. `snapshot` are the flows as they were while the old daemon was whole: what has
+    /// become a drop since goes as well.
+    pub fn among(dump: Vec<Flow>, snapshot: &[Flow]) -> Chosen {
+        let mut doomed: BTreeMap<usize, Doom> = BTreeMap::new();
+        let mut malformed = 0;
+        for (i, flow) in dump.iter().enumerate() {
+            match doom_of(flow) {
+                Ok(Some(doom)) => {
+                    doomed.insert(i, doom);
+                }
+                Ok(None) => {}
+                Err(_) => malformed += 1,
+            }
+        }
+        for i in suspicious_since(snapshot, &dump) {
+            if doom_of(&dump[i]).is_ok() {
+                doomed.entry(i).or_insert(Doom::Drop);
+            }
+        }
+        let (children, mut first): (Batch, Batch) = doomed.into_iter().partition(|(_, doom)| *doom == Doom::Child);
+        first.sort_by_key(|(_, doom)| *doom);
+        Chosen { dump, dump_time: Duration::ZERO, first, children, malformed }
+    }
+
+    /// The flow table that it was chosen from.
+    pub fn dump(&self) -> &[Flow] {
+        &self.dump
+    }
+}
+
 /// Removes from datapath `ifindex` every flow that cannot survive. To be called while misses are parked and no
-/// daemon changes flows.
-///
-/// `snapshot` are the flows as they were while the old daemon was whole: what has become a drop since is removed as
-/// well. `dump` may bring a dump of the table as it is now, where the caller took one ahead of time.
+/// daemon changes flows, from the dump for `chosen` on.
 ///
 /// # Errors
-/// The dump or a whole batch failed; what was removed until then stays removed, and a second call finishes it.
-pub fn remove_doomed(ovs: &mut Ovs, ifindex: u32, snapshot: &[Flow], dump: Option<Vec<Flow>>) -> Result<RemovalReport> {
-    remove_doomed_from(&mut KernelTable { ovs, ifindex }, snapshot, dump)
+/// A whole batch failed; what was removed until then stays removed, and a second call finishes it.
+pub fn remove_doomed(ovs: &mut Ovs, ifindex: u32, chosen: Chosen) -> Result<RemovalReport> {
+    remove_doomed_from(&mut KernelTable { ovs, ifindex }, chosen)
 }
 
 /// [`remove_doomed`] on any table.
 ///
 /// # Errors
 /// As there.
-pub fn remove_doomed_from(
-    table: &mut impl FlowTable,
-    snapshot: &[Flow],
-    dump: Option<Vec<Flow>>,
-) -> Result<RemovalReport> {
-    let mut report = RemovalReport::default();
+pub fn remove_doomed_from(table: &mut impl FlowTable, chosen: Chosen) -> Result<RemovalReport> {
+    let Chosen { dump, dump_time, first, children, malformed } = chosen;
+    let mut report = RemovalReport { dump_time, malformed, ..RemovalReport::default() };
     let start = Instant::now();
-    let dump = match dump {
-        Some(dump) => dump,
-        None => table.dump()?,
-    };
-    report.dump_time = start.elapsed();
-    let start = Instant::now();
-    let (first, children) = sort_out(&dump, snapshot, &mut report);
     // First whatever a packet meets in table 0: from then on no packet starts towards a child. Only when those
     // already on their way have arrived may the children go, else they would miss on an id nobody knows. Then no packet
     // is under way that has seen a child: recirculation does not leave the RCU section that the packet came in with
@@ -269,28 +312,6 @@ fn delete(table: &mut impl FlowTable, dump: &[Flow], batch: &Batch, report: &mut
         report.count(*doom, answer);
     }
     Ok(())
-}
-
-/// Flows to be removed first (roots before the others), and children.
-fn sort_out(dump: &[Flow], snapshot: &[Flow], report: &mut RemovalReport) -> (Batch, Batch) {
-    let mut doomed: BTreeMap<usize, Doom> = BTreeMap::new();
-    for (i, flow) in dump.iter().enumerate() {
-        match doom_of(flow) {
-            Ok(Some(doom)) => {
-                doomed.insert(i, doom);
-            }
-            Ok(None) => {}
-            Err(_) => report.malformed += 1,
-        }
-    }
-    for i in suspicious_since(snapshot, dump) {
-        if doom_of(&dump[i]).is_ok() {
-            doomed.entry(i).or_insert(Doom::Drop);
-        }
-    }
-    let (children, mut first): (Batch, Batch) = doomed.into_iter().partition(|(_, doom)| *doom == Doom::Child);
-    first.sort_by_key(|(_, doom)| *doom);
-    (first, children)
 }
 
 #[cfg(test)]
@@ -365,10 +386,15 @@ mod tests {
         }
     }
 
+    fn removed(table: &mut Recorded, snapshot: &[Flow]) -> RemovalReport {
+        let chosen = Chosen::of(table, snapshot).unwrap();
+        remove_doomed_from(table, chosen).unwrap()
+    }
+
     #[test]
     fn roots_first_children_after_a_grace_period() {
         let mut t = Recorded { flows: table(), ..Recorded::default() };
-        let report = remove_doomed_from(&mut t, &table(), None).unwrap();
+        let report = removed(&mut t, &table());
         assert_eq!(t.log, ["delete [4, 3, 5, 6]", "grace", "delete [2]"]);
         assert_eq!(
             (report.roots, report.children, report.slow_path, report.controller, report.metered, report.drops),
@@ -387,7 +413,7 @@ mod tests {
         let now = vec![turned, table()[7].clone(), new_drop];
         assert_eq!(suspicious_since(&table(), &now), [0, 2]);
         let mut t = Recorded { flows: now, ..Recorded::default() };
-        let report = remove_doomed_from(&mut t, &table(), None).unwrap();
+        let report = removed(&mut t, &table());
         assert_eq!((report.drops, report.removed()), (2, 2));
     }
 
@@ -405,7 +431,7 @@ mod tests {
     fn what_fails_is_counted_and_what_was_gone_is_gone() {
         let mut t = Recorded { flows: table(), ..Recorded::default() };
         t.answer = HashMap::from([(2, Errno::EPERM), (4, Errno::ENOENT)]);
-        let report = remove_doomed_from(&mut t, &table(), None).unwrap();
+        let report = removed(&mut t, &table());
         assert_eq!((report.roots, report.children, report.already_gone), (1, 0, 1));
         assert_eq!(report.errors, BTreeMap::from([("EPERM".to_owned(), 1)]));
     }
@@ -414,7 +440,7 @@ mod tests {
     fn a_malformed_flow_is_left_and_counted() {
         let bad = Flow { ufid: Some([9; 16]), key: vec![1, 0], ..Flow::default() };
         let mut t = Recorded { flows: vec![bad], ..Recorded::default() };
-        let report = remove_doomed_from(&mut t, &[], None).unwrap();
+        let report = removed(&mut t, &[]);
         assert_eq!((report.malformed, report.removed(), t.log.len()), (1, 0, 0));
     }
 }

@@ -123,6 +123,10 @@ pub trait Datapath {
     /// Dumps the flows and decides which of them cannot survive; no flow is added while the upcalls are parked, so
     /// the decision stands until [`Datapath::remove_doomed`].
     fn choose_doomed(&mut self) -> Result<()>;
+    /// The same, while the caller goes on: for when no flow is removed either.
+    fn choose_doomed_meanwhile(&mut self) -> Result<()> {
+        self.choose_doomed()
+    }
     /// Removes them, in order and with a grace period between (hazards 12).
     fn remove_doomed(&mut self) -> Result<&RemovalReport>;
     /// What [`Datapath::remove_doomed`] did, once it has.

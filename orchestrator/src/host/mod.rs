@@ -562,8 +562,8 @@ pub trait OpenFlow: Send + Sync {
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
     /// Does all of a restore that can be done before the new daemon is there: programs started, rules parsed.
     fn prepare_restore(&self, rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>>;
-    /// The learned addresses of `bridge` in `daemon`, the latest first.
-    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>>;
+    /// The learned addresses of each of `bridges` in `daemon`, in their order, the latest first.
+    fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
     /// Waits until `daemon` is connected to all controllers that `bridges` were connected to: before, it throws packets

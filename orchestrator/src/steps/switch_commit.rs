@@ -45,7 +45,7 @@ impl Step for SwitchCommit {
         }
         let new = run.new_daemon()?.clone();
         run.host.daemons.settle_pid_file(&new).context("the PID file of the new ovs-vswitchd")?;
-        run.host.datapath.choose_doomed()?;
+        run.host.datapath.choose_doomed_meanwhile()?;
         Ok(Event::Done)
     }
 }

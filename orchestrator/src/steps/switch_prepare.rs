@@ -110,9 +110,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
         notes::rules_before(&mut run.report, &run.known.rules);
     }
     let old = run.old()?.clone();
-    for bridge in &bridges {
-        let learned = run.host.openflow.fdb(&old, &bridge.name, until).context("learned addresses")?;
-        run.known.addresses.insert(bridge.name.clone(), learned);
-    }
+    let learned = run.host.openflow.fdb(&old, &bridges, until).context("learned addresses")?;
+    run.known.addresses.extend(bridges.into_iter().map(|bridge| bridge.name).zip(learned));
     run.checkpoint()
 }

@@ -83,7 +83,7 @@ fn established(line: &str) -> Option<(u64, SocketAddr)> {
 
 /// The kernel prints each 32 bits of an address as a number of the machine's byte order.
 fn address_of(digits: &str) -> Option<IpAddr> {
-    if digits.len() % 8 != 0 {
+    if !digits.len().is_multiple_of(8) {
         return None;
     }
     let words = digits.as_bytes().chunks(8).map(|word| u32::from_str_radix(std::str::from_utf8(word).ok()?, 16).ok());

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dpfreeze::freeze::{
@@ -9,7 +11,8 @@ use dpfreeze::freeze::{
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::{
-    self, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput, ReplayReport,
+    self, Chosen, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput,
+    ReplayReport,
 };
 use dpfreeze::snapshot::{self, Snapshot};
 use dpfreeze::tunnel::{self, Adoption, Guard};
@@ -28,8 +31,8 @@ pub struct KernelDatapath {
     freeze: Option<Freeze>,
     park: Option<Park>,
     returned_to: Vec<u32>,
-    before: Vec<Flow>,
-    dump: Option<Vec<Flow>>,
+    before: Arc<Vec<Flow>>,
+    chosen: Option<Choice>,
     removed: Option<RemovalReport>,
     guard_refused: u64,
     old: Option<ProcessId>,
@@ -54,8 +57,8 @@ impl KernelDatapath {
             freeze: None,
             park: None,
             returned_to: Vec::new(),
-            before: Vec::new(),
-            dump: None,
+            before: Arc::default(),
+            chosen: None,
             removed: None,
             guard_refused: 0,
             old: None,
@@ -94,8 +97,8 @@ impl KernelDatapath {
 impl Datapath for KernelDatapath {
     fn snapshot(&mut self) -> Result<Snapshot> {
         let snapshot = snapshot::capture(&mut self.ovs).about(DATAPATH)?;
-        if self.dump.is_none() {
-            self.before = snapshot.datapath(DATAPATH).map(|dp| dp.flows.clone()).unwrap_or_default();
+        if self.chosen.is_none() {
+            self.before = Arc::new(snapshot.datapath(DATAPATH).map(|dp| dp.flows.clone()).unwrap_or_default());
         }
         Ok(snapshot)
     }
@@ -282,7 +285,7 @@ impl Datapath for KernelDatapath {
             self.return_parked(old, Instant::now() + RETURN_LIMIT)?;
         }
         self.park = None;
-        self.dump = None;
+        self.chosen = None;
         self.bound = None;
         Ok(())
     }
@@ -330,13 +333,26 @@ impl Datapath for KernelDatapath {
 
     fn choose_doomed(&mut self) -> Result<()> {
         let dp = self.dp()?;
-        self.dump = Some(self.ovs.flows(dp.ifindex).about(DATAPATH)?);
+        self.chosen = Some(Choice::Made(Chosen::now(&mut self.ovs, dp.ifindex, &self.before).about(DATAPATH)?));
+        Ok(())
+    }
+
+    fn choose_doomed_meanwhile(&mut self) -> Result<()> {
+        let ifindex = self.dp()?.ifindex;
+        let before = self.before.clone();
+        let choose = move || Chosen::now(&mut Ovs::open()?, ifindex, &before);
+        let thread = std::thread::Builder::new().name("flows".into()).spawn(choose);
+        self.chosen = Some(Choice::Making(thread.about(DATAPATH)?));
         Ok(())
     }
 
     fn remove_doomed(&mut self) -> Result<&RemovalReport> {
-        let dp = self.dp()?;
-        let report = park::remove_doomed(&mut self.ovs, dp.ifindex, &self.before, self.dump.take()).about(DATAPATH)?;
+        let ifindex = self.dp()?.ifindex;
+        let chosen = match self.chosen.take().and_then(Choice::made) {
+            Some(chosen) => chosen,
+            None => Chosen::now(&mut self.ovs, ifindex, &self.before).about(DATAPATH)?,
+        };
+        let report = park::remove_doomed(&mut self.ovs, ifindex, chosen).about(DATAPATH)?;
         Ok(self.removed.insert(report))
     }
 
@@ -355,7 +371,7 @@ impl Datapath for KernelDatapath {
             None => raised(to.process.tgid, &to.port_ids, self.limits)?,
         };
         let dp = self.dp()?;
-        let origins = Origins::of(dump(&self.removed, &self.dump));
+        let origins = Origins::of(dump(&self.removed, &self.chosen));
         bind(&mut self.ovs, &dp, to.features, &to.port_ids)?;
         let bound = Instant::now();
         let reader = self.bound.insert(reader);
@@ -366,7 +382,8 @@ impl Datapath for KernelDatapath {
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport> {
         let port_ids = self.upcall_port_ids()?;
         let reader = raised(number(daemon)?, &port_ids, self.limits)?;
-        let origins = Origins::of(dump(&self.removed, &self.dump));
+        self.chosen = self.chosen.take().and_then(Choice::made).map(Choice::Made);
+        let origins = Origins::of(dump(&self.removed, &self.chosen));
         give_back(&mut self.park, &origins, self.bound.insert(reader), until)
     }
 
@@ -418,9 +435,41 @@ fn raised(pid: u32, port_ids: &[u32], limits: ParkLimits) -> Result<Duplicates> 
     Ok(reader)
 }
 
+/// Which flows cannot survive.
+enum Choice {
+    Made(Chosen),
+    /// By a thread, while the run waits for the new daemon.
+    Making(JoinHandle<dpfreeze::Result<Chosen>>),
+}
+
+impl Choice {
+    /// Waits for it. None where it failed: it can be made anew.
+    fn made(self) -> Option<Chosen> {
+        let thread = match self {
+            Choice::Made(chosen) => return Some(chosen),
+            Choice::Making(thread) => thread,
+        };
+        match thread.join() {
+            Ok(Ok(chosen)) => Some(chosen),
+            Ok(Err(error)) => {
+                tracing::warn!("dumping kernel flows: {error}");
+                None
+            }
+            Err(_) => {
+                tracing::error!("dumping kernel flows: a thread of ours panicked");
+                None
+            }
+        }
+    }
+}
+
 /// The flow table as it was before anything was removed from it.
-fn dump<'a>(removed: &'a Option<RemovalReport>, dump: &'a Option<Vec<Flow>>) -> &'a [Flow] {
-    removed.as_ref().map(|removed| removed.dump.as_slice()).or(dump.as_deref()).unwrap_or_default()
+fn dump<'a>(removed: &'a Option<RemovalReport>, chosen: &'a Option<Choice>) -> &'a [Flow] {
+    match (removed, chosen) {
+        (Some(removed), _) => &removed.dump,
+        (None, Some(Choice::Made(chosen))) => chosen.dump(),
+        (None, Some(Choice::Making(_)) | None) => &[],
+    }
 }
 
 fn give_back(

@@ -221,10 +221,15 @@ impl OpenFlow for RealOpenFlow {
         Ok(Box::new(Prepared { openflow: self.clone(), bridges }))
     }
 
-    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>> {
-        let mut entries = fdb::parse(&unixctl::command(&daemon.control, "fdb/show", &[bridge], until)?);
-        entries.sort_by_key(|entry| entry.age_s);
-        Ok(entries)
+    fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
+        let questions: Vec<_> = bridges.iter().map(|bridge| ("fdb/show", json!([bridge.name]))).collect();
+        let answers = unixctl::commands(&daemon.control, &questions, until)?;
+        let latest_first = |text: String| {
+            let mut entries = fdb::parse(&text);
+            entries.sort_by_key(|entry| entry.age_s);
+            entries
+        };
+        Ok(answers.into_iter().map(latest_first).collect())
     }
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {

@@ -90,9 +90,12 @@ impl OpenFlow for SimOpenFlow {
         Ok(Box::new(SimPrepared(self.clone())))
     }
 
-    fn fdb(&self, daemon: &Daemon, bridge: &str, until: Instant) -> Result<Vec<FdbEntry>> {
+    fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
         self.0.operate("openflow.fdb", Some(until), |world| match world.processes.get(&daemon.id.pid) {
-            Some(process) => Ok(process.addresses.get(bridge).cloned().unwrap_or_default()),
+            Some(process) => {
+                let of = |bridge: &Bridge| process.addresses.get(&bridge.name).cloned().unwrap_or_default();
+                Ok(bridges.iter().map(of).collect())
+            }
             None => Err(HostError::new("ovs-vswitchd", "it has ended")),
         })
     }
