@@ -1,13 +1,11 @@
 //! Two bridges joined by bonds without LACP.
 
-use std::net::Ipv4Addr;
-
 use anyhow::Result;
 
 use super::network::{self, UNWILDCARD};
-use super::Traffic;
+use super::{plain, Traffic};
 use crate::command::shell;
-use crate::guest::probe::{Place, Spec};
+use crate::guest::probe::Spec;
 
 /// See the module.
 pub struct Bond;
@@ -44,9 +42,6 @@ impl Traffic for Bond {
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
-        let address = Ipv4Addr::new(10, 9, 0, 2);
-        let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
-        probes.push(network::silent("ns3"));
-        probes
+        plain::gentle_probes()
     }
 }

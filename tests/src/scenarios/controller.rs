@@ -1,7 +1,6 @@
 //! A bridge with an OpenFlow controller and fail mode `secure`. `controller`: it looks on, the rules are not its own; the
 //! daemon throws them away when it takes the controller up. `reactive`: it decides about each new flow's packet.
 
-use std::net::Ipv4Addr;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use super::network::{self, UNWILDCARD};
 use super::{plain, Traffic};
 use crate::command::{shell, wait_until};
 use crate::guest::controller::Controller;
-use crate::guest::probe::{Place, Spec};
+use crate::guest::probe::Spec;
 use crate::guest::{facts, Evidence};
 use crate::outcome::Outcome;
 
@@ -78,10 +77,7 @@ impl Traffic for WithController {
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
-        let address = Ipv4Addr::new(10, 9, 0, 2);
-        let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
-        probes.push(network::silent("ns3"));
-        probes
+        plain::gentle_probes()
     }
 
     fn judge(&self, evidence: &Evidence, outcome: &mut Outcome) {

@@ -1,13 +1,11 @@
 //! A select group by `dp_hash`: the datapath hashes each packet and recirculates it to the bucket.
 
-use std::net::Ipv4Addr;
-
 use anyhow::Result;
 
 use super::network::{self, UNWILDCARD};
 use super::{plain, Expect, Traffic};
 use crate::command::shell;
-use crate::guest::probe::{Place, Spec};
+use crate::guest::probe::Spec;
 
 /// See the module.
 pub struct Group;
@@ -40,10 +38,7 @@ impl Traffic for Group {
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
-        let address = Ipv4Addr::new(10, 9, 0, 2);
-        let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), address);
-        probes.push(network::silent("ns3"));
-        probes
+        plain::gentle_probes()
     }
 
     fn expect(&self) -> Expect {

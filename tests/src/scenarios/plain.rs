@@ -40,6 +40,13 @@ pub fn probes() -> Vec<(String, Spec)> {
     probes
 }
 
+/// The same at half the rate.
+pub fn gentle_probes() -> Vec<(String, Spec)> {
+    let mut probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
+    probes.push(network::silent("ns3"));
+    probes
+}
+
 /// Starts [`probes`].
 pub fn start_probes() -> Result<Vec<(String, Box<dyn Running>)>> {
     probes().into_iter().map(|(name, spec)| Ok((name, spec.start()?))).collect()
