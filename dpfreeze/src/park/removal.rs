@@ -166,7 +166,7 @@ pub struct RemovalReport {
     pub malformed: u64,
     /// Whether membarrier(2) was refused and a sleep took its place.
     pub slept: bool,
-    /// How long the dump took; zero where none was made for it.
+    /// How long the dump took.
     pub dump_time: Duration,
     /// How long the deletions and the grace period took.
     pub removal_time: Duration,
@@ -215,7 +215,7 @@ impl RemovalReport {
 }
 
 /// A flow table, and which of its flows cannot survive.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug)]
 pub struct Chosen {
     dump: Vec<Flow>,
     dump_time: Duration,
@@ -226,7 +226,8 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// Dumps datapath `ifindex` and chooses: see [`Chosen::among`].
+    /// Dumps datapath `ifindex` and chooses. `snapshot` are the flows as they were while the old daemon was whole: what
+    /// has become a drop since goes as well.
     ///
     /// # Errors
     /// The dump failed or stayed incomplete.
@@ -237,12 +238,7 @@ impl Chosen {
     fn of(table: &mut impl FlowTable, snapshot: &[Flow]) -> Result<Chosen> {
         let start = Instant::now();
         let dump = table.dump()?;
-        Ok(Chosen { dump_time: start.elapsed(), ..Chosen::among(dump, snapshot) })
-    }
-
-    /// Chooses among the flows of `dump`. `snapshot` are the flows as they were while the old daemon was whole: what has
-    /// become a drop since goes as well.
-    pub fn among(dump: Vec<Flow>, snapshot: &[Flow]) -> Chosen {
+        let dump_time = start.elapsed();
         let mut doomed: BTreeMap<usize, Doom> = BTreeMap::new();
         let mut malformed = 0;
         for (i, flow) in dump.iter().enumerate() {
@@ -261,7 +257,7 @@ impl Chosen {
         }
         let (children, mut first): (Batch, Batch) = doomed.into_iter().partition(|(_, doom)| *doom == Doom::Child);
         first.sort_by_key(|(_, doom)| *doom);
-        Chosen { dump, dump_time: Duration::ZERO, first, children, malformed }
+        Ok(Chosen { dump, dump_time, first, children, malformed })
     }
 
     /// The flow table that it was chosen from.
