@@ -339,8 +339,6 @@ pub trait Database: Send + Sync {
 pub trait RestoreWaitWatch: Send {
     /// The flag as of now; looks at what has arrived and does not wait.
     fn is_set(&mut self) -> Result<bool>;
-    /// Waits for the flag to go; false where `until` passes first.
-    fn wait_cleared(&mut self, until: Instant) -> Result<bool>;
 }
 
 /// A service unit, as its manager has it loaded.

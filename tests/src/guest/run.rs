@@ -9,7 +9,7 @@ use anyhow::{bail, Context, Result};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::command::wait_until;
+use crate::command::{shell_lenient, wait_until};
 use crate::guest::facts;
 
 /// Where runs leave their journals and reports.
@@ -84,6 +84,13 @@ pub fn start_with(arguments: &[&str], environment: &[(&str, &str)], log: &Path) 
 pub fn wait_until_unit_gone(patience: Duration) -> Result<()> {
     wait_until("the supervisor's unit has gone", patience, Duration::from_millis(100), || {
         facts::unit_property("ovs-graceful-run.service", "ActiveState") == "inactive"
+    })
+}
+
+/// Waits until systemd has nothing left to do: it restarts ovs-vswitchd where ovsdb-server was killed.
+pub fn wait_until_no_job(patience: Duration) -> Result<()> {
+    wait_until("systemd has no job left", patience, Duration::from_millis(200), || {
+        shell_lenient("systemctl list-jobs --no-legend").trim().is_empty()
     })
 }
 

@@ -25,6 +25,8 @@ const DATABASE: &str = "Open_vSwitch";
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How often the watch of the flag looks for one, and how long it waits for its first answer: meanwhile the run stands.
+const WATCH_AGAIN: Duration = Duration::from_millis(200);
 
 /// The database server of this host.
 #[derive(Debug, Clone)]
@@ -191,7 +193,7 @@ impl Database for Ovsdb {
     }
 
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
-        Ok(Box::new(FlagWatch(Monitor::start(self.connect(until)?, &["other_config"], until)?)))
+        Ok(Box::new(FlagWatch::start(self, until)?))
     }
 }
 
@@ -263,29 +265,50 @@ impl Monitor {
     }
 }
 
-/// [`RestoreWaitWatch`] on a monitor.
-struct FlagWatch(Monitor);
+/// [`RestoreWaitWatch`] on a monitor, and on another one when ovsdb-server has died and come back. In between what was
+/// seen last counts: a server that is away has removed nothing.
+struct FlagWatch {
+    database: Ovsdb,
+    monitor: Option<Monitor>,
+    set: bool,
+    /// When a server that is away is looked for again.
+    again: Instant,
+}
 
 impl FlagWatch {
-    fn flag(&self) -> bool {
-        map(&self.0["other_config"]).get(FLAG).is_some_and(|v| v == "true")
+    fn start(database: &Ovsdb, until: Instant) -> Result<Self> {
+        let monitor = Monitor::start(database.connect(until)?, &["other_config"], until)?;
+        Ok(FlagWatch { database: database.clone(), set: flag(&monitor), monitor: Some(monitor), again: Instant::now() })
     }
+
+    /// Takes in what has arrived.
+    fn look(&mut self) -> Result<()> {
+        let now = Instant::now();
+        let mut monitor = match self.monitor.take() {
+            Some(monitor) => monitor,
+            None if now < self.again => return Ok(()),
+            None => {
+                self.again = now + WATCH_AGAIN;
+                Monitor::start(Connection::connect(&self.database.socket)?, &["other_config"], self.again)?
+            }
+        };
+        while monitor.next(now)? {}
+        self.set = flag(&monitor);
+        self.monitor = Some(monitor);
+        Ok(())
+    }
+}
+
+fn flag(monitor: &Monitor) -> bool {
+    map(&monitor["other_config"]).get(FLAG).is_some_and(|v| v == "true")
 }
 
 impl RestoreWaitWatch for FlagWatch {
     fn is_set(&mut self) -> Result<bool> {
-        while self.0.next(Instant::now())? {}
-        Ok(self.flag())
-    }
-
-    fn wait_cleared(&mut self, until: Instant) -> Result<bool> {
-        // What has arrived already counts.
-        while self.is_set()? {
-            if !self.0.next(until)? {
-                return Ok(false);
-            }
+        match self.look() {
+            Err(error) if !error.away && !error.timed_out => Err(error),
+            _ => Ok(self.set),
         }
-        Ok(true)
     }
 }
 
@@ -489,6 +512,38 @@ mod tests {
         server.join().unwrap();
         let error = database.bump(Instant::now()).unwrap_err();
         assert!(error.away, "{error}");
+    }
+
+    #[test]
+    fn the_flag_is_watched_beyond_the_death_of_a_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db.sock");
+        let database = Ovsdb::new(&path);
+        // Answers one monitor with the flag as given; dies when told to.
+        let serve = move |value: &'static str| {
+            let _ = std::fs::remove_file(&path);
+            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            std::thread::spawn(move || {
+                let (mut peer, _) = listener.accept().unwrap();
+                std::io::Read::read(&mut peer, &mut [0; 4096]).unwrap();
+                let row = json!({"u": {"new": {"other_config": ["map", [[FLAG, value]]]}}});
+                let answer = json!({"id": 0, "error": null, "result": {DATABASE: row}});
+                std::io::Write::write_all(&mut peer, answer.to_string().as_bytes()).unwrap();
+                peer
+            })
+        };
+        let first = serve("true");
+        let mut watch = FlagWatch::start(&database, Instant::now() + Duration::from_secs(5)).unwrap();
+        assert!(watch.is_set().unwrap());
+        drop(first.join().unwrap());
+        assert!(watch.is_set().unwrap(), "a server that is away has removed nothing");
+        let second = serve("false");
+        let end = Instant::now() + Duration::from_secs(5);
+        while watch.is_set().unwrap() {
+            assert!(Instant::now() < end, "the server that came back was not asked");
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        second.join().unwrap();
     }
 
     fn row(uuid: &str, mut value: Value) -> (String, Value) {

@@ -94,8 +94,4 @@ impl RestoreWaitWatch for SimWatch {
     fn is_set(&mut self) -> Result<bool> {
         Ok(self.0.look().table.flag)
     }
-
-    fn wait_cleared(&mut self, until: Instant) -> Result<bool> {
-        Ok(self.0.wait(until, |world| (!world.table.flag).then_some(())).is_some())
-    }
 }
