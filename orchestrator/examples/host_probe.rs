@@ -100,7 +100,7 @@ fn hook(command: &[String]) -> ExitCode {
 fn run(tally: &mut Tally, with_systemd: bool) {
     let daemons = RealDaemons::new(SOCKET);
     let database = Ovsdb::new(SOCKET);
-    let bridges = RealOpenFlow::new(RUN);
+    let bridges = RealOpenFlow::new(RUN, "/run");
     let systemd = Systemd::default();
     tally.check("systemd is running", systemd.is_running());
 
@@ -184,7 +184,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     let begin = Instant::now();
     tally.take("refresh without changes", bridges.refresh(&facts.bridges[1..], &before, &mut *watch, soon()));
     println!("     after {:?}", begin.elapsed());
-    let prepared = tally.take("prepare the restore", bridges.prepare_restore(&before));
+    let prepared = tally.take("prepare the restore", bridges.prepare_restore(&before, soon()));
     tally.check("the refresh has the new rule", before.iter().any(|r| r.flows.iter().any(|f| f.contains("table=77"))));
     drop(watch);
     shell("ping -c1 -W1 10.1.1.2; ip netns exec a ping -c2 -i0.2 10.0.0.2");

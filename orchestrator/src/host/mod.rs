@@ -337,7 +337,7 @@ pub trait Database: Send + Sync {
 
 /// Notices that somebody else removes flow-restore-wait (hazards 23).
 pub trait RestoreWaitWatch: Send {
-    /// The flag as of now; looks at what has arrived and does not wait.
+    /// The flag as of now; while the database's server is away, as it was last seen.
     fn is_set(&mut self) -> Result<bool>;
 }
 
@@ -558,8 +558,8 @@ pub trait OpenFlow: Send + Sync {
     fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], flow_limit: u32, until: Instant) -> Result<()>;
     /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. May be run twice.
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
-    /// Does all of a restore that can be done before the new daemon is there: programs started, rules parsed.
-    fn prepare_restore(&self, rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>>;
+    /// Does all of a restore that can be done before the new daemon is there: rules parsed and encoded.
+    fn prepare_restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>>;
     /// The learned addresses of each of `bridges` in `daemon`, in their order, the latest first.
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.

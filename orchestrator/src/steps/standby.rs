@@ -41,7 +41,7 @@ impl Step for Standby {
             }
         }
         // Parsed and ready now, so that the gap does not pay for it.
-        run.known.prepared = Some(run.host.openflow.prepare_restore(&run.known.rules)?);
+        run.known.prepared = Some(run.host.openflow.prepare_restore(&run.known.rules, until)?);
         run.checkpoint()?;
         Ok(Event::Done)
     }

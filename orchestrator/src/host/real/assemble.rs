@@ -7,6 +7,7 @@ use dpfreeze::park::ParkLimits;
 use super::datapath::KernelDatapath;
 use super::{Ovsdb, RealClock, RealDaemons, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
+use crate::control::RUN_DIR;
 use crate::host::Database;
 use crate::steps::Host;
 
@@ -32,7 +33,7 @@ impl Host {
             datapath: Box::new(KernelDatapath::open(limits)?),
             daemons: Box::new(RealDaemons::new(DATABASE_SOCKET)),
             database: Box::new(Ovsdb::new(DATABASE_SOCKET)),
-            openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY)),
+            openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY, RUN_DIR)),
             services: Box::new(Systemd::default()),
             surroundings: Box::new(RealSurroundings),
             clock: Arc::new(RealClock),

@@ -17,6 +17,7 @@ pub mod pid_file;
 mod prepared;
 pub mod procfs;
 mod program;
+mod recording;
 mod rule_watch;
 mod spawn;
 mod surroundings;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::jsonrpc::remaining;
-use super::prepared::{Prepared, PreparedBridge};
+use super::prepared::Prepared;
 use super::rule_watch::Watch;
 use super::{command, controllers, fdb, unixctl};
 use crate::host::{
@@ -25,12 +25,14 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(3);
 #[derive(Debug, Clone)]
 pub struct RealOpenFlow {
     run_directory: PathBuf,
+    private_directory: PathBuf,
 }
 
 impl RealOpenFlow {
-    /// The bridges whose management sockets are in `run_directory`, usually `/run/openvswitch`.
-    pub fn new(run_directory: impl Into<PathBuf>) -> Self {
-        RealOpenFlow { run_directory: run_directory.into() }
+    /// The bridges whose management sockets are in `run_directory`, usually `/run/openvswitch`. Sockets of our own, which
+    /// nobody else may connect to, come into `private_directory`, usually `/run/ovs-graceful`.
+    pub fn new(run_directory: impl Into<PathBuf>, private_directory: impl Into<PathBuf>) -> Self {
+        RealOpenFlow { run_directory: run_directory.into(), private_directory: private_directory.into() }
     }
 
     /// Where control sockets of programs are, too.
@@ -38,7 +40,7 @@ impl RealOpenFlow {
         &self.run_directory
     }
 
-    fn socket(&self, bridge: &str) -> PathBuf {
+    pub(super) fn socket(&self, bridge: &str) -> PathBuf {
         self.run_directory.join(format!("{bridge}.mgmt"))
     }
 
@@ -215,10 +217,8 @@ impl OpenFlow for RealOpenFlow {
         side_by_side(rules, |rules| self.restore_one(rules, until))
     }
 
-    fn prepare_restore(&self, rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>> {
-        let prepared = rules.iter().filter(|rules| has_bundles(rules)).map(|rules| PreparedBridge::start(self, rules));
-        let bridges = prepared.collect::<Result<Vec<_>>>()?;
-        Ok(Box::new(Prepared { openflow: self.clone(), bridges }))
+    fn prepare_restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>> {
+        Ok(Box::new(Prepared::record(self, rules, &self.private_directory, until)?))
     }
 
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
@@ -253,7 +253,7 @@ impl OpenFlow for RealOpenFlow {
 }
 
 /// Runs `work` on every item in a thread of its own; the first error in order counts.
-fn side_by_side<I: Sync, O: Send>(items: &[I], work: impl Fn(&I) -> Result<O> + Sync) -> Result<Vec<O>> {
+pub(super) fn side_by_side<I: Sync, O: Send>(items: &[I], work: impl Fn(&I) -> Result<O> + Sync) -> Result<Vec<O>> {
     let work = &work;
     std::thread::scope(|scope| {
         let threads: Vec<_> = items.iter().map(|item| scope.spawn(move || work(item))).collect();
@@ -344,7 +344,7 @@ pub(super) fn parse_tlv_map(dump: &str) -> Vec<String> {
 }
 
 /// Bundles came with OpenFlow 1.4, and to 1.3 as an extension.
-fn has_bundles(rules: &BridgeRules) -> bool {
+pub(super) fn has_bundles(rules: &BridgeRules) -> bool {
     version_number(&rules.protocol) >= 13
 }
 

@@ -85,8 +85,8 @@ impl OpenFlow for SimOpenFlow {
         self.put("openflow.restore", rules, until)
     }
 
-    fn prepare_restore(&self, _rules: &[BridgeRules]) -> Result<Box<dyn PreparedRestore>> {
-        self.0.operate("openflow.prepare_restore", None, |_| Ok(()))?;
+    fn prepare_restore(&self, _rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>> {
+        self.0.operate("openflow.prepare_restore", Some(until), |_| Ok(()))?;
         Ok(Box::new(SimPrepared(self.clone())))
     }
 
