@@ -220,6 +220,7 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     let bridges = scenario.bridges();
     // New flows have the ports of the last round: its connections would make old ones of them.
     let _nothing_to_flush = shell_lenient("conntrack -F");
+    scenario.before_traffic()?;
     // Not beside the traffic: it is a dozen processes.
     facts::save_everything(&out.join("before"), &bridges);
     let mut live = Vec::new();

@@ -100,6 +100,10 @@ pub trait Traffic: Sync {
     fn set_up(&self) -> Result<()> {
         plain::set_up()
     }
+    /// Before the traffic of every round: several are made in a row in one VM.
+    fn before_traffic(&self) -> Result<()> {
+        Ok(())
+    }
     /// Its bridges.
     fn bridges(&self) -> Vec<String> {
         plain::bridges()

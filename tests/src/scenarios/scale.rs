@@ -94,13 +94,17 @@ impl Traffic for Scale {
             network::rules(bridge, &rules(i))?;
         }
         network::ping("ns1", "10.9.0.2")?;
+        say("rules are there");
+        Ok(())
+    }
+
+    fn before_traffic(&self) -> Result<()> {
         // Something must listen, or the fill is answered by ICMP errors that make flows of their own.
         let sink = std::thread::spawn(|| -> Result<UdpSocket> {
             Place::named("ns2").enter()?;
             Ok(UdpSocket::bind(("0.0.0.0", CROWD_PORT))?)
         });
         let sink = sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
-        say("rules are there");
         // Looking through all flows twice a second takes much of the time that making them needs; but only revalidators
         // raise the limit that a daemon begins with, 10,000.
         shell(

@@ -57,7 +57,8 @@ impl Recording {
             let said = openflow.ofctl(&rules.protocol, &["bundle", &target, "-"], Some(&bundle_text(rules)), until);
             ended.store(true, Ordering::Release);
             let recorded = thread.join().unwrap_or_else(|_| Err(HostError::new(object(), "a thread of ours panicked")));
-            said.and(recorded)
+            let nothing = || HostError::new(object(), "ovs-ofctl sent nothing that a bridge acknowledges");
+            said.and(recorded).and_then(|made| (made.acknowledged > 0).then_some(made).ok_or_else(nothing))
         });
         let _ = std::fs::remove_file(socket);
         recorded
