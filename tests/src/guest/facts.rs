@@ -145,7 +145,7 @@ pub fn promised(bridges: &[String]) -> Promised {
             shell_lenient(&format!("ovs-ofctl --no-stats dump-flows {bridge} | sort")),
         );
         for kind in ["groups", "meters"] {
-            let script = format!("ovs-ofctl -O OpenFlow14 dump-{kind} {bridge} | grep -v xid=");
+            let script = format!("ovs-ofctl -O OpenFlow13 dump-{kind} {bridge} | grep -v xid=");
             all.insert(format!("{kind} of {bridge}"), shell_lenient(&script));
         }
     }

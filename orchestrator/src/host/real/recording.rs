@@ -19,6 +19,8 @@ use super::jsonrpc::remaining;
 use super::openflow::{bundle_text, RealOpenFlow, LOOK_AGAIN};
 use crate::host::{BridgeRules, Context, HostError, Result};
 
+/// Who speaks while we record.
+const OBJECT: &str = "ovs-ofctl bundle";
 /// A recording may be as long as this, bytes: 20,000 rules are about 2 MB.
 const RECORDING_MAX: usize = 256 << 20;
 
@@ -52,7 +54,11 @@ impl Recording {
         let listener = UnixListener::bind(socket).about(object())?;
         let ended = AtomicBool::new(false);
         let recorded = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| record(&listener, &ended, until));
+            let thread = scope.spawn(|| {
+                let stream = accept(&listener, &ended, until)?;
+                let _ = std::fs::remove_file(socket);
+                record(stream, until)
+            });
             let target = format!("unix:{}", socket.display());
             let said = openflow.ofctl(&rules.protocol, &["bundle", &target, "-"], Some(&bundle_text(rules)), until);
             ended.store(true, Ordering::Release);
@@ -95,19 +101,22 @@ impl Recording {
     }
 }
 
-/// Takes ovs-ofctl's one connection and acknowledges what it asks for until it closes.
-fn record(listener: &UnixListener, ended: &AtomicBool, until: Instant) -> Result<Recording> {
-    const OBJECT: &str = "ovs-ofctl bundle";
+/// Takes ovs-ofctl's one connection, unless it has `ended`.
+fn accept(listener: &UnixListener, ended: &AtomicBool, until: Instant) -> Result<UnixStream> {
     listener.set_nonblocking(true).about(OBJECT)?;
-    let mut stream = loop {
+    loop {
         // In this order: one that connected before it ended is still found.
         let last = ended.load(Ordering::Acquire) || remaining(until).is_none();
         match some(listener.accept()).about(OBJECT)? {
-            Some((stream, _)) => break stream,
+            Some((stream, _)) => return Ok(stream),
             None if last => return Err(HostError::new(OBJECT, "it did not connect")),
             None => std::thread::sleep(LOOK_AGAIN),
         }
-    };
+    }
+}
+
+/// Keeps what ovs-ofctl sends until it closes, and acknowledges what it asks for.
+fn record(mut stream: UnixStream, until: Instant) -> Result<Recording> {
     stream.set_nonblocking(true).about(OBJECT)?;
     let (mut recording, mut inbox) = (Recording { stream: Vec::new(), acknowledged: 0 }, Inbox::default());
     loop {
@@ -314,7 +323,8 @@ mod tests {
                 stream.read_to_end(&mut Vec::new()).unwrap();
             })
         };
-        let recording = record(&listener, &AtomicBool::new(false), soon()).unwrap();
+        let stream = accept(&listener, &AtomicBool::new(false), soon()).unwrap();
+        let recording = record(stream, soon()).unwrap();
         speaker.join().unwrap();
         assert_eq!((recording.stream.len(), recording.acknowledged), (said.concat().len(), 2));
 
@@ -336,9 +346,9 @@ mod tests {
     fn nobody_who_connects_is_no_recording() {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
-        let error = record(&listener, &AtomicBool::new(true), soon()).err().unwrap();
+        let error = accept(&listener, &AtomicBool::new(true), soon()).unwrap_err();
         assert!(error.cause.contains("did not connect"), "{error}");
-        let error = record(&listener, &AtomicBool::new(false), Instant::now()).err().unwrap();
+        let error = accept(&listener, &AtomicBool::new(false), Instant::now()).unwrap_err();
         assert!(error.cause.contains("did not connect"), "{error}");
     }
 }
