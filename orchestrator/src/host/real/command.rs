@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{killpg, Signal};
@@ -45,7 +45,7 @@ pub(super) fn start<S: AsRef<OsStr>>(program: &str, arguments: &[S], stdin: Stdi
 }
 
 /// Feeds a started program what is left of its input, then waits for its end; ends it where that fails.
-pub(super) fn finish(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
+fn finish(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
     let result = converse(child, program, input, until);
     if result.is_err() {
         end(child);
@@ -121,8 +121,13 @@ fn wait_child(child: &mut Child, program: &str, until: Instant) -> Result<ExitSt
         if remaining(until).is_none() {
             return Err(HostError::timeout(program, "waiting for it to end"));
         }
-        std::thread::sleep(std::time::Duration::from_micros(500));
+        std::thread::sleep(Duration::from_micros(500));
     }
+}
+
+/// Rounded up: a time limit of 0 ms would spin through the last millisecond.
+pub(super) fn poll_timeout(left: Duration) -> PollTimeout {
+    PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
 }
 
 /// Which of the three pipes can be used now; `None` where `until` passes first.
@@ -137,9 +142,7 @@ fn wait_ready(
     fds.extend(stdout.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
     fds.extend(stderr.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
     let Some(left) = remaining(until) else { return Ok(None) };
-    // Rounded up: a time limit of 0 ms would spin through the last millisecond.
-    let left = PollTimeout::try_from(left + std::time::Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-    match poll(&mut fds, left) {
+    match poll(&mut fds, poll_timeout(left)) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => {}
         Err(e) => return Err(e),
     }
@@ -162,7 +165,6 @@ fn take(pipe: &mut Option<impl Read>, into: &mut Vec<u8>) -> std::io::Result<boo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(20)

@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::poll::{poll, PollFd, PollFlags};
 
+use super::command::poll_timeout;
 use super::jsonrpc::remaining;
 use super::openflow::{bundle_text, RealOpenFlow, LOOK_AGAIN};
 use crate::host::{BridgeRules, Context, HostError, Result};
@@ -221,8 +222,7 @@ fn wait(stream: &UnixStream, write: bool, until: Instant) -> nix::Result<bool> {
     let flags = if write { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
     loop {
         let Some(left) = remaining(until) else { return Ok(false) };
-        let left = PollTimeout::try_from(left + std::time::Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
-        match poll(&mut [PollFd::new(stream.as_fd(), flags)], left) {
+        match poll(&mut [PollFd::new(stream.as_fd(), flags)], poll_timeout(left)) {
             Ok(0) | Err(Errno::EINTR) => {}
             Ok(_) => return Ok(true),
             Err(error) => return Err(error),
