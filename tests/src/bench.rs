@@ -10,8 +10,8 @@ use anyhow::{bail, Context, Result};
 use crate::command::run;
 use crate::guest;
 use crate::image;
-use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
-use crate::places;
+use crate::outcome::{Action, Job, Load, Outcome, ProbeOutcome};
+use crate::places::{self, VmLock};
 use crate::scenarios::{self, Program, Scenario};
 use crate::vm;
 
@@ -39,8 +39,8 @@ pub struct Request {
     pub out: Option<PathBuf>,
     /// More arguments for `ovs-graceful restart`.
     pub extra_args: Vec<String>,
-    /// The traffic's intervals are so many times as long.
-    pub slower: u32,
+    /// How much traffic.
+    pub load: Load,
 }
 
 /// Folder with the static binaries, building them unless `$LAB_BIN_DIR` has them.
@@ -78,12 +78,12 @@ fn build(what: &[&str]) -> Result<()> {
 }
 
 /// Makes one run. An error is a lab error; a failed assertion is an outcome.
-pub fn one(request: &Request) -> Result<(Outcome, PathBuf)> {
-    rounds(request, 1)?.pop().context("the guest made no round")
+pub fn one(request: &Request, lock: &VmLock) -> Result<(Outcome, PathBuf)> {
+    rounds(request, 1, lock)?.pop().context("the guest made no round")
 }
 
-/// Boots once and makes `rounds` runs in a row in that VM.
-pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)>> {
+/// Boots once, while no other process has VMs, and makes `rounds` runs in a row in that VM.
+pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(Outcome, PathBuf)>> {
     let scenario = scenarios::find(&request.scenario)?;
     if rounds != 1 && matches!(scenario, Scenario::Custom(_)) {
         bail!("{} makes its own runs: it takes no number of rounds", request.scenario);
@@ -103,8 +103,7 @@ pub fn rounds(request: &Request, rounds: usize) -> Result<Vec<(Outcome, PathBuf)
         scenario: request.scenario.clone(),
         action: request.action,
         product,
-        before_s: 5.0,
-        slower: request.slower,
+        load: request.load,
         rounds,
         unix_ms: SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis() as u64,
         entropy: fs::read_to_string("/proc/sys/kernel/random/uuid")?,

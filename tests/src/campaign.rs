@@ -1,8 +1,14 @@
 //! Many runs: everything once, the two sides by side, the long lists with their medians.
 
+use std::cmp::Reverse;
+use std::collections::VecDeque;
 use std::fmt::Write;
 use std::fs;
+use std::num::NonZero;
+use std::path::PathBuf;
 use std::process::Command;
+use std::sync::mpsc::channel;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{bail, Context, Result};
@@ -10,29 +16,39 @@ use comfy_table::{presets::ASCII_MARKDOWN, Table};
 
 use crate::bench::{self, Request};
 use crate::command::capture;
-use crate::outcome::{Action, Outcome, ProbeOutcome, UdpOutcome};
-use crate::places;
+use crate::outcome::{Action, Load, Outcome, ProbeOutcome, UdpOutcome};
+use crate::places::{self, VmLock};
 use crate::scenarios::{self, Scenario};
 
 /// Longest delay of a new flow's packet, as a share of stock's longest gap, at most.
 const NEW_FLOW_SHARE: f64 = 0.4;
 /// The constant flow's worst latency, as a multiple of stock's, at most.
 const CONSTANT_SHARE: f64 = 1.25;
-/// Everything once is about what is lost, not about times: half the traffic, and a slow machine is done in half the time.
-const ONCE_SLOWER: u32 = 2;
+/// VMs beside each other where everything runs once, which is about what is lost, not about times. A VM has two CPUs
+/// and is busy with one of them half of its time.
+const MOST_LANES: usize = 4;
 /// Runs of each side in the long list.
 const LONG_RUNS: usize = 5;
 
 fn request(scenario: &str, action: Action, suite: &str, out: Option<String>) -> Request {
     let out = out.map(|name| places::workspace().join("target/lab/out").join(name));
-    Request { scenario: scenario.to_owned(), action, suite: suite.to_owned(), out, extra_args: Vec::new(), slower: 1 }
+    Request {
+        scenario: scenario.to_owned(),
+        action,
+        suite: suite.to_owned(),
+        out,
+        extra_args: Vec::new(),
+        load: Load::full(1),
+    }
 }
 
-/// Makes runs in a row in one VM and says how each went in cargo test's manner. A lab error counts as failed, and
-/// says so.
-fn tell(request: &Request, rounds: usize) -> Option<Vec<Outcome>> {
+/// What runs in a row in one VM came to, each with its folder.
+type Ended = Result<Vec<(Outcome, PathBuf)>>;
+
+/// Says how each run went in cargo test's manner. A lab error counts as failed, and says so.
+fn tell(request: &Request, ended: Ended) -> Option<Vec<Outcome>> {
     let name = format!("lab::{}::{}", request.scenario, request.action.name());
-    match bench::rounds(request, rounds) {
+    match ended {
         Ok(results) => {
             for (outcome, folder) in &results {
                 println!("test {name} ... {}", if outcome.passed { "ok" } else { "FAILED" });
@@ -58,22 +74,59 @@ fn closing(passed: usize, failed: usize, started: Instant) -> bool {
     failed == 0
 }
 
-/// Every scenario once with ours; `only` narrows it down.
-pub fn all(only: &[String], suite: &str) -> Result<bool> {
+/// Every scenario once with ours, in so many VMs at a time; `only` narrows it down.
+pub fn all(only: &[String], suite: &str, lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
+    let lock = places::vm_lock()?;
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let lanes = lanes.unwrap_or(cores.min(MOST_LANES));
     for name in only {
         scenarios::find(name)?;
     }
     let chosen: Vec<Scenario> =
         scenarios::ALL.iter().copied().filter(|s| only.is_empty() || only.iter().any(|o| o == s.name())).collect();
     println!("\nrunning {} tests", chosen.len());
-    let once = |s: &Scenario| {
-        let request = Request { slower: ONCE_SLOWER, ..request(s.name(), Action::Ours, suite, None) };
-        tell(&request, 1)
-    };
-    let results: Vec<bool> = chosen.iter().map(|s| once(s).is_some_and(|o| o.iter().all(|o| o.passed))).collect();
-    let passed = results.iter().filter(|r| **r).count();
-    Ok(closing(passed, results.len() - passed, started))
+    let (alone, beside): (Vec<Scenario>, Vec<Scenario>) = chosen.iter().partition(|s| s.alone());
+    let mut passed = 0;
+    for (scenarios, lanes) in [(beside, lanes), (alone, 1)] {
+        let requests = longest_first(scenarios)?.into_iter().map(|s| once(s, suite)).collect();
+        in_lanes(requests, lanes, &lock, |request, ended| {
+            passed += usize::from(tell(request, ended).is_some_and(|o| o.iter().all(|o| o.passed)));
+        });
+    }
+    Ok(closing(passed, chosen.len() - passed, started))
+}
+
+fn once(scenario: Scenario, suite: &str) -> Request {
+    Request { load: Load::BRIEF, ..request(scenario.name(), Action::Ours, suite, None) }
+}
+
+/// So that no lane has one to itself at the end.
+fn longest_first(scenarios: Vec<Scenario>) -> Result<Vec<Scenario>> {
+    let mut known = scenarios.into_iter().map(|s| Ok((s.runs(&[])?, s))).collect::<Result<Vec<_>>>()?;
+    known.sort_by_key(|(runs, _)| Reverse(*runs));
+    Ok(known.into_iter().map(|(_, scenario)| scenario).collect())
+}
+
+/// Makes these runs, so many at a time, and hands on how each ended.
+fn in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock, mut ended: impl FnMut(&Request, Ended)) {
+    let queue = Mutex::new(VecDeque::from(requests));
+    let (say, said) = channel();
+    std::thread::scope(|scope| {
+        for _ in 0..lanes.max(1) {
+            let (queue, say) = (&queue, say.clone());
+            scope.spawn(move || {
+                let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                while let Some(request) = next() {
+                    let result = bench::rounds(&request, 1, lock);
+                    // Nobody listens only where the whole is over.
+                    let _ = say.send((request, result));
+                }
+            });
+        }
+        drop(say);
+        said.iter().for_each(|(request, result)| ended(&request, result));
+    });
 }
 
 fn udp<'a>(outcome: &'a Outcome, name: &str) -> Option<&'a UdpOutcome> {
@@ -114,6 +167,7 @@ fn timeouts(outcome: &Outcome) -> String {
 
 /// Stock and ours side by side, one run each, as a table of what this invocation measured.
 pub fn demo(suite: &str) -> Result<bool> {
+    let lock = places::vm_lock()?;
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN);
     table.set_header([
@@ -133,7 +187,7 @@ pub fn demo(suite: &str) -> Result<bool> {
     for scenario in ["plain", "conntrack"] {
         for action in [Action::StockRestart, Action::StockReload, Action::Ours] {
             println!("lab: {scenario}, {} (about a minute)", words(action));
-            let (outcome, folder) = bench::one(&request(scenario, action, suite, None))?;
+            let (outcome, folder) = bench::one(&request(scenario, action, suite, None), &lock)?;
             if let Some(error) = &outcome.error {
                 bail!("{scenario}, {}: {error}; see {}", action.name(), folder.display());
             }
@@ -246,6 +300,7 @@ fn shifts(runs: usize, ours_first: bool) -> Vec<(Action, usize)> {
 /// The table goes to `docs/measured.md`: a scenario's row is replaced when it has been measured, the others stay.
 pub fn whole(only: &[String], suite: &str, runs: Option<usize>, slower: u32) -> Result<bool> {
     let started = Instant::now();
+    let lock = places::vm_lock()?;
     let runs = runs.unwrap_or(LONG_RUNS);
     for name in only {
         scenarios::find(name)?;
@@ -257,8 +312,8 @@ pub fn whole(only: &[String], suite: &str, runs: Option<usize>, slower: u32) -> 
         let mut sides = Sides::default();
         for (shift, (action, runs)) in shifts(runs, index % 2 == 0).into_iter().enumerate() {
             let out = format!("whole/{}-{suite}-{shift}-{}", traffic.name(), action.name());
-            let request = Request { slower, ..request(traffic.name(), action, suite, Some(out)) };
-            match tell(&request, runs) {
+            let request = Request { load: Load::full(slower), ..request(traffic.name(), action, suite, Some(out)) };
+            match tell(&request, bench::rounds(&request, runs, &lock)) {
                 Some(outcomes) => sides.take(action, outcomes),
                 None => sides.lab_errors += 1,
             }

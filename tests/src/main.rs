@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use outcome::Action;
+use outcome::{Action, Load};
 
 #[derive(Parser)]
 #[command(about = "The test bench: scenarios under traffic in a throw-away VM", version)]
@@ -59,6 +59,9 @@ enum Cmd {
         /// Each traffic scenario several times, alternating with stock; medians go to docs/measured.md
         #[arg(long)]
         whole: bool,
+        /// VMs at a time, where everything runs once [default: one for each core, four at most]
+        #[arg(long, conflicts_with = "whole")]
+        lanes: Option<usize>,
         /// Runs of each side with --whole
         #[arg(long, requires = "whole")]
         runs: Option<usize>,
@@ -126,13 +129,16 @@ fn main() -> ExitCode {
 fn dispatch(command: Cmd) -> anyhow::Result<bool> {
     match command {
         Cmd::Run { scenario, action, out, suite, rounds, slower, extra } => {
-            let request = bench::Request { scenario, action, suite, out, extra_args: extra, slower };
-            let results = bench::rounds(&request, rounds)?;
+            let load = Load::full(slower);
+            let request = bench::Request { scenario, action, suite, out, extra_args: extra, load };
+            let results = bench::rounds(&request, rounds, &places::vm_lock()?)?;
             results.iter().for_each(|(outcome, folder)| bench::print(outcome, folder));
             Ok(!results.is_empty() && results.iter().all(|(outcome, _)| outcome.passed))
         }
-        Cmd::All { scenarios, whole: false, suite, .. } => campaign::all(&scenarios, &suite),
-        Cmd::All { scenarios, whole: true, runs, slower, suite } => campaign::whole(&scenarios, &suite, runs, slower),
+        Cmd::All { scenarios, whole: false, suite, lanes, .. } => campaign::all(&scenarios, &suite, lanes),
+        Cmd::All { scenarios, whole: true, runs, slower, suite, .. } => {
+            campaign::whole(&scenarios, &suite, runs, slower)
+        }
         Cmd::Demo { suite } => campaign::demo(&suite),
         Cmd::Mirror => {
             println!("{}", apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?);

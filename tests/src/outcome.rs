@@ -36,6 +36,27 @@ impl Action {
     }
 }
 
+/// How much traffic a run has.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Load {
+    /// Its intervals are so many times as long as the scenario says.
+    pub slower: u32,
+    /// Seconds of it before the action.
+    pub before_s: f64,
+    /// Seconds of it after the action's end, unless the scenario needs more.
+    pub after_s: f64,
+}
+
+impl Load {
+    /// For everything once, where nobody looks at times: a quarter of the traffic, and soon over.
+    pub const BRIEF: Load = Load { slower: 4, before_s: 2.0, after_s: 5.0 };
+
+    /// To measure with.
+    pub const fn full(slower: u32) -> Load {
+        Load { slower, before_s: 5.0, after_s: 10.0 }
+    }
+}
+
 /// What the guest agent finds in `/lab/job.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
@@ -45,10 +66,8 @@ pub struct Job {
     pub action: Action,
     /// Whether our product is in the input, to be installed; stock runs have none of it.
     pub product: bool,
-    /// Seconds of traffic before the action.
-    pub before_s: f64,
-    /// The traffic's intervals are so many times as long as the scenario says.
-    pub slower: u32,
+    /// How much traffic there is.
+    pub load: Load,
     /// Actions one after the other in the same guest, each with its own traffic, judgement and `result.json`; only
     /// scenarios with traffic take more than one.
     pub rounds: usize,

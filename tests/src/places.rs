@@ -21,14 +21,19 @@ pub fn cache() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Lock that keeps VMs from running beside each other, which would spoil what they measure:
-/// `$LAB_LOCK`, else `vm.lock` in the cache.
-pub fn vm_lock() -> Result<Flock<File>> {
+/// Keeps VMs of other processes from running beside ours, which would spoil what they measure.
+#[derive(Debug)]
+pub struct VmLock {
+    _held: Flock<File>,
+}
+
+/// Takes that lock: `$LAB_LOCK`, else `vm.lock` in the cache.
+pub fn vm_lock() -> Result<VmLock> {
     let path = match std::env::var_os("LAB_LOCK") {
         Some(path) => PathBuf::from(path),
         None => cache()?.join("vm.lock"),
     };
-    lock(&path, "another VM of the lab runs")
+    Ok(VmLock { _held: lock(&path, "another VM of the lab runs")? })
 }
 
 /// Takes an exclusive lock on `path`, saying `why` when it has to wait.

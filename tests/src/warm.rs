@@ -14,6 +14,7 @@ use serde_json::{json, Value};
 
 use crate::command::{run, wait_until};
 use crate::image::Image;
+use crate::places;
 use crate::vm::{empty_disks, machine, KERNEL_ARGS, MACHINE};
 
 /// A boot takes 10 s, five times as long on a slow machine.
@@ -38,12 +39,13 @@ impl Warm {
     }
 }
 
-/// The machine kept for `image` under this `qemu`, making it if there is none. Hold the lock of VMs.
+/// The machine kept for `image` under this `qemu`, making it if there is none.
 pub fn ensure(image: &Image, qemu: &str) -> Result<Option<Warm>> {
     let mut hasher = DefaultHasher::new();
     (qemu, MACHINE, KERNEL_ARGS).hash(&mut hasher);
     let folder = image.disk.with_file_name(format!("warm-{:016x}", hasher.finish()));
     let warm = Warm { disk: folder.join("disk.ext4"), state: folder.join("state") };
+    let _lock = places::lock(&folder.with_extension("lock"), "that machine is being booted")?;
     let (complete, refused) = (folder.join("complete"), folder.join("refused"));
     if complete.exists() || refused.exists() {
         return Ok(complete.exists().then_some(warm));

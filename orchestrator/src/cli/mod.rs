@@ -108,8 +108,12 @@ fn abort() -> anyhow::Result<ExitCode> {
     let Some(mut run) = connect()? else {
         anyhow::bail!("no run is under way: there is nothing to abort; see `ovs-graceful status`");
     };
-    if let AbortAnswer::Refused { why } = run.abort().context("the supervisor does not answer")? {
-        anyhow::bail!("the run is not aborted: {why}; follow it with `ovs-graceful status`");
+    match run.abort().context("the supervisor does not answer")? {
+        AbortAnswer::Accepted => {}
+        AbortAnswer::Refused { why } => {
+            anyhow::bail!("the run is not aborted: {why}; follow it with `ovs-graceful status`")
+        }
+        AbortAnswer::Over => anyhow::bail!("the run is over, it cannot be aborted any more; see `ovs-graceful runs`"),
     }
     say("abort: accepted, the run is being undone");
     let mut events = run.subscribe()?;

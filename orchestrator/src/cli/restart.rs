@@ -202,6 +202,8 @@ fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
             display.print(&format!("not aborted: {why}. Detached; the run goes on: see `ovs-graceful status`."));
             Some(ExitCode::NeedsPerson.code())
         }
+        // Its end is on its way to us.
+        Ok(AbortAnswer::Over) => None,
         Err(error) => {
             display.print(&format!("the supervisor does not answer ({error}); detached: see `ovs-graceful status`."));
             Some(ExitCode::NeedsPerson.code())
@@ -301,6 +303,21 @@ mod tests {
         server.tell(&finished(ExitCode::Undone));
         server.close(Duration::from_secs(5));
         assert_eq!(client.join().unwrap(), 20);
+    }
+
+    #[test]
+    fn a_second_ctrl_c_that_finds_the_run_over_does_not_keep_us_from_hearing_how_it_ended() {
+        let run = run();
+        run.sender.send(Happening::Interrupted).unwrap();
+        run.server.gate().request_abort().unwrap();
+        run.server.update_status(|status| status.doing = "finished".into());
+        let (sender, happenings) = mpsc::channel();
+        sender.send(Happening::Interrupted).unwrap();
+        if let Progress::Finished { report, exit_code } = finished(ExitCode::Undone) {
+            sender.send(Happening::Progress(Box::new(Progress::Finished { report, exit_code }))).unwrap();
+        }
+        drop(sender);
+        assert_eq!(follow(&run.socket, "run-1", &args(), &happenings), 20);
     }
 
     #[test]

@@ -45,6 +45,7 @@ impl Connection {
         match self.ask(&Request::Abort)? {
             Reply::Accepted => Ok(AbortAnswer::Accepted),
             Reply::Refused { why } => Ok(AbortAnswer::Refused { why }),
+            Reply::Over => Ok(AbortAnswer::Over),
             other @ Reply::Status(_) => Err(unexpected(&other)),
         }
     }

@@ -34,6 +34,7 @@ pub(super) enum Reply {
     Status(Status),
     Accepted,
     Refused { why: String },
+    Over,
 }
 
 /// What the run tells everybody who subscribed.
@@ -127,6 +128,8 @@ pub enum AbortAnswer {
         /// Why.
         why: String,
     },
+    /// There is nothing left to undo: the end is being told to those who follow the run.
+    Over,
 }
 
 /// What the supervisor tells the process that ExecReload started.

@@ -207,7 +207,7 @@ impl Shared {
 
     fn abort(&self) -> Reply {
         if lock(&self.status).doing == "finished" {
-            return Reply::Refused { why: "the run is over".to_string() };
+            return Reply::Over;
         }
         match self.gate.request_abort() {
             Ok(()) => Reply::Accepted,

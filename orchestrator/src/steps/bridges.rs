@@ -34,6 +34,25 @@ pub(super) fn forget_removed_now(run: &mut Run) -> Result<(), Stop> {
     run.checkpoint()
 }
 
+/// What `what` asks of the bridges, asked anew where it failed since one of them has been removed.
+pub(super) fn despite_removals<T>(
+    run: &mut Run,
+    mut what: impl FnMut(&mut Run) -> anyhow::Result<T>,
+) -> Result<T, Stop> {
+    loop {
+        let before = run.known.facts.bridges.len();
+        match what(run) {
+            Ok(answer) => return Ok(answer),
+            Err(error) => {
+                forget_removed_now(run)?;
+                if run.known.facts.bridges.len() == before {
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+}
+
 fn names(bridges: &[Bridge]) -> Vec<String> {
     bridges.iter().map(|bridge| bridge.name.clone()).collect()
 }

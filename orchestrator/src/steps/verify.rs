@@ -29,7 +29,9 @@ impl Step for Verify {
             run.known.before = Some(before);
         }
         bridges::forget_removed(run, &facts);
-        let rules = run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")?;
+        let rules = bridges::despite_removals(run, |run| {
+            run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")
+        })?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules);
         run.checkpoint()?;
         match run.report.differences.is_empty() {

@@ -7,6 +7,7 @@ pub mod probe;
 pub mod run;
 pub mod verdict;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -76,7 +77,7 @@ pub fn agent(job: &Path, out: &Path) -> Result<()> {
     // The stream of new flows keeps a socket a packet.
     setrlimit(Resource::RLIMIT_NOFILE, 65_536, 65_536)?;
     come_to_the_present(&job)?;
-    probe::SLOWER.store(u64::from(job.slower), Ordering::Relaxed);
+    probe::SLOWER.store(u64::from(job.load.slower), Ordering::Relaxed);
     let prepared = prepare(&job, out);
     for round in 1..=job.rounds {
         let out = round_folder(out, round, job.rounds);
@@ -211,10 +212,8 @@ pub fn install_product() -> Result<()> {
     Ok(())
 }
 
-struct Live {
-    name: String,
-    probe: Box<dyn Running>,
-}
+/// Probes under way, by name.
+pub type Live = Vec<(String, Box<dyn Running>)>;
 
 fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let bridges = scenario.bridges();
@@ -223,21 +222,21 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     scenario.before_traffic()?;
     // Not beside the traffic: it is a dozen processes.
     facts::save_everything(&out.join("before"), &bridges);
-    let mut live = Vec::new();
+    let mut live = Live::new();
     for (name, spec) in scenario.probes() {
         let probe = spec.start().with_context(|| format!("starting probe {name}"))?;
-        live.push(Live { name, probe });
+        live.push((name, probe));
     }
     say("traffic runs");
-    std::thread::sleep(Duration::from_secs_f64(job.before_s));
+    std::thread::sleep(Duration::from_secs_f64(job.load.before_s));
     let mut evidence = before(job, &bridges, out)?;
     scenario.before_action(outcome)?;
     std::thread::sleep(Duration::from_secs(1));
     evidence.flows_before = facts::flows(&out.join("flows-before"))?;
     evidence.counters_before = facts::counters()?;
-    let begun_before: u64 = live.iter().map(|l| l.probe.flows_begun()).sum();
+    let begun_before: u64 = live.iter().map(|(_, probe)| probe.flows_begun()).sum();
     let log_from = fs::metadata(VSWITCHD_LOG).map(|m| m.len()).unwrap_or(0);
-    live.iter().for_each(|l| l.probe.action_begins());
+    live.iter().for_each(|(_, probe)| probe.action_begins());
 
     act(job, out, outcome)?;
     evidence.exit = outcome.action_exit;
@@ -245,8 +244,8 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     // Ours: what was there when the new daemon was bound and deletions were not yet let go. Later its first
     // revalidation deletes adopted flows and makes them anew (docs/adoption.md).
     evidence.flows_after = facts::read_flows(&out.join(FLOWS_AT_GATES)).unwrap_or(now);
-    std::thread::sleep(Duration::from_secs_f64(scenario.after_s()));
-    evidence.flows_begun = live.iter().map(|l| l.probe.flows_begun()).sum::<u64>() - begun_before;
+    std::thread::sleep(Duration::from_secs_f64(scenario.after_s().unwrap_or(job.load.after_s)));
+    evidence.flows_begun = live.iter().map(|(_, probe)| probe.flows_begun()).sum::<u64>() - begun_before;
     outcome.probes = finish_all(live)?;
     say("traffic ended");
     after(&mut evidence, log_from, out)?;
@@ -292,10 +291,11 @@ fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn finish_all(live: Vec<Live>) -> Result<std::collections::BTreeMap<String, ProbeOutcome>> {
+/// Ends all of them at once and waits for what is under way.
+pub fn finish_all(live: Live) -> Result<BTreeMap<String, ProbeOutcome>> {
     let joins: Vec<_> =
-        live.into_iter().map(|Live { name, probe }| (name, std::thread::spawn(move || probe.finish()))).collect();
-    let mut results = std::collections::BTreeMap::new();
+        live.into_iter().map(|(name, probe)| (name, std::thread::spawn(move || probe.finish()))).collect();
+    let mut results = BTreeMap::new();
     for (name, join) in joins {
         let result = join.join().map_err(|_| anyhow!("probe {name} panicked"))?;
         results.insert(name.clone(), result.with_context(|| format!("probe {name}"))?);

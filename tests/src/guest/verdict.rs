@@ -277,7 +277,7 @@ pub fn judge_thawed(outcome: &mut Outcome) {
 mod tests {
     use super::*;
     use crate::guest::facts::{Counters, Flows, Promised};
-    use crate::outcome::Job;
+    use crate::outcome::{Job, Load};
 
     fn evidence() -> Evidence {
         let flow = |packets| Flow { key: "recirc_id(0),in_port(1)".to_owned(), actions: "2".to_owned(), packets };
@@ -286,8 +286,7 @@ mod tests {
             scenario: "plain".to_owned(),
             action: Action::Ours,
             product: true,
-            before_s: 5.0,
-            slower: 1,
+            load: Load::full(1),
             rounds: 1,
             unix_ms: 0,
             entropy: String::new(),

@@ -1,12 +1,11 @@
 //! What has to hold after whatever happened to a run: the host forwards, and nothing of it is left.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::{json, Value};
 
 use super::plain;
 use crate::command::shell_lenient;
-use crate::guest::facts;
-use crate::guest::probe::Running;
+use crate::guest::{self, facts, Live};
 use crate::outcome::{Outcome, ProbeOutcome};
 
 /// Nothing of a run that is over is left on the host.
@@ -64,15 +63,9 @@ pub fn new_traffic_passes(case: &str, outcome: &mut Outcome) {
 }
 
 /// Ends plain's probes; what `e` and `n` lost, which is nothing unless this case may lose something.
-pub fn finish(
-    case: &str,
-    live: Vec<(String, Box<dyn Running>)>,
-    may_lose: bool,
-    outcome: &mut Outcome,
-) -> Result<[u64; 2]> {
+pub fn finish(case: &str, live: Live, may_lose: bool, outcome: &mut Outcome) -> Result<[u64; 2]> {
     let mut all_lost = [0; 2];
-    for (probe, running) in live {
-        let ended = running.finish().with_context(|| format!("probe {probe}"))?;
+    for (probe, ended) in guest::finish_all(live)? {
         if let ProbeOutcome::Udp(udp) = &ended {
             let lost = udp.requests.lost + udp.replies.lost;
             all_lost[usize::from(probe == "n")] = lost;

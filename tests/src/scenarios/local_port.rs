@@ -26,8 +26,8 @@ impl Traffic for LocalPort {
         "the host's own traffic through br0, a TCP session of a minute over it"
     }
 
-    fn after_s(&self) -> f64 {
-        52.0
+    fn after_s(&self) -> Option<f64> {
+        Some(52.0)
     }
 
     fn set_up(&self) -> Result<()> {

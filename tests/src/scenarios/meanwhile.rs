@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{network, plain, Expect};
-use crate::guest::{run, say, verdict};
+use crate::guest::{self, run, say, verdict};
 use crate::outcome::Outcome;
 
 /// [`traffic`] through a run that has to end with 0 and without a difference, and may lose nothing.
@@ -55,10 +55,7 @@ pub fn traffic(
     say(&format!("the run ended with {:?}", outcome.action_exit));
     happened?;
     std::thread::sleep(Duration::from_secs(5));
-    for (name, probe) in live {
-        let ended = probe.finish().with_context(|| format!("probe {name}"))?;
-        outcome.probes.insert(name, ended);
-    }
+    outcome.probes.extend(guest::finish_all(live)?);
     let report: Value = serde_json::from_str(&fs::read_to_string(report)?)?;
     outcome.note("report", &report);
     verdict::probes_sent(outcome);

@@ -92,9 +92,13 @@ pub trait Traffic: Sync {
     fn extra_args(&self) -> &'static [&'static str] {
         &[]
     }
-    /// Seconds of traffic after the action's end.
-    fn after_s(&self) -> f64 {
-        10.0
+    /// Seconds of traffic after the action's end, where they have to be so many.
+    fn after_s(&self) -> Option<f64> {
+        None
+    }
+    /// Whether it needs all of the machine: nothing runs beside it.
+    fn alone(&self) -> bool {
+        false
     }
     /// Makes the network.
     fn set_up(&self) -> Result<()> {
@@ -210,6 +214,14 @@ impl Scenario {
         match self {
             Scenario::Traffic(_) => Ok(0),
             Scenario::Custom(s) => s.runs(arguments),
+        }
+    }
+
+    /// Whether it needs all of the machine.
+    pub fn alone(self) -> bool {
+        match self {
+            Scenario::Traffic(s) => s.alone(),
+            Scenario::Custom(_) => false,
         }
     }
 

@@ -12,7 +12,7 @@ use crate::outcome::{Outcome, ProbeOutcome};
 pub struct ParkLimit;
 
 /// Far fewer than the new flows of any hand-over.
-const MAX_PACKETS: u32 = 20;
+const MAX_PACKETS: u32 = 4;
 
 impl Traffic for ParkLimit {
     fn name(&self) -> &'static str {
@@ -20,7 +20,7 @@ impl Traffic for ParkLimit {
     }
 
     fn about(&self) -> &'static str {
-        "plain with a park of 20 packets: overflowed = lost"
+        "plain with a park of 4 packets: overflowed = lost"
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {

@@ -7,7 +7,8 @@ use anyhow::Result;
 use super::network::{self, UNWILDCARD};
 use super::Traffic;
 use crate::command::shell;
-use crate::guest::probe::{Place, Running, Spec};
+use crate::guest::probe::{Place, Spec};
+use crate::guest::Live;
 
 /// See the module.
 pub struct Plain;
@@ -48,7 +49,7 @@ pub fn gentle_probes() -> Vec<(String, Spec)> {
 }
 
 /// Starts [`probes`].
-pub fn start_probes() -> Result<Vec<(String, Box<dyn Running>)>> {
+pub fn start_probes() -> Result<Live> {
     probes().into_iter().map(|(name, spec)| Ok((name, spec.start()?))).collect()
 }
 

@@ -80,6 +80,10 @@ impl Traffic for Scale {
         "20,000 rules, 4 bridges, 15,000 kernel flows, a burst of new flows"
     }
 
+    fn alone(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         // Idle flows stay longer than the crowd takes to come round: every 10 s would be all the VM does.
         let round_ms = u64::from(FLOWS) * CROWD_US / 1000 * SLOWER.load(Ordering::Relaxed);

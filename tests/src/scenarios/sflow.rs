@@ -86,7 +86,7 @@ impl Traffic for Sflow {
         // Until the run settles the kept flow of `e` samples for a bridge that is no more.
         let missing = sent.saturating_sub(sampled);
         let settling = phase_ms(evidence, "gates") + phase_ms(evidence, "settle");
-        let unknown = settling / (4 * network::CONSTANT_US / 1000 * u64::from(evidence.job.slower)) * 2;
+        let unknown = settling / (4 * network::CONSTANT_US / 1000 * u64::from(evidence.job.load.slower)) * 2;
         let bounds = counted..=counted + IN_A_DATAGRAM + unknown;
         outcome.check(
             "what was counted is missing, and no more than that",

@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// Connections under way.
 pub struct Connections {
     stop: Arc<AtomicBool>,
+    stop_serving: Arc<AtomicBool>,
     begun: Arc<AtomicU64>,
     server: JoinHandle<Result<()>>,
     client: JoinHandle<Result<ConnectionsOutcome>>,
@@ -30,15 +31,16 @@ pub struct Connections {
 /// Connects from `from` to `target`, which listens in `to`, every `interval_us` µs.
 pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64) -> Result<Connections> {
     let (stop, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let stop_serving = Arc::new(AtomicBool::new(false));
     let (ready, is_ready) = channel();
     let server = {
-        let (stop, to) = (stop.clone(), to.clone());
+        let (stop_serving, to) = (stop_serving.clone(), to.clone());
         std::thread::spawn(move || {
             to.enter()?;
             let listener = TcpListener::bind((anywhere(target), target.port())).context("cannot listen")?;
             listener.set_nonblocking(true)?;
             let _ = ready.send(());
-            serve(&listener, &stop);
+            serve(&listener, &stop_serving);
             Ok(())
         })
     };
@@ -53,16 +55,11 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, interval_us: u64) -> 
             Ok(connect(target, Duration::from_micros(interval_us), &stop, &begun))
         })
     };
-    Ok(Connections { stop, begun, server, client })
+    Ok(Connections { stop, stop_serving, begun, server, client })
 }
 
 fn serve(listener: &TcpListener, stop: &AtomicBool) {
-    let mut last = Instant::now();
-    // What was begun before the stop is still answered.
-    while !stop.load(Ordering::Relaxed) || last.elapsed() < PATIENCE {
-        if !stop.load(Ordering::Relaxed) {
-            last = Instant::now();
-        }
+    while !stop.load(Ordering::Relaxed) {
         match listener.accept() {
             Ok((stream, _)) => drop(std::thread::spawn(move || answer(stream))),
             Err(_) => std::thread::sleep(Duration::from_millis(2)),
@@ -129,7 +126,10 @@ impl Running for Connections {
 
     fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
         self.stop.store(true, Ordering::Relaxed);
-        let outcome = self.client.join().map_err(|_| anyhow!("the client panicked"))??;
+        let outcome = self.client.join().map_err(|_| anyhow!("the client panicked"));
+        // Not earlier: what was begun before the stop is still answered.
+        self.stop_serving.store(true, Ordering::Relaxed);
+        let outcome = outcome??;
         self.server.join().map_err(|_| anyhow!("the server panicked"))??;
         Ok(ProbeOutcome::Connections(outcome))
     }

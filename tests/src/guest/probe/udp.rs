@@ -286,11 +286,12 @@ fn transmit(socket: &UdpSocket, sequence: u32, stream: Stream, sent: &mut Sent) 
 /// Waits until nothing arrives any more.
 pub(super) fn wait_for_stragglers(arrived: &AtomicU64) {
     let end = Instant::now() + PATIENCE;
-    loop {
-        let before = arrived.load(Ordering::Relaxed);
-        std::thread::sleep(GRACE);
-        if arrived.load(Ordering::Relaxed) == before || Instant::now() > end {
-            return;
+    let (mut before, mut quiet_since) = (arrived.load(Ordering::Relaxed), Instant::now());
+    while quiet_since.elapsed() < GRACE && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+        let now = arrived.load(Ordering::Relaxed);
+        if now != before {
+            (before, quiet_since) = (now, Instant::now());
         }
     }
 }
