@@ -74,6 +74,8 @@ fn build(what: &[&str]) -> Result<()> {
     command.current_dir(places::workspace());
     command.args(["build", "--quiet", "--release", "--target", TARGET]).args(what);
     command.env("RUSTFLAGS", "-C target-feature=+crt-static");
+    // It would be stripped.
+    command.env("CARGO_PROFILE_RELEASE_DEBUG", "false");
     run(&mut command).context("building the static binaries")
 }
 

@@ -45,15 +45,17 @@ pub struct Load {
     pub before_s: f64,
     /// Seconds of it after the action's end, unless the scenario needs more.
     pub after_s: f64,
+    /// Whether logs and dumps are brought back from a run that passed as well.
+    pub keeps_logs: bool,
 }
 
 impl Load {
     /// For everything once, where nobody looks at times: a quarter of the traffic, and soon over.
-    pub const BRIEF: Load = Load { slower: 4, before_s: 2.0, after_s: 5.0 };
+    pub const BRIEF: Load = Load { slower: 4, before_s: 2.0, after_s: 5.0, keeps_logs: false };
 
     /// To measure with.
     pub const fn full(slower: u32) -> Load {
-        Load { slower, before_s: 5.0, after_s: 10.0 }
+        Load { slower, before_s: 5.0, after_s: 10.0, keeps_logs: true }
     }
 }
 

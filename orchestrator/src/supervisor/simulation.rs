@@ -360,6 +360,23 @@ fn a_disk_that_is_full_from_any_operation_on_cuts_no_run_off() {
     verdict.told();
 }
 
+#[test]
+fn a_bridge_that_is_removed_while_its_rules_are_looked_at_is_forgotten() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        let trace = trace(setting, Script::default());
+        let last = |name| trace.iter().rfind(|place| place.name == name).copied().unwrap();
+        for place in [last("openflow.count_flows"), last("openflow.snapshot")] {
+            let played = play(setting, Script::of([(place, Fault::BridgeRemoved)]));
+            verdict.judge(format!("{name}: {}", played.told()), &played);
+            if played.code() != Some(ExitCode::Done) {
+                verdict.note("not done", format!("{name}: {}", played.told()));
+            }
+        }
+    }
+    verdict.told();
+}
+
 /// The last operation of its kind before the point of no return.
 fn late(setting: Setting, name: &'static str) -> Place {
     trace(setting, Script::default()).into_iter().rfind(|place| place.name == name).unwrap()

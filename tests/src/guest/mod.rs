@@ -79,6 +79,7 @@ pub fn agent(job: &Path, out: &Path) -> Result<()> {
     come_to_the_present(&job)?;
     probe::SLOWER.store(u64::from(job.load.slower), Ordering::Relaxed);
     let prepared = prepare(&job, out);
+    let mut all_passed = true;
     for round in 1..=job.rounds {
         let out = round_folder(out, round, job.rounds);
         fs::create_dir_all(&out)?;
@@ -94,8 +95,11 @@ pub fn agent(job: &Path, out: &Path) -> Result<()> {
         }
         outcome.passed = outcome.error.is_none() && !outcome.checks.is_empty() && outcome.checks.iter().all(|c| c.pass);
         fs::write(out.join("result.json"), serde_json::to_string_pretty(&outcome)?)?;
+        all_passed &= outcome.passed;
     }
-    collect_logs(out);
+    if job.load.keeps_logs || !all_passed {
+        collect_logs(out);
+    }
     Ok(())
 }
 
@@ -251,7 +255,9 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     after(&mut evidence, log_from, out)?;
     verdict::judge(&evidence, &scenario.expect(), outcome);
     scenario.judge(&evidence, outcome);
-    facts::save_everything(&out.join("after"), &bridges);
+    if job.load.keeps_logs || outcome.checks.iter().any(|check| !check.pass) {
+        facts::save_everything(&out.join("after"), &bridges);
+    }
     if job.action.judged_as_ours() {
         verdict::judge_thawed(outcome);
     }

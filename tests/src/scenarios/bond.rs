@@ -1,4 +1,4 @@
-//! Two bridges joined by bonds without LACP.
+//! A bond of two links without LACP to a bridge that knows nothing of it, as to a plain switch.
 
 use anyhow::Result;
 
@@ -16,18 +16,19 @@ impl Traffic for Bond {
     }
 
     fn about(&self) -> &'static str {
-        "two bridges joined by bonds of two links each, no LACP"
+        "a bond of two links, no LACP, to a bridge that takes them for two ports"
     }
 
     fn set_up(&self) -> Result<()> {
         shell(
-            "for link in a b; do
+            "sysctl -qw net.ipv6.conf.default.disable_ipv6=1
+             for link in a b; do
                ip link add ${link}0 type veth peer name ${link}1
                ip link set ${link}0 up
                ip link set ${link}1 up
              done
              ovs-vsctl add-br br0 -- add-br br1 \
-               -- add-bond br0 bond0 a0 b0 bond_mode=balance-slb -- add-bond br1 bond1 a1 b1 bond_mode=balance-slb",
+               -- add-bond br0 bond0 a0 b0 bond_mode=balance-slb -- add-port br1 a1 -- add-port br1 b1",
         )?;
         network::attach("ns1", "br0", "10.9.0.1/24", "")?;
         network::attach("ns2", "br1", "10.9.0.2/24", "")?;

@@ -220,7 +220,7 @@ fn one(Round { name, case }: &Round, out: &Path, outcome: &mut Outcome) -> Resul
     let report: Value = serde_json::from_str(&fs::read_to_string(run::wait_for_recovery(&id)?)?)?;
     run::wait_until_unit_gone(Duration::from_secs(60))?;
     run::wait_until_no_job(Duration::from_secs(60))?;
-    std::thread::sleep(Duration::from_secs(4));
+    std::thread::sleep(Duration::from_secs(2));
     let exit = report["exit_code"].as_u64().unwrap_or(u64::MAX);
     let check = |what: &str| format!("{name}: {what}");
     let ends: &[u64] = match case {

@@ -241,7 +241,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let same = facts::daemons("ovs-vswitchd") == daemons;
     let untouched = matches!(case.client, 10 | 20);
     outcome.check(check("the right ovs-vswitchd"), same == untouched, facts::daemons("ovs-vswitchd"));
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(Duration::from_secs(2));
     let healed = shell_lenient(case.heal);
     for line in case.holds {
         let held = shell(line);

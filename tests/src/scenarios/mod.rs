@@ -34,6 +34,7 @@ mod systemd;
 mod tunnel;
 mod two_zones;
 mod unprivileged;
+mod unreplayable;
 mod vlan_patch;
 
 use std::path::Path;
@@ -261,6 +262,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&park_level::ParkLevel),
     Scenario::Traffic(&no_systemd::StopStart),
     Scenario::Traffic(&no_systemd::NoSystemd),
+    Scenario::Custom(&unreplayable::Unreplayable),
     Scenario::Custom(&rule_change::RuleChange),
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&new_dies::NewDies),

@@ -33,7 +33,7 @@ impl Database for SimDatabase {
                 external_ids: BTreeMap::from_iter(mark),
                 next_cfg: table.next_cfg,
                 cur_cfg: table.cur_cfg,
-                bridges: bridges(),
+                bridges: bridges().into_iter().filter(|bridge| Some(&*bridge.name) != table.removed).collect(),
                 ..DatabaseFacts::default()
             })
         })

@@ -36,6 +36,8 @@ pub enum Fault {
     FlagRemoved,
     /// Just before, the machine is suspended for longer than any lease.
     Suspend,
+    /// Just before, somebody removes a bridge, whose socket closes (not for random schedules, as the next).
+    BridgeRemoved,
     /// Just before, the disk becomes full (random schedules do without it: their seeds mean what they meant).
     DiskFull,
 }

@@ -17,6 +17,13 @@ fn leader(world: &mut World) -> Result<&mut Process> {
     world.leader().ok_or_else(|| HostError::new("bridge br0", "nobody listens on its management socket"))
 }
 
+fn all_there<'a>(world: &World, mut names: impl Iterator<Item = &'a str>) -> Result<()> {
+    match names.find(|name| Some(*name) == world.table.removed) {
+        Some(name) => Err(HostError::new(format!("bridge {name}"), "failed to connect to socket")),
+        None => Ok(()),
+    }
+}
+
 fn put(world: &mut World, rules: &[BridgeRules]) -> Result<Vec<RestoredRules>> {
     let leader = leader(world)?;
     leader.rules.extend(rules.iter().map(|rules| (rules.bridge.clone(), rules.clone())));
@@ -35,6 +42,7 @@ impl SimOpenFlow {
 impl OpenFlow for SimOpenFlow {
     fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
         self.0.operate("openflow.snapshot", Some(until), |world| {
+            all_there(world, bridges.iter().map(|bridge| &*bridge.name))?;
             let leader = leader(world)?;
             let of = |bridge: &Bridge| {
                 let empty = || BridgeRules { bridge: bridge.name.clone(), ..BridgeRules::default() };
@@ -46,6 +54,7 @@ impl OpenFlow for SimOpenFlow {
 
     fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>> {
         self.0.operate("openflow.count_flows", Some(until), |world| {
+            all_there(world, bridges.iter().map(|bridge| &*bridge.bridge))?;
             let leader = leader(world)?;
             let count = |bridge: &BridgeRules| leader.rules.get(&bridge.bridge).map_or(0, |rules| rules.flows.len());
             Ok(bridges.iter().map(|bridge| count(bridge) as u64).collect())

@@ -140,6 +140,8 @@ pub struct Table {
     pub next_cfg: i64,
     /// `cur_cfg`
     pub cur_cfg: i64,
+    /// A bridge that somebody has removed.
+    pub removed: Option<&'static str>,
 }
 
 /// The reload hook in the unit's cgroup.
@@ -856,6 +858,11 @@ impl World {
                 }
             }
             Fault::FlagRemoved => self.table.flag = false,
+            Fault::BridgeRemoved => {
+                self.table.removed = Some(WITH_CONTROLLER);
+                self.rules.remove(WITH_CONTROLLER);
+                self.processes.values_mut().for_each(|process| drop(process.rules.remove(WITH_CONTROLLER)));
+            }
             Fault::Suspend => self.pass(LONG),
             _ => {}
         }

@@ -153,6 +153,8 @@ pub trait Running: Send {
     }
     /// The quiet window has ended, the action begins.
     fn action_begins(&self) {}
+    /// Sends no more; it goes on listening.
+    fn stop_sending(&self) {}
     /// Stops sending, waits for what is on its way, and judges.
     fn finish(self: Box<Self>) -> Result<ProbeOutcome>;
 }

@@ -304,8 +304,12 @@ impl Running for UdpProbe {
         }
     }
 
-    fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
+    fn stop_sending(&self) {
         self.flags.stop_sending.store(true, Ordering::Relaxed);
+    }
+
+    fn finish(self: Box<Self>) -> Result<ProbeOutcome> {
+        self.stop_sending();
         let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
         wait_for_stragglers(&self.flags.arrived);
         self.flags.stop_listening.store(true, Ordering::Relaxed);
