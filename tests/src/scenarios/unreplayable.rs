@@ -41,7 +41,7 @@ const KINDS: [Kind; 4] = [
 ];
 
 /// Time between two packets of a kind, µs.
-const INTERVAL_US: u64 = 2 * network::EACH_NEW_US;
+const INTERVAL_US: u64 = network::EACH_NEW_US;
 
 impl Custom for Unreplayable {
     fn name(&self) -> &'static str {
@@ -132,11 +132,13 @@ fn start() -> Result<Live> {
     kinds.chain([constant]).map(|(name, spec)| Ok((name.to_owned(), spec.start()?))).collect()
 }
 
-/// Everything but `e`; and the connections are forgotten.
+/// The connections of what is parked are forgotten, and everything but `e` stops.
 fn stop_in_the_gap(live: &Live, known: &[String]) -> Result<()> {
+    run::wait_for("switch-commit", known)?;
+    shell("conntrack -F 2>&1")?;
     run::wait_for("restore", known)?;
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
-    shell("conntrack -F 2>&1").map(drop)
+    Ok(())
 }
 
 fn judge(kind: &Kind, report: &Value, outcome: &mut Outcome) {
