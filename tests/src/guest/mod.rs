@@ -26,7 +26,7 @@ use nix::sys::resource::{setrlimit, Resource};
 use nix::time::{clock_settime, ClockId};
 
 use facts::{Counters, Daemon, Flows, Promised};
-use probe::Running;
+use probe::{Running, Spec};
 
 /// The kernel's flows as our gate command saw them.
 const FLOWS_AT_GATES: &str = "flows-gates";
@@ -226,11 +226,7 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     scenario.before_traffic()?;
     // Not beside the traffic: it is a dozen processes.
     facts::save_everything(&out.join("before"), &bridges);
-    let mut live = Live::new();
-    for (name, spec) in scenario.probes() {
-        let probe = spec.start().with_context(|| format!("starting probe {name}"))?;
-        live.push((name, probe));
-    }
+    let live = start_all(scenario.probes())?;
     say("traffic runs");
     std::thread::sleep(Duration::from_secs_f64(job.load.before_s));
     let mut evidence = before(job, &bridges, out)?;
@@ -295,6 +291,15 @@ fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
     let report = fs::read_to_string(out.join(REPORT)).ok();
     evidence.report = report.and_then(|text| serde_json::from_str(&text).ok());
     Ok(())
+}
+
+/// Starts all of them, in their order.
+pub fn start_all(probes: Vec<(String, Spec)>) -> Result<Live> {
+    let start = |(name, spec): (String, Spec)| {
+        let probe = spec.start().with_context(|| format!("starting probe {name}"))?;
+        Ok((name, probe))
+    };
+    probes.into_iter().map(start).collect()
 }
 
 /// Ends all of them at once and waits for what is under way.

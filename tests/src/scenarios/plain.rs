@@ -8,7 +8,7 @@ use super::network::{self, UNWILDCARD};
 use super::Traffic;
 use crate::command::shell;
 use crate::guest::probe::{Place, Spec};
-use crate::guest::Live;
+use crate::guest::{self, Live};
 
 /// See the module.
 pub struct Plain;
@@ -50,7 +50,7 @@ pub fn gentle_probes() -> Vec<(String, Spec)> {
 
 /// Starts [`probes`].
 pub fn start_probes() -> Result<Live> {
-    probes().into_iter().map(|(name, spec)| Ok((name, spec.start()?))).collect()
+    guest::start_all(probes())
 }
 
 impl Traffic for Plain {

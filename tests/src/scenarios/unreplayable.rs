@@ -126,10 +126,10 @@ fn start() -> Result<Live> {
     let kinds = KINDS.iter().enumerate().map(|(index, kind)| {
         // Ports of its own for each: a source has one socket for a port.
         let ports = Ports::Cycle { first: 10_000 * (index as u16 + 1), count: 9_000 };
-        (kind.reason, stream(kind.port, kind.address, INTERVAL_US, ports))
+        (kind.reason.to_owned(), stream(kind.port, kind.address, INTERVAL_US, ports))
     });
-    let constant = ("e", stream(network::CONSTANT_PORT, SERVER, network::CONSTANT_US, Ports::Constant));
-    kinds.chain([constant]).map(|(name, spec)| Ok((name.to_owned(), spec.start()?))).collect()
+    let constant = ("e".to_owned(), stream(network::CONSTANT_PORT, SERVER, network::CONSTANT_US, Ports::Constant));
+    guest::start_all(kinds.chain([constant]).collect())
 }
 
 /// The connections of what is parked are forgotten, and everything but `e` stops.
