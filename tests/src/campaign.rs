@@ -16,7 +16,7 @@ use comfy_table::{presets::ASCII_MARKDOWN, Table};
 
 use crate::bench::{self, Request};
 use crate::command::capture;
-use crate::outcome::{Action, Load, Outcome, ProbeOutcome, UdpOutcome};
+use crate::outcome::{Action, Direction, Load, Outcome, ProbeOutcome, UdpOutcome};
 use crate::places::{self, VmLock};
 use crate::scenarios::{self, Scenario};
 
@@ -140,12 +140,22 @@ fn lost(outcome: &Outcome, name: &str) -> u64 {
     udp(outcome, name).map_or(0, |u| u.requests.lost + u.replies.lost)
 }
 
+/// Over all UDP probes and both directions.
+fn sum(outcome: &Outcome, what: fn(&Direction) -> u64) -> u64 {
+    let udp = outcome.probes.values().filter_map(|probe| match probe {
+        ProbeOutcome::Udp(udp) => Some(udp),
+        _ => None,
+    });
+    udp.map(|udp| what(&udp.requests) + what(&udp.replies)).sum()
+}
+
 fn duplicated(outcome: &Outcome) -> u64 {
-    ["e", "n", "crowd"]
-        .iter()
-        .filter_map(|n| udp(outcome, n))
-        .map(|u| u.requests.duplicated + u.replies.duplicated)
-        .sum()
+    sum(outcome, |direction| direction.duplicated)
+}
+
+/// Packets of the constant flow that arrived behind later ones.
+fn reordered(outcome: &Outcome) -> u64 {
+    udp(outcome, "e").map_or(0, |u| u.requests.reordered + u.replies.reordered)
 }
 
 /// Longest time that new flows went unanswered: the row of lost requests, ms.
@@ -264,7 +274,7 @@ impl Sides {
         let list = |side: &[Outcome], what: &dyn Fn(&Outcome) -> u64| -> String {
             side.iter().map(|o| what(o).to_string()).collect::<Vec<_>>().join(", ")
         };
-        let both = |o: &Outcome| lost(o, "e") + lost(o, "n") + lost(o, "crowd");
+        let all_lost = |o: &Outcome| sum(o, |direction| direction.lost);
         let (stock_gap, ours_new) = (of(&self.stock, gap, "n"), of(&self.ours, worst, "n"));
         let (stock_constant, ours_constant) = (of(&self.stock, worst, "e"), of(&self.ours, worst, "e"));
         let quick = ours_new <= NEW_FLOW_SHARE * stock_gap;
@@ -273,9 +283,11 @@ impl Sides {
         let good = quick && steady && passed == self.ours.len() && passed > 0 && self.lab_errors == 0;
         let row = vec![
             name.to_owned(),
-            list(&self.stock, &both),
-            list(&self.ours, &both),
+            list(&self.stock, &all_lost),
+            list(&self.ours, &all_lost),
             list(&self.ours, &duplicated),
+            list(&self.stock, &reordered),
+            list(&self.ours, &reordered),
             format!("{stock_gap:.0} ms"),
             format!("{ours_new:.0} ms ({:.2})", ours_new / stock_gap.max(1.0)),
             format!("{stock_constant:.0} ms"),
@@ -330,11 +342,13 @@ pub fn whole(only: &[String], suite: &str, runs: Option<usize>, slower: u32) -> 
     Ok(closing(passed, failed, started))
 }
 
-const HEADER: [&str; 12] = [
+const HEADER: [&str; 14] = [
     "scenario, Debian",
     "stock: lost",
     "ours: lost",
     "ours: duplicated",
+    "reordered in the constant flow, stock",
+    "reordered in the constant flow, ours",
     "stock: longest gap",
     "ours: longest delay of a new flow (share of it)",
     "stock: worst of the constant flow",
@@ -391,7 +405,6 @@ fn today() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::outcome::Direction;
 
     fn outcome(action: Action, lost: u64, gap_ms: f64, worst_ms: f64) -> Outcome {
         let requests = Direction { lost, longest_lost_ms: gap_ms, worst_ms, ..Direction::default() };

@@ -156,6 +156,33 @@ pub fn promised(bridges: &[String]) -> Promised {
     Promised(all)
 }
 
+/// Kinds of connections that the kernel tracks, and how many there are of each: addresses both ways, protocol, zone, and
+/// ports below [`FIRST_VARYING`].
+pub fn connections() -> BTreeMap<String, u64> {
+    let mut kinds = BTreeMap::new();
+    for line in shell_lenient("conntrack -L 2>/dev/null").lines() {
+        *kinds.entry(kind_of_connection(line)).or_default() += 1;
+    }
+    kinds
+}
+
+/// Ports and identifiers from here on are those that probes and translations vary.
+const FIRST_VARYING: u16 = 10_000;
+
+fn kind_of_connection(line: &str) -> String {
+    let mut words = vec![line.split_whitespace().next().unwrap_or_default().to_owned()];
+    for word in line.split_whitespace() {
+        let Some((name, value)) = word.split_once('=') else { continue };
+        let varies = value.parse::<u16>().map_or(false, |port| port >= FIRST_VARYING);
+        match name {
+            "src" | "dst" | "zone" | "type" => words.push(word.to_owned()),
+            "sport" | "dport" if !varies => words.push(word.to_owned()),
+            _ => {}
+        }
+    }
+    words.join(" ")
+}
+
 /// One property of a unit (`systemctl show`).
 pub fn unit_property(unit: &str, property: &str) -> String {
     shell_lenient(&format!("systemctl show --value -p {property} {unit}")).trim().to_owned()
@@ -208,6 +235,15 @@ mod tests {
         let text = "system@ovs-system:\n  lookups: hit:7034 missed:412 lost:3\n  flows: 17\n  masks: hit:9 total:2 hit/pkt:1.2\n  port 0: ovs-system (internal)\n";
         assert_eq!(parse_counters(text), Some(Counters { hit: 7034, missed: 412, lost: 3, flows: 17 }));
         assert_eq!(parse_counters(""), None);
+    }
+
+    #[test]
+    fn connections_of_a_kind_differ_in_what_varies() {
+        let line = "udp      17 29 src=10.9.0.1 dst=10.9.0.200 sport=10007 dport=9001 src=10.9.0.2 dst=10.9.0.1 sport=9001 dport=10007 [ASSURED] mark=0 zone=5 use=1";
+        let kind = "udp src=10.9.0.1 dst=10.9.0.200 dport=9001 src=10.9.0.2 dst=10.9.0.1 sport=9001 zone=5";
+        assert_eq!(kind_of_connection(line), kind);
+        assert_eq!(kind_of_connection(&line.replace("10007", "20000")), kind);
+        assert_ne!(kind_of_connection(&line.replace("dst=10.9.0.200", "dst=10.9.0.2")), kind);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 pub mod attack;
 pub mod controller;
 pub mod facts;
+pub mod inject;
+mod netlink;
 pub mod probe;
 pub mod run;
 pub mod verdict;
@@ -56,6 +58,10 @@ pub struct Evidence {
     pub counters_after: Counters,
     /// New flows begun between the two.
     pub flows_begun: u64,
+    /// Kinds of tracked connections before.
+    pub connections_before: BTreeMap<String, u64>,
+    /// The same when the traffic had ended.
+    pub connections_after: BTreeMap<String, u64>,
     /// What should not change.
     pub promised_before: Promised,
     /// The same afterwards.
@@ -266,6 +272,8 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
         bridges: bridges.to_vec(),
         daemons_before: facts::DAEMONS.map(facts::daemons),
         daemons_after: [Vec::new(), Vec::new()],
+        connections_before: facts::connections(),
+        connections_after: BTreeMap::new(),
         promised_before: facts::promised(bridges),
         promised_after: Promised::default(),
         failed_before: facts::failed_units(),
@@ -284,6 +292,7 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
 fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
     evidence.counters_after = facts::counters()?;
     evidence.daemons_after = facts::DAEMONS.map(facts::daemons);
+    evidence.connections_after = facts::connections();
     evidence.promised_after = facts::promised(&evidence.bridges);
     let log = fs::read(VSWITCHD_LOG).unwrap_or_default();
     let from = usize::try_from(log_from).unwrap_or(0).min(log.len());

@@ -193,7 +193,17 @@ fn kept_flows(evidence: &Evidence) -> Value {
             "kept": kept, "missing": missing, "fallen": fallen })
 }
 
+/// Whether all tracked connections are of kinds that there were before: a packet replayed half translated, or once too
+/// often, would have made another.
+fn connections(evidence: &Evidence, outcome: &mut Outcome) {
+    let (before, after) = (&evidence.connections_before, &evidence.connections_after);
+    let strays: Vec<&String> = after.keys().filter(|kind| !before.contains_key(*kind)).collect();
+    let found = json!({ "strays": strays, "before": before, "after": after });
+    outcome.check("no connection of a new kind", strays.is_empty(), found);
+}
+
 fn state_kept(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
+    connections(evidence, outcome);
     for (name, before) in &evidence.promised_before.0 {
         let after = evidence.promised_after.0.get(name).cloned().unwrap_or_default();
         let same = *before == after;
@@ -208,7 +218,7 @@ fn state_kept(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
     }
     let bad: Vec<&str> =
         evidence.log.lines().filter(|l| FORBIDDEN_LOG.iter().any(|word| l.contains(word))).take(5).collect();
-    if expect.thrown_away.is_empty() {
+    if expect.thrown_away.is_none() {
         outcome.check("log free of lost contexts", bad.is_empty(), bad);
     }
     let waiting = shell_lenient("ovs-vsctl --if-exists get open_vswitch . other_config:flow-restore-wait");
@@ -279,6 +289,8 @@ pub fn judge_thawed(outcome: &mut Outcome) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
     use crate::guest::facts::{Counters, Flows, Promised};
     use crate::outcome::{Job, Load};
@@ -296,6 +308,7 @@ mod tests {
             entropy: String::new(),
             extra_args: Vec::new(),
         };
+        let kinds = BTreeMap::from([("udp zone=5".to_owned(), 7)]);
         Evidence {
             job,
             bridges: Vec::new(),
@@ -307,6 +320,8 @@ mod tests {
             counters_before: Counters::default(),
             counters_after: Counters::default(),
             flows_begun: 0,
+            connections_before: kinds.clone(),
+            connections_after: kinds,
             promised_before: Promised::default(),
             promised_after: Promised::default(),
             failed_before: String::new(),

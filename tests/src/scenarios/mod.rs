@@ -26,10 +26,11 @@ mod plain;
 mod port_removed;
 mod refusals;
 mod rule_change;
+mod sampling;
 mod scale;
+mod scale_ct;
 mod selftest;
 mod set_field;
-mod sflow;
 mod systemd;
 mod tunnel;
 mod two_zones;
@@ -56,9 +57,9 @@ pub struct Expect {
     pub keeps_flows: bool,
     /// Whether the park is meant to overflow.
     pub overflow: bool,
-    /// Reasons for which parked copies of packets are thrown away, with samples on. Kept flows then name bridges of the
+    /// Reason for which parked copies of packets are thrown away, with samples on. Kept flows then name bridges of the
     /// old daemon until the run settles, which the new one says in its log.
-    pub thrown_away: &'static [&'static str],
+    pub thrown_away: Option<&'static str>,
     /// Whether systemd units own the daemons.
     pub in_units: bool,
     /// Whether TCP must come through without a retransmission time-out.
@@ -72,7 +73,7 @@ impl Default for Expect {
             refused: &["upcall_bind"],
             keeps_flows: true,
             overflow: false,
-            thrown_away: &[],
+            thrown_away: None,
             in_units: true,
             no_timeouts: false,
         }
@@ -248,7 +249,9 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&large::Large),
     Scenario::Traffic(&group::Group),
     Scenario::Traffic(&learn::Learn),
-    Scenario::Traffic(&sflow::Sflow),
+    Scenario::Traffic(&sampling::SFLOW),
+    Scenario::Traffic(&sampling::IPFIX),
+    Scenario::Traffic(&sampling::FLOW_SAMPLE),
     Scenario::Traffic(&controller::ATTENDED),
     Scenario::Traffic(&controller::REACTIVE),
     Scenario::Traffic(&vlan_patch::VlanPatch),
@@ -258,6 +261,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&tunnel::VxlanBridges),
     Scenario::Traffic(&local_port::LocalPort),
     Scenario::Traffic(&scale::Scale),
+    Scenario::Traffic(&scale_ct::ScaleCt),
     Scenario::Traffic(&park_limit::ParkLimit),
     Scenario::Traffic(&park_level::ParkLevel),
     Scenario::Traffic(&no_systemd::StopStart),

@@ -5,10 +5,10 @@ use std::net::IpAddr;
 
 use anyhow::Result;
 
-use super::network::{self, undone, UNWILDCARD};
+use super::network::{self, undone, UNWILDCARD, UNWILDCARD_TTL};
 use super::{Expect, Traffic};
 use crate::command::shell;
-use crate::guest::probe::{udp, Place, Ports, Spec};
+use crate::guest::probe::{Place, Ports, Protocol, Spec};
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
 
@@ -56,6 +56,9 @@ pub static NAT6: Nat = Nat {
     prefix: 64,
 };
 
+/// Names of the pings to the service, and of those to the server's own address; on the wire they have identifiers only.
+const PING_PORT: u16 = 9006;
+const MASQUERADED_PING_PORT: u16 = 9007;
 /// Calls to the server's own address, each from a new port.
 const MASQUERADED_PORT: u16 = 9004;
 /// TCP connections to the service, each new.
@@ -82,16 +85,21 @@ impl Nat {
     fn rules(&self) -> String {
         let Nat { ip, service, server, outside, client, .. } = self;
         let [source, destination] = self.fields;
-        let (udp, tcp) = if *ip == "ip" { ("udp", "tcp") } else { ("udp6", "tcp6") };
+        let (udp, tcp, icmp) = if *ip == "ip" { ("udp", "tcp", "icmp") } else { ("udp6", "tcp6", "icmp6") };
+        let (ask, answer) = if *ip == "ip" { (8, 0) } else { (128, 129) };
         // An IPv6 address with ports stands in brackets.
         let range = if *ip == "ip" { format!("{outside}:20000-60000") } else { format!("[{outside}]:20000-60000") };
         format!(
             "table=0,priority=1,actions=NORMAL\n\
+             table=0,priority=70,{icmp},icmp_type={ask},actions=ct(table=1,zone=5,nat)\n\
+             table=0,priority=70,{icmp},icmp_type={answer},actions=ct(table=1,zone=5,nat)\n\
              table=0,priority=60,icmp6,actions=NORMAL\n\
              table=0,priority=50,{ip},actions=ct(table=1,zone=5,nat)\n\
              table=1,priority=100,{ip},ct_state=+trk+new,{destination}={service},\
              actions=ct(commit,zone=5,nat(dst={server}),table=2)\n\
              table=1,priority=90,{udp},ct_state=+trk+new,{source}={client},\
+             actions=ct(commit,zone=5,nat(src={range}),table=2)\n\
+             table=1,priority=90,{icmp},ct_state=+trk+new,{source}={client},\
              actions=ct(commit,zone=5,nat(src={range}),table=2)\n\
              table=1,priority=50,{ip},ct_state=+trk+new,actions=ct(commit,zone=5),resubmit(,2)\n\
              table=1,priority=50,{ip},ct_state=+trk+est,actions=resubmit(,2)\n\
@@ -101,6 +109,7 @@ impl Nat {
              actions=move:NXM_OF_TCP_SRC[]->NXM_NX_REG0[0..15],NORMAL\n\
              table=2,priority=100,{tcp},tp_src={CONNECTIONS_PORT},\
              actions=move:NXM_OF_TCP_DST[]->NXM_NX_REG0[0..15],NORMAL\n\
+             table=2,priority=100,{icmp},icmp_type={ask},actions={UNWILDCARD_TTL},NORMAL\n\
              table=2,priority=100,{udp},tp_src=9001,actions={UNWILDCARD_REPLY},NORMAL\n\
              table=2,priority=100,{udp},tp_src={MASQUERADED_PORT},actions={UNWILDCARD_REPLY},NORMAL\n\
              table=2,priority=1,actions=NORMAL\n"
@@ -148,9 +157,17 @@ impl Traffic for Nat {
             interval_us: CONNECTIONS_US,
         };
         probes.push(("connections".to_owned(), connections));
-        let (port, length) = (MASQUERADED_PORT, udp::LENGTH);
-        let masqueraded = Spec::Udp { from, to, address: server, port, interval_us, ports, length };
+        let masqueraded = Spec::udp(&from, &to, (server, MASQUERADED_PORT), interval_us, ports);
         probes.push(("masqueraded".to_owned(), masqueraded));
+        for (name, address, port) in [("ping", service, PING_PORT), ("ping_masqueraded", server, MASQUERADED_PING_PORT)]
+        {
+            let ports = Ports::Cycle { first: (port - PING_PORT) * 20_000 + 1, count: 20_000 };
+            let mut ping = Spec::udp(&from, &to, (address, port), interval_us, ports);
+            if let Spec::Udp { protocol, .. } = &mut ping {
+                *protocol = Protocol::Echo;
+            }
+            probes.push((name.to_owned(), ping));
+        }
         probes.push(network::silent("ns3"));
         probes
     }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use crate::command::{shell, wait_until};
-use crate::guest::probe::{tcp, udp, Place, Ports, Spec};
+use crate::guest::probe::{tcp, Place, Ports, Spec};
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
 
@@ -24,6 +24,9 @@ pub const TCP_PORT: u16 = 9002;
 
 /// Actions that make every source port a megaflow of its own: what is copied must be matched exactly.
 pub const UNWILDCARD: &str = "move:NXM_OF_UDP_SRC[]->NXM_NX_REG0[0..15]";
+
+/// As [`UNWILDCARD`] where Open vSwitch knows no ports: what probes of other protocols vary from packet to packet.
+pub const UNWILDCARD_TTL: &str = "move:NXM_NX_IP_TTL[]->NXM_NX_REG0[0..7],move:NXM_OF_IP_TOS[]->NXM_NX_REG0[8..15]";
 
 /// A VM that stood still for seconds sends what is due at once: veth's per-CPU queue (1,000 packets) would drop it
 /// before Open vSwitch sees it.
@@ -99,15 +102,7 @@ pub fn gentle_probes(from: Place, to: Place, address: impl Into<IpAddr>) -> Vec<
 }
 
 fn probes(from: Place, to: Place, address: IpAddr, slower: u64, slower_new: u64) -> Vec<(String, Spec)> {
-    let udp = |port, interval_us, ports| Spec::Udp {
-        from: from.clone(),
-        to: to.clone(),
-        address,
-        port,
-        interval_us,
-        ports,
-        length: udp::LENGTH,
-    };
+    let udp = |port, interval_us, ports| Spec::udp(&from, &to, (address, port), interval_us, ports);
     vec![
         ("e".to_owned(), udp(CONSTANT_PORT, CONSTANT_US * slower, Ports::Constant)),
         ("n".to_owned(), udp(EACH_NEW_PORT, EACH_NEW_US * slower_new, Ports::EachNew)),

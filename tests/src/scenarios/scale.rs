@@ -11,7 +11,7 @@ use serde_json::json;
 use super::network::{self, UNWILDCARD};
 use super::Traffic;
 use crate::command::{shell, wait_until};
-use crate::guest::probe::{udp, Place, Ports, Spec, SLOWER};
+use crate::guest::probe::{Place, Ports, Spec, SLOWER};
 use crate::guest::{facts, say, Evidence};
 use crate::outcome::Outcome;
 
@@ -67,8 +67,31 @@ fn fill() -> Result<()> {
     filler.join().map_err(|_| anyhow::anyhow!("the filler panicked"))?
 }
 
-fn present() -> u64 {
+/// Kernel flows now.
+pub(super) fn present() -> u64 {
     facts::counters().map(|c| c.flows).unwrap_or(0)
+}
+
+/// Idle flows stay longer than it takes to send a packet every `interval_us` to each of `flows`: to make them anew every
+/// 10 s would be all the VM does.
+pub(super) fn keep_idle(flows: u64, interval_us: u64) -> Result<()> {
+    let round_ms = flows * interval_us / 1000 * SLOWER.load(Ordering::Relaxed);
+    shell(&format!("ovs-vsctl set open_vswitch . other_config:max-idle={}", round_ms * 3 / 2)).map(drop)
+}
+
+/// Makes flows with `fill`. Looking through all of them twice a second takes much of the time that making them needs; but
+/// only revalidators raise the limit that a daemon begins with, 10,000.
+pub(super) fn undisturbed(fill: impl FnOnce() -> Result<()>) -> Result<()> {
+    shell("ovs-vsctl set open_vswitch . other_config:max-revalidator=60000; ovs-appctl upcall/set-flow-limit 200000")?;
+    fill()?;
+    shell("ovs-vsctl remove open_vswitch . other_config max-revalidator").map(drop)
+}
+
+/// Waits until the kernel holds `flows` flows.
+pub(super) fn wait_until_full(flows: u64) -> Result<()> {
+    say(&format!("the kernel holds {} flows", present()));
+    let full = || present() >= flows;
+    wait_until(&format!("the kernel holds {flows} flows"), Duration::from_secs(5), Duration::from_millis(500), full)
 }
 
 impl Traffic for Scale {
@@ -85,9 +108,7 @@ impl Traffic for Scale {
     }
 
     fn set_up(&self) -> Result<()> {
-        // Idle flows stay longer than the crowd takes to come round: every 10 s would be all the VM does.
-        let round_ms = u64::from(FLOWS) * CROWD_US / 1000 * SLOWER.load(Ordering::Relaxed);
-        shell(&format!("ovs-vsctl set open_vswitch . other_config:max-idle={}", round_ms * 3 / 2))?;
+        keep_idle(u64::from(FLOWS), CROWD_US)?;
         for bridge in BRIDGES {
             shell(&format!("ovs-vsctl add-br {bridge}"))?;
         }
@@ -109,17 +130,9 @@ impl Traffic for Scale {
             Ok(UdpSocket::bind(("0.0.0.0", CROWD_PORT))?)
         });
         let sink = sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
-        // Looking through all flows twice a second takes much of the time that making them needs; but only revalidators
-        // raise the limit that a daemon begins with, 10,000.
-        shell(
-            "ovs-vsctl set open_vswitch . other_config:max-revalidator=60000; ovs-appctl upcall/set-flow-limit 200000",
-        )?;
-        fill()?;
-        shell("ovs-vsctl remove open_vswitch . other_config max-revalidator")?;
+        undisturbed(fill)?;
         drop(sink);
-        say(&format!("the kernel holds {} flows", present()));
-        let full = || present() >= u64::from(FLOWS);
-        wait_until("the kernel holds 15,000 flows", Duration::from_secs(5), Duration::from_millis(500), full)
+        wait_until_full(u64::from(FLOWS))
     }
 
     fn bridges(&self) -> Vec<String> {
@@ -127,14 +140,9 @@ impl Traffic for Scale {
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
-        let udp = |port, interval_us, ports| Spec::Udp {
-            from: Place::named("ns1"),
-            to: Place::named("ns2"),
-            address: Ipv4Addr::new(10, 9, 0, 2).into(),
-            port,
-            interval_us,
-            ports,
-            length: udp::LENGTH,
+        let udp = |port, interval_us, ports| {
+            let (from, to) = (Place::named("ns1"), Place::named("ns2"));
+            Spec::udp(&from, &to, (Ipv4Addr::new(10, 9, 0, 2), port), interval_us, ports)
         };
         vec![
             ("e".to_owned(), udp(network::CONSTANT_PORT, network::CONSTANT_US, Ports::Constant)),

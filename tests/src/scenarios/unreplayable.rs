@@ -2,19 +2,21 @@
 //! probe of that kind has lost.
 //!
 //! All streams stop in the midst of the gap: of a stream that goes on the new daemon makes the same flows again, and the
-//! parked packets are continued there (docs/replay.md).
+//! parked packets are continued there (docs/replay.md). What no rule of Open vSwitch sends up just then is injected.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{anyhow, Context, Result};
 use serde_json::{json, Value};
 
-use super::network::{self, UNWILDCARD};
+use super::network::{self, UNWILDCARD, UNWILDCARD_TTL};
 use super::{Custom, Expect};
-use crate::command::shell;
-use crate::guest::probe::{udp, Place, Ports, Spec};
+use crate::command::{shell, wait_until};
+use crate::guest::inject::{inject, Injected};
+use crate::guest::probe::{Place, Ports, Protocol, Spec};
 use crate::guest::{self, facts, run, say, verdict, Live};
 use crate::outcome::{Job, Outcome, ProbeOutcome};
 
@@ -27,17 +29,54 @@ struct Kind {
     /// What its packets are sent to.
     address: Ipv4Addr,
     port: u16,
+    protocol: Protocol,
+}
+
+impl Kind {
+    const fn udp(reason: &'static str, address: Ipv4Addr, port: u16) -> Self {
+        Kind { reason, address, port, protocol: Protocol::Udp }
+    }
 }
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
-/// Translated to [`SERVER`].
+/// Translated to [`SERVER`] by `ct`.
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 200);
+/// Made [`SERVER`] by a rule.
+const ALIAS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 201);
 
-const KINDS: [Kind; 4] = [
-    Kind { reason: "copy_before_recirc", address: SERVER, port: 9301 },
-    Kind { reason: "copy_beside_recirc", address: SERVER, port: 9302 },
-    Kind { reason: "nested_recirc", address: SERVER, port: 9303 },
-    Kind { reason: "nat_connection_gone", address: SERVICE, port: 9304 },
+const ALIAS_PORT: u16 = 9308;
+
+const KINDS: [Kind; 8] = [
+    Kind::udp("copy_before_recirc", SERVER, 9301),
+    Kind::udp("copy_beside_recirc", SERVER, 9302),
+    Kind::udp("nested_recirc", SERVER, 9303),
+    Kind::udp("nat_connection_gone", SERVICE, 9304),
+    Kind::udp("nat_helper", SERVICE, 9305),
+    Kind { reason: "nat_protocol", address: SERVICE, port: 9306, protocol: Protocol::UdpLite },
+    Kind::udp("header_change_before_recirc", SERVER, 9307),
+    Kind::udp("parents_disagree", SERVER, ALIAS_PORT),
+];
+
+/// Where the connection table cannot be asked.
+const UNASKED: [Kind; 1] = [Kind::udp("nat_before_recirc", SERVICE, 9309)];
+
+// enum user_action_cookie_type of Open vSwitch (ofproto/ofproto-dpif-upcall.h), and one that it does not have.
+const SFLOW: u16 = 1;
+const SLOW_PATH: u16 = 2;
+const FLOW_SAMPLE: u16 = 3;
+const IPFIX: u16 = 4;
+const CONTROLLER: u16 = 5;
+const NOBODYS: u16 = 4711;
+
+/// Reason, what is injected, how many.
+const INJECTED: [(&str, Injected, u64); 7] = [
+    ("no_parent", Injected::Recirculate(0x7fff_fff0), 3),
+    ("action_sflow", Injected::Userspace { cookie: SFLOW, cut_to: 0 }, 4),
+    ("action_flow_sample", Injected::Userspace { cookie: FLOW_SAMPLE, cut_to: 0 }, 5),
+    ("action_ipfix", Injected::Userspace { cookie: IPFIX, cut_to: 0 }, 6),
+    ("controller_no_flow", Injected::Userspace { cookie: CONTROLLER, cut_to: 0 }, 7),
+    ("action_unknown_cookie", Injected::Userspace { cookie: NOBODYS, cut_to: 0 }, 8),
+    ("truncated", Injected::Userspace { cookie: SLOW_PATH, cut_to: 60 }, 9),
 ];
 
 /// Time between two packets of a kind, µs.
@@ -53,35 +92,17 @@ impl Custom for Unreplayable {
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
-        Ok(1)
+        Ok(2)
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         set_up()?;
-        facts::save_everything(&out.join("before"), &["br0".to_owned()]);
-        let live = start()?;
-        std::thread::sleep(Duration::from_secs(2));
-        facts::flows(&out.join("flows-before"))?;
-        let known = run::known();
-        let path = out.join("report.json");
-        let arguments = ["--report", path.to_str().context("the folder's name")?];
-        let mut client = run::start(&arguments, &out.join("action-stdout"))?;
-        let stopped = stop_in_the_gap(&live, &known);
-        outcome.action_exit = client.wait()?.code();
-        stopped?;
-        say("the run has ended");
-        outcome.probes = guest::finish_all(live)?;
-        let report: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
-        outcome.check("exit code 0", outcome.action_exit == Some(0), outcome.action_exit);
-        KINDS.iter().for_each(|kind| judge(kind, &report, outcome));
-        let unreplayable = report["parked"]["unreplayable"].as_object().map_or(0, serde_json::Map::len);
-        outcome.check("no other reason", unreplayable == KINDS.len(), &report["parked"]);
-        verdict::probes_sent(outcome);
-        // The others have lost what they should.
-        let constant = outcome.probes.remove_entry("e");
-        let others = std::mem::replace(&mut outcome.probes, constant.into_iter().collect());
-        verdict::no_losses(&Expect::default(), outcome);
-        outcome.probes.extend(others);
+        let counted = round(&KINDS, &INJECTED, out, outcome)?;
+        for (reason, _, count) in INJECTED {
+            outcome.check(format!("{reason}: as many as were injected"), counted[reason] == count, &counted);
+        }
+        keep_from_asking()?;
+        round(&UNASKED, &[], &out.join("unasked"), outcome)?;
         Ok(())
     }
 }
@@ -93,6 +114,7 @@ fn set_up() -> Result<()> {
     network::attach("ns2", "br0", "10.9.0.2/24", "")?;
     network::attach("ns3", "br0", "", "")?;
     network::neighbour("ns1", &SERVICE.to_string(), "ns2")?;
+    network::neighbour("ns1", &ALIAS.to_string(), "ns2")?;
     network::rules(
         "br0",
         &format!(
@@ -102,51 +124,125 @@ fn set_up() -> Result<()> {
              table=0,priority=60,udp,tp_dst=9303,actions=check_pkt_larger(1000)->NXM_NX_REG2[0],resubmit(,4)\n\
              table=0,priority=60,udp,tp_dst=9304,actions=ct(table=2,zone=6,nat)\n\
              table=0,priority=60,udp,tp_src=9304,actions=ct(table=3,zone=6,nat)\n\
+             table=0,priority=60,udp,tp_dst=9305,actions=ct(table=5,zone=7,nat)\n\
+             table=0,priority=60,udp,tp_src=9305,actions=ct(table=3,zone=7,nat)\n\
+             table=0,priority=60,ip,nw_proto=136,nw_dst={SERVICE},actions=ct(table=6,zone=8,nat)\n\
+             table=0,priority=60,ip,nw_proto=136,nw_src={SERVER},actions=ct(table=3,zone=8,nat)\n\
+             table=0,priority=60,udp,tp_dst=9307,actions=encap(nsh(md_type=1)),decap(),resubmit(,1)\n\
+             table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={ALIAS},\
+             actions=mod_nw_dst:{SERVER},ct(table=1,zone=5)\n\
+             table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={SERVER},actions=ct(table=1,zone=5)\n\
+             table=0,priority=60,udp,tp_dst=9309,actions=ct(table=2,zone=6,nat)\n\
+             table=0,priority=60,udp,tp_src=9309,actions=ct(table=3,zone=6,nat)\n\
              table=1,priority=1,udp,actions={UNWILDCARD},NORMAL\n\
              table=2,priority=2,udp,ct_state=+trk+new,actions=ct(commit,zone=6,nat(dst={SERVER}),table=1)\n\
              table=2,priority=1,udp,actions=resubmit(,1)\n\
              table=3,priority=1,actions=NORMAL\n\
              table=4,priority=2,udp,reg2=1,actions=drop\n\
-             table=4,priority=1,udp,actions=ct(table=1,zone=5)\n"
+             table=4,priority=1,udp,actions=ct(table=1,zone=5)\n\
+             table=5,priority=2,udp,ct_state=+trk+new,\
+             actions=ct(commit,zone=7,nat(dst={SERVER}),alg=tftp,table=1)\n\
+             table=5,priority=1,udp,actions=resubmit(,1)\n\
+             table=6,priority=2,ip,ct_state=+trk+new,actions=ct(commit,zone=8,nat(dst={SERVER}),table=7)\n\
+             table=6,priority=1,ip,actions=resubmit(,7)\n\
+             table=7,priority=1,ip,actions={UNWILDCARD_TTL},NORMAL\n"
         ),
     )?;
-    network::ping("ns1", &SERVER.to_string())
+    network::ping("ns1", &SERVICE.to_string())
 }
 
-fn start() -> Result<Live> {
-    let stream = |port, address: Ipv4Addr, interval_us, ports| Spec::Udp {
-        from: Place::named("ns1"),
-        to: Place::named("ns2"),
-        address: address.into(),
-        port,
-        interval_us,
-        ports,
-        length: udp::LENGTH,
-    };
-    let kinds = KINDS.iter().enumerate().map(|(index, kind)| {
+/// A restart under a stream of each of `kinds`, and `injected` in the gap; what the report counted by reason.
+fn round(kinds: &[Kind], injected: &[(&str, Injected, u64)], out: &Path, outcome: &mut Outcome) -> Result<Value> {
+    facts::save_everything(&out.join("before"), &["br0".to_owned()]);
+    let live = start(kinds)?;
+    std::thread::sleep(Duration::from_secs(2));
+    facts::flows(&out.join("flows-before"))?;
+    let known = run::known();
+    let path = out.join("report.json");
+    let arguments = ["--report", path.to_str().context("the folder's name")?];
+    let mut client = run::start(&arguments, &out.join("action-stdout"))?;
+    let stopped = in_the_gap(&live, injected, &known);
+    outcome.action_exit = client.wait()?.code();
+    stopped?;
+    say("the run has ended");
+    let earlier = std::mem::replace(&mut outcome.probes, guest::finish_all(live)?);
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+    outcome.check("exit code 0", outcome.action_exit == Some(0), outcome.action_exit);
+    let counted = report["parked"]["unreplayable"].clone();
+    kinds.iter().for_each(|kind| judge(kind, &counted, outcome));
+    let reasons = counted.as_object().map_or(0, serde_json::Map::len);
+    outcome.check("no other reason", reasons == kinds.len() + injected.len(), &report["parked"]);
+    verdict::probes_sent(outcome);
+    // The others have lost what they should.
+    let constant = outcome.probes.remove_entry("e");
+    let others = std::mem::replace(&mut outcome.probes, constant.into_iter().collect());
+    verdict::no_losses(&Expect::default(), outcome);
+    outcome.probes.extend(others);
+    outcome.probes.extend(earlier);
+    Ok(counted)
+}
+
+fn start(kinds: &[Kind]) -> Result<Live> {
+    let (from, to) = (Place::named("ns1"), Place::named("ns2"));
+    let streams = kinds.iter().enumerate().map(|(index, kind)| {
         // Ports of its own for each: a source has one socket for a port.
-        let ports = Ports::Cycle { first: 10_000 * (index as u16 + 1), count: 9_000 };
-        (kind.reason.to_owned(), stream(kind.port, kind.address, INTERVAL_US, ports))
+        let ports = Ports::Cycle { first: 10_000 + 5_000 * index as u16, count: 5_000 };
+        let mut stream = Spec::udp(&from, &to, (kind.address, kind.port), INTERVAL_US, ports);
+        if let Spec::Udp { protocol, .. } = &mut stream {
+            *protocol = kind.protocol;
+        }
+        (kind.reason.to_owned(), stream)
     });
-    let constant = ("e".to_owned(), stream(network::CONSTANT_PORT, SERVER, network::CONSTANT_US, Ports::Constant));
-    guest::start_all(kinds.chain([constant]).collect())
+    let target = (SERVER, network::CONSTANT_PORT);
+    let constant = ("e".to_owned(), Spec::udp(&from, &to, target, network::CONSTANT_US, Ports::Constant));
+    guest::start_all(streams.chain([constant]).collect())
 }
 
-/// The connections of what is parked are forgotten, and everything but `e` stops.
-fn stop_in_the_gap(live: &Live, known: &[String]) -> Result<()> {
-    run::wait_for("switch-commit", known)?;
-    shell("conntrack -F 2>&1")?;
+/// The connections of what is parked in zone 6 are forgotten, packets are injected, and everything but `e` stops.
+fn in_the_gap(live: &Live, injected: &[(&str, Injected, u64)], known: &[String]) -> Result<()> {
+    if !injected.is_empty() {
+        call_the_alias_until("standby", known)?;
+        run::wait_for("switch-commit", known)?;
+        shell("conntrack -D -w 6 2>&1")?;
+    }
     run::wait_for("restore", known)?;
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
-    Ok(())
+    injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))
 }
 
-fn judge(kind: &Kind, report: &Value, outcome: &mut Outcome) {
+/// Keeps the flow in use that makes [`ALIAS`] [`SERVER`]; nothing is on its way there when packets are parked.
+fn call_the_alias_until(phase: &str, known: &[String]) -> Result<()> {
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(|| -> Result<()> {
+            Place::named("ns1").enter()?;
+            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            while !ended.load(Ordering::Relaxed) {
+                socket.send_to(b"not one of the stream", (ALIAS, ALIAS_PORT))?;
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            Ok(())
+        });
+        let begun = run::wait_for(phase, known);
+        ended.store(true, Ordering::Relaxed);
+        caller.join().map_err(|_| anyhow!("the caller panicked"))??;
+        begun.map(drop)
+    })
+}
+
+/// Takes ctnetlink away: the kernel would load it again for who asks.
+fn keep_from_asking() -> Result<()> {
+    std::fs::write("/etc/modprobe.d/lab.conf", "install nf_conntrack_netlink /bin/false\n")?;
+    let gone = || shell("modprobe -r nf_conntrack_netlink").is_ok();
+    wait_until("nf_conntrack_netlink is unloaded", Duration::from_secs(10), Duration::from_millis(200), gone)
+}
+
+fn judge(kind: &Kind, counted: &Value, outcome: &mut Outcome) {
     let lost = match outcome.probes.get(kind.reason) {
         Some(ProbeOutcome::Udp(udp)) => udp.requests.lost,
         _ => 0,
     };
-    let counted = report["parked"]["unreplayable"][kind.reason].as_u64().unwrap_or(0);
+    let counted = counted[kind.reason].as_u64().unwrap_or(0);
     let found = json!({ "lost": lost, "counted": counted });
     outcome.check(format!("{}: as many as the probe has lost", kind.reason), counted > 0 && counted == lost, found);
 }

@@ -1,4 +1,4 @@
-//! Copies of the packets of the UDP probes, by name: at a mirror's port, or in the samples that a collector is sent.
+//! Copies of the packets of the UDP probes, by name: at a mirror's port, or in what a collector of sFlow or IPFIX is sent.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::UdpSocket;
@@ -12,7 +12,8 @@ use std::time::Duration;
 use anyhow::{anyhow, Context, Result};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::{measure_first, silent, udp, Place, Running};
+use super::ipfix::Ipfix;
+use super::{measure_first, silent, udp, Export, Place, Running};
 use crate::outcome::{CopiesOutcome, CopyCount, ProbeOutcome};
 
 /// Copies of a burst of replayed packets fit, bytes.
@@ -25,13 +26,14 @@ pub struct Copies {
     counter: JoinHandle<Result<CopiesOutcome>>,
 }
 
-/// Whose packet it is: the probe's port, whether it is a request, and its number.
+/// Whose packet it is: the probe's port, whether it is a request, and its number. IPFIX tells no number: there it is the
+/// other port.
 type Name = (u16, bool, u32);
 
 /// Where copies come from.
 trait Source {
-    /// Hands the next ones to `each`, from their IPv4 headers on; returns after 100 ms without any.
-    fn next(&mut self, each: &mut dyn FnMut(&[u8]));
+    /// Hands the names of the next ones among those of `ports` to `each`; returns after 100 ms without any.
+    fn next(&mut self, ports: &[u16], each: &mut dyn FnMut(Name));
     /// Copies that this end has lost: then the count is worth nothing.
     fn dropped(&self) -> Result<u64>;
 }
@@ -47,13 +49,13 @@ pub fn on_device(place: &Place, device: &str, ports: &[u16]) -> Result<Copies> {
     })
 }
 
-/// Starts to count in the sFlow datagrams that come to `port` of the host; `ports` are those of the probes.
-pub fn in_samples(port: u16, ports: &[u16]) -> Result<Copies> {
+/// Starts to count in the datagrams of `export` that come to `port` of the host; `ports` are those of the probes.
+pub fn in_exports(export: Export, port: u16, ports: &[u16]) -> Result<Copies> {
     start(ports, move || {
         let socket = UdpSocket::bind(("127.0.0.1", port)).with_context(|| format!("cannot collect on port {port}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
         setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
-        Ok(Collector(socket))
+        Ok(Collector { socket, export, ipfix: Ipfix::default() })
     })
 }
 
@@ -68,11 +70,9 @@ fn start<S: Source>(ports: &[u16], open: impl FnOnce() -> Result<S> + Send + 'st
             let _ = ready.send(());
             let mut seen: HashMap<Name, u32> = HashMap::new();
             while !stop.load(Ordering::Relaxed) {
-                source.next(&mut |bytes| {
-                    if let Some(name) = name_of(bytes, &ports) {
-                        *seen.entry(name).or_default() += 1;
-                        arrived.fetch_add(1, Ordering::Relaxed);
-                    }
+                source.next(&ports, &mut |name| {
+                    *seen.entry(name).or_default() += 1;
+                    arrived.fetch_add(1, Ordering::Relaxed);
                 });
             }
             Ok(CopiesOutcome { by_flow: sum(&seen), dropped: source.dropped()? })
@@ -87,12 +87,12 @@ fn start<S: Source>(ports: &[u16], open: impl FnOnce() -> Result<S> + Send + 'st
 struct Device(OwnedFd);
 
 impl Source for Device {
-    fn next(&mut self, each: &mut dyn FnMut(&[u8])) {
+    fn next(&mut self, ports: &[u16], each: &mut dyn FnMut(Name)) {
         let mut buffer = [0u8; 256];
         // SAFETY: the buffer lives through the call and its true size is given.
         let got = unsafe { libc::recv(self.0.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         if let Some(bytes) = usize::try_from(got).ok().and_then(|length| buffer.get(..length)) {
-            each(bytes);
+            name_of(bytes, ports).into_iter().for_each(each);
         }
     }
 
@@ -101,14 +101,29 @@ impl Source for Device {
     }
 }
 
-struct Collector(UdpSocket);
+struct Collector {
+    socket: UdpSocket,
+    export: Export,
+    ipfix: Ipfix,
+}
 
 impl Source for Collector {
-    fn next(&mut self, each: &mut dyn FnMut(&[u8])) {
+    fn next(&mut self, ports: &[u16], each: &mut dyn FnMut(Name)) {
         let mut buffer = [0u8; 2048];
-        let Ok(length) = self.0.recv(&mut buffer) else { return };
-        let frames = sampled(Words(buffer.get(..length).unwrap_or_default())).unwrap_or_default();
-        frames.iter().filter_map(|frame| frame.get(ETHERNET..)).for_each(each);
+        let Ok(length) = self.socket.recv(&mut buffer) else { return };
+        let datagram = buffer.get(..length).unwrap_or_default();
+        match self.export {
+            Export::Sflow => {
+                let frames = sampled(Words(datagram)).unwrap_or_default();
+                frames.iter().filter_map(|frame| name_of(frame.get(ETHERNET..)?, ports)).for_each(each);
+            }
+            Export::Ipfix => {
+                for record in self.ipfix.records(datagram).unwrap_or_default() {
+                    let name = name_of_ports(record.ports, ports, |other| u32::from(other));
+                    (0..record.packets).filter_map(|_| name).for_each(&mut *each);
+                }
+            }
+        }
     }
 
     /// Its datagrams are few, and have all of the buffer.
@@ -180,10 +195,17 @@ fn name_of(bytes: &[u8], ports: &[u16]) -> Option<Name> {
     let udp = bytes.get(header..)?;
     let port = |at: usize| Some(u16::from_be_bytes(*udp.get(at..)?.first_chunk()?));
     let number = u32::from_be_bytes(*udp.get(8..)?.first_chunk()?);
-    match (port(0)?, port(2)?) {
-        (_, dst) if ports.contains(&dst) => Some((dst, true, number)),
-        (src, _) if ports.contains(&src) => Some((src, false, number)),
-        _ => None,
+    name_of_ports([port(0)?, port(2)?], ports, |_| number)
+}
+
+/// The name of a packet by its source and destination port; `number` of the port that is not the probe's.
+fn name_of_ports([src, dst]: [u16; 2], ports: &[u16], number: impl Fn(u16) -> u32) -> Option<Name> {
+    if ports.contains(&dst) {
+        Some((dst, true, number(src)))
+    } else if ports.contains(&src) {
+        Some((src, false, number(dst)))
+    } else {
+        None
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod connections;
 pub mod copies;
+mod ipfix;
 pub mod silent;
 pub mod stats;
 pub mod tcp;
@@ -67,12 +68,33 @@ impl Ports {
     }
 }
 
+/// What a UDP probe sends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// UDP.
+    #[default]
+    Udp,
+    /// UDP-Lite (RFC 3828): connection tracking knows its ports, Open vSwitch does not.
+    UdpLite,
+    /// ICMP or ICMPv6 echo requests. The source port is the identifier, the destination port only names the probe.
+    Echo,
+}
+
 /// The intervals of all probes are so many times as long: what a slow machine carries.
 pub static SLOWER: AtomicU64 = AtomicU64::new(1);
 
 /// Source ports of [`Ports::EachNew`]: enough for minutes, and below those of [`Ports::Cycle`] and of constant flows.
 const FIRST_NEW: u16 = 10_000;
 const NEW_PORTS: u32 = 30_000;
+
+/// What a collector is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Export {
+    /// sFlow version 5.
+    Sflow,
+    /// IPFIX (RFC 7011).
+    Ipfix,
+}
 
 /// A probe to run.
 #[derive(Debug, Clone)]
@@ -93,6 +115,8 @@ pub enum Spec {
         ports: Ports,
         /// Bytes of a packet.
         length: usize,
+        /// UDP, as a rule.
+        protocol: Protocol,
     },
     /// One long-lived connection with checked payload both ways.
     Tcp {
@@ -129,8 +153,10 @@ pub enum Spec {
         /// Ports of the probes.
         ports: Vec<u16>,
     },
-    /// Counts the packets of UDP probes in sFlow datagrams.
-    Samples {
+    /// Counts the packets of UDP probes that a collector is told of.
+    Exports {
+        /// In which format.
+        export: Export,
         /// Port of the host that they come to.
         port: u16,
         /// Ports of the probes.
@@ -160,13 +186,28 @@ pub trait Running: Send {
 }
 
 impl Spec {
+    /// UDP packets of the usual length to `target`.
+    pub fn udp(from: &Place, to: &Place, target: impl Into<SocketAddr>, interval_us: u64, ports: Ports) -> Self {
+        let target = target.into();
+        Spec::Udp {
+            from: from.clone(),
+            to: to.clone(),
+            address: target.ip(),
+            port: target.port(),
+            interval_us,
+            ports,
+            length: udp::LENGTH,
+            protocol: Protocol::Udp,
+        }
+    }
+
     /// Starts it.
     pub fn start(&self) -> Result<Box<dyn Running>> {
         let slower = SLOWER.load(Ordering::Relaxed);
         Ok(match self {
-            Spec::Udp { from, to, address, port, interval_us, ports, length } => {
-                let target = SocketAddr::new(*address, *port);
-                let stream = udp::Stream { target, interval_us: *interval_us * slower, ports: *ports, length: *length };
+            Spec::Udp { from, to, address, port, interval_us, ports, length, protocol } => {
+                let (target, interval_us) = (SocketAddr::new(*address, *port), *interval_us * slower);
+                let stream = udp::Stream { target, interval_us, ports: *ports, length: *length, protocol: *protocol };
                 Box::new(udp::start(from, to, stream)?)
             }
             Spec::Tcp { from, to, address, port, pace } => {
@@ -176,7 +217,7 @@ impl Spec {
                 Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower)?)
             }
             Spec::Copies { place, device, ports } => Box::new(copies::on_device(place, device, ports)?),
-            Spec::Samples { port, ports } => Box::new(copies::in_samples(*port, ports)?),
+            Spec::Exports { export, port, ports } => Box::new(copies::in_exports(*export, *port, ports)?),
             Spec::Silent { place, device } => Box::new(silent::start(place, device)?),
         })
     }

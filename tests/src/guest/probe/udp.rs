@@ -1,8 +1,10 @@
-//! Numbered UDP requests from A, echoed by B; arrivals counted at both ends.
+//! Numbered UDP requests from A, echoed by B; arrivals counted at both ends. The same with UDP-Lite, and with pings,
+//! which B's kernel answers.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::Arc;
@@ -12,10 +14,10 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, Context, Result};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{bind, setsockopt, sockopt, SockaddrStorage};
 
 use super::stats::{judge, Arrival};
-use super::{anywhere, measure_first, now, Place, Ports, Running};
+use super::{anywhere, measure_first, now, Place, Ports, Protocol, Running};
 use crate::outcome::{ProbeOutcome, UdpOutcome};
 
 /// Bytes of a usual probe packet.
@@ -64,7 +66,7 @@ fn sequence_of(bytes: &[u8], length: usize) -> Option<u32> {
     Some(u32::from_be_bytes(body.get(..4)?.try_into().ok()?))
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Log {
     arrivals: Vec<Arrival>,
     corrupted: u64,
@@ -97,11 +99,38 @@ pub struct Stream {
     pub ports: Ports,
     /// Bytes of each; more than the MTU leaves in fragments.
     pub length: usize,
+    /// Their protocol.
+    pub protocol: Protocol,
 }
 
 impl Stream {
     fn interval_ns(&self) -> u64 {
         self.interval_us * 1000
+    }
+
+    /// A socket at `port` of every address.
+    fn bind(&self, port: u16) -> std::io::Result<UdpSocket> {
+        let address = SocketAddr::new(anywhere(self.target), port);
+        match (self.protocol, address) {
+            (Protocol::Udp, _) => UdpSocket::bind(address),
+            (Protocol::UdpLite, _) => datagrams(address, libc::IPPROTO_UDPLITE),
+            (Protocol::Echo, SocketAddr::V4(_)) => datagrams(address, libc::IPPROTO_ICMP),
+            (Protocol::Echo, SocketAddr::V6(_)) => datagrams(address, libc::IPPROTO_ICMPV6),
+        }
+    }
+
+    /// What stands before the payload in what a socket sends and receives: the kernel fills in identifier and checksum.
+    fn header(&self) -> &'static [u8] {
+        match (self.protocol, self.target) {
+            (Protocol::Echo, SocketAddr::V4(_)) => &[8, 0, 0, 0, 0, 0, 0, 0],
+            (Protocol::Echo, SocketAddr::V6(_)) => &[128, 0, 0, 0, 0, 0, 0, 0],
+            _ => &[],
+        }
+    }
+
+    /// Whether a packet from `sender` is an answer.
+    fn is_from(&self, sender: SocketAddr) -> bool {
+        sender.ip() == self.target.ip() && (self.protocol == Protocol::Echo || sender.port() == self.target.port())
     }
 }
 
@@ -142,8 +171,13 @@ pub fn start(from: &Place, to: &Place, stream: Stream) -> Result<UdpProbe> {
 fn echo(place: &Place, stream: Stream, flags: &Flags, ready: &Sender<()>) -> Result<Log> {
     let target = stream.target;
     place.enter()?;
+    if stream.protocol == Protocol::Echo {
+        // The kernel answers.
+        let _ = ready.send(());
+        return Ok(Log::default());
+    }
     measure_first(target.port());
-    let socket = UdpSocket::bind((anywhere(target), target.port())).context("cannot bind the echo socket")?;
+    let socket = stream.bind(target.port()).context("cannot bind the echo socket")?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
     socket.set_read_timeout(Some(Duration::from_millis(100)))?;
@@ -212,24 +246,51 @@ fn collect(stream: Stream, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpS
 
 fn receive_all(socket: &UdpSocket, stream: Stream, buffer: &mut [u8], log: &mut Log) {
     while let Ok((length, sender)) = socket.recv_from(buffer) {
-        if sender != stream.target {
+        if !stream.is_from(sender) {
             log.wrong_source += 1;
             continue;
         }
-        match sequence_of(buffer.get(..length).unwrap_or_default(), stream.length) {
+        match sequence_of(buffer.get(stream.header().len()..length).unwrap_or_default(), stream.length) {
             None => log.corrupted += 1,
             Some(sequence) => log.arrivals.push(Arrival { sequence, at: now() }),
         }
     }
 }
 
-fn source_socket(target: SocketAddr, port: u16) -> Result<UdpSocket> {
-    let socket =
-        UdpSocket::bind((anywhere(target), port)).with_context(|| format!("cannot bind source port {port}"))?;
+fn source_socket(stream: Stream, port: u16) -> Result<UdpSocket> {
+    let socket = stream.bind(port).with_context(|| format!("cannot bind source port {port}"))?;
     socket.set_nonblocking(true)?;
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     setsockopt(&socket, sockopt::SndBufForce, &SEND_BUFFER)?;
+    if stream.protocol != Protocol::Udp {
+        // What varies with the port is what Open vSwitch can match: 64 times 64 flows in turn.
+        let (ttl, class) = (64 + i32::from(port % 64), i32::from(port / 64 % 64 * 4));
+        match stream.target {
+            SocketAddr::V4(_) => {
+                setsockopt(&socket, sockopt::Ipv4Ttl, &ttl)?;
+                setsockopt(&socket, sockopt::Ipv4Tos, &class)?;
+            }
+            SocketAddr::V6(_) => {
+                setsockopt(&socket, sockopt::Ipv6Ttl, &ttl)?;
+                setsockopt(&socket, sockopt::Ipv6TClass, &class)?;
+            }
+        }
+    }
     Ok(socket)
+}
+
+/// A datagram socket of `protocol`, bound to `address`.
+fn datagrams(address: SocketAddr, protocol: i32) -> std::io::Result<UdpSocket> {
+    let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    // SAFETY: plain system call; the descriptor is checked and owned at once.
+    let raw = unsafe { libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
+    if raw < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: `raw` was just given to us and belongs to nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(address))?;
+    Ok(socket.into())
 }
 
 fn send(place: &Place, stream: Stream, flags: &Flags, mut hand_over: HandOver) -> Result<Sent> {
@@ -237,9 +298,13 @@ fn send(place: &Place, stream: Stream, flags: &Flags, mut hand_over: HandOver) -
     let interval_ns = stream.interval_ns();
     place.enter()?;
     measure_first(target.port());
+    if stream.protocol == Protocol::Echo {
+        // Of this network namespace, IPv6 included (ip-sysctl.rst): sockets for pings are nobody's at first.
+        std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0")?;
+    }
     let mut sent = Sent { at: Vec::with_capacity(1 << 16), late_ns: 0, due: 0, errors: BTreeMap::new() };
     // Fixed, so that it never takes a port that another probe needs.
-    let constant = source_socket(target, CONSTANT_FIRST + target.port() % 1000)?;
+    let constant = source_socket(stream, CONSTANT_FIRST + target.port() % 1000)?;
     hand_over.give(&constant)?;
     let begin = now();
     let mut sequence = 0u32;
@@ -252,7 +317,7 @@ fn send(place: &Place, stream: Stream, flags: &Flags, mut hand_over: HandOver) -
         let result = match ports.source(sequence) {
             None => transmit(&constant, sequence, stream, &mut sent),
             Some(port) => {
-                let socket = source_socket(target, port)?;
+                let socket = source_socket(stream, port)?;
                 // The collector must know the socket before a reply can come.
                 hand_over.give(&socket)?;
                 transmit(&socket, sequence, stream, &mut sent)
@@ -270,12 +335,12 @@ fn send(place: &Place, stream: Stream, flags: &Flags, mut hand_over: HandOver) -
 }
 
 fn transmit(socket: &UdpSocket, sequence: u32, stream: Stream, sent: &mut Sent) -> std::io::Result<()> {
-    let packet = packet(sequence, stream.length);
+    let packet = [stream.header(), &packet(sequence, stream.length)].concat();
     sent.at.push(now());
     loop {
         match socket.send_to(&packet, stream.target) {
             // It has not left: a full buffer delays the packet, the network did not lose it.
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::from(100u8))?;
             }
             result => return result.map(drop),
@@ -315,6 +380,8 @@ impl Running for UdpProbe {
         self.flags.stop_listening.store(true, Ordering::Relaxed);
         let there = self.echo.join().map_err(|_| anyhow!("the echo panicked"))??;
         let back = self.collector.join().map_err(|_| anyhow!("the collector panicked"))??;
+        // Who asks a kernel knows of the requests by their answers only.
+        let there = if self.stream.protocol == Protocol::Echo { back.clone() } else { there };
         let mut answered = vec![false; sent.at.len()];
         for arrival in &there.arrivals {
             if let Some(slot) = answered.get_mut(arrival.sequence as usize) {
@@ -357,7 +424,8 @@ mod tests {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
-        let stream = Stream { target, interval_us: 5000, ports: Ports::EachNew, length: LENGTH };
+        let protocol = Protocol::Udp;
+        let stream = Stream { target, interval_us: 5000, ports: Ports::EachNew, length: LENGTH, protocol };
         let probe = start(&Place::Host, &Place::Host, stream).unwrap();
         std::thread::sleep(Duration::from_millis(300));
         let ProbeOutcome::Udp(outcome) = Box::new(probe).finish().unwrap() else { panic!() };

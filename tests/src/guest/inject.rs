@@ -1,0 +1,87 @@
+//! Packets that root gives to the datapath with actions of the scenario's choice (OVS_PACKET_CMD_EXECUTE): the kernel then
+//! sends up what no rule of Open vSwitch makes it send up at the moment that is wanted.
+
+use anyhow::{bail, Result};
+
+use super::netlink::{attribute, datapath, family_id, message, outcome, Socket};
+
+// linux/openvswitch.h
+const OVS_PACKET_VERSION: u8 = 1;
+const OVS_PACKET_CMD_EXECUTE: u8 = 3;
+const OVS_PACKET_ATTR_PACKET: u16 = 1;
+const OVS_PACKET_ATTR_KEY: u16 = 2;
+const OVS_PACKET_ATTR_ACTIONS: u16 = 3;
+const OVS_KEY_ATTR_IN_PORT: u16 = 3;
+const OVS_ACTION_ATTR_USERSPACE: u16 = 2;
+const OVS_ACTION_ATTR_RECIRC: u16 = 7;
+const OVS_ACTION_ATTR_TRUNC: u16 = 13;
+const OVSP_LOCAL: u32 = 0;
+const OVS_USERSPACE_ATTR_PID: u16 = 1;
+const OVS_USERSPACE_ATTR_USERDATA: u16 = 2;
+// linux/netlink.h
+const NLA_F_NESTED: u16 = 1 << 15;
+
+/// What the kernel is to do with the packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Injected {
+    /// It goes on at this recirculation id.
+    Recirculate(u32),
+    /// It goes up with a cookie of this type (`enum user_action_cookie_type` of OVS), cut off to so many bytes.
+    Userspace {
+        /// Its type.
+        cookie: u16,
+        /// Bytes; 0 leaves it whole.
+        cut_to: u32,
+    },
+}
+
+impl Injected {
+    fn actions(self) -> Vec<u8> {
+        match self {
+            Injected::Recirculate(id) => attribute(OVS_ACTION_ATTR_RECIRC, &id.to_ne_bytes()),
+            Injected::Userspace { cookie, cut_to: 0 } => to_userspace(cookie),
+            Injected::Userspace { cookie, cut_to } => {
+                [attribute(OVS_ACTION_ATTR_TRUNC, &cut_to.to_ne_bytes()), to_userspace(cookie)].concat()
+            }
+        }
+    }
+}
+
+fn to_userspace(cookie: u16) -> Vec<u8> {
+    // struct user_action_cookie: the type comes first.
+    let mut userdata = cookie.to_ne_bytes().to_vec();
+    userdata.resize(32, 0);
+    // With dispatch per CPU the kernel asks for a port id and does not look at it.
+    let nest =
+        [attribute(OVS_USERSPACE_ATTR_PID, &1u32.to_ne_bytes()), attribute(OVS_USERSPACE_ATTR_USERDATA, &userdata)];
+    attribute(OVS_ACTION_ATTR_USERSPACE | NLA_F_NESTED, &nest.concat())
+}
+
+/// A UDP packet of 100 bytes that nobody waits for.
+fn packet() -> Vec<u8> {
+    let mut bytes = vec![2, 0, 0, 0, 9, 9, 2, 0, 0, 0, 9, 8, 8, 0];
+    bytes.extend([0x45, 0, 0, 86, 0, 1, 0, 0, 64, 17, 0, 0, 10, 9, 0, 98, 10, 9, 0, 99]);
+    bytes.extend([0x30, 0x39, 0x30, 0x3a, 0, 66, 0, 0]);
+    bytes.resize(100, 0);
+    bytes
+}
+
+/// Injects `count` packets as if they had come from the host itself.
+pub fn inject(what: Injected, count: u64) -> Result<()> {
+    let mut socket = Socket::open()?;
+    let family = family_id(&mut socket, "ovs_packet")?;
+    let body = [
+        datapath(),
+        attribute(OVS_PACKET_ATTR_PACKET, &packet()),
+        attribute(OVS_PACKET_ATTR_KEY | NLA_F_NESTED, &attribute(OVS_KEY_ATTR_IN_PORT, &OVSP_LOCAL.to_ne_bytes())),
+        attribute(OVS_PACKET_ATTR_ACTIONS | NLA_F_NESTED, &what.actions()),
+    ];
+    let bytes = message(family, OVS_PACKET_CMD_EXECUTE, OVS_PACKET_VERSION, &body.concat());
+    for _ in 0..count {
+        match outcome(&mut socket, &bytes)? {
+            0 => {}
+            errno => bail!("the kernel refuses to execute {what:?}: {}", std::io::Error::from_raw_os_error(errno)),
+        }
+    }
+    Ok(())
+}
