@@ -211,11 +211,41 @@ pub struct ParkConfig {
     pub max_packets: u64,
     /// So many bytes are parked at most.
     pub max_bytes: u64,
+    /// Which packet is lost where there is no room for all.
+    pub when_full: WhenFull,
+    /// Receive buffer of each socket that upcalls wait in until they are read, bytes: the kernel's own bound of memory
+    /// that is only taken while they do.
+    pub socket_bytes: u32,
+}
+
+/// Which packet is lost where the park has no room for all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// The one that comes.
+    #[default]
+    DropNewest,
+    /// The one that has waited longest.
+    DropOldest,
+}
+
+impl From<WhenFull> for dpfreeze::park::WhenFull {
+    fn from(wish: WhenFull) -> Self {
+        match wish {
+            WhenFull::DropNewest => dpfreeze::park::WhenFull::DropNewest,
+            WhenFull::DropOldest => dpfreeze::park::WhenFull::DropOldest,
+        }
+    }
 }
 
 impl Default for ParkConfig {
     fn default() -> ParkConfig {
-        ParkConfig { max_packets: 500_000, max_bytes: 256 * 1024 * 1024 }
+        ParkConfig {
+            max_packets: 500_000,
+            max_bytes: 256 * 1024 * 1024,
+            when_full: WhenFull::default(),
+            socket_bytes: 64 * 1024 * 1024,
+        }
     }
 }
 
@@ -355,6 +385,7 @@ impl Config {
             ("freeze.lease_ms", self.freeze.lease_ms),
             ("park.max_packets", self.park.max_packets),
             ("park.max_bytes", self.park.max_bytes),
+            ("park.socket_bytes", u64::from(self.park.socket_bytes)),
             ("restore.flow_limit", u64::from(self.restore.flow_limit)),
             ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms),
             ("guard.interval_ms", self.guard.interval_ms),

@@ -215,6 +215,14 @@ fn probe_line(name: &str, probe: &ProbeOutcome) -> String {
             "{name}: {} of {} answered, longest {:.0} ms, errors {:?}",
             c.answered, c.begun, c.longest_ms, c.errors
         ),
+        ProbeOutcome::Iperf(i) => format!(
+            "{:.1} MB in {:.1} s, {} segments sent again, longest time without a byte {:.0} ms{}",
+            i.bytes as f64 / 1e6,
+            i.seconds,
+            i.retransmitted,
+            i.longest_silent_ms,
+            i.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default()
+        ),
         ProbeOutcome::Copies(c) => {
             let flows: Vec<String> =
                 c.by_flow.iter().map(|(flow, n)| format!("{flow} {} dup {}", n.different, n.duplicated)).collect();

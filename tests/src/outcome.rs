@@ -211,6 +211,21 @@ pub struct ConnectionsOutcome {
     pub longest_ms: f64,
 }
 
+/// iperf3, as its client tells.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct IperfOutcome {
+    /// Bytes sent.
+    pub bytes: u64,
+    /// Segments sent again, needlessly or not.
+    pub retransmitted: u64,
+    /// Longest time without a byte sent, ms, in steps of half a second.
+    pub longest_silent_ms: f64,
+    /// How long it sent, s.
+    pub seconds: f64,
+    /// What broke it.
+    pub error: Option<String>,
+}
+
 /// Copies of one direction of a UDP probe.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyCount {
@@ -239,6 +254,8 @@ pub enum ProbeOutcome {
     Tcp(TcpOutcome),
     /// TCP connections, each new.
     Connections(ConnectionsOutcome),
+    /// iperf3.
+    Iperf(IperfOutcome),
     /// A mirror's port.
     Copies(CopiesOutcome),
     /// A silent port.

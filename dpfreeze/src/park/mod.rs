@@ -24,7 +24,7 @@ pub use removal::{
 };
 pub use replay::{ReplayInput, ReplayReport};
 pub use socket::{Duplicates, Queue, UpcallSocket};
-pub use store::{ParkLimits, ParkStats};
+pub use store::{ParkLimits, ParkStats, WhenFull};
 pub use undo::Undone;
 
 use std::collections::BTreeMap;

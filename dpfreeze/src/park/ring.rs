@@ -162,6 +162,11 @@ impl Ring {
         Ok(records)
     }
 
+    /// Whether records were taken out that are not done with.
+    pub fn has_taken_out(&self) -> bool {
+        self.head != self.read
+    }
+
     /// All that was taken out is done with: whoever reopens the ring does not see it again.
     pub fn commit(&mut self) -> io::Result<()> {
         if self.head == self.read {

@@ -14,6 +14,16 @@ const HEADERS: usize = 8;
 /// `OVS_PACKET_ATTR_KEY` (include/uapi/linux/openvswitch.h)
 const OVS_PACKET_ATTR_KEY: u16 = 2;
 
+/// Which packet is lost where there is no room for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The one that comes: those that wait longest may be those that were sent once and not again.
+    #[default]
+    DropNewest,
+    /// The one that has waited longest: what is late may be worth nothing any more.
+    DropOldest,
+}
+
 /// Bounds of what is parked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParkLimits {
@@ -21,6 +31,8 @@ pub struct ParkLimits {
     pub bytes: u64,
     /// Number of parked packets.
     pub packets: u64,
+    /// What becomes of a packet that would exceed them.
+    pub when_full: WhenFull,
     /// Receive buffer of each of our own upcall sockets and of each adopted one, bytes. It is a bound, taken only
     /// while messages wait to be read.
     pub socket_bytes: usize,
@@ -28,7 +40,7 @@ pub struct ParkLimits {
 
 impl Default for ParkLimits {
     fn default() -> Self {
-        ParkLimits { bytes: 256 << 20, packets: 1 << 20, socket_bytes: 64 << 20 }
+        ParkLimits { bytes: 256 << 20, packets: 1 << 20, when_full: WhenFull::default(), socket_bytes: 64 << 20 }
     }
 }
 
@@ -41,6 +53,10 @@ pub struct ParkStats {
     pub waiting: u64,
     /// Memory they take, bytes.
     pub bytes: u64,
+    /// The most that waited at once.
+    pub most_waiting: u64,
+    /// The most memory that they took at once, bytes.
+    pub most_bytes: u64,
     /// Packets that found no room. They are lost.
     pub overflowed: u64,
     /// Those by the number of the port they came in by (`u32::MAX` where none could be read).
@@ -85,6 +101,7 @@ impl Store {
         let adopted = adopted.map(Ring::reopen).transpose()?;
         let mut store = Store { limits, own, adopted, batch: Batch::default(), stats: ParkStats::default() };
         store.stats.parked = store.waiting();
+        (store.stats.most_waiting, store.stats.most_bytes) = (store.waiting(), store.used());
         Ok(store)
     }
 
@@ -132,13 +149,22 @@ impl Store {
     pub fn park<'a>(&mut self, queue: Queue, source: u32, arrival: u64, messages: impl Iterator<Item = &'a [u8]>) {
         let mut batch = std::mem::take(&mut self.batch);
         batch.clear();
-        for message in messages {
-            let bytes = self.used() + batch.bytes() + Batch::cost(message);
-            let packets = self.waiting() + batch.packets() + 1;
-            if bytes > self.limits.bytes || packets > self.limits.packets {
-                self.overflow(message);
-            } else {
-                batch.push(source, arrival, message);
+        let messages: Vec<&[u8]> = messages.collect();
+        if self.limits.when_full == WhenFull::DropOldest {
+            self.make_room(&messages);
+        }
+        let mut bytes: u64 = messages.iter().map(|message| Batch::cost(message)).sum();
+        for (message, left) in messages.iter().zip((1..=messages.len() as u64).rev()) {
+            let cost = Batch::cost(message);
+            let has_room = match self.limits.when_full {
+                WhenFull::DropNewest => self.has_room(batch.bytes() + cost, batch.packets() + 1),
+                // Those behind it are newer: they come first.
+                WhenFull::DropOldest => self.has_room(batch.bytes() + bytes, batch.packets() + left),
+            };
+            bytes -= cost;
+            match has_room {
+                true => batch.push(source, arrival, message),
+                false => self.overflow(message),
             }
         }
         match self.ring_of(queue).push(&batch) {
@@ -149,7 +175,34 @@ impl Store {
                 *self.stats.read_errors.entry(format!("write to the memfd: {e}")).or_default() += 1;
             }
         }
+        self.stats.most_waiting = self.stats.most_waiting.max(self.waiting());
+        self.stats.most_bytes = self.stats.most_bytes.max(self.used());
         self.batch = batch;
+    }
+
+    fn has_room(&self, bytes: u64, packets: u64) -> bool {
+        self.used() + bytes <= self.limits.bytes && self.waiting() + packets <= self.limits.packets
+    }
+
+    /// Drops what has waited longest until `messages` have room, or nothing is left to drop.
+    fn make_room(&mut self, messages: &[&[u8]]) {
+        let bytes = messages.iter().map(|message| Batch::cost(message)).sum();
+        while !self.has_room(bytes, messages.len() as u64) {
+            let Some(oldest) = self.drop_oldest() else { break };
+            self.stats.parked = self.stats.parked.saturating_sub(1);
+            self.overflow(&oldest.message);
+        }
+    }
+
+    /// None where nothing waits, and while packets are on their way back to the datapath: what was taken out and not
+    /// committed has its place before those that wait.
+    fn drop_oldest(&mut self) -> Option<Record> {
+        let rings = self.adopted.as_mut().into_iter().chain([&mut self.own]);
+        let mut rings = rings.filter(|ring| ring.used() > 0);
+        let ring = rings.next().filter(|ring| !ring.has_taken_out())?;
+        let record = ring.pop(1).ok()?.pop()?;
+        ring.commit().ok()?;
+        Some(record)
     }
 
     fn overflow(&mut self, message: &[u8]) {
@@ -198,7 +251,7 @@ mod tests {
 
     #[test]
     fn the_newest_is_dropped_and_counted_by_port() {
-        let limits = ParkLimits { bytes: 1 << 20, packets: 3, socket_bytes: 0 };
+        let limits = ParkLimits { bytes: 1 << 20, packets: 3, ..ParkLimits::default() };
         let mut store = Store::new(limits).unwrap();
         let messages: Vec<Vec<u8>> = [1, 2, 3, 7, 7, 9].map(message).to_vec();
         store.park(Queue::Own, 0, 1, messages.iter().map(Vec::as_slice));
@@ -210,9 +263,37 @@ mod tests {
     }
 
     #[test]
+    fn the_oldest_is_dropped_where_that_is_wanted() {
+        let limits = ParkLimits { packets: 3, when_full: WhenFull::DropOldest, ..ParkLimits::default() };
+        let mut store = Store::new(limits).unwrap();
+        store.expect_adopted().unwrap();
+        let ports = |store: &mut Store, most| -> Vec<Option<u32>> {
+            store.pop(most).unwrap().iter().map(|record| in_port_of(&record.message)).collect()
+        };
+        for (queue, arriving) in [(Queue::Own, &[2, 3][..]), (Queue::Adopted, &[1]), (Queue::Own, &[4, 5])] {
+            let messages: Vec<Vec<u8>> = arriving.iter().copied().map(message).collect();
+            store.park(queue, 0, 1, messages.iter().map(Vec::as_slice));
+        }
+        let stats = store.snapshot();
+        assert_eq!((stats.parked, stats.waiting, stats.overflowed), (3, 3, 2));
+        assert_eq!(stats.overflowed_by_port, BTreeMap::from([(1, 1), (2, 1)]));
+        // What is on its way back is not dropped any more.
+        assert_eq!(ports(&mut store, 1), [Some(3)]);
+        let more = [6, 7].map(message);
+        store.park(Queue::Own, 0, 1, more.iter().map(Vec::as_slice));
+        assert_eq!(ports(&mut store, 9), [Some(4), Some(5), Some(7)]);
+        store.commit().unwrap();
+        // More at once than there is room for.
+        let many: Vec<Vec<u8>> = (10..15).map(message).collect();
+        store.park(Queue::Own, 0, 1, many.iter().map(Vec::as_slice));
+        assert_eq!(ports(&mut store, 9), [Some(12), Some(13), Some(14)]);
+        assert_eq!((store.stats.parked, store.stats.overflowed, store.stats.most_waiting), (7, 5, 3));
+    }
+
+    #[test]
     fn bytes_are_bounded_over_both_rings() {
         let one = Batch::cost(&message(1));
-        let limits = ParkLimits { bytes: 2 * one + one / 2, packets: 100, socket_bytes: 0 };
+        let limits = ParkLimits { bytes: 2 * one + one / 2, packets: 100, ..ParkLimits::default() };
         let mut store = Store::new(limits).unwrap();
         store.expect_adopted().unwrap();
         for (queue, port) in [(Queue::Own, 1), (Queue::Adopted, 2), (Queue::Own, 3)] {
@@ -225,7 +306,7 @@ mod tests {
 
     #[test]
     fn what_has_no_port_is_counted_all_the_same() {
-        let mut store = Store::new(ParkLimits { bytes: 1, packets: 1, socket_bytes: 0 }).unwrap();
+        let mut store = Store::new(ParkLimits { bytes: 1, packets: 1, ..ParkLimits::default() }).unwrap();
         store.park(Queue::Own, 0, 1, [&[1u8, 2, 3][..]].into_iter());
         assert_eq!(store.stats.overflowed_by_port, BTreeMap::from([(u32::MAX, 1)]));
     }

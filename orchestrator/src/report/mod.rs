@@ -98,14 +98,27 @@ pub struct PhaseTime {
 pub struct Parked {
     /// Upcalls taken in.
     pub packets: u64,
+    /// The most that waited at once.
+    #[serde(default)]
+    pub most_packets: u64,
+    /// The memory that the park took at most, bytes.
+    #[serde(default)]
+    pub most_bytes: u64,
     /// Given back to the datapath.
     pub replayed: u64,
     /// Of these, those of which something had to be taken back first, by what it was; `continued` went on where they
     /// were.
     #[serde(default)]
     pub undone: BTreeMap<String, u64>,
-    /// Not taken in: the park or its sockets were full.
+    /// Lost: the park or its sockets were full.
     pub overflowed: u64,
+    /// Of these, where there was no room: `park` (`park.max_packets`, `park.max_bytes`) or `sockets` (not read fast
+    /// enough, `park.socket_bytes`).
+    #[serde(default)]
+    pub overflowed_by_reason: BTreeMap<String, u64>,
+    /// Of those that found no room in the park, the ports they had come by.
+    #[serde(default)]
+    pub overflowed_by_port: BTreeMap<String, u64>,
     /// Taken in, not given back, by reason.
     pub unreplayable: BTreeMap<String, u64>,
     /// The longest time that a packet was parked, in milliseconds.

@@ -39,7 +39,7 @@ fn hand_over(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let done = run.host.datapath.hand_over(&captured, until).context("binding the new ovs-vswitchd, and replaying")?;
     notes::gap_ended(&mut run.report, &mut run.known.gap_began, done.bound);
-    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &done.replay);
+    notes::replay(&mut run.report, run.known.before.as_ref(), &run.host.datapath.park_stats(), &done.replay);
     run.host.datapath.refuse(classes::handed_over())?;
     run.checkpoint()
 }
@@ -54,7 +54,7 @@ pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
     restore_bridges_with_controllers(run)?;
     let (daemon, until) = (run.new_daemon()?.id, run.deadline);
     let replayed = run.host.datapath.replay_to(daemon, until).context("replaying the parked packets")?;
-    notes::replay(&mut run.report, &run.host.datapath.park_stats(), &replayed);
+    notes::replay(&mut run.report, run.known.before.as_ref(), &run.host.datapath.park_stats(), &replayed);
     run.checkpoint()
 }
 

@@ -7,9 +7,10 @@ use dpfreeze::ovs::{Flow, FlowCounts};
 use dpfreeze::park::{doom_of, suspicious_since, ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
 
+use crate::host::datapath::DATAPATH;
 use crate::host::real::openflow::compare as compare_rules;
 use crate::host::{BridgeRules, LearnReport, RestoredRules};
-use crate::report::{DatapathReport, OpenFlowReport, Refused, Report};
+use crate::report::{DatapathReport, OpenFlowReport, Parked, Refused, Report};
 
 /// The state before, as far as the report wants it.
 pub(super) fn before(report: &mut Report, before: &Snapshot) {
@@ -47,9 +48,10 @@ pub(super) fn removal(report: &mut Report, name: &str, removed: &RemovalReport) 
 }
 
 /// What was parked, in all, and what became of it in this replay.
-pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayReport) {
+pub(super) fn replay(report: &mut Report, before: Option<&Snapshot>, stats: &ParkStats, replayed: &ReplayReport) {
     report.parked.packets = stats.parked + stats.overflowed;
-    report.parked.overflowed = stats.overflowed + stats.socket_drops;
+    (report.parked.most_packets, report.parked.most_bytes) = (stats.most_waiting, stats.most_bytes);
+    overflow(&mut report.parked, before, stats);
     report.parked.replayed += replayed.replayed;
     for (name, count) in &replayed.undone {
         *report.parked.undone.entry(name.clone()).or_default() += count;
@@ -62,6 +64,21 @@ pub(super) fn replay(report: &mut Report, stats: &ParkStats, replayed: &ReplayRe
     for (errno, count) in &replayed.errors {
         report.warnings.push(format!("{count} parked packets were not taken back by the kernel: {errno}"));
     }
+}
+
+/// What found no room, by where and by port; ports by their names `before`.
+fn overflow(parked: &mut Parked, before: Option<&Snapshot>, stats: &ParkStats) {
+    parked.overflowed = stats.overflowed + stats.socket_drops;
+    let reasons = [("park", stats.overflowed), ("sockets", stats.socket_drops)];
+    let counted = reasons.into_iter().filter(|(_, count)| *count > 0);
+    parked.overflowed_by_reason = counted.map(|(reason, count)| (reason.to_owned(), count)).collect();
+    let vports = before.and_then(|before| before.datapath(DATAPATH)).map_or(&[][..], |datapath| &datapath.vports);
+    let name = |number: u32| match vports.iter().find(|vport| vport.port_no == number) {
+        Some(vport) => vport.name.clone(),
+        None if number == u32::MAX => "unknown".to_owned(),
+        None => format!("port {number}"),
+    };
+    parked.overflowed_by_port = stats.overflowed_by_port.iter().map(|(port, count)| (name(*port), *count)).collect();
 }
 
 /// The flows of datapath `name` while nothing could delete them: those of the dump before the removal that were not

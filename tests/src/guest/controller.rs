@@ -1,4 +1,4 @@
-//! An OpenFlow 1.3 controller of our own: it greets, lives, and sends what it is asked about on its way.
+//! An OpenFlow 1.3 controller of our own: it greets, lives, and sends what it is asked about on its way, or only counts.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -27,22 +27,31 @@ const NORMAL: [u8; 4] = 0xffff_fffa_u32.to_be_bytes();
 #[derive(Debug, Clone, Default)]
 pub struct Controller {
     packets: Arc<AtomicU64>,
+    only_counts: bool,
 }
 
 impl Controller {
-    /// Listens on `port` of the host, until the guest ends.
+    /// Listens on `port` of the host, until the guest ends; what it is asked about goes on as NORMAL would send it.
     pub fn start(port: u16) -> Result<Controller> {
+        Controller::default().listen(port)
+    }
+
+    /// The same, and takes what it gets for copies.
+    pub fn counting(port: u16) -> Result<Controller> {
+        Controller { only_counts: true, ..Controller::default() }.listen(port)
+    }
+
+    fn listen(self, port: u16) -> Result<Controller> {
         let listener = TcpListener::bind(("127.0.0.1", port))
             .with_context(|| format!("the controller cannot listen on {port}"))?;
-        let controller = Controller::default();
-        let shared = controller.clone();
+        let shared = self.clone();
         std::thread::spawn(move || {
             for switch in listener.incoming().flatten() {
                 let controller = shared.clone();
                 std::thread::spawn(move || controller.serve(switch));
             }
         });
-        Ok(controller)
+        Ok(self)
     }
 
     /// Packets that it was asked about.
@@ -65,7 +74,7 @@ impl Controller {
                 ECHO_REQUEST => switch.write_all(&message(ECHO_REPLY, id, &body))?,
                 PACKET_IN => {
                     self.packets.fetch_add(1, Ordering::Relaxed);
-                    if let Some(body) = packet_out(&body) {
+                    if let Some(body) = packet_out(&body).filter(|_| !self.only_counts) {
                         switch.write_all(&message(PACKET_OUT, id, &body))?;
                     }
                 }

@@ -109,6 +109,10 @@ pub fn probes_sent(outcome: &mut Outcome) {
                 let share = all.begun as f64 / all.due.max(1) as f64;
                 checks.push((format!("{name} began all it should"), all.begun > 0 && share >= SENT_SHARE, json!(all)));
             }
+            ProbeOutcome::Iperf(iperf) => {
+                let sent = iperf.error.is_none() && iperf.bytes > 0;
+                checks.push((format!("{name} ran to its end"), sent, json!(iperf)));
+            }
             ProbeOutcome::Silent(_) | ProbeOutcome::Copies(_) => {}
         }
     }
@@ -149,6 +153,8 @@ pub fn no_losses(expect: &Expect, outcome: &mut Outcome) {
             ProbeOutcome::Connections(all) => {
                 checks.push((format!("{name} were all answered"), all.answered == all.begun, json!(all)));
             }
+            // TCP gets all bytes there or breaks, which is asked of every side.
+            ProbeOutcome::Iperf(_) => {}
             // Judged by the scenario, which knows what is mirrored.
             ProbeOutcome::Copies(_) => {}
             ProbeOutcome::Silent(silent) => {

@@ -27,6 +27,7 @@ const PACKAGES: &[&str] = &[
     "iputils-ping",
     "conntrack",
     "ethtool",
+    "iperf3",
     "logrotate",
     "openvswitch-switch",
     "busybox-static",

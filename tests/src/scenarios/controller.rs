@@ -38,11 +38,17 @@ pub const REACTIVE: WithController = WithController {
     reactive: true,
 };
 
-const PORT: u16 = 6653;
+pub(super) const PORT: u16 = 6653;
 /// A daemon tries again within 8 s.
 const RECONNECTS: Duration = Duration::from_secs(20);
 
 static CONTROLLER: OnceLock<Controller> = OnceLock::new();
+
+/// Gives `br0` a controller that listens on [`PORT`], fail mode `secure`, and waits for their connection.
+pub(super) fn connect() -> Result<()> {
+    shell(&format!("ovs-vsctl set bridge br0 fail_mode=secure -- set-controller br0 tcp:127.0.0.1:{PORT}"))?;
+    connected()
+}
 
 fn connected() -> Result<()> {
     wait_until("br0 has its controller", RECONNECTS, Duration::from_millis(200), || {
@@ -63,8 +69,7 @@ impl Traffic for WithController {
     fn set_up(&self) -> Result<()> {
         CONTROLLER.set(Controller::start(PORT)?).map_err(|_| anyhow::anyhow!("it is set up once"))?;
         plain::set_up()?;
-        shell(&format!("ovs-vsctl set bridge br0 fail_mode=secure -- set-controller br0 tcp:127.0.0.1:{PORT}"))?;
-        connected()?;
+        connect()?;
         network::rules(
             "br0",
             &format!(

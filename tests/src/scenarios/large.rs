@@ -1,16 +1,20 @@
 //! What is larger than the MTU. Datagrams: `ct` puts their fragments together, the output takes them apart again. TCP:
-//! the datapath gets packets of many segments (GSO), and a daemon one upcall for each segment.
+//! the datapath gets packets of many segments (GSO), and a daemon one upcall for each segment; iperf3 does the same.
+
+use std::net::Ipv4Addr;
 
 use anyhow::Result;
 
 use super::{conntrack, plain, Expect, Traffic};
-use crate::guest::probe::{tcp, Spec};
+use crate::guest::probe::{tcp, Place, Spec};
 
 /// See the module.
 pub struct Large;
 
 /// Three fragments.
 const LENGTH: usize = 4000;
+/// Of iperf3: 128 KiB every 50 ms.
+const BITS_PER_SECOND: u64 = 20_000_000;
 
 impl Traffic for Large {
     fn name(&self) -> &'static str {
@@ -37,6 +41,9 @@ impl Traffic for Large {
                 _ => {}
             }
         }
+        let (from, to) = (Place::named("ns1"), Place::named("ns2"));
+        let address = Ipv4Addr::new(10, 9, 0, 2).into();
+        probes.push(("iperf3".to_owned(), Spec::Iperf { from, to, address, bits_per_second: BITS_PER_SECOND }));
         probes
     }
 

@@ -1,4 +1,5 @@
-//! plain with a park too small for it: what the report says overflowed is exactly what the probes lost.
+//! plain with a park too small for it: what the report says overflowed is exactly what the probes lost, by port as well;
+//! and it is the newest that is lost, or the oldest, as configured.
 
 use anyhow::Result;
 use serde_json::json;
@@ -9,18 +10,36 @@ use crate::guest::Evidence;
 use crate::outcome::{Outcome, ProbeOutcome};
 
 /// See the module.
-pub struct ParkLimit;
+pub struct ParkLimit {
+    name: &'static str,
+    about: &'static str,
+    /// `park.when_full`
+    when_full: &'static str,
+}
+
+/// The newest are lost.
+pub static NEWEST: ParkLimit = ParkLimit {
+    name: "park_limit",
+    about: "plain with a park of 4 packets: overflowed = lost",
+    when_full: "drop-newest",
+};
+/// The oldest are lost.
+pub static OLDEST: ParkLimit = ParkLimit {
+    name: "park_oldest",
+    about: "park_limit, what has waited longest makes room",
+    when_full: "drop-oldest",
+};
 
 /// Far fewer than the new flows of any hand-over.
 const MAX_PACKETS: u32 = 4;
 
 impl Traffic for ParkLimit {
     fn name(&self) -> &'static str {
-        "park_limit"
+        self.name
     }
 
     fn about(&self) -> &'static str {
-        "plain with a park of 4 packets: overflowed = lost"
+        self.about
     }
 
     fn probes(&self) -> Vec<(String, Spec)> {
@@ -34,7 +53,8 @@ impl Traffic for ParkLimit {
 
     fn before_action(&self, _outcome: &mut Outcome) -> Result<()> {
         std::fs::create_dir_all("/etc/ovs-graceful")?;
-        std::fs::write("/etc/ovs-graceful/config.toml", format!("[park]\nmax_packets = {MAX_PACKETS}\n"))?;
+        let config = format!("[park]\nmax_packets = {MAX_PACKETS}\nwhen_full = \"{}\"\n", self.when_full);
+        std::fs::write("/etc/ovs-graceful/config.toml", config)?;
         Ok(())
     }
 
@@ -49,9 +69,24 @@ impl Traffic for ParkLimit {
             }
         }
         let report = evidence.report.clone().unwrap_or_default();
-        let overflowed = report["parked"]["overflowed"].as_u64().unwrap_or(0);
+        let parked = &report["parked"];
+        let overflowed = parked["overflowed"].as_u64().unwrap_or(0);
         let found = json!({ "overflowed": overflowed, "lost": lost });
         outcome.check("the park overflowed", overflowed > 0, overflowed);
         outcome.check("overflowed = lost by the probes", overflowed == lost, found);
+        let by_port = |name: &str| parked["overflowed_by_port"][name].as_u64().unwrap_or(0);
+        let counted = by_port("v-ns1") + by_port("v-ns2");
+        let in_park = parked["overflowed_by_reason"]["park"].as_u64().unwrap_or(0);
+        outcome.check("by reason and by port: all of it", counted == overflowed && in_park == overflowed, parked);
+        // Of what came first nothing is left at the end, or it has waited for all of the gap.
+        let waited = parked["longest_ms"].as_f64().unwrap_or(0.0);
+        let gap = report["gap_ms"].as_f64().unwrap_or(0.0);
+        let oldest_left = waited > gap / 2.0;
+        let found = json!({ "longest_ms": waited, "gap_ms": gap });
+        outcome.check(
+            format!("{}: as configured", self.when_full),
+            oldest_left == (self.when_full == "drop-newest"),
+            found,
+        );
     }
 }

@@ -13,8 +13,9 @@ use anyhow::{anyhow, Context, Result};
 use serde_json::{json, Value};
 
 use super::network::{self, UNWILDCARD, UNWILDCARD_TTL};
-use super::{Custom, Expect};
+use super::{controller, Custom, Expect};
 use crate::command::{shell, wait_until};
+use crate::guest::controller::Controller;
 use crate::guest::inject::{inject, Injected};
 use crate::guest::probe::{Place, Ports, Protocol, Spec};
 use crate::guest::{self, facts, run, say, verdict, Live};
@@ -45,6 +46,9 @@ const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 200);
 const ALIAS: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 201);
 
 const ALIAS_PORT: u16 = 9308;
+/// A stream of which a controller gets a copy; it loses nothing.
+const COPIED: &str = "controller_copy";
+const COPIED_PORT: u16 = 9310;
 
 const KINDS: [Kind; 8] = [
     Kind::udp("copy_before_recirc", SERVER, 9301),
@@ -96,19 +100,21 @@ impl Custom for Unreplayable {
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
-        set_up()?;
-        let counted = round(&KINDS, &INJECTED, out, outcome)?;
+        let controller = set_up()?;
+        let counted = round(&KINDS, &INJECTED, &controller, out, outcome)?;
         for (reason, _, count) in INJECTED {
             outcome.check(format!("{reason}: as many as were injected"), counted[reason] == count, &counted);
         }
         keep_from_asking()?;
-        round(&UNASKED, &[], &out.join("unasked"), outcome)?;
+        round(&UNASKED, &[], &controller, &out.join("unasked"), outcome)?;
         Ok(())
     }
 }
 
-fn set_up() -> Result<()> {
+fn set_up() -> Result<Controller> {
+    let controller = Controller::counting(controller::PORT)?;
     shell("ovs-vsctl add-br br0")?;
+    controller::connect()?;
     network::patient_veth()?;
     network::attach("ns1", "br0", "10.9.0.1/24", "")?;
     network::attach("ns2", "br0", "10.9.0.2/24", "")?;
@@ -132,6 +138,7 @@ fn set_up() -> Result<()> {
              table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={ALIAS},\
              actions=mod_nw_dst:{SERVER},ct(table=1,zone=5)\n\
              table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={SERVER},actions=ct(table=1,zone=5)\n\
+             table=0,priority=60,udp,tp_dst={COPIED_PORT},actions=CONTROLLER:100,NORMAL\n\
              table=0,priority=60,udp,tp_dst=9309,actions=ct(table=2,zone=6,nat)\n\
              table=0,priority=60,udp,tp_src=9309,actions=ct(table=3,zone=6,nat)\n\
              table=1,priority=1,udp,actions={UNWILDCARD},NORMAL\n\
@@ -148,12 +155,20 @@ fn set_up() -> Result<()> {
              table=7,priority=1,ip,actions={UNWILDCARD_TTL},NORMAL\n"
         ),
     )?;
-    network::ping("ns1", &SERVICE.to_string())
+    network::ping("ns1", &SERVICE.to_string())?;
+    Ok(controller)
 }
 
 /// A restart under a stream of each of `kinds`, and `injected` in the gap; what the report counted by reason.
-fn round(kinds: &[Kind], injected: &[(&str, Injected, u64)], out: &Path, outcome: &mut Outcome) -> Result<Value> {
+fn round(
+    kinds: &[Kind],
+    injected: &[(&str, Injected, u64)],
+    controller: &Controller,
+    out: &Path,
+    outcome: &mut Outcome,
+) -> Result<Value> {
     facts::save_everything(&out.join("before"), &["br0".to_owned()]);
+    let copies_before = controller.packets();
     let live = start(kinds)?;
     std::thread::sleep(Duration::from_secs(2));
     facts::flows(&out.join("flows-before"))?;
@@ -171,11 +186,12 @@ fn round(kinds: &[Kind], injected: &[(&str, Injected, u64)], out: &Path, outcome
     let counted = report["parked"]["unreplayable"].clone();
     kinds.iter().for_each(|kind| judge(kind, &counted, outcome));
     let reasons = counted.as_object().map_or(0, serde_json::Map::len);
-    outcome.check("no other reason", reasons == kinds.len() + injected.len(), &report["parked"]);
+    judge_copies(copies_before, controller, &counted, outcome);
+    outcome.check("no other reason", reasons == kinds.len() + injected.len() + 1, &report["parked"]);
     verdict::probes_sent(outcome);
     // The others have lost what they should.
-    let constant = outcome.probes.remove_entry("e");
-    let others = std::mem::replace(&mut outcome.probes, constant.into_iter().collect());
+    let lossless = ["e", COPIED].iter().filter_map(|name| outcome.probes.remove_entry(*name)).collect();
+    let others = std::mem::replace(&mut outcome.probes, lossless);
     verdict::no_losses(&Expect::default(), outcome);
     outcome.probes.extend(others);
     outcome.probes.extend(earlier);
@@ -193,9 +209,12 @@ fn start(kinds: &[Kind]) -> Result<Live> {
         }
         (kind.reason.to_owned(), stream)
     });
-    let target = (SERVER, network::CONSTANT_PORT);
-    let constant = ("e".to_owned(), Spec::udp(&from, &to, target, network::CONSTANT_US, Ports::Constant));
-    guest::start_all(streams.chain([constant]).collect())
+    let constant = |name: &str, port, interval_us| {
+        (name.to_owned(), Spec::udp(&from, &to, (SERVER, port), interval_us, Ports::Constant))
+    };
+    let constant =
+        [constant("e", network::CONSTANT_PORT, network::CONSTANT_US), constant(COPIED, COPIED_PORT, INTERVAL_US)];
+    guest::start_all(streams.chain(constant).collect())
 }
 
 /// The connections of what is parked in zone 6 are forgotten, packets are injected, and everything but `e` stops.
@@ -235,6 +254,19 @@ fn keep_from_asking() -> Result<()> {
     std::fs::write("/etc/modprobe.d/lab.conf", "install nf_conntrack_netlink /bin/false\n")?;
     let gone = || shell("modprobe -r nf_conntrack_netlink").is_ok();
     wait_until("nf_conntrack_netlink is unloaded", Duration::from_secs(10), Duration::from_millis(200), gone)
+}
+
+/// What the controller has not got a copy of is what the report counts.
+fn judge_copies(copies_before: u64, controller: &Controller, counted: &Value, outcome: &mut Outcome) {
+    let sent = match outcome.probes.get(COPIED) {
+        Some(ProbeOutcome::Udp(udp)) => udp.requests.sent,
+        _ => 0,
+    };
+    let copies = controller.packets() - copies_before;
+    let missing = sent.saturating_sub(copies);
+    let counted = counted[COPIED].as_u64().unwrap_or(0);
+    let found = json!({ "sent": sent, "copies": copies, "counted": counted });
+    outcome.check("controller_copy: as many as the controller has not got", counted > 0 && counted == missing, found);
 }
 
 fn judge(kind: &Kind, counted: &Value, outcome: &mut Outcome) {

@@ -27,8 +27,12 @@ impl Host {
     /// # Errors
     /// Where there is no kernel datapath, or this process may not ask for it.
     pub fn real(config: &Config) -> anyhow::Result<Host> {
-        let limits =
-            ParkLimits { bytes: config.park.max_bytes, packets: config.park.max_packets, ..ParkLimits::default() };
+        let limits = ParkLimits {
+            bytes: config.park.max_bytes,
+            packets: config.park.max_packets,
+            when_full: config.park.when_full.into(),
+            socket_bytes: config.park.socket_bytes as usize,
+        };
         Ok(Host {
             datapath: Box::new(KernelDatapath::open(limits)?),
             daemons: Box::new(RealDaemons::new(DATABASE_SOCKET)),

@@ -2,6 +2,7 @@
 
 pub mod connections;
 pub mod copies;
+pub mod iperf;
 mod ipfix;
 pub mod silent;
 pub mod stats;
@@ -144,6 +145,17 @@ pub enum Spec {
         /// Time between two connections, µs.
         interval_us: u64,
     },
+    /// iperf3 over TCP.
+    Iperf {
+        /// The client, which sends.
+        from: Place,
+        /// The server.
+        to: Place,
+        /// The server's address.
+        address: IpAddr,
+        /// How much, bits per second.
+        bits_per_second: u64,
+    },
     /// Counts the copies that a mirror makes of the packets of UDP probes.
     Copies {
         /// Where its port is.
@@ -215,6 +227,9 @@ impl Spec {
             }
             Spec::Connections { from, to, address, port, interval_us } => {
                 Box::new(connections::start(from, to, SocketAddr::new(*address, *port), *interval_us * slower)?)
+            }
+            Spec::Iperf { from, to, address, bits_per_second } => {
+                Box::new(iperf::start(from, to, *address, *bits_per_second / slower)?)
             }
             Spec::Copies { place, device, ports } => Box::new(copies::on_device(place, device, ports)?),
             Spec::Exports { export, port, ports } => Box::new(copies::in_exports(*export, *port, ports)?),
