@@ -173,7 +173,7 @@ fn kind_of_connection(line: &str) -> String {
     let mut words = vec![line.split_whitespace().next().unwrap_or_default().to_owned()];
     for word in line.split_whitespace() {
         let Some((name, value)) = word.split_once('=') else { continue };
-        let varies = value.parse::<u16>().map_or(false, |port| port >= FIRST_VARYING);
+        let varies = value.parse::<u16>().is_ok_and(|port| port >= FIRST_VARYING);
         match name {
             "src" | "dst" | "zone" | "type" => words.push(word.to_owned()),
             "sport" | "dport" if !varies => words.push(word.to_owned()),

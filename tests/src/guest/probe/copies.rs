@@ -119,7 +119,7 @@ impl Source for Collector {
             }
             Export::Ipfix => {
                 for record in self.ipfix.records(datagram).unwrap_or_default() {
-                    let name = name_of_ports(record.ports, ports, |other| u32::from(other));
+                    let name = name_of_ports(record.ports, ports, u32::from);
                     (0..record.packets).filter_map(|_| name).for_each(&mut *each);
                 }
             }
