@@ -66,6 +66,8 @@ impl Touched {
             | 1 << key::RECIRC_ID
             | 1 << key::DP_HASH),
     );
+    /// What stands in an Ethernet header and its tags.
+    const ETHERNET: Touched = Touched(1 << key::ETHERNET | 1 << key::VLAN | 1 << key::ETHERTYPE | 1 << key::ENCAP);
     /// What NAT may rewrite.
     const NAT: Touched = Touched(
         1 << key::IPV4
@@ -276,7 +278,12 @@ impl ActionSummary {
                 before.changed = true;
                 before.touched.add(Touched::HEADERS);
             }
-            action::PUSH_ETH | action::POP_ETH | action::PUSH_NSH | action::POP_NSH | action::ADD_MPLS => {
+            // What is behind the Ethernet header stays.
+            action::PUSH_ETH | action::POP_ETH => {
+                (before.changed, before.untold) = (true, true);
+                before.touched.add(Touched::ETHERNET);
+            }
+            action::PUSH_NSH | action::POP_NSH | action::ADD_MPLS => {
                 (before.changed, before.untold) = (true, true);
                 before.touched.add(Touched::HEADERS);
             }
@@ -402,6 +409,16 @@ mod tests {
             r.push(999, &[]).push_u32(action::RECIRC, 4);
         });
         assert!(s.recirculations[0].before.unknown);
+    }
+
+    #[test]
+    fn another_ethernet_header_leaves_what_is_behind_it() {
+        let s = summary(|r| {
+            r.push(action::POP_ETH, &[]).push(action::PUSH_ETH, &[2; 12]).push_u32(action::RECIRC, 4);
+        });
+        let before = &s.recirculations[0].before;
+        assert!(before.untold && before.touched.has(key::ETHERNET) && before.touched.has(key::ETHERTYPE));
+        assert!(!before.touched.has(key::UDP) && !before.touched.has(key::IPV4));
     }
 
     #[test]

@@ -63,6 +63,11 @@ pub fn neighbour(ns: &str, address: &str, at: &str) -> Result<()> {
     .map(drop)
 }
 
+/// The address of the device of namespace `ns`.
+pub fn mac(ns: &str) -> Result<String> {
+    shell(&format!("ip netns exec {ns} cat /sys/class/net/e-{ns}/address")).map(|mac| mac.trim().to_owned())
+}
+
 /// Some of the parked packets had to be undone by `what` (`parked.undone` of the report): else nothing was shown.
 pub fn undone(evidence: &Evidence, outcome: &mut Outcome, what: &str) {
     if !evidence.job.action.judged_as_ours() {

@@ -20,7 +20,7 @@ pub struct ParkLimit {
 /// The newest are lost.
 pub static NEWEST: ParkLimit = ParkLimit {
     name: "park_limit",
-    about: "plain with a park of 4 packets: overflowed = lost",
+    about: "plain with a park of 2 packets: overflowed = lost",
     when_full: "drop-newest",
 };
 /// The oldest are lost.
@@ -31,7 +31,7 @@ pub static OLDEST: ParkLimit = ParkLimit {
 };
 
 /// Far fewer than the new flows of any hand-over.
-const MAX_PACKETS: u32 = 4;
+const MAX_PACKETS: u32 = 2;
 
 impl Traffic for ParkLimit {
     fn name(&self) -> &'static str {

@@ -44,7 +44,8 @@ pub static SFLOW: Sampling = Sampling {
     unsent: 8,
 };
 
-/// IPFIX of the bridge: without a cache every packet is a record of its own.
+/// IPFIX of the bridge: without a cache every packet is a record of its own. `enable-output-sampling=true` switches the
+/// second record of a packet, that of its output, *off* (vswitchd/bridge.c takes the opposite of what is written).
 pub static IPFIX: Sampling = Sampling {
     name: "ipfix",
     about: "IPFIX of every packet to a collector",
@@ -53,7 +54,7 @@ pub static IPFIX: Sampling = Sampling {
     configuration: r#"
         ip link set lo up
         ovs-vsctl -- --id=@i create ipfix targets='"127.0.0.1:6343"' sampling=1 cache_active_timeout=0 \
-            other_config:enable-output-sampling=false \
+            other_config:enable-output-sampling=true \
           -- set bridge br0 ipfix=@i"#,
     rules: None,
     unsent: 0,

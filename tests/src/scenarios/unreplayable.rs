@@ -7,6 +7,8 @@
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{anyhow, Context, Result};
@@ -83,6 +85,8 @@ const INJECTED: [(&str, Injected, u64); 7] = [
     ("truncated", Injected::Userspace { cookie: SLOW_PATH, cut_to: 60 }, 9),
 ];
 
+/// So long packets of all kinds are parked once the old daemon is told to end.
+const GATHERING: Duration = Duration::from_millis(100);
 /// Time between two packets of a kind, µs.
 const INTERVAL_US: u64 = network::EACH_NEW_US;
 
@@ -121,6 +125,10 @@ fn set_up() -> Result<Controller> {
     network::attach("ns3", "br0", "", "")?;
     network::neighbour("ns1", &SERVICE.to_string(), "ns2")?;
     network::neighbour("ns1", &ALIAS.to_string(), "ns2")?;
+    // Of UDP-Lite the kernel counts the checksum with UDP's pseudo header, and finds it wrong
+    // (nf_conntrack_proto_udp.c, udplite_error).
+    shell("sysctl -qw net.netfilter.nf_conntrack_checksum=0")?;
+    let [client, server] = [network::mac("ns1")?, network::mac("ns2")?];
     network::rules(
         "br0",
         &format!(
@@ -134,7 +142,8 @@ fn set_up() -> Result<Controller> {
              table=0,priority=60,udp,tp_src=9305,actions=ct(table=3,zone=7,nat)\n\
              table=0,priority=60,ip,nw_proto=136,nw_dst={SERVICE},actions=ct(table=6,zone=8,nat)\n\
              table=0,priority=60,ip,nw_proto=136,nw_src={SERVER},actions=ct(table=3,zone=8,nat)\n\
-             table=0,priority=60,udp,tp_dst=9307,actions=encap(nsh(md_type=1)),decap(),resubmit(,1)\n\
+             table=0,priority=60,udp,tp_dst=9307,actions=decap(),encap(ethernet),\
+             set_field:{client}->eth_src,set_field:{server}->eth_dst,ct(table=1,zone=5)\n\
              table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={ALIAS},\
              actions=mod_nw_dst:{SERVER},ct(table=1,zone=5)\n\
              table=0,priority=60,udp,tp_dst={ALIAS_PORT},nw_dst={SERVER},actions=ct(table=1,zone=5)\n\
@@ -155,7 +164,7 @@ fn set_up() -> Result<Controller> {
              table=7,priority=1,ip,actions={UNWILDCARD_TTL},NORMAL\n"
         ),
     )?;
-    network::ping("ns1", &SERVICE.to_string())?;
+    network::ping("ns1", &SERVER.to_string())?;
     Ok(controller)
 }
 
@@ -170,13 +179,14 @@ fn round(
     facts::save_everything(&out.join("before"), &["br0".to_owned()]);
     let copies_before = controller.packets();
     let live = start(kinds)?;
+    let caller = Caller::start();
     std::thread::sleep(Duration::from_secs(2));
     facts::flows(&out.join("flows-before"))?;
     let known = run::known();
     let path = out.join("report.json");
     let arguments = ["--report", path.to_str().context("the folder's name")?];
     let mut client = run::start(&arguments, &out.join("action-stdout"))?;
-    let stopped = in_the_gap(&live, injected, &known);
+    let stopped = in_the_gap(&live, caller, injected, &known);
     outcome.action_exit = client.wait()?.code();
     stopped?;
     say("the run has ended");
@@ -218,35 +228,47 @@ fn start(kinds: &[Kind]) -> Result<Live> {
 }
 
 /// The connections of what is parked in zone 6 are forgotten, packets are injected, and everything but `e` stops.
-fn in_the_gap(live: &Live, injected: &[(&str, Injected, u64)], known: &[String]) -> Result<()> {
-    if !injected.is_empty() {
-        call_the_alias_until("standby", known)?;
-        run::wait_for("switch-commit", known)?;
-        shell("conntrack -D -w 6 2>&1")?;
-    }
-    run::wait_for("restore", known)?;
+fn in_the_gap(live: &Live, caller: Caller, injected: &[(&str, Injected, u64)], known: &[String]) -> Result<()> {
+    // Nothing of it is on its way when packets are parked.
+    run::wait_for("switch-prepare", known)?;
+    caller.end()?;
+    run::wait_for("switch-commit", known)?;
+    std::thread::sleep(GATHERING);
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
-    injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))
+    if !injected.is_empty() {
+        injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))?;
+        // Before all others, as the probes are: the replay is near.
+        shell("chrt --rr 1 conntrack -D -w 6 2>&1")?;
+    }
+    Ok(())
 }
 
-/// Keeps the flow in use that makes [`ALIAS`] [`SERVER`]; nothing is on its way there when packets are parked.
-fn call_the_alias_until(phase: &str, known: &[String]) -> Result<()> {
-    let ended = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        let caller = scope.spawn(|| -> Result<()> {
+/// Keeps the flow in use that makes [`ALIAS`] [`SERVER`], from its start until it is ended.
+struct Caller {
+    ended: Arc<AtomicBool>,
+    thread: JoinHandle<Result<()>>,
+}
+
+impl Caller {
+    fn start() -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        let stop = ended.clone();
+        let thread = std::thread::spawn(move || {
             Place::named("ns1").enter()?;
             let socket = UdpSocket::bind(("0.0.0.0", 0))?;
-            while !ended.load(Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 socket.send_to(b"not one of the stream", (ALIAS, ALIAS_PORT))?;
                 std::thread::sleep(Duration::from_millis(100));
             }
             Ok(())
         });
-        let begun = run::wait_for(phase, known);
-        ended.store(true, Ordering::Relaxed);
-        caller.join().map_err(|_| anyhow!("the caller panicked"))??;
-        begun.map(drop)
-    })
+        Caller { ended, thread }
+    }
+
+    fn end(self) -> Result<()> {
+        self.ended.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow!("the caller panicked"))?
+    }
 }
 
 /// Takes ctnetlink away: the kernel would load it again for who asks.
