@@ -74,8 +74,12 @@ const IPFIX: u16 = 4;
 const CONTROLLER: u16 = 5;
 const NOBODYS: u16 = 4711;
 
+/// Where a flow recirculates to that somebody adds by hand: Open vSwitch's own match all that they change.
+const BY_HAND: u32 = 0x7fff_fff1;
+
 /// Reason, what is injected, how many.
-const INJECTED: [(&str, Injected, u64); 7] = [
+const INJECTED: [(&str, Injected, u64); 8] = [
+    ("header_change_not_exact", Injected::Recirculate(BY_HAND), 2),
     ("no_parent", Injected::Recirculate(0x7fff_fff0), 3),
     ("action_sflow", Injected::Userspace { cookie: SFLOW, cut_to: 0 }, 4),
     ("action_flow_sample", Injected::Userspace { cookie: FLOW_SAMPLE, cut_to: 0 }, 5),
@@ -232,6 +236,9 @@ fn in_the_gap(live: &Live, caller: Caller, injected: &[(&str, Injected, u64)], k
     // Nothing of it is on its way when packets are parked.
     run::wait_for("switch-prepare", known)?;
     caller.end()?;
+    if !injected.is_empty() {
+        add_by_hand()?;
+    }
     run::wait_for("switch-commit", known)?;
     std::thread::sleep(GATHERING);
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
@@ -269,6 +276,15 @@ impl Caller {
         self.ended.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the caller panicked"))?
     }
+}
+
+/// A flow that changes what it does not match, for what is injected.
+fn add_by_hand() -> Result<()> {
+    shell(&format!(
+        "ovs-dpctl add-flow 'recirc_id(0),in_port(0),eth(),eth_type(0x0800),ipv4(dst=10.9.0.99,frag=no)' \
+           'set(ipv4(tos=0x4/0xfc)),recirc({BY_HAND})'"
+    ))
+    .map(drop)
 }
 
 /// Takes ctnetlink away: the kernel would load it again for who asks.
