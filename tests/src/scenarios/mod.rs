@@ -24,6 +24,7 @@ mod park_level;
 mod park_limit;
 mod plain;
 mod port_removed;
+mod qinq;
 mod refusals;
 mod rule_change;
 mod sampling;
@@ -245,6 +246,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&nat::NAT6),
     Scenario::Traffic(&two_zones::TwoZones),
     Scenario::Traffic(&set_field::SetField),
+    Scenario::Traffic(&qinq::Qinq),
     Scenario::Traffic(&mirror::Mirror),
     Scenario::Traffic(&large::Large),
     Scenario::Traffic(&group::Group),

@@ -56,11 +56,8 @@ pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Resu
 
 /// Namespace `ns` is told that `address` is at the device of namespace `at`.
 pub fn neighbour(ns: &str, address: &str, at: &str) -> Result<()> {
-    shell(&format!(
-        "mac=$(ip netns exec {at} cat /sys/class/net/e-{at}/address)
-         ip -n {ns} neigh replace {address} lladdr $mac dev e-{ns} nud permanent"
-    ))
-    .map(drop)
+    let mac = mac(at)?;
+    shell(&format!("ip -n {ns} neigh replace {address} lladdr {mac} dev e-{ns} nud permanent")).map(drop)
 }
 
 /// The address of the device of namespace `ns`.

@@ -43,9 +43,7 @@ impl Traffic for SetField {
              ip -n ns2 neigh replace 10.9.2.254 lladdr {ROUTER} dev e-ns2 nud permanent
              ip -n ns2 route add 10.9.1.0/24 via 10.9.2.254"
         ))?;
-        let mac = |ns: &str| shell(&format!("ip netns exec {ns} cat /sys/class/net/e-{ns}/address"));
-        let (one, two) = (mac("ns1")?, mac("ns2")?);
-        let (one, two) = (one.trim(), two.trim());
+        let [one, two] = [network::mac("ns1")?, network::mac("ns2")?];
         let out = "output:v-ns2";
         let back = "mod_vlan_vid:10,output:v-ns1";
         network::rules(
