@@ -98,9 +98,6 @@ pub(crate) fn recover_interrupted(
     let mut recovery = Recovery { kept, ..Recovery::new(runs, &id, config, clock) };
     let outcome = recovery.run(database, host);
     let duration = recovery.clock.now().saturating_duration_since(begun);
-    // What is in memory goes to the disk, for whoever wants the whole story.
-    let carried = runs.journal(&id);
-    recovery.keep("journal", carried);
     let mut report = recovery.report;
     report.warnings.extend(recovery.errors);
     report.finish(&outcome, duration.as_millis() as u64);
@@ -184,6 +181,8 @@ struct Recovery {
     kept: Vec<(String, OwnedFd)>,
     /// Its parked packets are ours.
     parked: bool,
+    /// Who took over.
+    survivor: Option<ProcessId>,
 }
 
 impl Recovery {
@@ -193,7 +192,8 @@ impl Recovery {
         let end = clock.now() + LIMIT;
         let flow_limit = config.restore.flow_limit;
         let (runs, id) = (runs.clone(), id.to_owned());
-        Recovery { runs, id, clock, end, flow_limit, report, errors: Vec::new(), kept: Vec::new(), parked: false }
+        let (errors, kept) = (Vec::new(), Vec::new());
+        Recovery { runs, id, clock, end, flow_limit, report, errors, kept, parked: false, survivor: None }
     }
 
     /// `limit` from now, but not beyond the end of all.
@@ -231,12 +231,14 @@ impl Recovery {
         let Some(mut host) = self.keep("host", host) else {
             let thawed = freeze::thaw();
             self.keep("thaw", thawed);
+            self.carry_journal();
             return needs_person("the datapath cannot be looked at; nothing is frozen any more".into());
         };
         self.take_up_park(&mut host);
         if known.is_none() {
             // Who was who is not known: what can be lifted without knowing it is lifted.
             self.leave_nothing(&mut host);
+            self.carry_journal();
             return needs_person("what the run had done cannot be read; nothing is frozen any more".into());
         }
         let mark = mark.unwrap_or_default();
@@ -246,6 +248,13 @@ impl Recovery {
             let failed = outcome.err().map(|error| format!("{error:#}"));
             first.into_iter().chain(failed).for_each(|error| self.told(format!("{error}: all of it once more")));
             // The first may have used all the time up. Should systemd cut this one off, the next recovery goes on.
+            self.end = self.clock.now() + LIMIT;
+            outcome = self.carry_out(&mut host, database, &entries, &mark);
+        }
+        self.carry_journal();
+        if let Some(gone) = self.survivor.filter(|survivor| !host.daemons.is_alive(*survivor)) {
+            // Whoever starts the next one by himself does not have the rules.
+            self.told(format!("ovs-vswitchd (process {}) has ended: all of it once more", gone.pid));
             self.end = self.clock.now() + LIMIT;
             outcome = self.carry_out(&mut host, database, &entries, &mark);
         }
@@ -260,6 +269,12 @@ impl Recovery {
             Ok(outcome) => outcome,
             Err(error) => needs_person(format!("{error:#}")),
         }
+    }
+
+    /// What is in memory goes to the disk, for whoever wants the whole story.
+    fn carry_journal(&mut self) {
+        let carried = self.runs.journal(&self.id);
+        self.keep("journal", carried);
     }
 
     /// Does what is to be done. May be done twice.
@@ -481,6 +496,7 @@ impl Recovery {
         }
         self.end_hand_over(host, mark);
         self.owned(host, mark, survivor);
+        self.survivor = Some(survivor.id);
         match host.daemons.is_alive(survivor.id) {
             true => Ok(()),
             false => bail!("ovs-vswitchd (process {}) has ended", survivor.id.pid),

@@ -228,6 +228,8 @@ fn advance(run: &mut Run, journal: &mut Recorder, action: Action, started: Insta
         Action::Back => back(run, journal, started),
         Action::Thaw => {
             let ended = crate::steps::thaw(run).map_err(Stop::retryable);
+            // Its last look, where the run is not to end with Verify.
+            let ended = ended.and_then(|event| run.checkpoint().map(|()| event));
             told(run, "thaw", ended)
         }
         // The machine answers these while a step is under way only; a step has just ended here.

@@ -17,7 +17,7 @@
 //!                                          GoingBack ◀────┴───────────┴─────────┴─────┘ Thawing  0, 30
 //!                                             │ always                                   │
 //!                                             ▼                                          ▼
-//!                                          Thawing ▶ 21, 40                             Verify ▶ 30
+//!                                          Thawing ▶ 21, 40, GoingBack                  Verify ▶ 30
 //! ```
 //!
 //! Two rules that the table (`tests.rs`) checks over every pair of state and event:
@@ -150,12 +150,25 @@ pub struct Machine {
     differences: Option<Why>,
     undo_failed: Option<Phase>,
     old_daemon_died: bool,
+    /// Why the run went back.
+    back_why: Option<Why>,
+    /// How often the daemon that was started then has died before the end of the run.
+    backs_died: u32,
 }
 
 impl Machine {
     /// A run that has not started.
     pub fn new(options: Options) -> Machine {
-        Machine { options, state: State::Idle, tries: 0, differences: None, undo_failed: None, old_daemon_died: false }
+        Machine {
+            options,
+            state: State::Idle,
+            tries: 0,
+            differences: None,
+            undo_failed: None,
+            old_daemon_died: false,
+            back_why: None,
+            backs_died: 0,
+        }
     }
 
     /// A run whose supervisor was cut off in `phase`, as its journal says. Before the point of no return it is undone;
@@ -398,12 +411,25 @@ impl Machine {
             }
             Event::Failed { retryable: true | false } | Event::TimedOut => self.finish(thaw_failed(then)),
             Event::AbortRequested => Action::RefuseAbort,
-            Event::LeaseLost
-            | Event::BoundByOther
-            | Event::RestoreWaitRemoved
-            | Event::NewDaemonDied
-            | Event::OldDaemonDied => Action::Continue,
+            Event::NewDaemonDied => match (then, self.back_why) {
+                (Some(end), Some(why)) if end.exit_code == ExitCode::Back => self.back_died(why),
+                // Verify sees it, or a person is told anyway.
+                _ => Action::Continue,
+            },
+            Event::LeaseLost | Event::BoundByOther | Event::RestoreWaitRemoved | Event::OldDaemonDied => {
+                Action::Continue
+            }
         }
+    }
+
+    /// Whoever starts the next one by himself does not have the rules.
+    fn back_died(&mut self, why: Why) -> Action {
+        if self.backs_died >= self.options.undo_retries {
+            let reason = format!("{why}, and the ovs-vswitchd that was started then dies again and again");
+            return self.thaw_to(outcome(ExitCode::NeedsPerson, reason));
+        }
+        self.backs_died += 1;
+        self.back(why.phase, why.cause)
     }
 
     fn begin(&mut self, phase: Phase) -> Action {
@@ -470,8 +496,10 @@ impl Machine {
     }
 
     fn back(&mut self, phase: Phase, cause: Cause) -> Action {
+        let why = Why { phase, cause };
         self.tries = 0;
-        self.state = State::GoingBack(Why { phase, cause });
+        self.back_why = Some(why);
+        self.state = State::GoingBack(why);
         Action::Back
     }
 

@@ -50,8 +50,8 @@ const TABLE: &str = "
     back-last            T    T    T    T    T    x    .    .    .    .    .    T
     thaw-verify          v    v    @    4    4    x    .    .    .    .    .    v
     thaw-verify-last     v    v    4    4    4    x    .    .    .    .    .    v
-    thaw-finish          b    b    @    4    4    x    .    .    .    .    .    b
-    thaw-finish-last     b    b    4    4    4    x    .    .    .    .    .    b
+    thaw-finish          b    b    @    4    4    x    .    .    .    B    .    b
+    thaw-finish-last     b    b    4    4    4    x    .    .    .    @    .    b
     finished             0    0    0    0    0    0    0    0    0    0    0    0
 ";
 
@@ -64,6 +64,7 @@ fn machine_in(row: &str) -> Machine {
     let last = row.strip_suffix("-last");
     machine.tries = if last.is_some() { machine.options.retries } else { 0 };
     let why = Why { phase: Phase::Check, cause: Cause::Failed };
+    (machine.back_why, machine.backs_died) = (Some(why), machine.tries);
     let back = Outcome { exit_code: ExitCode::Back, reason: "back".into() };
     let done = Outcome { exit_code: ExitCode::Done, reason: "done".into() };
     let name = last.unwrap_or(row);

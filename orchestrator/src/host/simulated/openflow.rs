@@ -48,7 +48,9 @@ impl OpenFlow for SimOpenFlow {
                 let empty = || BridgeRules { bridge: bridge.name.clone(), ..BridgeRules::default() };
                 leader.rules.get(&bridge.name).cloned().unwrap_or_else(empty)
             };
-            Ok(bridges.iter().map(of).collect())
+            let rules = bridges.iter().map(of).collect();
+            world.rules_read = true;
+            Ok(rules)
         })
     }
 

@@ -254,6 +254,10 @@ pub struct World {
     pub lost_before_no_return: Option<u64>,
     /// A supervisor died while it held the upcalls.
     pub died_parking: bool,
+    /// Somebody has read the rules.
+    pub rules_read: bool,
+    /// The old daemon died by itself before anybody had read its rules.
+    pub died_unread: bool,
     /// The machine went down.
     pub rebooted: bool,
     /// systemd keeps what the supervisor has parked.
@@ -316,6 +320,8 @@ impl World {
             delivered: 0,
             lost_before_no_return: None,
             died_parking: false,
+            rules_read: false,
+            died_unread: false,
             rebooted: false,
             kept: false,
             deaths: 0,
@@ -850,7 +856,10 @@ impl World {
                 // Past the point of no return it is refused; that is an outcome too.
                 let _refused = self.gate.request_abort();
             }
-            Fault::OldDies => self.end(self.first, false),
+            Fault::OldDies => {
+                self.died_unread |= !self.rules_read;
+                self.end(self.first, false)
+            }
             Fault::NewDies => {
                 let newest = self.switches().map(|process| process.id.pid).max();
                 if let Some(pid) = newest.filter(|pid| *pid != self.first) {
