@@ -45,9 +45,10 @@ pub fn past_no_return(entries: &[Entry]) -> bool {
     entries.iter().any(|entry| entry.phase.past_no_return() && entry.state == StepState::Intent)
 }
 
-/// Was everything of the run done but the looking back?
+/// Was everything of the run done but the looking back, and the run not on its way back?
 pub fn had_settled(entries: &[Entry]) -> bool {
-    entries.iter().any(|entry| entry.phase == Phase::Settle && entry.state == StepState::Done)
+    let settled = entries.iter().any(|entry| entry.phase == Phase::Settle && entry.state == StepState::Done);
+    settled && entries.iter().all(|entry| entry.step != BACK)
 }
 
 /// Decides.
@@ -161,6 +162,14 @@ mod tests {
         entries.push(Entry::intent(phase, BACK, Value::Null));
         entries.push(Entry::done(phase, BACK, Value::Null));
         assert_eq!(planned(&entries, false, true), Plan::Forward { flush: false });
+    }
+
+    #[test]
+    fn a_run_that_turned_back_behind_settle_was_not_done() {
+        let mut entries = until(Phase::Verify);
+        assert!(had_settled(&entries));
+        entries.push(Entry::intent(Phase::SwitchCommit, BACK, Value::Null));
+        assert!(!had_settled(&entries));
     }
 
     #[test]
