@@ -91,10 +91,12 @@ pub(super) fn end_unseen_daemon(run: &mut Run, until: Instant) -> Result<(), Sto
         return Ok(());
     }
     let old = run.old()?.clone();
-    let look = || run.host.daemons.wait_pid_file(&old, until.min(run.now() + UNSEEN));
-    let found = match look() {
+    let look = |until| run.host.daemons.wait_pid_file(&old, until);
+    let found = match look(until.min(run.now() + UNSEEN)) {
         // A PID file that one has left which died, perhaps: asked once more, it says so again.
-        Err(error) if !error.timed_out => look(),
+        Err(error) if !error.timed_out => look(until.min(run.now() + UNSEEN)),
+        // The time may have passed without a look.
+        Err(_) => look(run.now()),
         found => found,
     };
     if let Ok(new) = found {
