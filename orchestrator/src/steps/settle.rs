@@ -36,6 +36,8 @@ impl Step for Settle {
         finish_start(run)?;
         guard::widen(run);
         run.report.refused = notes::refused(&run.host.datapath.refused()?);
+        // A freeze that ended by itself is told; afterwards nobody can tell it from one that was lifted.
+        run.checkpoint()?;
         run.host.datapath.thaw()?;
         Ok(Event::Done)
     }

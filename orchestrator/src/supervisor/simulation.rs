@@ -301,6 +301,38 @@ fn a_hook_that_refuses_nothing_is_no_freeze() {
     assert_eq!(played.code(), Some(ExitCode::Done));
 }
 
+/// The machine stands still for longer than the lease lasts, at any operation while the kernel refuses deletions.
+#[test]
+fn a_freeze_that_ran_out_is_told() {
+    let places = trace(PLAIN, Script::default());
+    let at = |name: &str| places.iter().position(|place| place.name == name).unwrap();
+    let (armed, thawed) = (at("datapath.arm"), at("datapath.thaw"));
+    let mut verdict = Verdict::default();
+    for place in &places[armed + 1..thawed] {
+        let played = play(PLAIN, Script::of([(*place, Fault::Suspend)]));
+        if !matches!(played.code(), Some(ExitCode::Undone | ExitCode::Back | ExitCode::Differences)) {
+            verdict.note("not told", format!("{place:?}: {}", played.told()));
+        }
+    }
+    verdict.told();
+}
+
+/// What cannot be written down is not done, while it can be undone.
+#[test]
+fn a_step_that_cannot_be_written_down_is_not_done() {
+    let places = trace(PLAIN, Script::default());
+    let no_return = places.iter().position(|place| place.name == "datapath.take_upcalls").unwrap();
+    let mut verdict = Verdict::default();
+    // Intent and end of each step, in turn; that a step has ended is not worth undoing it.
+    for place in places[..no_return].iter().filter(|place| place.name == "disk.append").step_by(2) {
+        let played = play(PLAIN, Script::of([(*place, Fault::Error)]));
+        if !matches!(played.code(), Some(ExitCode::Undone | ExitCode::Refused)) {
+            verdict.note("done all the same", format!("{place:?}: {}", played.told()));
+        }
+    }
+    verdict.told();
+}
+
 /// Every operation of life `life` of `base`, in life 0 those after its last fault, comes to each kind of harm.
 fn harm_all(verdict: &mut Verdict, name: &str, setting: Setting, base: &[(Place, Fault)], life: u32, faults: &[Fault]) {
     let places = trace(setting, Script::of(base.iter().copied()));

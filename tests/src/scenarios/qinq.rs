@@ -57,7 +57,8 @@ impl Traffic for Qinq {
             &format!(
                 "table=0,priority=50,arp,in_port=v-ns1,actions=output:v-ns2\n\
                  table=0,priority=50,arp,in_port=v-ns2,actions=output:v-ns1\n\
-                 table=0,priority=50,ip,dl_vlan=100,actions=pop_vlan,pop_vlan,ct(table=1,zone=5)\n\
+                 table=0,priority=50,ip,dl_vlan=100,actions=pop_vlan,resubmit(,10)\n\
+                 table=10,priority=50,ip,dl_vlan=10,actions=pop_vlan,ct(table=1,zone=5)\n\
                  table=1,priority=100,udp,in_port=v-ns1,tp_dst=9001,\
                  actions={UNWILDCARD},ct(commit,zone=5),{TAGS},output:v-ns2\n\
                  table=1,priority=100,udp,in_port=v-ns2,tp_src=9001,actions={UNWILDCARD_REPLY},{TAGS},output:v-ns1\n\

@@ -262,7 +262,8 @@ impl Caller {
         let stop = ended.clone();
         let thread = std::thread::spawn(move || {
             Place::named("ns1").enter()?;
-            let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+            // Beside the ports of the streams.
+            let socket = UdpSocket::bind(("0.0.0.0", ALIAS_PORT))?;
             while !stop.load(Ordering::Relaxed) {
                 socket.send_to(b"not one of the stream", (ALIAS, ALIAS_PORT))?;
                 std::thread::sleep(Duration::from_millis(100));
