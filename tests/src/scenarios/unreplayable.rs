@@ -262,8 +262,8 @@ impl Caller {
         let stop = ended.clone();
         let thread = std::thread::spawn(move || {
             Place::named("ns1").enter()?;
-            // Beside the ports of the streams.
-            let socket = UdpSocket::bind(("0.0.0.0", ALIAS_PORT))?;
+            // Beside the ports of the streams, and as high as theirs: flows match the bits that tell ports of rules apart.
+            let socket = UdpSocket::bind(("0.0.0.0", 61_000))?;
             while !stop.load(Ordering::Relaxed) {
                 socket.send_to(b"not one of the stream", (ALIAS, ALIAS_PORT))?;
                 std::thread::sleep(Duration::from_millis(100));
