@@ -262,6 +262,11 @@ fn a_run_without_faults_loses_nothing_and_leaves_nothing() {
             verdict.note(format!("{:?}", played.report), name);
         }
         let losses = played.sim.world().losses.clone();
+        // It is asked to end, and may take down what it wants to (hazards 8).
+        let killed = played.sim.world().killed.clone();
+        if !killed.is_empty() {
+            verdict.note(format!("killed: {killed:?}"), name);
+        }
         // Without a freeze a bridge with a controller is without rules for a moment, as with stock.
         if setting.variant.freeze && !losses.is_empty() {
             verdict.note(format!("lost: {losses:?}"), name);

@@ -254,6 +254,8 @@ pub struct World {
     pub lost_before_no_return: Option<u64>,
     /// A supervisor died while it held the upcalls.
     pub died_parking: bool,
+    /// Switches that nobody had asked to end.
+    pub killed: Vec<i32>,
     /// Somebody has read the rules.
     pub rules_read: bool,
     /// The old daemon died by itself before anybody had read its rules.
@@ -320,6 +322,7 @@ impl World {
             delivered: 0,
             lost_before_no_return: None,
             died_parking: false,
+            killed: Vec::new(),
             rules_read: false,
             died_unread: false,
             rebooted: false,
@@ -390,6 +393,8 @@ impl World {
         }
         if asked {
             self.pid_names.name = None;
+        } else if process.kind == DaemonKind::OvsVswitchd {
+            self.killed.push(pid);
         }
         if self.in_hand.is_some_and(|(owner, _)| owner == pid) {
             self.in_hand = None;
