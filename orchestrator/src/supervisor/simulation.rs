@@ -306,7 +306,8 @@ fn a_hook_that_refuses_nothing_is_no_freeze() {
     assert_eq!(played.code(), Some(ExitCode::Done));
 }
 
-/// The machine stands still for longer than the lease lasts, at any operation while the kernel refuses deletions.
+/// The machine stands still for longer than the lease lasts, or somebody lifts the freeze, at any operation while the
+/// kernel refuses deletions.
 #[test]
 fn a_freeze_that_ran_out_is_told() {
     let places = trace(PLAIN, Script::default());
@@ -314,9 +315,11 @@ fn a_freeze_that_ran_out_is_told() {
     let (armed, thawed) = (at("datapath.arm"), at("datapath.thaw"));
     let mut verdict = Verdict::default();
     for place in &places[armed + 1..thawed] {
-        let played = play(PLAIN, Script::of([(*place, Fault::Suspend)]));
-        if !matches!(played.code(), Some(ExitCode::Undone | ExitCode::Back | ExitCode::Differences)) {
-            verdict.note("not told", format!("{place:?}: {}", played.told()));
+        for fault in [Fault::Suspend, Fault::ThawedByHand] {
+            let played = play(PLAIN, Script::of([(*place, fault)]));
+            if !matches!(played.code(), Some(ExitCode::Undone | ExitCode::Back | ExitCode::Differences)) {
+                verdict.note("not told", format!("{place:?}: {}", played.told()));
+            }
         }
     }
     verdict.told();

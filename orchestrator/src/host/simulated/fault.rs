@@ -38,6 +38,8 @@ pub enum Fault {
     Suspend,
     /// Just before, somebody removes a bridge, whose socket closes (not for random schedules, as the next).
     BridgeRemoved,
+    /// Just before, somebody lifts the freeze by hand.
+    ThawedByHand,
     /// Just before, the disk becomes full (random schedules do without it: their seeds mean what they meant).
     DiskFull,
 }

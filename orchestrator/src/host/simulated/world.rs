@@ -861,6 +861,7 @@ impl World {
                 // Past the point of no return it is refused; that is an outcome too.
                 let _refused = self.gate.request_abort();
             }
+            Fault::ThawedByHand => self.gate.request_thaw(),
             Fault::OldDies => {
                 self.died_unread |= !self.rules_read;
                 self.end(self.first, false)
