@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -55,7 +55,8 @@ pub fn in_exports(export: Export, port: u16, ports: &[u16]) -> Result<Copies> {
         let socket = UdpSocket::bind(("127.0.0.1", port)).with_context(|| format!("cannot collect on port {port}"))?;
         socket.set_read_timeout(Some(Duration::from_millis(100)))?;
         setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
-        Ok(Collector { socket, export, ipfix: Ipfix::default() })
+        let ipfix = TOLD.lock().ok().and_then(|mut told| told.take()).unwrap_or_default();
+        Ok(Collector { socket, export, ipfix })
     })
 }
 
@@ -105,6 +106,17 @@ struct Collector {
     socket: UdpSocket,
     export: Export,
     ipfix: Ipfix,
+}
+
+/// A daemon tells its templates at its start: the collector of a later round has them from the one before.
+static TOLD: Mutex<Option<Ipfix>> = Mutex::new(None);
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        if let Ok(mut told) = TOLD.lock() {
+            *told = Some(std::mem::take(&mut self.ipfix));
+        }
+    }
 }
 
 impl Source for Collector {
