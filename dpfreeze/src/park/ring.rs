@@ -253,6 +253,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_taken_out_is_kept_until_it_is_done_with() {
+        let mut ring = Ring::new(c"test", 200).unwrap();
+        let mut batch = Batch::default();
+        (1..=3).for_each(|n| batch.push(n, 2, &[7; 20]));
+        ring.push(&batch).unwrap();
+        for n in 1..=3 {
+            assert_eq!(ring.pop(1).unwrap()[0].source, n);
+        }
+        let mut again = Ring::reopen(ring.fd().try_clone_to_owned().unwrap()).unwrap();
+        assert_eq!(again.pop(9).unwrap().len(), 3);
+    }
+
+    #[test]
     fn what_is_no_ring_is_refused() {
         let file = |bytes: &[u8]| {
             let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
