@@ -221,6 +221,11 @@ fn collect(stream: Stream, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpS
     // In the order of their ids.
     let mut open: VecDeque<UdpSocket> = VecDeque::new();
     let mut oldest = 0u64;
+    // A port that comes round must be free again.
+    let kept = match stream.ports {
+        Ports::Cycle { count, .. } => KEPT_SOCKETS.min(usize::from(count) / 2),
+        Ports::Constant | Ports::EachNew => KEPT_SOCKETS,
+    };
     let mut log = Log::default();
     let mut events = [EpollEvent::empty(); 128];
     let mut buffer = vec![0u8; BUFFER];
@@ -228,7 +233,7 @@ fn collect(stream: Stream, flags: &Flags, epoll: &Epoll, sockets: &Receiver<UdpS
         let count = epoll.wait(&mut events, EpollTimeout::from(100u8))?;
         while let Ok(socket) = sockets.try_recv() {
             open.push_back(socket);
-            if open.len() > KEPT_SOCKETS {
+            if open.len() > kept {
                 open.pop_front();
                 oldest += 1;
             }
