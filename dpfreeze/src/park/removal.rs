@@ -31,6 +31,10 @@ pub enum Doom {
     Controller,
     /// Uses a meter, whose id will be given out anew.
     Metered,
+    /// Has a cookie of the old daemon for sFlow, IPFIX or a flow sample. A daemon that gets a copy with the cookie of a
+    /// bridge that is no more puts in an exact flow that drops (`recv_upcalls`, ofproto-dpif-upcall.c): once its
+    /// revalidators have deleted the flow that was kept, that one eats the packets.
+    Sampled,
     /// Appeared after the snapshot and forwards nothing.
     Drop,
 }
@@ -52,6 +56,8 @@ pub fn doom_of(flow: &Flow) -> Result<Option<Doom>> {
         Some(Doom::Controller)
     } else if !actions.meters.is_empty() {
         Some(Doom::Metered)
+    } else if actions.userspace.iter().any(|u| u.cookie.is_sampling()) {
+        Some(Doom::Sampled)
     } else {
         None
     })
@@ -156,6 +162,8 @@ pub struct RemovalReport {
     pub controller: u64,
     /// See [`Doom::Metered`].
     pub metered: u64,
+    /// See [`Doom::Sampled`].
+    pub sampled: u64,
     /// See [`Doom::Drop`].
     pub drops: u64,
     /// Of them, how many were already gone when their turn came (ENOENT).
@@ -175,7 +183,7 @@ pub struct RemovalReport {
 impl RemovalReport {
     /// All flows removed.
     pub fn removed(&self) -> u64 {
-        self.roots + self.children + self.slow_path + self.controller + self.metered + self.drops
+        self.roots + self.children + self.slow_path + self.controller + self.metered + self.sampled + self.drops
     }
 
     /// Flows removed by reason, under the names of the report.
@@ -186,6 +194,7 @@ impl RemovalReport {
             ("slow_path", self.slow_path),
             ("controller", self.controller),
             ("metered", self.metered),
+            ("sampled", self.sampled),
             ("suspicious_drop", self.drops),
         ]
         .into_iter()
@@ -209,6 +218,7 @@ impl RemovalReport {
             Doom::SlowPath => &mut self.slow_path,
             Doom::Controller => &mut self.controller,
             Doom::Metered => &mut self.metered,
+            Doom::Sampled => &mut self.sampled,
             Doom::Drop => &mut self.drops,
         } += 1;
     }
@@ -391,13 +401,13 @@ mod tests {
     fn roots_first_children_after_a_grace_period() {
         let mut t = Recorded { flows: table(), ..Recorded::default() };
         let report = removed(&mut t, &table());
-        assert_eq!(t.log, ["delete [4, 3, 5, 6]", "grace", "delete [2]"]);
+        assert_eq!(t.log, ["delete [4, 3, 5, 6, 7]", "grace", "delete [2]"]);
         assert_eq!(
             (report.roots, report.children, report.slow_path, report.controller, report.metered, report.drops),
             (1, 1, 1, 1, 1, 0)
         );
         assert_eq!(report.dump, table());
-        assert_eq!(report.removed(), 5);
+        assert_eq!((report.sampled, report.removed()), (1, 6));
     }
 
     #[test]

@@ -97,14 +97,11 @@ impl Flow {
 
     /// Whether a restart may keep it: nothing in it belongs to the old process.
     ///
-    /// Recirculation ids, slow-path and controller cookies, and meters do (design, idea 5); samples are only copies.
+    /// Recirculation ids, all cookies and meters do (design, idea 5; for those of samples see docs/adoption.md).
     pub fn may_be_kept(&self) -> bool {
         let recirculated = self.key.contains("recirc_id(") && !self.key.contains("recirc_id(0)");
-        let bound = ["recirc(", "meter("].iter().any(|w| self.actions.contains(w));
-        let mut upcalls = self.actions.split("userspace(").skip(1);
-        let samples_only =
-            upcalls.all(|upcall| ["sFlow(", "ipfix(", "flow_sample("].iter().any(|w| upcall.contains(w)));
-        !recirculated && !bound && samples_only
+        let bound = ["recirc(", "meter(", "userspace("].iter().any(|w| self.actions.contains(w));
+        !recirculated && !bound
     }
 }
 
@@ -255,7 +252,7 @@ mod tests {
         let recirculating = line.replace("actions:v2", "actions:ct(zone=5),recirc(0x1)");
         assert!(!parse_flow(&recirculating).unwrap().1.may_be_kept());
         let sampled = line.replace("actions:v2", "actions:userspace(pid=0,sFlow(vid=0,pcp=0,output=1),actions),v2");
-        assert!(parse_flow(&sampled).unwrap().1.may_be_kept());
+        assert!(!parse_flow(&sampled).unwrap().1.may_be_kept());
         let slow = line.replace("actions:v2", "actions:userspace(pid=0,slow_path(action))");
         assert!(!parse_flow(&slow).unwrap().1.may_be_kept());
         let child = line.replace("recirc_id(0)", "recirc_id(0x1)");

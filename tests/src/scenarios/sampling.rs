@@ -135,7 +135,7 @@ impl Traffic for Sampling {
     }
 
     fn expect(&self) -> Expect {
-        Expect { thrown_away: Some(self.reason), ..Expect::default() }
+        Expect { thrown_away: Some(self.reason), keeps_flows: false, ..Expect::default() }
     }
 
     fn judge(&self, evidence: &Evidence, outcome: &mut Outcome) {
