@@ -485,8 +485,10 @@ fn random_schedules_end_old_or_new() {
 }
 
 /// Schedules that found something, most of them beyond the first 2,000 (docs/simulation.md).
-const FOUND: [u64; 18] =
-    [1707, 2216, 2394, 3175, 3437, 3455, 3884, 4753, 5190, 5798, 5925, 5926, 6150, 6181, 8596, 9933, 10902, 11145];
+const FOUND: [u64; 21] = [
+    1707, 2216, 2394, 3175, 3437, 3455, 3838, 3884, 4753, 5190, 5798, 5925, 5926, 6150, 6181, 8596, 9933, 10902, 11145,
+    17798, 18473,
+];
 
 #[test]
 fn what_was_found_once_stays_mended() {
