@@ -224,9 +224,7 @@ fn state_kept(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
     }
     let bad: Vec<&str> =
         evidence.log.lines().filter(|l| FORBIDDEN_LOG.iter().any(|word| l.contains(word))).take(5).collect();
-    if expect.thrown_away.is_none() {
-        outcome.check("log free of lost contexts", bad.is_empty(), bad);
-    }
+    outcome.check("log free of lost contexts", bad.is_empty(), bad);
     let waiting = shell_lenient("ovs-vsctl --if-exists get open_vswitch . other_config:flow-restore-wait");
     outcome.check("flow-restore-wait is gone", waiting.trim().is_empty(), waiting.trim());
 }

@@ -58,8 +58,7 @@ pub struct Expect {
     pub keeps_flows: bool,
     /// Whether the park is meant to overflow.
     pub overflow: bool,
-    /// Reason for which parked copies of packets are thrown away, with samples on. Kept flows then name bridges of the
-    /// old daemon until the run settles, which the new one says in its log.
+    /// Reason for which parked copies of packets are thrown away, with samples on.
     pub thrown_away: Option<&'static str>,
     /// Whether systemd units own the daemons.
     pub in_units: bool,
