@@ -301,11 +301,17 @@ impl Sides {
 
 /// The VMs of one scenario's long list: which side, and how many runs in a row. The side that begins also ends, and
 /// alternates from scenario to scenario, so that a machine that gets slower or faster favours neither.
-fn shifts(runs: usize, ours_first: bool) -> Vec<(Action, usize)> {
+///
+/// Where `stock_spoils` a VM, each of its runs gets one of its own.
+fn shifts(runs: usize, ours_first: bool, stock_spoils: bool) -> Vec<(Action, usize)> {
     let (first, second) =
         if ours_first { (Action::Ours, Action::StockReload) } else { (Action::StockReload, Action::Ours) };
     let shifts = [(first, runs.div_ceil(2)), (second, runs), (first, runs / 2)];
-    shifts.into_iter().filter(|(_, runs)| *runs > 0).collect()
+    let vms = |(action, runs)| match action {
+        Action::StockReload if stock_spoils => vec![(action, 1); runs],
+        _ => vec![(action, runs)],
+    };
+    shifts.into_iter().filter(|(_, runs)| *runs > 0).flat_map(vms).collect()
 }
 
 /// The long list: each traffic scenario five times with stock's reload and five times with ours, order alternated.
@@ -322,7 +328,8 @@ pub fn whole(only: &[String], suite: &str, runs: Option<usize>, slower: u32) -> 
     for (index, scenario) in chosen.enumerate() {
         let Scenario::Traffic(traffic) = scenario else { continue };
         let mut sides = Sides::default();
-        for (shift, (action, runs)) in shifts(runs, index % 2 == 0).into_iter().enumerate() {
+        let shifts = shifts(runs, index % 2 == 0, traffic.stock_spoils());
+        for (shift, (action, runs)) in shifts.into_iter().enumerate() {
             let out = format!("whole/{}-{suite}-{shift}-{}", traffic.name(), action.name());
             let request = Request { load: Load::full(slower), ..request(traffic.name(), action, suite, Some(out)) };
             match tell(&request, bench::rounds(&request, runs, &lock)) {
@@ -427,9 +434,10 @@ mod tests {
     fn both_sides_get_their_runs_and_neither_begins_always() {
         let ours = Action::Ours;
         let stock = Action::StockReload;
-        assert_eq!(shifts(5, true), [(ours, 3), (stock, 5), (ours, 2)]);
-        assert_eq!(shifts(5, false), [(stock, 3), (ours, 5), (stock, 2)]);
-        assert_eq!(shifts(1, true), [(ours, 1), (stock, 1)]);
+        assert_eq!(shifts(5, true, false), [(ours, 3), (stock, 5), (ours, 2)]);
+        assert_eq!(shifts(5, false, false), [(stock, 3), (ours, 5), (stock, 2)]);
+        assert_eq!(shifts(1, true, false), [(ours, 1), (stock, 1)]);
+        assert_eq!(shifts(3, true, true), [(ours, 2), (stock, 1), (stock, 1), (stock, 1), (ours, 1)]);
     }
 
     #[test]

@@ -66,6 +66,11 @@ impl Traffic for WithController {
         self.about
     }
 
+    /// A stock reload loses the rules of a bridge with a controller for good.
+    fn stock_spoils(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         CONTROLLER.set(Controller::start(PORT)?).map_err(|_| anyhow::anyhow!("it is set up once"))?;
         plain::set_up()?;

@@ -102,6 +102,10 @@ pub trait Traffic: Sync {
     fn alone(&self) -> bool {
         false
     }
+    /// Whether a stock run leaves something behind that the next one in the same VM would begin with.
+    fn stock_spoils(&self) -> bool {
+        false
+    }
     /// Makes the network.
     fn set_up(&self) -> Result<()> {
         plain::set_up()
