@@ -113,7 +113,7 @@ pub(crate) fn recover_interrupted(
 pub(crate) fn clear_our_mark(database: &dyn Database, until: Instant) -> anyhow::Result<Option<String>> {
     let facts = database.facts(until)?;
     let Some(run) = facts.external_ids.get(MARK) else { return Ok(None) };
-    match database.clear_restore_wait(run, until)? {
+    match database.clear_all(run, until)? {
         Cleared::Removed { .. } | Cleared::AlreadyGone => Ok(Some(run.clone())),
         Cleared::NotOurs => Ok(None),
     }
@@ -146,7 +146,7 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     let until = Instant::now() + SHORT;
     let facts = host.database.facts(until)?;
     match facts.external_ids.get(MARK) {
-        Some(run) if host.database.clear_restore_wait(run, until)? != Cleared::NotOurs => {
+        Some(run) if host.database.clear_all(run, until)? != Cleared::NotOurs => {
             println!("thaw: flow-restore-wait of run {run} is removed");
         }
         _ if facts.is_on("flow-restore-wait") => {
@@ -375,7 +375,7 @@ impl Recovery {
         self.keep("guard of timeout policies", withdrawn);
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
-        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
         self.keep("flow-restore-wait", cleared);
         if !bound_to(host, old.id)? {
             bail!("ovs-vswitchd (process {}) is not bound to the upcalls; remedy: restart it", old.id.pid);
@@ -474,7 +474,7 @@ impl Recovery {
         self.keep("OpenFlow rules", restored);
         let let_go = let_it_bind(host);
         self.keep("freeze", let_go);
-        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
         let next_cfg = match self.keep("flow-restore-wait", cleared) {
             Some(Cleared::Removed { next_cfg }) => next_cfg,
             _ => host.database.bump(self.until(SHORT))?,
@@ -617,10 +617,10 @@ impl Recovery {
     fn after_reboot(&mut self, database: &dyn Database, entries: &[Entry]) -> anyhow::Result<Outcome> {
         // The server may be on its way up.
         let waited = self.until(SHORT);
-        let mut cleared = database.clear_restore_wait(&self.id, waited);
+        let mut cleared = database.clear_all(&self.id, waited);
         while cleared.is_err() && self.clock.now() < waited {
             self.clock.sleep(LOOK_AGAIN);
-            cleared = database.clear_restore_wait(&self.id, waited);
+            cleared = database.clear_all(&self.id, waited);
         }
         cleared.context("flow-restore-wait")?;
         let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
@@ -631,7 +631,7 @@ impl Recovery {
     fn leave_nothing(&mut self, host: &mut Host) {
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
-        let cleared = host.database.clear_restore_wait(&self.id, self.until(SHORT));
+        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
         self.keep("flow-restore-wait", cleared);
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::freeze::{Captured, Classes, Refused};
 use dpfreeze::ovs::{FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
@@ -54,6 +55,8 @@ pub trait Datapath {
     fn snapshot(&mut self) -> Result<Snapshot>;
     /// How often each flow has matched: a small part of [`Datapath::snapshot`], and cheap.
     fn flow_counts(&mut self) -> Result<FlowCounts>;
+    /// Conntrack's timeout policies: another small part.
+    fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>>;
     /// Sets connection limits of conntrack zones.
     fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()>;
     /// The port ids that upcalls go to now, per CPU.

@@ -325,6 +325,16 @@ pub trait Database: Send + Sync {
     fn set_restore_wait(&self, run: &str, until: Instant) -> Result<i64>;
     /// Removes the flag where our mark of run `run` stands beside it, and increments `next_cfg`. May be run twice.
     fn clear_restore_wait(&self, run: &str, until: Instant) -> Result<Cleared>;
+    /// Changes the timeout policies of these zones by a key that says nothing to the kernel, and marks them.
+    fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()>;
+    /// Changes the marked ones back. May be run twice.
+    fn clear_touched_policies(&self, until: Instant) -> Result<()>;
+    /// Leaves nothing of run `run`: the flag with its mark, and marked timeout policies.
+    fn clear_all(&self, run: &str, until: Instant) -> Result<Cleared> {
+        let cleared = self.clear_restore_wait(run, until)?;
+        self.clear_touched_policies(until)?;
+        Ok(cleared)
+    }
     /// Increments `next_cfg` alone, as `ovs-vsctl` without `--no-wait` would. Returns it.
     fn bump(&self, until: Instant) -> Result<i64>;
     /// Waits until ovs-vswitchd has carried out `next_cfg`.

@@ -11,6 +11,7 @@ mod gates;
 mod guard;
 mod handover;
 mod notes;
+mod policies;
 mod ports;
 mod restore;
 mod run;

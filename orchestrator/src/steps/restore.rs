@@ -38,7 +38,8 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     }
     let Known { rules, addresses, prepared, .. } = &mut run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
-    note(run, done)
+    note(run, done)?;
+    super::policies::make(run)
 }
 
 fn wait_for_bridges(run: &mut Run, new: &Daemon) -> Result<(), Stop> {

@@ -105,6 +105,8 @@ pub struct Known {
     pub unseen: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
+    /// Timeout policies in the database are changed for a moment.
+    pub policies_touched: bool,
     /// Ports whose deletion was refused.
     pub refused_ports: Vec<u32>,
     /// When the upcalls left the old daemon.

@@ -14,7 +14,7 @@ pub fn thaw(run: &mut Run) -> Ended {
     run.host.datapath.thaw()?;
     run.restore_wait = None;
     let until = run.now() + run.config.limits.undo();
-    run.host.database.clear_restore_wait(&run.id, until)?;
+    run.host.database.clear_all(&run.id, until)?;
     let_start_go(run)?;
     Ok(Event::Done)
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::freeze::{
     self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Refused, Renewal, Scope,
 };
@@ -106,6 +107,10 @@ impl Datapath for KernelDatapath {
     fn flow_counts(&mut self) -> Result<FlowCounts> {
         let dp = self.dp()?;
         self.ovs.flow_counts(dp.ifindex).about(DATAPATH)
+    }
+
+    fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>> {
+        dpfreeze::conntrack::timeout_policies().about("conntrack timeout policies")
     }
 
     fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()> {

@@ -18,6 +18,27 @@ use crate::host::{
 const FLAG: &str = "flow-restore-wait";
 /// The key of `external_ids` that says which run set the flag, so that a later one knows whether it may remove it.
 const MARK: &str = "ovs-graceful-run";
+/// The key of `external_ids` of a timeout policy that says by which key of `timeouts` we have changed it for a moment.
+const TOUCHED: &str = "ovs-graceful-touched";
+/// The keys of `CT_Timeout_Policy:timeouts` (vswitchd/vswitch.ovsschema); the kernel has no limit for the first two.
+const TIMEOUTS: [&str; 16] = [
+    "icmp_reply",
+    "udp_first",
+    "icmp_first",
+    "udp_single",
+    "udp_multiple",
+    "tcp_syn_sent",
+    "tcp_syn_recv",
+    "tcp_established",
+    "tcp_fin_wait",
+    "tcp_close_wait",
+    "tcp_last_ack",
+    "tcp_time_wait",
+    "tcp_close",
+    "tcp_syn_sent2",
+    "tcp_retransmit",
+    "tcp_unack",
+];
 /// The database.
 const DATABASE: &str = "Open_vSwitch";
 
@@ -75,6 +96,18 @@ impl Ovsdb {
         self.ask(until, |mut connection| transact(&mut connection, operations.to_vec(), until))
     }
 
+    fn schema_and_tables(&self, until: Instant) -> Result<(Value, Tables)> {
+        self.ask(until, |mut connection| {
+            let schema = connection.call("get_schema", json!([DATABASE]), until)?;
+            let tables = Tables::select(&mut connection, &schema, until)?;
+            Ok((schema, tables))
+        })
+    }
+
+    fn tables(&self, until: Instant) -> Result<Tables> {
+        Ok(self.schema_and_tables(until)?.1)
+    }
+
     fn object(&self) -> String {
         format!("database {}", self.socket.display())
     }
@@ -99,11 +132,7 @@ impl Ovsdb {
 
 impl Database for Ovsdb {
     fn facts(&self, until: Instant) -> Result<DatabaseFacts> {
-        let (schema, tables) = self.ask(until, |mut connection| {
-            let schema = connection.call("get_schema", json!([DATABASE]), until)?;
-            let tables = Tables::select(&mut connection, &schema, until)?;
-            Ok((schema, tables))
-        })?;
+        let (schema, tables) = self.schema_and_tables(until)?;
         let root = tables
             .rows("Open_vSwitch")
             .next()
@@ -165,6 +194,42 @@ impl Database for Ovsdb {
             (_, Some(1)) => Cleared::AlreadyGone,
             _ => Cleared::NotOurs,
         })
+    }
+
+    fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
+        let tables = self.tables(until)?;
+        let rows = tables.policies_of(zones);
+        let mut operations = Vec::new();
+        for row in rows {
+            let timeouts = pairs(&row["timeouts"]);
+            let absent = |key: &&&str| !timeouts.iter().any(|(there, _)| *there == **key);
+            let key = TIMEOUTS.iter().find(absent).ok_or_else(|| {
+                HostError::new(self.object(), format_args!("timeout policy {} has every key", row["_uuid"][1]))
+            })?;
+            operations.push(
+                json!({"op": "mutate", "table": "CT_Timeout_Policy", "where": [["_uuid", "==", row["_uuid"]]],
+                "mutations": [["timeouts", "insert", ["map", [[key, 30]]]],
+                    ["external_ids", "insert", ["map", [[TOUCHED, key]]]]]}),
+            );
+        }
+        operations.extend(Self::increment());
+        self.transact_again(&operations, until).map(drop)
+    }
+
+    fn clear_touched_policies(&self, until: Instant) -> Result<()> {
+        let tables = self.tables(until)?;
+        let touched = tables.rows("CT_Timeout_Policy").filter_map(|row| {
+            let key = map(&row["external_ids"]).remove(TOUCHED)?;
+            Some(json!({"op": "mutate", "table": "CT_Timeout_Policy",
+                "where": [["_uuid", "==", row["_uuid"]], ["external_ids", "includes", ["map", [[TOUCHED, key]]]]],
+                "mutations": [["timeouts", "delete", ["set", [key]]], ["external_ids", "delete", ["set", [TOUCHED]]]]}))
+        });
+        let mut operations: Vec<Value> = touched.collect();
+        if operations.is_empty() {
+            return Ok(());
+        }
+        operations.extend(Self::increment());
+        self.transact_again(&operations, until).map(drop)
     }
 
     fn bump(&self, until: Instant) -> Result<i64> {
@@ -344,7 +409,7 @@ const WANTED: &[(&str, &[&str])] = &[
     // Schema 8.2.0 (OVS 2.13) and later; the limits 8.5.0 (OVS 3.3).
     ("Datapath", &["ct_zones", "ct_zone_default_limit"]),
     ("CT_Zone", &["timeout_policy", "limit"]),
-    ("CT_Timeout_Policy", &["timeouts"]),
+    ("CT_Timeout_Policy", &["timeouts", "external_ids"]),
 ];
 
 impl Tables {
@@ -397,6 +462,22 @@ impl Tables {
             limits.filter_map(|(key, seconds)| Some((key.as_str()?.to_owned(), number(seconds)?))).collect()
         });
         Some(CtZone { zone: zone.as_u64()?.try_into().ok()?, timeouts, limit: number(&row["limit"]) })
+    }
+
+    /// The rows of the timeout policies of these zones, each once.
+    fn policies_of(&self, zones: &[u16]) -> Vec<&Value> {
+        let all = self.kernel_datapath().map(|row| pairs(&row["ct_zones"])).unwrap_or_default();
+        let wanted =
+            |zone: &Value| zone.as_u64().and_then(|zone| zone.try_into().ok()).is_some_and(|z| zones.contains(&z));
+        let of_zones = all.into_iter().filter(|(zone, _)| wanted(zone));
+        let rows = of_zones
+            .flat_map(|(_, uuid)| self.referred("CT_Zone", uuid))
+            .flat_map(|row| self.referred("CT_Timeout_Policy", &row["timeout_policy"]));
+        let mut rows: Vec<&Value> = rows.collect();
+        let uuid = |row: &Value| string(&row["_uuid"][1]);
+        rows.sort_by_key(|row| uuid(row));
+        rows.dedup_by_key(|row| uuid(row));
+        rows
     }
 
     fn bridge(&self, row: &Value) -> Bridge {

@@ -3,9 +3,18 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::world::{bridges, Table, World};
+use super::world::{bridges, Table, World, POLICY_S};
 use super::Sim;
-use crate::host::{Cleared, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result};
+use crate::host::{Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result};
+
+/// The zone that has a timeout policy.
+const ZONE: u16 = 5;
+
+fn zone(touched: bool) -> CtZone {
+    let touched = touched.then(|| ("icmp_reply".to_owned(), 30));
+    let timeouts = [("udp_single".to_owned(), POLICY_S)].into_iter().chain(touched);
+    CtZone { zone: ZONE, timeouts: Some(timeouts.collect()), limit: None }
+}
 
 pub(super) struct SimDatabase(pub(super) Sim);
 
@@ -33,6 +42,7 @@ impl Database for SimDatabase {
                 external_ids: BTreeMap::from_iter(mark),
                 next_cfg: table.next_cfg,
                 cur_cfg: table.cur_cfg,
+                ct_zones: vec![zone(table.touched)],
                 bridges: bridges().into_iter().filter(|bridge| Some(&*bridge.name) != table.removed).collect(),
                 ..DatabaseFacts::default()
             })
@@ -62,6 +72,21 @@ impl Database for SimDatabase {
             }
             table.next_cfg += 1;
             Ok(Cleared::Removed { next_cfg: table.next_cfg })
+        })
+    }
+
+    fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
+        self.table("database.touch_policies", until, |table| {
+            table.touched |= zones.contains(&ZONE);
+            table.next_cfg += 1;
+            Ok(())
+        })
+    }
+
+    fn clear_touched_policies(&self, until: Instant) -> Result<()> {
+        self.table("database.clear_touched_policies", until, |table| {
+            table.next_cfg += i64::from(std::mem::take(&mut table.touched));
+            Ok(())
         })
     }
 

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use dpfreeze::conntrack::{limit, TimeoutPolicy};
 use dpfreeze::freeze::{Captured, Classes, Refused};
 use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{DatapathSnapshot, Snapshot};
 
-use super::world::{Frost, World};
+use super::world::{Frost, World, POLICY_S};
 use super::Sim;
 use crate::guard::{Guarded, Terms};
 use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
@@ -74,6 +75,16 @@ impl Datapath for SimDatapath {
 
     fn flow_counts(&mut self) -> Result<FlowCounts> {
         self.sim.operate("datapath.flow_counts", None, |world| Ok(flows(world).into_iter().collect()))
+    }
+
+    fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>> {
+        self.sim.operate("datapath.timeout_policies", None, |world| {
+            let policy = |number| {
+                TimeoutPolicy { name: format!("ovs_tp_{number}_udp4"), l3: 2, l4: 17, ..TimeoutPolicy::default() }
+                    .with_timeouts([(limit::UDP_UNREPLIED, POLICY_S)])
+            };
+            Ok((0..world.kernel.policies).map(policy).collect())
+        })
     }
 
     fn set_ct_limits(&mut self, _limits: &[ZoneLimit]) -> Result<()> {

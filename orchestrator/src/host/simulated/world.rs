@@ -27,6 +27,8 @@ const IN_HAND: Duration = Duration::from_millis(3);
 const HOOK_PATIENCE: Duration = Duration::from_secs(100);
 /// `RestartSec=` of the units, systemd's default.
 const RESTART: Duration = Duration::from_millis(100);
+/// What the timeout policy of the zone says for UDP without an answer, seconds.
+pub(super) const POLICY_S: u32 = 78;
 /// The bridge that has a controller.
 const WITH_CONTROLLER: &str = "br1";
 /// How long the machine is down, and how long the world needs to come to rest.
@@ -91,6 +93,8 @@ pub struct Process {
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
     /// It is in its unit's cgroup.
     pub in_unit: bool,
+    /// The timeout policy of the zone as it has seen it: as OVS 3.3 it makes one when that changes.
+    pub touched: Option<bool>,
 }
 
 /// The freeze: pinned, so it outlives who loaded it.
@@ -127,6 +131,8 @@ pub struct Kernel {
     pub parked: u64,
     /// The parking sockets of the supervisor that lives.
     pub park: Option<Vec<u32>>,
+    /// How many timeout policies daemons have made.
+    pub policies: u32,
 }
 
 /// The Open_vSwitch table.
@@ -142,6 +148,8 @@ pub struct Table {
     pub cur_cfg: i64,
     /// A bridge that somebody has removed.
     pub removed: Option<&'static str>,
+    /// The timeout policy of the one zone is changed for a moment.
+    pub touched: bool,
 }
 
 /// The reload hook in the unit's cgroup.
@@ -378,6 +386,7 @@ impl World {
             rules: BTreeMap::new(),
             addresses: BTreeMap::new(),
             in_unit,
+            touched: None,
         };
         self.processes.insert(pid, process);
         pid
@@ -625,6 +634,10 @@ impl World {
         let flag = self.table.flag;
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.leads = true;
+        let touched = process.touched.replace(self.table.touched);
+        if touched.is_some_and(|seen| seen != self.table.touched) {
+            self.kernel.policies += 1;
+        }
         self.table.cur_cfg = self.table.next_cfg;
         if flag {
             // One that has its datapath open already goes on as it is.
@@ -899,6 +912,7 @@ impl World {
         };
         add(self.table.flag, "flow-restore-wait");
         add(self.table.mark.is_some(), "the mark of the run");
+        add(self.table.touched, "a changed timeout policy");
         add(self.kernel.frost.is_some(), "a freeze");
         add(self.switch.drop_in, "the drop-in of the switch");
         add(self.server_drop_in, "the drop-in of the database server");

@@ -1,0 +1,83 @@
+//! Restore: the new daemon's own timeout policies. OVS 3.3 and later make none for a zone that is in the database when
+//! they start: `ct_zones_reconfigure` (vswitchd/bridge.c) compares the row with the copy that it has just taken of it.
+//! They do as soon as the row changes, so it is changed, by a key that the kernel has no limit for, and changed back.
+//! Both before a packet needs a policy: the one that is made in between goes again.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::{Run, Stop};
+use crate::host::zones::PolicyIndex;
+use crate::host::CtZone;
+
+/// The daemon carries out a change of the database at its next turn.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often it is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Names of timeout policies.
+type Names = BTreeSet<String>;
+
+/// Sees to it that each zone with a policy in the database has one that this daemon has made. A zone without costs
+/// connections their timeouts, not packets: it is a warning.
+pub(super) fn make(run: &mut Run) -> Result<(), Stop> {
+    // An earlier try may have been cut off half-done.
+    change_back(run)?;
+    let zones: Vec<CtZone> = run.known.facts.ct_zones.iter().filter(|zone| zone.timeouts.is_some()).cloned().collect();
+    let Some(before) = run.known.before.as_ref().filter(|_| !zones.is_empty()) else { return Ok(()) };
+    let old: Names = before.timeout_policies.iter().map(|policy| policy.name.clone()).collect();
+    let missing = without_policy(run, &zones, &old)?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let numbers: Vec<u16> = missing.iter().map(|zone| zone.zone).collect();
+    let until = run.deadline;
+    run.known.policies_touched = true;
+    run.host.database.touch_policies(&numbers, until).context("changing timeout policies for a moment")?;
+    let made = wait_for_policies(run, &missing, &old)?;
+    let between = names(run)?;
+    change_back(run)?;
+    if !made || !wait_for_policies(run, &missing, &between)? {
+        run.warn(format!(
+            "new connections of zones {numbers:?} may have the system's timeouts: ovs-vswitchd has made no timeout policy \
+             for them; remedy: change a timeout of theirs and change it back (docs/conntrack.md)"
+        ));
+    }
+    run.report.details.insert("timeout_policies_asked_for".into(), numbers.into());
+    Ok(())
+}
+
+fn change_back(run: &mut Run) -> Result<(), Stop> {
+    if run.known.policies_touched {
+        run.host.database.clear_touched_policies(run.deadline).context("changing timeout policies back")?;
+        run.known.policies_touched = false;
+    }
+    Ok(())
+}
+
+/// Waits until each of `zones` has a policy whose name is not among `known`; false where patience ends first.
+fn wait_for_policies(run: &mut Run, zones: &[CtZone], known: &Names) -> Result<bool, Stop> {
+    let end = run.deadline.min(run.now() + PATIENCE);
+    while !without_policy(run, zones, known)?.is_empty() {
+        if run.now() >= end {
+            return Ok(false);
+        }
+        run.checkpoint()?;
+        run.host.clock.sleep(LOOK_AGAIN);
+    }
+    Ok(true)
+}
+
+fn without_policy(run: &mut Run, zones: &[CtZone], known: &Names) -> Result<Vec<CtZone>, Stop> {
+    let mut policies = run.host.datapath.timeout_policies()?;
+    policies.retain(|policy| !known.contains(&policy.name));
+    let index = PolicyIndex::of(&policies);
+    let missing = |zone: &&CtZone| zone.timeouts.as_ref().is_some_and(|row| index.saying(row).is_empty());
+    Ok(zones.iter().filter(missing).cloned().collect())
+}
+
+fn names(run: &mut Run) -> Result<Names, Stop> {
+    Ok(run.host.datapath.timeout_policies()?.into_iter().map(|policy| policy.name).collect())
+}
