@@ -38,6 +38,8 @@ pub struct Boot<'a> {
     pub output: &'a Path,
     /// More words for the kernel's command line; with any the machine boots.
     pub kernel_args: &'a str,
+    /// Whether the guest may boot again; else a reset is the end.
+    pub reboots: bool,
     /// When to give up.
     pub limit: Duration,
 }
@@ -124,10 +126,10 @@ pub fn empty_disks(input: &Path, output: &Path) -> Result<()> {
 }
 
 /// qemu with the lab's machine and these disks.
-pub fn machine(image: &Image, disk: &str, input: &Path, output: &Path, console: &Path) -> Command {
+pub fn machine(image: &Image, reboots: bool, disk: &str, input: &Path, output: &Path, console: &Path) -> Command {
     let drive = |path: &Path, extra: &str| format!("file={},if=virtio,format=raw,{extra}", path.display());
     let mut command = Command::new(QEMU);
-    command.args(MACHINE.split(' '));
+    command.args(MACHINE.split(' ').filter(|word| !reboots || *word != "-no-reboot"));
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
     command.arg("-drive").arg(disk);
@@ -140,7 +142,7 @@ pub fn machine(image: &Image, disk: &str, input: &Path, output: &Path, console: 
 fn start(job: &Boot, warm: Option<&Warm>, input: &Path, output: &Path, console: &Path) -> Result<Child> {
     let disk = warm.map_or(&job.image.disk, |warm| &warm.disk);
     let disk = format!("file={},if=virtio,format=raw,snapshot=on,cache=unsafe", disk.display());
-    let mut command = machine(job.image, &disk, input, output, console);
+    let mut command = machine(job.image, job.reboots, &disk, input, output, console);
     command.arg("-append").arg(format!("{KERNEL_ARGS} {}", job.kernel_args).trim());
     if let Some(warm) = warm {
         command.arg("-incoming").arg(warm.incoming());

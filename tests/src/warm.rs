@@ -75,7 +75,7 @@ fn keep(image: &Image, warm: &Warm) -> Result<()> {
     run(Command::new("cp").arg("--sparse=always").arg(&image.disk).arg(&warm.disk))?;
     empty_disks(&input, &output)?;
     let disk = format!("file={},if=virtio,format=raw,cache=unsafe", warm.disk.display());
-    let mut command = machine(image, &disk, &input, &output, &console);
+    let mut command = machine(image, false, &disk, &input, &output, &console);
     command.args(["-append", KERNEL_ARGS, "-qmp"]).arg(format!("unix:{},server=on,wait=off", control.display()));
     command.stderr(File::create(scratch.path().join("stderr"))?);
     let mut qemu = command.spawn().context("cannot start qemu")?;

@@ -34,12 +34,15 @@ enum Harm {
     Broken,
     /// The new daemon is killed once the old one has been told to end.
     Killed,
+    /// As [`Harm::Broken`], and before the run one of the shared objects that the daemon has mapped is replaced.
+    Objects,
     /// None: the installed program has to run again.
     None,
 }
 
-const CASES: [Case; 3] = [
+const CASES: [Case; 4] = [
     Case { name: "broken", arguments: &["--strategy", "stop-start"], harm: Harm::Broken, exit: 21 },
+    Case { name: "broken with its objects", arguments: &["--strategy", "stop-start"], harm: Harm::Objects, exit: 21 },
     Case { name: "dies", arguments: &[], harm: Harm::Killed, exit: 21 },
     Case { name: "forward again", arguments: &[], harm: Harm::None, exit: 0 },
 ];
@@ -72,6 +75,9 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
     let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
+    if case.harm == Harm::Objects {
+        replace_object(before.first().map_or(0, |daemon| daemon.pid))?;
+    }
     let known = run::known();
     let mut client = run::start(case.arguments, &out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
     let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
@@ -90,6 +96,10 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
         outcome.check(check("runs the right program"), is_installed == (case.exit == 0), &now.executable);
         let version = shell_lenient(&format!("/proc/{}/exe --version", now.pid));
         outcome.check(check("the program says its version"), version.contains("Open vSwitch"), version);
+        if case.harm == Harm::Objects {
+            let kept = shell_lenient(&format!("grep -e /program/ /proc/{}/maps | grep -e {OBJECT}", now.pid));
+            outcome.check(check("runs with the object that ran before"), !kept.is_empty(), kept);
+        }
         let as_before = started_as(now.pid);
         outcome.check(check("started as before"), as_before == how, json!([how, as_before]));
     }
@@ -101,7 +111,7 @@ fn one(case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Resu
 
 fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {
     match case.harm {
-        Harm::Broken => {
+        Harm::Broken | Harm::Objects => {
             run::wait_for("snapshot", known)?;
             fs::rename(installed, aside(installed))?;
             fs::write(installed, "#!/bin/sh\nexit 1\n")?;
@@ -116,6 +126,19 @@ fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon
         }
         Harm::None => Ok(()),
     }
+}
+
+/// Debian's ovs-vswitchd has it mapped.
+const OBJECT: &str = "libunbound.so";
+
+/// A package upgrade writes a new file and gives it the name.
+fn replace_object(pid: u32) -> Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let mapped = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.contains(OBJECT));
+    let mapped = mapped.with_context(|| format!("ovs-vswitchd has no {OBJECT} mapped"))?;
+    let new = format!("{mapped}.new");
+    fs::copy(mapped, &new)?;
+    Ok(fs::rename(new, mapped)?)
 }
 
 fn aside(installed: &Path) -> PathBuf {

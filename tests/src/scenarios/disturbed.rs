@@ -39,6 +39,8 @@ struct Case {
     tidy: &'static str,
     /// Rules and ports are others afterwards.
     changes: bool,
+    /// The upcalls must have been without a daemon for less, ms.
+    gap_below_ms: Option<f64>,
 }
 
 enum What {
@@ -58,6 +60,7 @@ const BASE: Case = Case {
     holds: &[],
     tidy: "true",
     changes: false,
+    gap_below_ms: None,
 };
 
 const SMALL_DISK: &str = "mkdir -p /var/lib/ovs-graceful; truncate -s 128M /root/disk; mkfs.ext4 -qF /root/disk; \
@@ -71,6 +74,14 @@ const MOUNT_AGAIN: &str = "umount /var/lib/ovs-graceful; mount -o loop /root/dis
                            ovs-graceful recover";
 const REMOVE_DISK: &str = "umount /var/lib/ovs-graceful; rm /root/disk";
 const REPORT_IS_ON_DISK: &str = "test -s /var/lib/ovs-graceful/runs/*/report.json && ! ls /run/ovs-graceful/report.*";
+
+/// Where the run has set it already.
+const REMOVE_FLAG: What = What::Shell(
+    "for i in $(seq 200); do ovs-vsctl get open_vswitch . other_config:flow-restore-wait > /dev/null 2>&1 && break; \
+       sleep 0.05; done; ovs-vsctl --no-wait remove open_vswitch . other_config flow-restore-wait",
+);
+const KEEP_SCHEMA: &str = "cp /usr/share/openvswitch/vswitch.ovsschema /root/kept.ovsschema";
+const RESTORE_SCHEMA: &str = "mv /root/kept.ovsschema /usr/share/openvswitch/vswitch.ovsschema";
 
 const CASES: &[Case] = &[
     Case { name: "disk full before", prepare: &[SMALL_DISK, FILL], client: 10, tidy: REMOVE_DISK, ..BASE },
@@ -113,6 +124,22 @@ const CASES: &[Case] = &[
         tidy: REMOVE_DISK,
         ..BASE
     },
+    Case {
+        name: "disk hangs in Restore",
+        prepare: &[SMALL_DISK],
+        phase: "restore",
+        // As one does that is reached through a bridge: nothing that waits for it comes back before it does.
+        what: What::Shell(
+            "(fsfreeze -f /var/lib/ovs-graceful; sleep 8; fsfreeze -u /var/lib/ovs-graceful) > /dev/null 2>&1 &",
+        ),
+        gap_below_ms: Some(5000.0),
+        heal: "true",
+        holds: &[REPORT_IS_ON_DISK],
+        tidy: REMOVE_DISK,
+        ..BASE
+    },
+    Case { name: "flow-restore-wait removed in Standby", phase: "standby", what: REMOVE_FLAG, client: 20, exit: 20, ..BASE },
+    Case { name: "flow-restore-wait removed in Restore", phase: "restore", what: REMOVE_FLAG, ..BASE },
     Case {
         name: "Ctrl-C twice in Standby",
         phase: "standby",
@@ -179,6 +206,29 @@ const CASES: &[Case] = &[
         what: What::Shell("ovs-vsctl del-port br0 v-ns4 -- del-br br2"),
         holds: &["! ovs-dpctl show | grep -w -e v-ns4 -e br2"],
         changes: true,
+        ..BASE
+    },
+    Case {
+        name: "a schema that cannot be had",
+        prepare: &[KEEP_SCHEMA, "sed -i 's/\"version\": \"[0-9.]*\"/\"version\": \"9.0.0\"/; s/\"Bridge\": {/\"Lost\": {/' /usr/share/openvswitch/vswitch.ovsschema"],
+        client: 10,
+        tidy: RESTORE_SCHEMA,
+        ..BASE
+    },
+    Case {
+        name: "a newer schema",
+        prepare: &[
+            KEEP_SCHEMA,
+            "sed -i 's/\"version\": \"[0-9.]*\"/\"version\": \"9.0.0\"/; \
+                     0,/\"columns\": {/s//\"columns\": { \"lab_added\": { \"type\": \"string\" },/' /usr/share/openvswitch/vswitch.ovsschema",
+        ],
+        phase: "arm",
+        holds: &[
+            "ovsdb-client get-schema-version unix:/run/openvswitch/db.sock Open_vSwitch | grep -x 9.0.0",
+            "ovs-vsctl get open_vswitch . lab_added",
+            "ovs-vsctl --if-exists get bridge br0 name | grep br0",
+        ],
+        tidy: RESTORE_SCHEMA,
         ..BASE
     },
 ];
@@ -280,5 +330,9 @@ fn ended(case: &Case, id: &str, outcome: &mut Outcome) -> Result<()> {
     let shown = shell(&format!("ovs-graceful runs show {id} --json"))?;
     let report: Value = serde_json::from_str(&shown)?;
     outcome.check(format!("{}: exit code of the report", case.name), report["exit_code"] == case.exit, &report);
+    if let Some(limit) = case.gap_below_ms {
+        let gap = &report["gap_ms"];
+        outcome.check(format!("{}: gap", case.name), gap.as_f64().is_some_and(|gap| gap < limit), gap);
+    }
     Ok(())
 }

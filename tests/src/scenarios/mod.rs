@@ -25,6 +25,7 @@ mod park_limit;
 mod plain;
 mod port_removed;
 mod qinq;
+mod reboot;
 mod refusals;
 mod rule_change;
 mod sampling;
@@ -166,6 +167,10 @@ pub trait Custom: Sync {
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
         Ok(4)
     }
+    /// Whether it boots its VM anew: `run` is called in each boot.
+    fn reboots(&self) -> bool {
+        false
+    }
     /// Does everything.
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()>;
 }
@@ -220,6 +225,14 @@ impl Scenario {
         match self {
             Scenario::Traffic(_) => Ok(0),
             Scenario::Custom(s) => s.runs(arguments),
+        }
+    }
+
+    /// Whether it boots its VM anew.
+    pub fn reboots(self) -> bool {
+        match self {
+            Scenario::Traffic(_) => false,
+            Scenario::Custom(s) => s.reboots(),
         }
     }
 
@@ -281,6 +294,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&back::Back),
     Scenario::Custom(&disturbed::Disturbed),
+    Scenario::Custom(&reboot::Reboot),
     Scenario::Custom(&chaos::Chaos),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
