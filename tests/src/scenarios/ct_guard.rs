@@ -10,7 +10,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::ct_policies::{hold_udp, named_by_flows, policies, timers, CtPolicies, UdpPairs, SLACK, UDP};
+use super::ct_policies::{hold_udp, named_by_flows, policies, slack, timers, CtPolicies, UdpPairs, UDP};
 use super::{killed, network, Custom, Traffic};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{self, facts, run, say};
@@ -128,7 +128,7 @@ fn all_killed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()>
     outcome.check("killed: they are guarded", old.is_subset(&guarded()), guard());
     pairs.talk()?;
     let timers = timers(UDP.port);
-    let right = timers.iter().filter(|t| (UDP.timer - SLACK..=UDP.timer).contains(t)).count();
+    let right = timers.iter().filter(|t| (UDP.timer - slack()..=UDP.timer).contains(t)).count();
     outcome.check("killed: live connections under their policy", right > 0 && right == timers.len(), &timers);
     shell("conntrack -F 2>&1")?;
     gone("killed", &old, outcome);

@@ -3,7 +3,7 @@
 //! Every call has a connection of its own: nothing is lost when ovsdb-server is replaced in between, and one that died
 //! is given a moment to come back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -466,6 +466,7 @@ impl Tables {
 
     /// The rows of the timeout policies of these zones, each once.
     fn policies_of(&self, zones: &[u16]) -> Vec<&Value> {
+        let zones: BTreeSet<u16> = zones.iter().copied().collect();
         let all = self.kernel_datapath().map(|row| pairs(&row["ct_zones"])).unwrap_or_default();
         let wanted =
             |zone: &Value| zone.as_u64().and_then(|zone| zone.try_into().ok()).is_some_and(|z| zones.contains(&z));
@@ -648,6 +649,8 @@ mod tests {
             ),
             ("CT_Timeout_Policy", BTreeMap::from([row("p", json!({"timeouts": ["map", [["udp_single", 78]]]}))])),
         ]));
+        assert_eq!(tables.policies_of(&[6]), Vec::<&Value>::new());
+        assert_eq!(tables.policies_of(&[5, 6, 7])[0]["_uuid"][1], "p");
         let policy = BTreeMap::from([("udp_single".to_owned(), 78)]);
         assert_eq!(
             tables.ct_zones(),
