@@ -10,7 +10,7 @@ use crate::host::real::RealSurroundings;
 use crate::host::surroundings::Surroundings;
 use crate::host::{Daemon, DatabaseFacts, Versions};
 use crate::journal::STATE_DIR;
-use crate::report::{CheckReport, Finding, Level, Severity};
+use crate::report::{CheckReport, Finding, Level, Severity, Strategy};
 use crate::steps::{Host, Wish};
 
 /// What was found, for the report and for the steps that follow.
@@ -42,7 +42,11 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let mut findings = Vec::new();
     let mut level = Level::None;
     judge_environment(host.surroundings.as_ref(), &mut findings, &mut level);
-    prove_freeze(host, &mut findings, &mut level);
+    if wish.strategy == Strategy::ReloadModule {
+        judge_module(host, &mut findings, &mut level, until);
+    } else {
+        prove_freeze(host, &mut findings, &mut level);
+    }
     let vswitchd = find_vswitchd(host, &mut findings);
     let versions = vswitchd.as_ref().and_then(|daemon| {
         let versions = host.daemons.versions(daemon, until);
@@ -103,6 +107,21 @@ fn judge_environment(surroundings: &dyn Surroundings, findings: &mut Vec<Finding
             None => Level::Park,
         };
     }
+}
+
+/// What would be lost with the kernel module and could not be put back.
+fn judge_module(host: &mut Host, findings: &mut Vec<Finding>, level: &mut Level, until: Instant) {
+    *level = Level::None;
+    let cause = "everything that is switched is lost from the end of the old ovs-vswitchd until handover, \
+                 and every kernel flow";
+    findings.push(finding(Severity::Warning, "reload-module", "kernel module", cause.into(), "choose the hour"));
+    let before = host.datapath.snapshot();
+    let remedy = "see the log of the kernel (dmesg)";
+    let Some(before) = keep(before, "datapath", "kernel datapath", remedy, findings) else { return };
+    let obstacles = host.module.obstacles(&before, until);
+    let remedy = "is the module openvswitch loaded, and `ip` installed?";
+    let obstacles = keep(obstacles, "module", "kernel module", remedy, findings);
+    findings.extend(obstacles.into_iter().flatten());
 }
 
 /// A hook that loads and attaches may still refuse nothing: only the canary proves it.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::conntrack::{self, Conntrack};
 use crate::host::disk::{AppendFile, Disk};
+use crate::host::module::Device;
 use crate::host::real::RealDisk;
 use crate::host::BridgeRules;
 use crate::machine::{ExitCode, Phase};
@@ -386,6 +387,24 @@ impl Runs {
         serde_json::from_slice(&text).map(Some).with_context(|| format!("cannot read {}", path.display()))
     }
 
+    fn devices_file(&self, id: &str) -> PathBuf {
+        self.run.join(format!("devices.{id}.json"))
+    }
+
+    /// Keeps the internal devices of run `id`, which go with the kernel module, in memory.
+    pub fn keep_devices(&self, id: &str, devices: &[Device]) -> anyhow::Result<()> {
+        let path = self.devices_file(id);
+        let written = self.files.replace(&path, &serde_json::to_vec(devices)?);
+        written.with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The devices of run `id`; none where none were kept.
+    pub fn devices(&self, id: &str) -> anyhow::Result<Vec<Device>> {
+        let path = self.devices_file(id);
+        let Some(text) = read(self.files.as_ref(), &path)? else { return Ok(Vec::new()) };
+        serde_json::from_slice(&text).with_context(|| format!("cannot read {}", path.display()))
+    }
+
     /// Notes that the supervisor of run `id` has died and is started again. True the first time, where that could be
     /// noted.
     pub fn note_restart(&self, id: &str) -> bool {
@@ -406,7 +425,8 @@ impl Runs {
 
     /// Removes what run `id`, which is over, has left in memory.
     pub fn clear_memory(&self, id: &str) {
-        for path in [self.rules_file(id), self.journal_paths(id).memory, self.restart_file(id)] {
+        let kept = [self.rules_file(id), self.devices_file(id)];
+        for path in kept.into_iter().chain([self.journal_paths(id).memory, self.restart_file(id)]) {
             let _not_there_is_fine = self.files.remove(&path);
         }
     }

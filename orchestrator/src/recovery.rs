@@ -257,6 +257,11 @@ impl Recovery {
             self.told(format!("ovs-vswitchd (process {}) has ended: all of it once more", gone.pid));
             self.end = self.clock.now() + LIMIT;
             outcome = self.carry_out(&mut host, database, &entries, &mark);
+            if let Err(error) = &outcome {
+                self.told(format!("{error:#}: all of it once more"));
+                self.end = self.clock.now() + LIMIT;
+                outcome = self.carry_out(&mut host, database, &entries, &mark);
+            }
         }
         match outcome {
             Ok(outcome) if !self.errors.is_empty() => {
@@ -472,6 +477,8 @@ impl Recovery {
         host.openflow.wait_ready(survivor, &bridges, self.flow_limit, self.until(READY_LIMIT))?;
         let restored = self.restore(host);
         self.keep("OpenFlow rules", restored);
+        let put_back = self.put_devices_back(host);
+        self.keep("internal devices", put_back);
         let let_go = let_it_bind(host);
         self.keep("freeze", let_go);
         let cleared = host.database.clear_all(&self.id, self.until(SHORT));
@@ -534,6 +541,15 @@ impl Recovery {
         let names: Vec<String> = lacking.iter().map(|rules| rules.bridge.clone()).collect();
         host.openflow.restore(&lacking, self.until(READY_LIMIT))?;
         self.told(format!("OpenFlow rules restored: {}", names.join(", ")));
+        Ok(())
+    }
+
+    /// Those that went with the kernel module, where it was being reloaded.
+    fn put_devices_back(&mut self, host: &Host) -> anyhow::Result<()> {
+        let devices = self.runs.devices(&self.id)?;
+        for failed in host.module.put_back(&devices, self.until(SHORT))? {
+            self.told(failed);
+        }
         Ok(())
     }
 

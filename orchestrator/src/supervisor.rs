@@ -76,12 +76,12 @@ fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
 ///
 /// # Errors
 /// None today: what cannot be looked at is a finding.
-pub fn check(config: &Config) -> anyhow::Result<CheckReport> {
+pub fn check(config: &Config, strategy: Strategy) -> anyhow::Result<CheckReport> {
     let mut host = match Host::real(config) {
         Ok(host) => host,
         Err(error) => return Ok(check_without_host(&error)),
     };
-    let wish = Wish { strategy: Strategy::Standby, ovsdb: true, if_needed: false, gate_command: None };
+    let wish = Wish { strategy, ovsdb: true, if_needed: false, gate_command: None };
     Ok(crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check)).report)
 }
 

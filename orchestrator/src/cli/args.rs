@@ -82,6 +82,10 @@ pub struct RestartArgs {
     /// `standby`: the new ovs-vswitchd starts beside the old one; `stop-start`: after its end.
     #[arg(long, default_value_t = Strategy::Standby)]
     pub strategy: Strategy,
+    /// Take the kernel module out and put it in again in between, after an upgrade of it. Its flows cannot survive that;
+    /// ports, OpenFlow rules, devices with their addresses, conntrack's limits and policies do.
+    #[arg(long, conflicts_with = "strategy")]
+    pub reload_module: bool,
     /// Leave ovsdb-server alone.
     #[arg(long)]
     pub no_ovsdb: bool,
@@ -94,6 +98,16 @@ pub struct RestartArgs {
     /// Print the report as JSON instead of the summary.
     #[arg(long)]
     pub json: bool,
+}
+
+impl RestartArgs {
+    /// How the new daemon comes to be.
+    pub fn chosen_strategy(&self) -> Strategy {
+        match self.reload_module {
+            true => Strategy::ReloadModule,
+            false => self.strategy,
+        }
+    }
 }
 
 /// Which past run.

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::control::{AbortAnswer, Connection, Progress, RunLock, LOCK, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
+use crate::report::Strategy;
 use crate::supervisor;
 use output::{complain, say, say_json};
 
@@ -96,7 +97,7 @@ fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         complain(&restart::busy(&holder));
         return Ok(ExitCode::Busy);
     }
-    let report = supervisor::check(&load(config)?)?;
+    let report = supervisor::check(&load(config)?, Strategy::Standby)?;
     match json {
         true => say_json(&report),
         false => say(report.to_string().trim_end()),

@@ -56,15 +56,25 @@ fn does(phase: Phase, level: Level, args: &RestartArgs, config: &Config) -> Stri
             if frozen { "arm the freeze" } else { "no freeze at this level" },
             if args.no_ovsdb { "leave ovsdb-server alone" } else { "restart ovsdb-server" }
         ),
-        Phase::Standby => match args.strategy {
+        Phase::Standby => match args.chosen_strategy() {
             Strategy::Standby => "set flow-restore-wait, start the new ovs-vswitchd beside the old one, stop it".into(),
-            Strategy::StopStart => "set flow-restore-wait, prepare the start of the new ovs-vswitchd".into(),
+            Strategy::StopStart | Strategy::ReloadModule => {
+                "set flow-restore-wait, prepare the start of the new ovs-vswitchd".into()
+            }
         },
+        Phase::SwitchPrepare if args.reload_module => "remember the addresses and routes of internal devices".into(),
         Phase::SwitchPrepare => "take the upcalls over, drain the old ovs-vswitchd".into(),
-        Phase::SwitchCommit => match args.strategy {
+        Phase::SwitchCommit => match args.chosen_strategy() {
             Strategy::Standby => "end the old ovs-vswitchd (point of no return), let the new one take over".into(),
             Strategy::StopStart => "end the old ovs-vswitchd (point of no return), start the new one".into(),
+            Strategy::ReloadModule => "end the old ovs-vswitchd (point of no return; no switching until handover), \
+                                       delete the datapath, unload and load the module, start the new ovs-vswitchd"
+                .into(),
         },
+        Phase::Restore if args.reload_module => {
+            "put limits, OpenFlow and learned addresses back, and devices with their addresses and routes".into()
+        }
+        Phase::Handover if args.reload_module => "let the new ovs-vswitchd bind".into(),
         Phase::Restore => "put OpenFlow and learned addresses into the new ovs-vswitchd".into(),
         Phase::Handover => "remove what cannot survive, bind the new ovs-vswitchd, replay what was parked".into(),
         Phase::Gates => gates(args, config),

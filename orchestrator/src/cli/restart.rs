@@ -60,7 +60,7 @@ pub fn restart(config: &Path, args: RestartArgs) -> u8 {
 
 fn print_plan(config: &Path, args: &RestartArgs) -> anyhow::Result<ExitCode> {
     let config = load(config)?;
-    let plan = plan(crate::supervisor::check(&config)?, args, &config);
+    let plan = plan(crate::supervisor::check(&config, args.chosen_strategy())?, args, &config);
     match args.json {
         true => say_json(&plan),
         false => say(&in_words(&plan)),
@@ -72,7 +72,7 @@ fn print_plan(config: &Path, args: &RestartArgs) -> anyhow::Result<ExitCode> {
 fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<SuperviseArgs> {
     Ok(SuperviseArgs {
         id: new_id(),
-        strategy: args.strategy,
+        strategy: args.chosen_strategy(),
         if_needed: args.if_needed,
         no_ovsdb: args.no_ovsdb,
         gate_command: args.gate_command.clone(),
@@ -265,6 +265,7 @@ mod tests {
             plan: false,
             if_needed: false,
             strategy: Strategy::Standby,
+            reload_module: false,
             no_ovsdb: false,
             gate_command: None,
             report: None,

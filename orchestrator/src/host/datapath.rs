@@ -69,6 +69,9 @@ pub trait Datapath {
     fn arm(&mut self, classes: Classes, lease: Lease) -> Result<()>;
     /// Takes up the freeze that a process which has ended left behind; false where there is none.
     fn take_up_freeze(&mut self) -> Result<bool>;
+    /// Asks the kernel anew who it is: the module has been taken out and put in again, and its families have other
+    /// numbers.
+    fn reopen(&mut self) -> Result<()>;
     /// Is there a freeze to speak of (level `full`)?
     fn is_armed(&self) -> bool;
     /// Refuses exactly `classes` from now on.

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod datapath;
 pub mod disk;
 pub mod error;
+pub mod module;
 pub mod real;
 #[cfg(test)]
 pub mod simulated;

@@ -55,6 +55,9 @@ pub enum Strategy {
     Standby,
     /// Started after the old one's end.
     StopStart,
+    /// The same, with the kernel module taken out and put in again in between. No kernel flow survives that, and
+    /// nothing is parked.
+    ReloadModule,
 }
 
 impl fmt::Display for Strategy {
@@ -62,6 +65,7 @@ impl fmt::Display for Strategy {
         f.pad(match self {
             Strategy::Standby => "standby",
             Strategy::StopStart => "stop-start",
+            Strategy::ReloadModule => "reload-module",
         })
     }
 }
@@ -70,8 +74,9 @@ impl FromStr for Strategy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Strategy, String> {
-        let known = [Strategy::Standby, Strategy::StopStart].into_iter().find(|known| known.to_string() == text);
-        known.ok_or_else(|| format!("`{text}` is neither `standby` nor `stop-start`"))
+        let all = [Strategy::Standby, Strategy::StopStart, Strategy::ReloadModule];
+        let known = all.into_iter().find(|known| known.to_string() == text);
+        known.ok_or_else(|| format!("`{text}` is neither `standby` nor `stop-start` nor `reload-module`"))
     }
 }
 

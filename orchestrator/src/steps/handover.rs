@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::host::datapath::DATAPATH;
 use crate::host::Cleared;
 use crate::machine::{Event, Phase};
+use crate::report::Strategy;
 
 pub(super) struct Handover;
 
@@ -46,12 +47,18 @@ fn hand_over(run: &mut Run) -> Result<(), Stop> {
 
 /// Without a freeze the daemon binds and flushes by itself as soon as the flag goes.
 pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
-    remove_doomed(run)?;
+    let reloads = run.wish.strategy == Strategy::ReloadModule;
+    if !reloads {
+        remove_doomed(run)?;
+    }
     clear_restore_wait(run)?;
     wait_in_step(run)?;
     let now = run.now();
     notes::gap_ended(&mut run.report, &mut run.known.gap_began, now);
     restore_bridges_with_controllers(run)?;
+    if reloads {
+        return run.checkpoint();
+    }
     let (daemon, until) = (run.new_daemon()?.id, run.deadline);
     let replayed = run.host.datapath.replay_to(daemon, until).context("replaying the parked packets")?;
     notes::replay(&mut run.report, run.known.before.as_ref(), &run.host.datapath.park_stats(), &replayed);

@@ -13,6 +13,7 @@ mod handover;
 mod notes;
 mod policies;
 mod ports;
+mod reload;
 mod restore;
 mod run;
 mod settle;

@@ -32,6 +32,7 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let new = run.new_daemon()?.clone();
     wait_for_bridges(run, &new)?;
+    super::reload::put_limits_back(run)?;
     let bridges = run.known.facts.bridges.clone();
     for failed in run.host.datapath.tunnels_adopted(TUNNEL_PATIENCE)? {
         run.warn(format!("tunnel port not kept: {failed}"));
@@ -39,7 +40,8 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let Known { rules, addresses, prepared, .. } = &mut run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
     note(run, done)?;
-    super::policies::make(run)
+    super::policies::make(run)?;
+    super::reload::put_devices_back(run)
 }
 
 fn wait_for_bridges(run: &mut Run, new: &Daemon) -> Result<(), Stop> {

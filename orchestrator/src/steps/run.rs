@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::control::{Control, Hook, Progress};
 use crate::host::clock::Clock;
 use crate::host::datapath::{Datapath, FreezeEvent};
+use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
     BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
@@ -36,6 +37,8 @@ pub struct Host {
     pub services: Box<dyn ServiceManager>,
     /// What Check looks at besides.
     pub surroundings: Box<dyn Surroundings>,
+    /// The kernel module.
+    pub module: Box<dyn KernelModule>,
     /// Time.
     pub clock: Arc<dyn Clock>,
 }
@@ -107,6 +110,8 @@ pub struct Known {
     pub standby_stopped: bool,
     /// Timeout policies in the database are changed for a moment.
     pub policies_touched: bool,
+    /// Internal devices as they were, once they were looked at because the module is to be reloaded.
+    pub devices: Option<Vec<Device>>,
     /// Ports whose deletion was refused.
     pub refused_ports: Vec<u32>,
     /// When the upcalls left the old daemon.

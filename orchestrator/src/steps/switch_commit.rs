@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use super::standby::start_new_daemon;
 use super::switch_prepare::{keep_parked, take_upcalls};
-use super::{Ended, Run, Step, Stop};
+use super::{reload, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
 use crate::host::Signal;
@@ -22,7 +22,10 @@ impl Step for SwitchCommit {
 
     fn perform(&self, run: &mut Run) -> Ended {
         run.control.tell(&Progress::PointOfNoReturn);
-        if run.known.gap_began.is_none() {
+        let reloads = run.wish.strategy == Strategy::ReloadModule;
+        if reloads {
+            run.known.gap_began.get_or_insert(run.now());
+        } else if run.known.gap_began.is_none() {
             // The old daemon has ended by itself before SwitchPrepare came to it.
             take_upcalls(run)?;
             keep_parked(run)?;
@@ -39,13 +42,19 @@ impl Step for SwitchCommit {
             run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
         }
         wait_for_end(run)?;
-        run.host.datapath.read_left_over()?;
-        if run.wish.strategy == Strategy::StopStart && run.known.new.is_none() {
+        if reloads {
+            reload::reload(run)?;
+        } else {
+            run.host.datapath.read_left_over()?;
+        }
+        if run.wish.strategy != Strategy::Standby && run.known.new.is_none() {
             start_new_daemon(run)?;
         }
         let new = run.new_daemon()?.clone();
         run.host.daemons.settle_pid_file(&new).context("the PID file of the new ovs-vswitchd")?;
-        run.host.datapath.choose_doomed_meanwhile()?;
+        if !reloads {
+            run.host.datapath.choose_doomed_meanwhile()?;
+        }
         Ok(Event::Done)
     }
 }

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
-use super::{bridges, classes, notes, Ended, Run, Step, Stop};
+use super::{bridges, classes, notes, reload, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
+use crate::report::Strategy;
 
 pub(super) struct SwitchPrepare;
 
@@ -23,6 +24,11 @@ impl Step for SwitchPrepare {
 
     fn perform(&self, run: &mut Run) -> Ended {
         bridges::look_again(run)?;
+        if run.wish.strategy == Strategy::ReloadModule {
+            reload::remember(run)?;
+            take_in_openflow_changes(run)?;
+            return past_abort(run);
+        }
         let_it_catch_up(run)?;
         let old = run.old()?.id;
         run.host.datapath.prepare_park(old).context("opening the parking sockets")?;
@@ -30,12 +36,7 @@ impl Step for SwitchPrepare {
         take_upcalls(run)?;
         wait_until_drained(run)?;
         take_in_openflow_changes(run)?;
-        run.checkpoint()?;
-        // From here on `abort` is refused; who asked just before still gets what he asked for.
-        if run.control.gate().commit().is_err() {
-            run.tell_machine(Event::AbortRequested)?;
-        }
-        Ok(Event::Done)
+        past_abort(run)
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
@@ -46,6 +47,15 @@ impl Step for SwitchPrepare {
         }
         Ok(Event::Done)
     }
+}
+
+/// From here on `abort` is refused; who asked just before still gets what he asked for.
+fn past_abort(run: &mut Run) -> Ended {
+    run.checkpoint()?;
+    if run.control.gate().commit().is_err() {
+        run.tell_machine(Event::AbortRequested)?;
+    }
+    Ok(Event::Done)
 }
 
 /// Hazards 4: where rules were changed during the run, the old daemon does with its kernel flows what they ask for, as

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
+use crate::report::Strategy;
 
 pub(super) struct Verify;
 
@@ -25,7 +26,8 @@ impl Step for Verify {
         let facts = run.host.database.facts(until).context("the database")?;
         if let Some(before) = run.known.before.take() {
             compare_conntrack(run, &facts, &before, &mut after)?;
-            notes::after(&mut run.report, &before, &after, &ports::wanted(&facts));
+            let reloads = run.wish.strategy == Strategy::ReloadModule;
+            notes::after(&mut run.report, &before, &after, &ports::wanted(&facts), reloads);
             run.known.before = Some(before);
         }
         bridges::forget_removed(run, &facts);

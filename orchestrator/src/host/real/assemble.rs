@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dpfreeze::park::ParkLimits;
 
 use super::datapath::KernelDatapath;
-use super::{Ovsdb, RealClock, RealDaemons, RealOpenFlow, RealSurroundings, Systemd};
+use super::{Ovsdb, RealClock, RealDaemons, RealModule, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
 use crate::control::RUN_DIR;
 use crate::host::Database;
@@ -40,6 +40,7 @@ impl Host {
             openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY, RUN_DIR)),
             services: Box::new(Systemd::default()),
             surroundings: Box::new(RealSurroundings),
+            module: Box::new(RealModule),
             clock: Arc::new(RealClock),
         })
     }

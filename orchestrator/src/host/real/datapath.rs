@@ -109,6 +109,11 @@ impl Datapath for KernelDatapath {
         self.ovs.flow_counts(dp.ifindex).about(DATAPATH)
     }
 
+    fn reopen(&mut self) -> Result<()> {
+        self.ovs = Ovs::open().about("kernel datapath")?;
+        Ok(())
+    }
+
     fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>> {
         dpfreeze::conntrack::timeout_policies().about("conntrack timeout policies")
     }

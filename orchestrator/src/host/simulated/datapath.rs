@@ -91,6 +91,10 @@ impl Datapath for SimDatapath {
         self.sim.operate("datapath.set_ct_limits", None, |_| Ok(()))
     }
 
+    fn reopen(&mut self) -> Result<()> {
+        self.sim.operate("datapath.reopen", None, |_| Ok(()))
+    }
+
     fn begin_guard(&mut self, _run: &str, _zones: &BTreeMap<String, BTreeSet<u16>>, _terms: Terms) -> Result<Guarded> {
         self.sim.operate("datapath.begin_guard", None, |_| Ok(Guarded { policies: 0, connections: 0 }))
     }

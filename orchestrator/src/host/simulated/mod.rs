@@ -15,6 +15,7 @@ mod database;
 mod datapath;
 mod disk;
 mod fault;
+mod module;
 mod openflow;
 mod services;
 mod surroundings;
@@ -61,6 +62,7 @@ impl Sim {
             openflow: Box::new(openflow::SimOpenFlow(self.clone())),
             services: Box::new(services::SimServices(self.clone())),
             surroundings: Box::new(surroundings::SimSurroundings(self.clone())),
+            module: Box::new(module::SimModule(self.clone())),
             clock: Arc::new(clock::SimClock(self.clone())),
         }
     }

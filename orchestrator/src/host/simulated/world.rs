@@ -131,6 +131,8 @@ pub struct Kernel {
     pub parked: u64,
     /// The parking sockets of the supervisor that lives.
     pub park: Option<Vec<u32>>,
+    /// Internal devices have lost their addresses with the module.
+    pub bare_devices: bool,
     /// How many timeout policies daemons have made.
     pub policies: u32,
 }
@@ -683,6 +685,14 @@ impl World {
         false
     }
 
+    /// The datapath goes with its module: flows, bindings and devices.
+    pub fn lose_module(&mut self) {
+        self.kernel.established = None;
+        self.kernel.recirculating = None;
+        self.kernel.bound.clear();
+        self.kernel.bare_devices = true;
+    }
+
     /// All flows of the datapath are deleted, unless that is refused.
     pub fn flush(&mut self) {
         if self.refused_now().contains(Classes::FLOW_FLUSH) {
@@ -913,6 +923,7 @@ impl World {
         add(self.table.flag, "flow-restore-wait");
         add(self.table.mark.is_some(), "the mark of the run");
         add(self.table.touched, "a changed timeout policy");
+        add(self.kernel.bare_devices, "devices without addresses");
         add(self.kernel.frost.is_some(), "a freeze");
         add(self.switch.drop_in, "the drop-in of the switch");
         add(self.server_drop_in, "the drop-in of the database server");
