@@ -4,7 +4,7 @@
 //! `restore:after:kill-new`. STEP is a phase of the journal, WHEN `before` or `after` its effect. A fault strikes once in
 //! a run; a supervisor that is started again throws none.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -80,11 +80,13 @@ fn signal(run: &Run, fault: &str) -> anyhow::Result<()> {
         }
         "stop" => {
             let seconds = if whom == "supervisor" { SUPERVISOR_STOPPED_S } else { STOPPED_S };
-            Command::new("sh")
-                .args(["-c", &format!("sleep {seconds}; kill -CONT {pid}")])
-                .stdin(Stdio::null())
-                .spawn()
-                .context("cannot start sh")?;
+            // Not in the run's cgroup: systemd ends what is left in it with the run.
+            let woken = Command::new("systemd-run")
+                .args(["--quiet", &format!("--on-active={seconds}"), "--timer-property=AccuracySec=100ms", "--collect"])
+                .args(["kill", "-CONT", &pid.to_string()])
+                .status()
+                .context("cannot start systemd-run")?;
+            anyhow::ensure!(woken.success(), "systemd-run: {woken}");
             let _ended_by_itself = kill(pid, Signal::SIGSTOP);
         }
         _ => bail!("{VARIABLE}: no fault {fault}"),

@@ -233,6 +233,9 @@ pub struct CopyCount {
     pub different: u64,
     /// Packets seen again.
     pub duplicated: u64,
+    /// Numbers between the first and the last that were not seen: of the packet, or where only ports are known, of its
+    /// port.
+    pub missing: Vec<u32>,
 }
 
 /// What a mirror's port saw.

@@ -85,6 +85,9 @@ fn start<S: Source>(ports: &[u16], open: impl FnOnce() -> Result<S> + Send + 'st
     Ok(Copies { stop, arrived, counter })
 }
 
+/// So many missing numbers of a flow are told.
+const MISSING_MAX: usize = 60;
+
 struct Device(OwnedFd);
 
 impl Source for Device {
@@ -221,13 +224,23 @@ fn name_of_ports([src, dst]: [u16; 2], ports: &[u16], number: impl Fn(u16) -> u3
     }
 }
 
+fn name_in_words(port: u16, request: bool) -> String {
+    format!("{port} {}", if request { "requests" } else { "replies" })
+}
+
 fn sum(seen: &HashMap<Name, u32>) -> BTreeMap<String, CopyCount> {
     let mut all: BTreeMap<String, CopyCount> = BTreeMap::new();
     for ((port, request, _), times) in seen {
-        let direction = if *request { "requests" } else { "replies" };
-        let count = all.entry(format!("{port} {direction}")).or_default();
+        let count = all.entry(name_in_words(*port, *request)).or_default();
         count.different += 1;
         count.duplicated += u64::from(times - 1);
+    }
+    for (flow, count) in &mut all {
+        let mut numbers: Vec<u32> =
+            seen.keys().filter(|(port, request, _)| *flow == name_in_words(*port, *request)).map(|key| key.2).collect();
+        numbers.sort_unstable();
+        let gaps = numbers.windows(2).flat_map(|pair| pair[0] + 1..pair[1]);
+        count.missing = gaps.take(MISSING_MAX).collect();
     }
     all
 }
@@ -298,6 +311,6 @@ mod tests {
         assert_eq!(name_of(&packet(5, 6, 78), &ports), None);
         assert_eq!(name_of(&packet(5, 9001, 77)[..30], &ports), None);
         let seen = HashMap::from([((9001, true, 1), 1), ((9001, true, 2), 3)]);
-        assert_eq!(sum(&seen)["9001 requests"], CopyCount { different: 2, duplicated: 2 });
+        assert_eq!(sum(&seen)["9001 requests"], CopyCount { different: 2, duplicated: 2, missing: Vec::new() });
     }
 }
