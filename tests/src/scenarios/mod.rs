@@ -27,6 +27,7 @@ mod port_removed;
 mod qinq;
 mod reboot;
 mod refusals;
+mod reload_module;
 mod rule_change;
 mod sampling;
 mod scale;
@@ -295,6 +296,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&back::Back),
     Scenario::Custom(&disturbed::Disturbed),
     Scenario::Custom(&reboot::Reboot),
+    Scenario::Custom(&reload_module::ReloadModule),
     Scenario::Custom(&chaos::Chaos),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&unprivileged::Unprivileged),
