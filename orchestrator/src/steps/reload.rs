@@ -35,7 +35,9 @@ pub(super) fn reload(run: &mut Run) -> Result<(), Stop> {
         remember(run)?;
     }
     let versions = run.host.module.reload(run.deadline).context("reloading the kernel module")?;
-    run.report.details.insert("module_versions".into(), versions.into());
+    if versions.iter().all(|version| !version.is_empty()) {
+        run.report.details.insert("module_versions".into(), versions.into());
+    }
     run.checkpoint()
 }
 
