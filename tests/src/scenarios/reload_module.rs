@@ -41,6 +41,8 @@ impl Custom for ReloadModule {
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        // A module that goes may take a kernel along: its words belong on the console.
+        shell("sysctl -qw kernel.printk=5")?;
         plain::set_up()?;
         network::patient_veth()?;
         shell(DEVICES)?;
