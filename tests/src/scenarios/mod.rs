@@ -8,6 +8,7 @@ mod conntrack;
 mod controller;
 mod ct_guard;
 mod ct_policies;
+mod ct_zones;
 mod disturbed;
 mod group;
 mod killed;
@@ -293,6 +294,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
+    Scenario::Custom(&ct_zones::CtZones),
     Scenario::Custom(&back::Back),
     Scenario::Custom(&disturbed::Disturbed),
     Scenario::Custom(&reboot::Reboot),
