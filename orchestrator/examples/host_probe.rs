@@ -137,6 +137,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.take("upcall/set-flow-limit", daemons.command(&old, "upcall/set-flow-limit", &["200000"], soon()));
     let options = CheckOptions {
         replace_ovsdb: true,
+        called_by: None,
         state_directory: "/var/lib/ovs-graceful".into(),
         run_directory: "/run/ovs-graceful".into(),
     };

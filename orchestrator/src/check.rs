@@ -54,8 +54,12 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     });
     let facts = host.database.facts(until);
     let facts = keep(facts, "database", "ovsdb-server", "start ovsdb-server", &mut findings);
-    let options =
-        CheckOptions { replace_ovsdb: wish.ovsdb, state_directory: STATE_DIR.into(), run_directory: RUN_DIR.into() };
+    let options = CheckOptions {
+        replace_ovsdb: wish.ovsdb,
+        called_by: wish.called_by.clone(),
+        state_directory: STATE_DIR.into(),
+        run_directory: RUN_DIR.into(),
+    };
     let Host { daemons, database, services, surroundings, .. } = &*host;
     let others = surroundings.findings(daemons.as_ref(), database.as_ref(), services.as_ref(), &options, until);
     findings.extend(others);

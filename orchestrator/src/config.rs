@@ -70,6 +70,22 @@ pub struct Config {
     pub settle: SettleConfig,
     /// Timeout policies of live connections.
     pub guard: GuardConfig,
+    /// What of the distribution's own commands leads to a run.
+    pub doors: DoorsConfig,
+}
+
+/// What of the distribution's own commands leads to a run, where our drop-ins are installed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DoorsConfig {
+    /// `systemctl reload` of the unit that stands for both daemons; false: what the package wrote.
+    pub reload: bool,
+}
+
+impl Default for DoorsConfig {
+    fn default() -> DoorsConfig {
+        DoorsConfig { reload: true }
+    }
 }
 
 /// Runs in general.

@@ -50,7 +50,8 @@ pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
     }
     let gate_command =
         args.gate_command.clone().or_else(|| Some(config.gates.command.clone())).filter(|command| !command.is_empty());
-    let wish = Wish { strategy: args.strategy, ovsdb: !args.no_ovsdb, if_needed: args.if_needed, gate_command };
+    let (called_by, if_needed) = (args.called_by.clone(), args.if_needed);
+    let wish = Wish { strategy: args.strategy, ovsdb: !args.no_ovsdb, if_needed, gate_command, called_by };
     let (code, report) = run_to_the_end(&args.id, wish, config)?;
     if let (Some(path), Some(report)) = (&args.report, report) {
         report.write(path)?;
@@ -81,7 +82,7 @@ pub fn check(config: &Config, strategy: Strategy) -> anyhow::Result<CheckReport>
         Ok(host) => host,
         Err(error) => return Ok(check_without_host(&error)),
     };
-    let wish = Wish { strategy, ovsdb: true, if_needed: false, gate_command: None };
+    let wish = Wish { strategy, ovsdb: true, if_needed: false, gate_command: None, called_by: None };
     Ok(crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check)).report)
 }
 

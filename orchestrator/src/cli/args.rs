@@ -71,7 +71,7 @@ pub enum Command {
 }
 
 /// How to replace the daemons.
-#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
 pub struct RestartArgs {
     /// Say what would be done; touch nothing.
     #[arg(long)]
@@ -98,6 +98,9 @@ pub struct RestartArgs {
     /// Print the report as JSON instead of the summary.
     #[arg(long)]
     pub json: bool,
+    /// The unit whose reload this is.
+    #[arg(skip)]
+    pub called_by: Option<String>,
 }
 
 impl RestartArgs {
@@ -158,6 +161,15 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// ExecReload= of the unit that stands for both daemons: a run, or where that is switched off (`doors.reload`) the
+    /// package's own command.
+    UnitReload {
+        /// The unit.
+        unit: String,
+        /// The package's own ExecReload=.
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
     /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.
     Stopped,
     /// One look at the timeout policies that are guarded for live connections.
@@ -191,6 +203,9 @@ pub struct SuperviseArgs {
     /// Where the report goes besides the run's folder; an absolute path.
     #[arg(long)]
     pub report: Option<PathBuf>,
+    /// The unit whose reload this run is.
+    #[arg(long)]
+    pub called_by: Option<String>,
     /// The configuration, an absolute path. On the command line it is the global `--config`.
     #[arg(skip)]
     pub config: PathBuf,
@@ -211,6 +226,7 @@ impl SuperviseArgs {
             words.push("--report".into());
             words.push(report.clone().into());
         }
+        words.extend(self.called_by.as_ref().map(|unit| format!("--called-by={unit}").into()));
         words
     }
 }
@@ -234,6 +250,7 @@ mod tests {
             no_ovsdb: true,
             gate_command: Some("--odd 'command' $HOME %n".into()),
             report: Some("/tmp/a b/report.json".into()),
+            called_by: Some("openvswitch-switch.service".into()),
             config: "/etc/other.toml".into(),
         };
         for args in [args.clone(), SuperviseArgs { gate_command: None, report: None, if_needed: false, ..args }] {

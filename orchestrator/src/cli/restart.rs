@@ -77,6 +77,7 @@ fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<Supervise
         no_ovsdb: args.no_ovsdb,
         gate_command: args.gate_command.clone(),
         report: args.report.as_ref().map(std::path::absolute).transpose()?,
+        called_by: args.called_by.clone(),
         config: std::path::absolute(config)?,
     })
 }
@@ -261,16 +262,7 @@ mod tests {
     }
 
     fn args() -> RestartArgs {
-        RestartArgs {
-            plan: false,
-            if_needed: false,
-            strategy: Strategy::Standby,
-            reload_module: false,
-            no_ovsdb: false,
-            gate_command: None,
-            report: None,
-            json: false,
-        }
+        RestartArgs::default()
     }
 
     fn finished(exit_code: ExitCode) -> Progress {

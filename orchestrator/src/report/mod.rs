@@ -48,10 +48,11 @@ impl fmt::Display for Level {
 }
 
 /// How the new daemon comes to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
     /// Started beside the old one, waiting for the database's lock.
+    #[default]
     Standby,
     /// Started after the old one's end.
     StopStart,

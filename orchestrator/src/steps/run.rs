@@ -54,6 +54,8 @@ pub struct Wish {
     pub if_needed: bool,
     /// A command that must succeed before the run settles.
     pub gate_command: Option<String>,
+    /// The unit whose reload job this run is.
+    pub called_by: Option<String>,
 }
 
 /// How the new daemon is being started.

@@ -56,7 +56,13 @@ fn play(setting: Setting, script: Script) -> Played {
         let host = sim.host();
         let from = Beginning {
             id: "run-1".into(),
-            wish: Wish { strategy: setting.strategy, ovsdb: setting.ovsdb, if_needed: false, gate_command: None },
+            wish: Wish {
+                strategy: setting.strategy,
+                ovsdb: setting.ovsdb,
+                if_needed: false,
+                gate_command: None,
+                called_by: None,
+            },
             config: Config::default(),
             runs: runs.clone(),
             control: Box::new(SimControl::new(&sim)),

@@ -237,6 +237,7 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     std::thread::sleep(Duration::from_secs_f64(job.load.before_s));
     let mut evidence = before(job, &bridges, out)?;
     scenario.before_action(outcome)?;
+    evidence.connections_before = facts::connections();
     std::thread::sleep(Duration::from_secs(1));
     evidence.flows_before = facts::flows(&out.join("flows-before"))?;
     evidence.counters_before = facts::counters()?;
@@ -272,7 +273,7 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
         bridges: bridges.to_vec(),
         daemons_before: facts::DAEMONS.map(facts::daemons),
         daemons_after: [Vec::new(), Vec::new()],
-        connections_before: facts::connections(),
+        connections_before: BTreeMap::new(),
         connections_after: BTreeMap::new(),
         promised_before: facts::promised(bridges),
         promised_after: Promised::default(),

@@ -82,7 +82,9 @@ fn make_zones() -> Result<()> {
     loop {
         let count = stream.read(&mut chunk).context("the answer of ovsdb-server")?;
         answer.extend_from_slice(chunk.get(..count).unwrap_or_default());
-        if let Ok(answer) = serde_json::from_slice::<Value>(&answer) {
+        // Not each time: it has megabytes.
+        let may_be_all = answer.last() == Some(&b'}');
+        if let Some(answer) = may_be_all.then(|| serde_json::from_slice::<Value>(&answer).ok()).flatten() {
             let failed = answer["result"].as_array().into_iter().flatten().find(|result| result.get("error").is_some());
             stream.shutdown(Shutdown::Both)?;
             return match failed {

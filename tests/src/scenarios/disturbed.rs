@@ -22,6 +22,8 @@ pub struct Disturbed;
 
 struct Case {
     name: &'static str,
+    /// For `ovs-graceful restart`.
+    arguments: &'static [&'static str],
     /// Before the run.
     prepare: &'static [&'static str],
     /// The phase that it happens in; empty where the run must be refused as it is.
@@ -51,6 +53,7 @@ enum What {
 
 const BASE: Case = Case {
     name: "",
+    arguments: &["--no-ovsdb"],
     prepare: &[],
     phase: "",
     what: What::Shell("true"),
@@ -210,6 +213,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "a schema that cannot be had",
+        arguments: &[],
         prepare: &[KEEP_SCHEMA, "sed -i 's/\"version\": \"[0-9.]*\"/\"version\": \"9.0.0\"/; s/\"Bridge\": {/\"Lost\": {/' /usr/share/openvswitch/vswitch.ovsschema"],
         client: 10,
         tidy: RESTORE_SCHEMA,
@@ -217,6 +221,7 @@ const CASES: &[Case] = &[
     },
     Case {
         name: "a newer schema",
+        arguments: &[],
         prepare: &[
             KEEP_SCHEMA,
             "sed -i 's/\"version\": \"[0-9.]*\"/\"version\": \"9.0.0\"/; \
@@ -271,7 +276,7 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let daemons = facts::daemons("ovs-vswitchd");
     let known = run::known();
     let log = out.join(format!("run-{}", case.name.replace(' ', "-")));
-    let mut client = run::start(&[], &log)?;
+    let mut client = run::start_with(case.arguments, &[], &log)?;
     let happened = match case.phase {
         "" => Ok(None),
         phase => happen(case, phase, &known, &client).map(Some),

@@ -10,6 +10,7 @@ mod ct_guard;
 mod ct_policies;
 mod ct_zones;
 mod disturbed;
+mod doors;
 mod group;
 mod killed;
 mod large;
@@ -292,6 +293,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&systemd::Systemd),
+    Scenario::Custom(&doors::Doors),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&ct_zones::CtZones),

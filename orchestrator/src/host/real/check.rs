@@ -25,6 +25,8 @@ const UNITS: &[&str] =
 pub struct CheckOptions {
     /// ovsdb-server is to be replaced too.
     pub replace_ovsdb: bool,
+    /// The unit whose reload job this is.
+    pub called_by: Option<String>,
     /// Where snapshots and old binaries are kept, usually `/var/lib/ovs-graceful`.
     pub state_directory: PathBuf,
     /// Where journal and socket live, usually `/run/ovs-graceful`.
@@ -302,7 +304,9 @@ fn service_findings(
             if jobs.iter().any(|(unit, kind)| unit == "shutdown.target" && kind == "start") {
                 found.refuse("shutdown", "shutdown.target", "the machine is being stopped", "wait for the next boot");
             }
-            for (unit, kind) in jobs.iter().filter(|(unit, _)| UNITS.contains(&unit.as_str())) {
+            let ours = |unit: &str, kind: &str| kind == "reload" && options.called_by.as_deref() == Some(unit);
+            let of_ovs = jobs.iter().filter(|(unit, kind)| UNITS.contains(&unit.as_str()) && !ours(unit, kind));
+            for (unit, kind) in of_ovs {
                 let remedy = "wait until it has ended (systemctl list-jobs)";
                 found.refuse("unit-job", unit, format!("a {kind} job is queued for it"), remedy);
             }
