@@ -1,5 +1,6 @@
 //! The distribution's own commands lead to a run, where our drop-ins are installed: `systemctl reload` of the unit that
-//! stands for both daemons. Refused it changes nothing, and switched off it is what the package wrote.
+//! stands for both daemons, and `ovs-ctl restart --graceful`. Refused it changes nothing, and switched off it is what the
+//! package wrote.
 
 use std::fs;
 use std::path::Path;
@@ -17,6 +18,8 @@ use crate::outcome::{Job, Outcome};
 pub struct Doors;
 
 const DROP_IN: &str = include_str!("../../../systemd/openvswitch-switch.service.d/50-ovs-graceful.conf");
+const PATCH: &str = include_str!("../../../patches/ovs-ctl-graceful.patch");
+const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
 const FOLDER: &str = "/usr/lib/systemd/system/openvswitch-switch.service.d";
 const UNIT: &str = "openvswitch-switch";
 
@@ -26,7 +29,7 @@ impl Custom for Doors {
     }
 
     fn about(&self) -> &'static str {
-        "systemctl reload of the distribution's unit is a run; refused, switched off, uninstalled"
+        "systemctl reload of the distribution's unit, and ovs-ctl restart --graceful; refused, switched off, uninstalled"
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -38,8 +41,12 @@ impl Custom for Doors {
         fs::write(format!("{FOLDER}/50-ovs-graceful.conf"), DROP_IN)?;
         shell("systemctl daemon-reload")?;
         for round in ["first", "second"] {
-            graceful(&format!("{round} reload"), out, outcome)?;
+            let name = format!("{round} reload");
+            graceful(&name, || reload(&name, out), outcome)?;
         }
+        fs::write("/run/lab-patch", PATCH)?;
+        shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
+        graceful("ovs-ctl", || ovs_ctl(out), outcome)?;
         refused(out, outcome)?;
         switched_off(outcome)?;
         shell(&format!("rm -r {FOLDER}; systemctl daemon-reload"))?;
@@ -64,13 +71,19 @@ fn reload(name: &str, out: &Path) -> String {
     ))
 }
 
-fn graceful(name: &str, out: &Path, outcome: &mut Outcome) -> Result<()> {
+fn ovs_ctl(out: &Path) -> String {
+    let log = out.join("ovs-ctl");
+    let command = format!("timeout 240 {OVS_CTL} --system-id=random restart --graceful");
+    shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
+}
+
+fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
     let (before, rules) = (facts::DAEMONS.map(facts::daemons), facts::promised(&plain::bridges()));
     let known = run::known();
-    let said = reload(name, out);
+    let said = door();
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
     let now = facts::DAEMONS.map(facts::daemons);
     let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
