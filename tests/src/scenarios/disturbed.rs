@@ -230,7 +230,7 @@ const CASES: &[Case] = &[
         phase: "arm",
         holds: &[
             "ovsdb-client get-schema-version unix:/run/openvswitch/db.sock Open_vSwitch | grep -x 9.0.0",
-            "ovs-vsctl get open_vswitch . lab_added",
+            "ovsdb-client list-columns unix:/run/openvswitch/db.sock Open_vSwitch | grep lab_added",
             "ovs-vsctl --if-exists get bridge br0 name | grep br0",
         ],
         tidy: RESTORE_SCHEMA,
