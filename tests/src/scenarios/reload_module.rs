@@ -141,6 +141,7 @@ fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     let log = out.join("stock");
     let script = "/usr/share/openvswitch/scripts/ovs-ctl --system-id=random force-reload-kmod";
     let exit = shell_lenient(&format!("timeout 120 {script} > {} 2>&1; echo exit=$?", log.display()));
+    say(&format!("stock: {}", exit.trim()));
     std::thread::sleep(Duration::from_secs(8));
     let after = (promised(), devices());
     outcome.note("stock: exit", exit.trim());
@@ -148,7 +149,11 @@ fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     outcome.check("stock: the module was reloaded", reloads() > loaded, reloads());
     let lost = aftermath::finish("stock", live, true, outcome)?.iter().sum();
     // Its daemons are systemd's no longer.
-    shell("/usr/share/openvswitch/scripts/ovs-ctl stop; systemctl reset-failed; systemctl restart openvswitch-switch")?;
+    say("stock: traffic ended");
+    shell("timeout 60 /usr/share/openvswitch/scripts/ovs-ctl stop")?;
+    say("stock: daemons ended");
+    shell("systemctl reset-failed; timeout 100 systemctl restart openvswitch-switch")?;
+    say("stock: daemons are systemd's again");
     wait_for_daemons()?;
     shell_lenient("ovs-vsctl del-port br0 int0; ip route flush table 100; ip address flush dev br0");
     shell(DEVICES)?;
