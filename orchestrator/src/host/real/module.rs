@@ -30,6 +30,9 @@ const FOR_EVER: u64 = u32::MAX as u64;
 /// Folders of /proc/sys/net with a folder for each device.
 const SETTINGS: [&str; 4] = ["ipv4/conf", "ipv6/conf", "ipv4/neigh", "ipv6/neigh"];
 
+/// The kernel complains about whoever uses them; each has a twin in milliseconds.
+const DEPRECATED: [&str; 2] = ["base_reachable_time", "retrans_time"];
+
 impl KernelModule for RealModule {
     fn obstacles(&self, now: &Snapshot, until: Instant) -> Result<Vec<Finding>> {
         let mut found = Vec::new();
@@ -133,9 +136,12 @@ fn upper(name: &str) -> Option<String> {
 /// Deletes the datapath, then the modules that only it needed.
 fn unload(ports: &[String], until: Instant) -> Result<()> {
     let datapath = format!("system@{DATAPATH}");
-    let listed = run_well("ovs-dpctl", &["dump-dps"], None, until)?;
-    if listed.split_whitespace().any(|name| name == datapath) {
-        run_well("ovs-dpctl", &["del-dp", &datapath], None, until)?;
+    if let Err(error) = run_well("ovs-dpctl", &["del-dp", &datapath], None, until) {
+        // Where it is gone already nothing is wrong.
+        let listed = run_well("ovs-dpctl", &["dump-dps"], None, until)?;
+        if listed.split_whitespace().any(|name| name == datapath) {
+            return Err(error);
+        }
     }
     let until = until.min(Instant::now() + LET_GO);
     let modules: Vec<&str> = ["-r"].into_iter().chain(ports.iter().map(String::as_str)).chain([MODULE]).collect();
@@ -255,7 +261,10 @@ fn settings(name: &str) -> BTreeMap<String, String> {
     let files = folders.flat_map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
     // Some can only be written.
     let read = |path: &Path| Some((path.to_str()?.to_owned(), fs::read_to_string(path).ok()?.trim().to_owned()));
-    files.filter_map(|file| read(&file.path())).collect()
+    files
+        .filter(|file| !DEPRECATED.iter().any(|name| file.file_name() == *name))
+        .filter_map(|f| read(&f.path()))
+        .collect()
 }
 
 fn put_device_back(wanted: &Device, failed: &mut Vec<String>, until: Instant) -> Result<()> {
