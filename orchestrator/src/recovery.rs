@@ -20,7 +20,7 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
-use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal};
+use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal, DATABASE_UNIT};
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
@@ -42,8 +42,6 @@ const SHORT: Duration = Duration::from_secs(10);
 /// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// The unit of the database server: its drop-in may be left over from Arm.
-const DATABASE_UNIT: &str = "ovsdb-server.service";
 /// The unit of the switch where the run had not found out another.
 const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 

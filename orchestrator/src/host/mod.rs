@@ -352,6 +352,9 @@ pub trait RestoreWaitWatch: Send {
     fn is_set(&mut self) -> Result<bool>;
 }
 
+/// The unit of ovsdb-server, in every distribution that has one.
+pub const DATABASE_UNIT: &str = "ovsdb-server.service";
+
 /// A service unit, as its manager has it loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unit {

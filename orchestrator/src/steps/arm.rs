@@ -1,7 +1,7 @@
 //! Arm: nothing that a starting or stopping daemon would destroy can be destroyed any more; then ovsdb-server is
 //! replaced, while the old ovs-vswitchd still forwards.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -9,10 +9,15 @@ use super::{classes, guard, Ended, Host, Run, Step};
 use crate::config::Config;
 use crate::host::datapath::Lease;
 use crate::host::real::ovsdb_server::replace;
+use crate::host::DATABASE_UNIT;
 use crate::machine::{Event, Phase};
 use crate::report::Level;
 
 pub(super) struct Arm;
+
+/// How long systemd may take to start ovsdb-server again, and to end what requires it.
+const SERVICES_SETTLE: Duration = Duration::from_secs(15);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Step for Arm {
     fn limit(&self, config: &Config) -> Duration {
@@ -33,12 +38,36 @@ impl Step for Arm {
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
+        if is_ended_by_systemd(run) {
+            // The way back follows, and wants the freeze.
+            return Ok(Event::OldDaemonDied);
+        }
         // The old daemon lives on and keeps its policies by itself.
         run.host.datapath.withdraw_guard(&run.id)?;
         run.report.conntrack.timeout_policies_guarded = 0;
         run.host.datapath.thaw()?;
         Ok(Event::Done)
     }
+}
+
+/// systemd ends ovs-vswitchd together with an ovsdb-server that failed (`Requires=`), when it starts that one again. A
+/// run that was over by then could not give the next one its rules; as it is the run goes back. Waits where it looks
+/// like that; true where the old daemon has ended.
+fn is_ended_by_systemd(run: &Run) -> bool {
+    let (Some(unit), Some(old)) = (run.known.owner.as_deref(), run.known.old.as_ref()) else { return false };
+    let until = run.deadline.min(run.now() + SERVICES_SETTLE);
+    while run.host.daemons.is_alive(old.id) && run.now() < until && is_being_restarted(run, unit, until) {
+        run.host.clock.sleep(LOOK_AGAIN);
+    }
+    !run.host.daemons.is_alive(old.id)
+}
+
+/// What cannot be found out is not waited for.
+fn is_being_restarted(run: &Run, unit: &str, until: Instant) -> bool {
+    let services = run.host.services.as_ref();
+    let queued = services.jobs(until).is_ok_and(|jobs| jobs.iter().any(|(name, _)| name == unit));
+    let database = services.unit(DATABASE_UNIT, until).ok().flatten();
+    queued || database.is_some_and(|unit| matches!(unit.active_state.as_str(), "activating" | "deactivating"))
 }
 
 /// Hazards 17: before any standby, and the old ovs-vswitchd seen back in step before the run goes on.
