@@ -57,6 +57,7 @@ impl Custom for ReloadModule {
         let stock = stock(out, outcome)?;
         let ours = ours(out, outcome)?;
         outcome.note("lost", json!({ "stock": stock, "ours": ours }));
+        in_use(out, outcome)?;
         // Both take the time of loading a module and starting a daemon, which an emulated CPU makes seconds.
         outcome.check("not much more lost than with stock", ours <= 4 * stock, json!([ours, stock]));
         aftermath::no_unit_failed(outcome);
@@ -138,6 +139,27 @@ fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
         shell_lenient("ovs-vsctl del-port br0 int0; ip route flush table 100");
         make_devices()?;
     }
+    Ok(())
+}
+
+/// A datapath in another network namespace keeps the module: nobody can see that before. The run goes back, with all that
+/// was taken along with Open vSwitch's own datapath.
+fn in_use(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    say("in use");
+    shell("ip netns add pin; ip netns exec pin ovs-dpctl add-dp lab")?;
+    let before = (promised(), devices());
+    let log = out.join("in-use");
+    let command = "timeout 180 ovs-graceful restart --reload-module";
+    let said = shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()));
+    let told = said.contains("exit=21") && said.contains("see who uses it");
+    outcome.check("in use: went back, and said why", told, &said);
+    std::thread::sleep(Duration::from_secs(3));
+    let found = differences(&before, &(promised(), devices()));
+    outcome.check("in use: all as before", found.as_object().is_some_and(serde_json::Map::is_empty), found);
+    shell("ip netns exec pin ovs-dpctl del-dp lab; ip netns del pin")?;
+    aftermath::nothing_left("in use", outcome);
+    aftermath::owned("in use", outcome);
+    aftermath::new_traffic_passes("in use", outcome);
     Ok(())
 }
 
