@@ -198,33 +198,14 @@ impl Database for Ovsdb {
 
     fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
         let tables = self.tables(until)?;
-        let rows = tables.policies_of(zones);
-        let mut operations = Vec::new();
-        for row in rows {
-            let timeouts = pairs(&row["timeouts"]);
-            let absent = |key: &&&str| !timeouts.iter().any(|(there, _)| *there == **key);
-            let key = TIMEOUTS.iter().find(absent).ok_or_else(|| {
-                HostError::new(self.object(), format_args!("timeout policy {} has every key", row["_uuid"][1]))
-            })?;
-            operations.push(
-                json!({"op": "mutate", "table": "CT_Timeout_Policy", "where": [["_uuid", "==", row["_uuid"]]],
-                "mutations": [["timeouts", "insert", ["map", [[key, 30]]]],
-                    ["external_ids", "insert", ["map", [[TOUCHED, key]]]]]}),
-            );
-        }
+        let mut operations: Vec<Value> = tables.policies_of(zones).into_iter().map(touching).collect();
         operations.extend(Self::increment());
         self.transact_again(&operations, until).map(drop)
     }
 
     fn clear_touched_policies(&self, until: Instant) -> Result<()> {
         let tables = self.tables(until)?;
-        let touched = tables.rows("CT_Timeout_Policy").filter_map(|row| {
-            let key = map(&row["external_ids"]).remove(TOUCHED)?;
-            Some(json!({"op": "mutate", "table": "CT_Timeout_Policy",
-                "where": [["_uuid", "==", row["_uuid"]], ["external_ids", "includes", ["map", [[TOUCHED, key]]]]],
-                "mutations": [["timeouts", "delete", ["set", [key]]], ["external_ids", "delete", ["set", [TOUCHED]]]]}))
-        });
-        let mut operations: Vec<Value> = touched.collect();
+        let mut operations: Vec<Value> = tables.rows("CT_Timeout_Policy").filter_map(untouching).collect();
         if operations.is_empty() {
             return Ok(());
         }
@@ -260,6 +241,36 @@ impl Database for Ovsdb {
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
         Ok(Box::new(FlagWatch::start(self, until)?))
     }
+}
+
+/// The operation that changes a row of CT_Timeout_Policy by a key it does not have or, where it has all of them, by
+/// another value of the first, and notes which and what it was.
+fn touching(row: &Value) -> Value {
+    let timeouts = map_of_numbers(&row["timeouts"]);
+    let absent = TIMEOUTS.iter().find(|key| !timeouts.contains_key(**key));
+    let (key, value, mark) = match absent {
+        Some(key) => (*key, 30, (*key).to_owned()),
+        None => {
+            let was = timeouts.get(TIMEOUTS[0]).copied().unwrap_or_default();
+            (TIMEOUTS[0], was ^ 1, format!("{}={was}", TIMEOUTS[0]))
+        }
+    };
+    json!({"op": "mutate", "table": "CT_Timeout_Policy", "where": [["_uuid", "==", row["_uuid"]]], "mutations": [
+        ["timeouts", "delete", ["set", [key]]],
+        ["timeouts", "insert", ["map", [[key, value]]]],
+        ["external_ids", "insert", ["map", [[TOUCHED, mark]]]],
+    ]})
+}
+
+/// The operation that takes that back, where it is noted.
+fn untouching(row: &Value) -> Option<Value> {
+    let mark = map(&row["external_ids"]).remove(TOUCHED)?;
+    let (key, was) = mark.split_once('=').map_or((mark.as_str(), None), |(key, was)| (key, was.parse::<u32>().ok()));
+    let mut mutations = vec![json!(["timeouts", "delete", ["set", [key]]])];
+    mutations.extend(was.map(|was| json!(["timeouts", "insert", ["map", [[key, was]]]])));
+    mutations.push(json!(["external_ids", "delete", ["set", [TOUCHED]]]));
+    let ours = json!([["_uuid", "==", row["_uuid"]], ["external_ids", "includes", ["map", [[TOUCHED, mark]]]]]);
+    Some(json!({"op": "mutate", "table": "CT_Timeout_Policy", "where": ours, "mutations": mutations}))
 }
 
 /// Runs `operations`; the results have one element each.
@@ -457,10 +468,7 @@ impl Tables {
     fn ct_zone(&self, zone: &Value, uuid: &Value) -> Option<CtZone> {
         let row = self.referred("CT_Zone", uuid).next()?;
         let policy = self.referred("CT_Timeout_Policy", &row["timeout_policy"]).next();
-        let timeouts = policy.map(|policy| {
-            let limits = pairs(&policy["timeouts"]).into_iter();
-            limits.filter_map(|(key, seconds)| Some((key.as_str()?.to_owned(), number(seconds)?))).collect()
-        });
+        let timeouts = policy.map(|policy| map_of_numbers(&policy["timeouts"]));
         Some(CtZone { zone: zone.as_u64()?.try_into().ok()?, timeouts, limit: number(&row["limit"]) })
     }
 
@@ -560,9 +568,33 @@ fn map(value: &Value) -> BTreeMap<String, String> {
     pairs(value).into_iter().map(|(key, value)| (string(key), string(value))).collect()
 }
 
+/// A map of strings to numbers.
+fn map_of_numbers(value: &Value) -> BTreeMap<String, u32> {
+    pairs(value).into_iter().filter_map(|(key, value)| Some((key.as_str()?.to_owned(), number(value)?))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_policy_is_changed_and_changed_back_whatever_it_has() {
+        let row =
+            |timeouts: Value, ids: Value| json!({"_uuid": ["uuid", "p"], "timeouts": timeouts, "external_ids": ids});
+        let marked = |mark: &str| json!(["map", [[TOUCHED, mark], ["other", "stays"]]]);
+        let touched = touching(&row(json!(["map", [["icmp_reply", 3]]]), json!(["map", []])));
+        assert_eq!(touched["mutations"][1], json!(["timeouts", "insert", ["map", [["udp_first", 30]]]]));
+        let back = untouching(&row(json!(["map", []]), marked("udp_first"))).unwrap();
+        assert_eq!(back["mutations"][0], json!(["timeouts", "delete", ["set", ["udp_first"]]]));
+        assert_eq!(back["mutations"].as_array().unwrap().len(), 2);
+        let all: Vec<Value> = TIMEOUTS.iter().map(|key| json!([key, u32::MAX])).collect();
+        let touched = touching(&row(json!(["map", all]), json!(["map", []])));
+        assert_eq!(touched["mutations"][1], json!(["timeouts", "insert", ["map", [["icmp_reply", u32::MAX - 1]]]]));
+        let mark = touched["mutations"][2][2][1][0][1].as_str().unwrap().to_owned();
+        let back = untouching(&row(json!(["map", []]), marked(&mark))).unwrap();
+        assert_eq!(back["mutations"][1], json!(["timeouts", "insert", ["map", [["icmp_reply", u32::MAX]]]]));
+        assert_eq!(untouching(&row(json!(["map", []]), json!(["map", []]))), None);
+    }
 
     #[test]
     fn columns_as_rfc_7047_writes_them() {
