@@ -10,7 +10,7 @@ use crate::host::real::RealSurroundings;
 use crate::host::surroundings::Surroundings;
 use crate::host::{Daemon, DatabaseFacts, Versions};
 use crate::journal::STATE_DIR;
-use crate::report::{CheckReport, Finding, Level, Severity, Strategy};
+use crate::report::{CheckReport, Finding, Level, Severity};
 use crate::steps::{Host, Wish};
 
 /// What was found, for the report and for the steps that follow.
@@ -42,7 +42,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let mut findings = Vec::new();
     let mut level = Level::None;
     judge_environment(host.surroundings.as_ref(), &mut findings, &mut level);
-    if wish.strategy == Strategy::ReloadModule {
+    if wish.reloads_module() {
         judge_module(host, &mut findings, &mut level, until);
     } else {
         prove_freeze(host, &mut findings, &mut level);

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{anyhow, ensure, Context};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::conntrack::{self, Conntrack};
@@ -375,16 +376,12 @@ impl Runs {
 
     /// Keeps the rules of run `id`.
     pub fn keep_rules(&self, id: &str, rules: &[BridgeRules]) -> anyhow::Result<()> {
-        let path = self.rules_file(id);
-        let written = self.files.replace(&path, &serde_json::to_vec(rules)?);
-        written.with_context(|| format!("cannot write {}", path.display()))
+        self.replace(&self.rules_file(id), &serde_json::to_vec(rules)?)
     }
 
     /// The rules of run `id`; `None` where none were kept.
     pub fn rules(&self, id: &str) -> anyhow::Result<Option<Vec<BridgeRules>>> {
-        let path = self.rules_file(id);
-        let Some(text) = read(self.files.as_ref(), &path)? else { return Ok(None) };
-        serde_json::from_slice(&text).map(Some).with_context(|| format!("cannot read {}", path.display()))
+        self.parsed(&self.rules_file(id))
     }
 
     fn devices_file(&self, id: &str) -> PathBuf {
@@ -393,16 +390,21 @@ impl Runs {
 
     /// Keeps the internal devices of run `id`, which go with the kernel module, in memory.
     pub fn keep_devices(&self, id: &str, devices: &[Device]) -> anyhow::Result<()> {
-        let path = self.devices_file(id);
-        let written = self.files.replace(&path, &serde_json::to_vec(devices)?);
-        written.with_context(|| format!("cannot write {}", path.display()))
+        self.replace(&self.devices_file(id), &serde_json::to_vec(devices)?)
     }
 
     /// The devices of run `id`; none where none were kept.
     pub fn devices(&self, id: &str) -> anyhow::Result<Vec<Device>> {
-        let path = self.devices_file(id);
-        let Some(text) = read(self.files.as_ref(), &path)? else { return Ok(Vec::new()) };
-        serde_json::from_slice(&text).with_context(|| format!("cannot read {}", path.display()))
+        Ok(self.parsed(&self.devices_file(id))?.unwrap_or_default())
+    }
+
+    fn replace(&self, path: &Path, text: &[u8]) -> anyhow::Result<()> {
+        self.files.replace(path, text).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn parsed<T: DeserializeOwned>(&self, path: &Path) -> anyhow::Result<Option<T>> {
+        let Some(text) = read(self.files.as_ref(), path)? else { return Ok(None) };
+        serde_json::from_slice(&text).map(Some).with_context(|| format!("cannot read {}", path.display()))
     }
 
     /// Notes that the supervisor of run `id` has died and is started again. True the first time, where that could be
@@ -418,9 +420,7 @@ impl Runs {
 
     /// Keeps what conntrack was told when run `id` began.
     pub fn keep_conntrack(&self, id: &str, found: &Conntrack) -> anyhow::Result<()> {
-        let path = self.folder(id).join(conntrack::FILE);
-        let written = self.files.replace(&path, &serde_json::to_vec_pretty(found)?);
-        written.with_context(|| format!("cannot write {}", path.display()))
+        self.replace(&self.folder(id).join(conntrack::FILE), &serde_json::to_vec_pretty(found)?)
     }
 
     /// Removes what run `id`, which is over, has left in memory.

@@ -7,7 +7,7 @@ use crate::check;
 use crate::config::Config;
 use crate::host::Daemon;
 use crate::machine::{Event, Phase};
-use crate::report::{Level, Severity, Strategy};
+use crate::report::Severity;
 
 pub(super) struct Check;
 
@@ -18,9 +18,7 @@ impl Step for Check {
 
     fn perform(&self, run: &mut Run) -> Ended {
         let checked = check::check(&mut run.host, &run.wish, run.deadline);
-        // Nothing is frozen or parked where the whole datapath goes.
-        let reloads = run.wish.strategy == Strategy::ReloadModule;
-        run.level = if reloads { Level::None } else { checked.report.level };
+        run.level = checked.report.level;
         run.report.level = Some(run.level);
         for finding in checked.report.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
             run.warn(format!("{}: {}", finding.object, finding.cause));

@@ -12,7 +12,6 @@ use crate::config::Config;
 use crate::host::datapath::DATAPATH;
 use crate::host::Cleared;
 use crate::machine::{Event, Phase};
-use crate::report::Strategy;
 
 pub(super) struct Handover;
 
@@ -47,7 +46,7 @@ fn hand_over(run: &mut Run) -> Result<(), Stop> {
 
 /// Without a freeze the daemon binds and flushes by itself as soon as the flag goes.
 pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
-    let reloads = run.wish.strategy == Strategy::ReloadModule;
+    let reloads = run.wish.reloads_module();
     if !reloads {
         remove_doomed(run)?;
     }

@@ -14,8 +14,6 @@ use crate::host::CtZone;
 
 /// The daemon carries out a change of the database at its next turn.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How often it is looked for.
-const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// Names of timeout policies.
 type Names = BTreeSet<String>;
@@ -62,14 +60,7 @@ fn change_back(run: &mut Run) -> Result<(), Stop> {
 /// Waits until each of `zones` has a policy whose name is not among `known`; false where patience ends first.
 fn wait_for_policies(run: &mut Run, zones: &[CtZone], known: &Names) -> Result<bool, Stop> {
     let end = run.deadline.min(run.now() + PATIENCE);
-    while !without_policy(run, zones, known)?.is_empty() {
-        if run.now() >= end {
-            return Ok(false);
-        }
-        run.checkpoint()?;
-        run.host.clock.sleep(LOOK_AGAIN);
-    }
-    Ok(true)
+    run.wait_until(end, |run| Ok(without_policy(run, zones, known)?.is_empty()))
 }
 
 fn without_policy(run: &mut Run, zones: &[CtZone], known: &Names) -> Result<Vec<CtZone>, Stop> {

@@ -2,22 +2,16 @@
 //! routes, conntrack's limits. All of it does nothing under the other strategies.
 
 use anyhow::Context;
+use dpfreeze::ovs::VportKind;
 
 use super::{Run, Stop};
 use crate::host::datapath::DATAPATH;
-use crate::report::Strategy;
-
-/// Of `OVS_VPORT_TYPE_*` (linux/openvswitch.h).
-const INTERNAL: u32 = 2;
-
-fn is_wanted(run: &Run) -> bool {
-    run.wish.strategy == Strategy::ReloadModule
-}
 
 /// Before the old daemon ends: what its devices are.
 pub(super) fn remember(run: &mut Run) -> Result<(), Stop> {
     let before = run.known.before.as_ref().and_then(|before| before.datapath(DATAPATH));
-    let internal = before.into_iter().flat_map(|datapath| &datapath.vports).filter(|vport| vport.kind == INTERNAL);
+    let internal =
+        before.into_iter().flat_map(|datapath| &datapath.vports).filter(|vport| vport.kind() == VportKind::Internal);
     let names: Vec<String> = internal.map(|vport| vport.name.clone()).filter(|name| name != DATAPATH).collect();
     let devices = run.host.module.devices(&names, run.deadline).context("addresses of internal devices")?;
     run.runs.keep_devices(&run.id, &devices)?;
@@ -43,7 +37,7 @@ pub(super) fn reload(run: &mut Run) -> Result<(), Stop> {
 
 /// Before any flow: a connection over its limit is not taken back.
 pub(super) fn put_limits_back(run: &mut Run) -> Result<(), Stop> {
-    if !is_wanted(run) {
+    if !run.wish.reloads_module() {
         return Ok(());
     }
     run.host.datapath.reopen()?;
@@ -57,7 +51,7 @@ pub(super) fn put_limits_back(run: &mut Run) -> Result<(), Stop> {
 
 /// As soon as the new daemon has made them. What one has lost is a difference; its packets flow.
 pub(super) fn put_devices_back(run: &mut Run) -> Result<(), Stop> {
-    if !is_wanted(run) {
+    if !run.wish.reloads_module() {
         return Ok(());
     }
     let devices = run.known.devices.clone().unwrap_or_default();

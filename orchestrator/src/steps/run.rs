@@ -58,6 +58,13 @@ pub struct Wish {
     pub called_by: Option<String>,
 }
 
+impl Wish {
+    /// Is the kernel module to be reloaded? Then nothing is frozen or parked.
+    pub fn reloads_module(&self) -> bool {
+        self.strategy == Strategy::ReloadModule
+    }
+}
+
 /// How the new daemon is being started.
 pub enum Start {
     /// By the reload hook, in the unit's cgroup.
@@ -244,17 +251,29 @@ impl Run {
     }
 
     /// Asks `ready` until it says yes; each question is a checkpoint.
-    pub fn wait_for(&mut self, what: &str, mut ready: impl FnMut(&mut Run) -> Result<bool, Stop>) -> Result<(), Stop> {
+    pub fn wait_for(&mut self, what: &str, ready: impl FnMut(&mut Run) -> Result<bool, Stop>) -> Result<(), Stop> {
+        match self.wait_until(self.deadline, ready)? {
+            true => Ok(()),
+            false => Err(Stop::TimedOut(what.to_owned())),
+        }
+    }
+
+    /// The same until `end` at most; false where it passes first.
+    pub fn wait_until(
+        &mut self,
+        end: Instant,
+        mut ready: impl FnMut(&mut Run) -> Result<bool, Stop>,
+    ) -> Result<bool, Stop> {
         loop {
             if ready(self)? {
-                return Ok(());
+                return Ok(true);
             }
             let now = self.now();
             if now.saturating_duration_since(self.looked) >= ASK_AGAIN {
                 self.checkpoint()?;
             }
-            if now >= self.deadline {
-                return Err(Stop::TimedOut(what.to_owned()));
+            if now >= end {
+                return Ok(false);
             }
             self.host.clock.sleep(LOOK_AGAIN);
         }

@@ -22,7 +22,7 @@ impl Step for SwitchCommit {
 
     fn perform(&self, run: &mut Run) -> Ended {
         run.control.tell(&Progress::PointOfNoReturn);
-        let reloads = run.wish.strategy == Strategy::ReloadModule;
+        let reloads = run.wish.reloads_module();
         if reloads {
             run.known.gap_began.get_or_insert(run.now());
         } else if run.known.gap_began.is_none() {

@@ -8,7 +8,6 @@ use anyhow::Context;
 use super::{bridges, classes, notes, reload, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
-use crate::report::Strategy;
 
 pub(super) struct SwitchPrepare;
 
@@ -24,7 +23,7 @@ impl Step for SwitchPrepare {
 
     fn perform(&self, run: &mut Run) -> Ended {
         bridges::look_again(run)?;
-        if run.wish.strategy == Strategy::ReloadModule {
+        if run.wish.reloads_module() {
             reload::remember(run)?;
             take_in_openflow_changes(run)?;
             return past_abort(run);

@@ -11,7 +11,6 @@ use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
-use crate::report::Strategy;
 
 pub(super) struct Verify;
 
@@ -26,7 +25,7 @@ impl Step for Verify {
         let facts = run.host.database.facts(until).context("the database")?;
         if let Some(before) = run.known.before.take() {
             compare_conntrack(run, &facts, &before, &mut after)?;
-            let reloads = run.wish.strategy == Strategy::ReloadModule;
+            let reloads = run.wish.reloads_module();
             notes::after(&mut run.report, &before, &after, &ports::wanted(&facts), reloads);
             run.known.before = Some(before);
         }

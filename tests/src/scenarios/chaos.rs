@@ -245,9 +245,7 @@ fn one(Round { name, case }: &Round, out: &Path, outcome: &mut Outcome) -> Resul
     outcome.check(check("one ovs-vswitchd"), found.len() == 1, &found);
     aftermath::nothing_left(name, outcome);
     aftermath::owned(name, outcome);
-    // systemd stops ovs-vswitchd with an ovsdb-server that was killed (Requires=), later than a run that is undone ends.
-    let too_late = exit < 21 && case.is_some_and(|case| case.fault == "kill-ovsdb");
-    if case.is_none_or(Case::keeps_rules) && !too_late {
+    if case.is_none_or(Case::keeps_rules) {
         aftermath::as_before(name, &rules, outcome);
     }
     aftermath::new_traffic_passes(name, outcome);

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use dpfreeze::ovs::VportKind;
 use dpfreeze::snapshot::Snapshot;
 use serde_json::Value;
 
@@ -20,8 +21,6 @@ use crate::report::{Finding, Severity};
 pub struct RealModule;
 
 const MODULE: &str = "openvswitch";
-/// Of `OVS_VPORT_TYPE_*` (linux/openvswitch.h).
-const INTERNAL: u32 = 2;
 /// How long the last reference to the module may take to go: a grace period of RCU.
 const LET_GO: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -60,7 +59,7 @@ impl KernelModule for RealModule {
             );
         }
         let vports = now.datapath(DATAPATH).map_or(&[][..], |datapath| &datapath.vports);
-        for vport in vports.iter().filter(|vport| vport.kind == INTERNAL) {
+        for vport in vports.iter().filter(|vport| vport.kind() == VportKind::Internal) {
             let object = format!("device {}", vport.name);
             if vport.netnsid.is_some() {
                 let cause =

@@ -224,25 +224,23 @@ fn name_of_ports([src, dst]: [u16; 2], ports: &[u16], number: impl Fn(u16) -> u3
     }
 }
 
-fn name_in_words(port: u16, request: bool) -> String {
-    format!("{port} {}", if request { "requests" } else { "replies" })
+/// Of one direction of a probe: how often each number was seen.
+fn count(times: &BTreeMap<u32, u32>) -> CopyCount {
+    let gaps = times.keys().zip(times.keys().skip(1)).flat_map(|(number, next)| number + 1..*next);
+    CopyCount {
+        different: times.len() as u64,
+        duplicated: times.values().map(|times| u64::from(times - 1)).sum(),
+        missing: gaps.take(MISSING_MAX).collect(),
+    }
 }
 
 fn sum(seen: &HashMap<Name, u32>) -> BTreeMap<String, CopyCount> {
-    let mut all: BTreeMap<String, CopyCount> = BTreeMap::new();
-    for ((port, request, _), times) in seen {
-        let count = all.entry(name_in_words(*port, *request)).or_default();
-        count.different += 1;
-        count.duplicated += u64::from(times - 1);
+    let mut flows: BTreeMap<String, BTreeMap<u32, u32>> = BTreeMap::new();
+    for ((port, request, number), times) in seen {
+        let direction = if *request { "requests" } else { "replies" };
+        flows.entry(format!("{port} {direction}")).or_default().insert(*number, *times);
     }
-    for (flow, count) in &mut all {
-        let mut numbers: Vec<u32> =
-            seen.keys().filter(|(port, request, _)| *flow == name_in_words(*port, *request)).map(|key| key.2).collect();
-        numbers.sort_unstable();
-        let gaps = numbers.windows(2).flat_map(|pair| pair[0] + 1..pair[1]);
-        count.missing = gaps.take(MISSING_MAX).collect();
-    }
-    all
+    flows.into_iter().map(|(flow, times)| (flow, count(&times))).collect()
 }
 
 /// Frames that found no room in the socket: then the count is worth nothing.
