@@ -80,11 +80,13 @@ pub struct Config {
 pub struct DoorsConfig {
     /// `systemctl reload` of the unit that stands for both daemons; false: what the package wrote.
     pub reload: bool,
+    /// `systemctl restart` of it, and what a package's upgrade makes of that; false: a plain stop and start.
+    pub restart: bool,
 }
 
 impl Default for DoorsConfig {
     fn default() -> DoorsConfig {
-        DoorsConfig { reload: true }
+        DoorsConfig { reload: true, restart: true }
     }
 }
 

@@ -98,7 +98,7 @@ pub struct RestartArgs {
     /// Print the report as JSON instead of the summary.
     #[arg(long)]
     pub json: bool,
-    /// The unit whose reload this is.
+    /// The unit whose reload or restart this is.
     #[arg(skip)]
     pub called_by: Option<String>,
 }
@@ -170,6 +170,15 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// ExecStop= of the unit that stands for both daemons: a run where it is being restarted, else, or where that is
+    /// switched off (`doors.restart`) or refused, the package's own command.
+    UnitStop {
+        /// The unit.
+        unit: String,
+        /// The package's own ExecStop=.
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<OsString>,
+    },
     /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.
     Stopped,
     /// One look at the timeout policies that are guarded for live connections.
@@ -203,7 +212,7 @@ pub struct SuperviseArgs {
     /// Where the report goes besides the run's folder; an absolute path.
     #[arg(long)]
     pub report: Option<PathBuf>,
-    /// The unit whose reload this run is.
+    /// The unit whose reload or restart this run is.
     #[arg(long)]
     pub called_by: Option<String>,
     /// The configuration, an absolute path. On the command line it is the global `--config`.

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::output::complain;
-use super::{exit_code, log, HookCommand, RestartArgs};
-use crate::config::Config;
+use super::{doors, exit_code, log, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
 use crate::guard;
 use crate::host::real::Systemd;
@@ -45,7 +44,8 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
                 1
             }
         },
-        HookCommand::UnitReload { unit, command } => unit_reload(config, unit, &command),
+        HookCommand::UnitReload { unit, command } => doors::unit_reload(config, unit, &command),
+        HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
         HookCommand::Stopped => stopped(config),
         HookCommand::Guard { again } => match guarded(again) {
             Ok(()) => 0,
@@ -56,26 +56,6 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         },
         HookCommand::Canary => canary(),
     }
-}
-
-/// A reload that was done is one that went well, with differences or not: the report has them.
-fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
-    let on = match Config::load(config) {
-        Ok(loaded) => loaded.doors.reload,
-        Err(error) => {
-            complain(&format!("hook unit-reload: {error}"));
-            return ExitCode::Refused.code();
-        }
-    };
-    if on {
-        let args = RestartArgs { called_by: Some(unit), ..RestartArgs::default() };
-        let code = super::restart::restart(config, args);
-        return if code == ExitCode::Differences.code() { 0 } else { code };
-    }
-    let Some((program, arguments)) = command.split_first() else { return 2 };
-    let error = Command::new(program).args(arguments).exec();
-    complain(&format!("hook unit-reload: cannot run {}: {error}", program.display()));
-    1
 }
 
 /// A supervisor that has died is started again by systemd, with what it had parked, and recovers by itself; one that

@@ -2,6 +2,7 @@
 
 mod args;
 mod ct;
+mod doors;
 mod hook;
 mod launch;
 mod log;

@@ -352,6 +352,9 @@ pub trait RestoreWaitWatch: Send {
     fn is_set(&mut self) -> Result<bool>;
 }
 
+/// The unit of ovs-vswitchd, in every distribution that has one.
+pub const SWITCH_UNIT: &str = "ovs-vswitchd.service";
+
 /// The unit of ovsdb-server, in every distribution that has one.
 pub const DATABASE_UNIT: &str = "ovsdb-server.service";
 
@@ -436,6 +439,19 @@ pub struct GuardUnits {
     pub limit: Duration,
 }
 
+/// A job of the service manager that has not ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueuedJob {
+    /// Its number.
+    pub id: u32,
+    /// The unit it is for.
+    pub unit: String,
+    /// `start`, `stop`, `restart`, `reload`, ...
+    pub kind: String,
+    /// It is being carried out; else it waits for others.
+    pub running: bool,
+}
+
 /// A job for a unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JobKind {
@@ -459,14 +475,18 @@ pub trait ServiceManager: Send + Sync {
     fn unit(&self, name: &str, until: Instant) -> Result<Option<Unit>>;
     /// Is a stop of the whole machine under way (hazards 21)?
     fn shutdown_queued(&self, until: Instant) -> Result<bool>;
-    /// Names of units with a job that somebody has queued, with the kind of the job.
-    fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>>;
+    /// All jobs that somebody has queued.
+    fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>>;
+    /// Takes a job out of the queue: it ends as `canceled`. One that has ended meanwhile is no error.
+    fn cancel_job(&self, id: u32, until: Instant) -> Result<()>;
     /// Writes the run-time drop-in, loads it and returns the unit with it. May be run twice.
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit>;
     /// Puts `words` behind the unit's ExecStart= in a run-time drop-in, until [`ServiceManager::end_hand_over`].
     fn append_to_start(&self, unit: &str, words: &[&str], until: Instant) -> Result<()>;
     /// Removes the run-time drop-in of `unit` and loads what is left. May be run twice.
     fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()>;
+    /// The job of a unit that somebody else has queued, if there is one.
+    fn job_of(&self, unit: &str, until: Instant) -> Result<Option<Box<dyn Job>>>;
     /// Queues a job and returns at once.
     fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>>;
     /// Starts the supervisor as a transient unit and waits until its program has been executed.

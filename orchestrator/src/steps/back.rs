@@ -6,7 +6,9 @@ use std::time::Duration;
 use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
-use super::standby::{cancel_start, end_daemon, end_unseen_daemon, release_unit, wait_job, wait_until_it_listens};
+use super::standby::{
+    cancel_start, end_daemon, end_unseen_daemon, release_unit, start_new_daemon, wait_job, wait_until_it_listens,
+};
 use super::switch_prepare::keep_parked;
 use super::{classes, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
@@ -95,6 +97,10 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
         }
     }
     cancel_start(run)?;
+    if matches!(run.known.start, Some(Start::Restart { .. })) && !run.known.start_ended {
+        // The unit's restart waits for our word, and would keep another job waiting.
+        return start_new_daemon(run);
+    }
     start_installed(run)
 }
 

@@ -54,7 +54,7 @@ pub struct Wish {
     pub if_needed: bool,
     /// A command that must succeed before the run settles.
     pub gate_command: Option<String>,
-    /// The unit whose reload job this run is.
+    /// The unit whose reload or restart job this run is.
     pub called_by: Option<String>,
 }
 
@@ -74,6 +74,15 @@ pub enum Start {
         /// The reload job.
         job: Box<dyn Job>,
         /// The hook.
+        link: Box<dyn Hook>,
+    },
+    /// By the unit's restart, which waits for its ExecStop=: a hook that ends when it is told to start.
+    Restart {
+        /// The unit's name.
+        unit: String,
+        /// The restart job.
+        job: Box<dyn Job>,
+        /// The hook. Where the old daemon lives when the hook is left alone, it stops it as the package does.
         link: Box<dyn Hook>,
     },
     /// By ourselves, where no service manager owns the daemons.

@@ -112,6 +112,9 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     let services = &run.host.services;
     let Some(unit) = services.owner(&old, until)? else { return Ok(()) };
+    if run.wish.called_by.as_ref() == Some(&unit.name) {
+        return prepare_restart(run, unit.name);
+    }
     run.known.unit = Some(unit.name.clone());
     let hand_over = HandOver {
         unit: unit.name.clone(),
@@ -128,6 +131,15 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     run.checkpoint()
 }
 
+/// The unit is being restarted, and its ExecStop= waits for us.
+fn prepare_restart(run: &mut Run, unit: String) -> Result<(), Stop> {
+    let until = run.deadline;
+    let job = run.host.services.job_of(&unit, until)?.with_context(|| format!("{unit} is not being restarted"))?;
+    let link = run.control.wait_hook(until).ok_or_else(|| Stop::TimedOut(format!("ExecStop= of {unit} to connect")))?;
+    run.known.start = Some(Start::Restart { unit, job, link });
+    run.checkpoint()
+}
+
 /// Starts the new daemon as its unit or ovs-ctl would, under the old one's PID file name.
 pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
@@ -138,7 +150,7 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     }
     run.known.unseen = true;
     match &mut run.known.start {
-        Some(Start::Unit { link, .. }) => link.send(HookCommand::Start)?,
+        Some(Start::Unit { link, .. } | Start::Restart { link, .. }) => link.send(HookCommand::Start)?,
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
     let new = wait_for_new_daemon(run, &old)?;
@@ -181,6 +193,12 @@ fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
             Some(HookEvent::Closed) => return Err(anyhow!("the reload hook has gone").into()),
             Some(HookEvent::Connected { .. } | HookEvent::Spawned { .. }) | None => {}
         },
+        // ExecStop= has ended well, or it would not have said so before it went.
+        Some(Start::Restart { link, .. }) => match link.recv(now) {
+            Some(HookEvent::ChildExited { status: 0 }) => run.known.start_ended = true,
+            Some(HookEvent::Closed) if !run.known.start_ended => return Err(anyhow!("ExecStop= has gone").into()),
+            _ => {}
+        },
         Some(Start::Own(start)) => {
             start.wait(now)?;
         }
@@ -203,6 +221,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
             release_unit(run, &unit, until)?;
             ended?;
         }
+        Some(Start::Restart { unit, mut job, .. }) => wait_job(job.as_mut(), &unit, until)?,
         Some(Start::Own(mut start)) => {
             start.wait(until)?;
         }
@@ -220,8 +239,8 @@ fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut dyn Hook, unit: &str, 
 pub(super) fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
     match job.wait(until)?.as_deref() {
         Some("done") => Ok(()),
-        Some(result) => bail!("the reload of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
-        None => bail!("the reload of {unit} has not ended in time"),
+        Some(result) => bail!("the job of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
+        None => bail!("the job of {unit} has not ended in time"),
     }
 }
 
@@ -246,6 +265,8 @@ pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
             job.wait(until)?;
             release_unit(run, &unit, until)?;
         }
+        // It goes on when the run has ended.
+        Some(restart @ Start::Restart { .. }) => run.known.start = Some(restart),
         Some(Start::Own(mut start)) => start.cancel(),
         None => {
             if let Some(unit) = run.known.unit.clone() {

@@ -27,12 +27,16 @@ fn let_start_go(run: &mut Run) -> Result<(), Stop> {
         return cancel_start(run);
     }
     let until = run.now() + run.config.limits.undo();
-    let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() else {
-        return run.known.unit.clone().map_or(Ok(()), |unit| release_unit(run, &unit, until));
+    let ended = match run.known.start.take() {
+        Some(Start::Unit { unit, mut job, mut link }) => {
+            let told = link.send(HookCommand::Finish).context("the reload hook has gone");
+            told.and_then(|()| wait_job(job.as_mut(), &unit, until))
+        }
+        Some(Start::Restart { unit, mut job, .. }) => wait_job(job.as_mut(), &unit, until),
+        Some(Start::Own(_)) | None => Ok(()),
     };
-    let told = link.send(HookCommand::Finish).context("the reload hook has gone");
-    if let Err(error) = told.and_then(|()| wait_job(job.as_mut(), &unit, until)) {
+    if let Err(error) = ended {
         run.warn(format!("{error:#}"));
     }
-    release_unit(run, &unit, until)
+    run.known.unit.clone().map_or(Ok(()), |unit| release_unit(run, &unit, until))
 }

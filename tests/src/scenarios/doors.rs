@@ -1,26 +1,34 @@
-//! The distribution's own commands lead to a run, where our drop-ins are installed: `systemctl reload` of the unit that
-//! stands for both daemons, and `ovs-ctl restart --graceful`. Refused it changes nothing, and switched off it is what the
-//! package wrote.
+//! The distribution's own commands lead to a run, where our drop-ins are installed: `systemctl reload` and `systemctl
+//! restart` of the unit that stands for both daemons, and `ovs-ctl restart --graceful`. A refused reload changes nothing,
+//! a refused restart is a plain one; a stop stops; and switched off all is what the package wrote.
 
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
-use serde_json::json;
+use serde_json::{json, Value};
 
 use super::{aftermath, network, plain, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
 
 /// See the module.
 pub struct Doors;
 
-const DROP_IN: &str = include_str!("../../../systemd/openvswitch-switch.service.d/50-ovs-graceful.conf");
+const DROP_INS: [(&str, &str); 2] = [
+    (
+        "/usr/lib/systemd/system/openvswitch-switch.service.d",
+        include_str!("../../../systemd/openvswitch-switch.service.d/50-ovs-graceful.conf"),
+    ),
+    (
+        "/usr/lib/systemd/system/ovs-vswitchd.service.d",
+        include_str!("../../../systemd/ovs-vswitchd.service.d/50-ovs-graceful.conf"),
+    ),
+];
 const PATCH: &str = include_str!("../../../patches/ovs-ctl-graceful.patch");
 const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
-const FOLDER: &str = "/usr/lib/systemd/system/openvswitch-switch.service.d";
 const UNIT: &str = "openvswitch-switch";
 
 impl Custom for Doors {
@@ -29,28 +37,43 @@ impl Custom for Doors {
     }
 
     fn about(&self) -> &'static str {
-        "systemctl reload of the distribution's unit, and ovs-ctl restart --graceful; refused, switched off, uninstalled"
+        "systemctl reload and restart of the distribution's unit, ovs-ctl restart --graceful; refused, switched off, uninstalled"
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
-        let stock = exec_reload();
+        let stock = commands();
         fs::copy("/usr/bin/ovs-graceful", "/usr/sbin/ovs-graceful")?;
-        fs::create_dir_all(FOLDER)?;
-        fs::write(format!("{FOLDER}/50-ovs-graceful.conf"), DROP_IN)?;
+        for (folder, text) in DROP_INS {
+            fs::create_dir_all(folder)?;
+            fs::write(format!("{folder}/50-ovs-graceful.conf"), text)?;
+        }
         shell("systemctl daemon-reload")?;
         for round in ["first", "second"] {
             let name = format!("{round} reload");
-            graceful(&name, || reload(&name, out), outcome)?;
+            graceful(&name, BOTH, || systemctl(&format!("reload {UNIT}"), &name, out), outcome)?;
         }
+        graceful("restart", BOTH, || systemctl(&format!("restart {UNIT}"), "restart", out), outcome)?;
+        // As Debian's package does it after an upgrade.
+        let all = format!("--quiet restart {UNIT}.service ovs-record-hostname.service");
+        graceful("restart after an upgrade", BOTH, || systemctl(&all, "restart after an upgrade", out), outcome)?;
+        let one = || systemctl("restart ovs-vswitchd", "restart of ovs-vswitchd", out);
+        graceful("restart of ovs-vswitchd", SWITCH, one, outcome)?;
+        // systemd passes it on: Requires=.
+        let other = || systemctl("restart ovsdb-server", "restart of ovsdb-server", out);
+        graceful("restart of ovsdb-server", BOTH, other, outcome)?;
         fs::write("/run/lab-patch", PATCH)?;
         shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
-        graceful("ovs-ctl", || ovs_ctl(out), outcome)?;
+        graceful("ovs-ctl", BOTH, || ovs_ctl(out), outcome)?;
         refused(out, outcome)?;
+        stopped(outcome)?;
         switched_off(outcome)?;
-        shell(&format!("rm -r {FOLDER}; systemctl daemon-reload"))?;
-        let now = exec_reload();
+        for (folder, _) in DROP_INS {
+            fs::remove_dir_all(folder)?;
+        }
+        shell("systemctl daemon-reload")?;
+        let now = commands();
         outcome.check("without the drop-in the unit is what the package wrote", now == stock, json!([stock, now]));
         aftermath::no_unit_failed(outcome);
         Ok(())
@@ -58,15 +81,17 @@ impl Custom for Doors {
 }
 
 /// Without what systemd tells of the last time.
-fn exec_reload() -> String {
-    shell_lenient(&format!("systemctl show -p ExecReload {UNIT} | sed 's/ignore_errors.*//'"))
+fn commands() -> String {
+    let of =
+        |unit| format!("systemctl show -p ExecReload,ExecStop,TimeoutStopUSec {unit} | sed 's/ignore_errors.*//';");
+    shell_lenient(&(of(UNIT) + &of("ovs-vswitchd")))
 }
 
-/// Exit code and words of the reload.
-fn reload(name: &str, out: &Path) -> String {
+/// Exit code and words of a systemctl.
+fn systemctl(words: &str, name: &str, out: &Path) -> String {
     let log = out.join(name.replace(' ', "-"));
     shell_lenient(&format!(
-        "timeout 240 systemctl reload {UNIT} > {0} 2>&1; echo exit=$?; cat {0}; journalctl -q -u {UNIT} -n 30 -o cat",
+        "timeout 240 systemctl {words} > {0} 2>&1; echo exit=$?; cat {0}; journalctl -q -u {UNIT} -n 30 -o cat",
         log.display()
     ))
 }
@@ -77,7 +102,11 @@ fn ovs_ctl(out: &Path) -> String {
     shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
 }
 
-fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+/// Which of [`facts::DAEMONS`] are to be others afterwards.
+const BOTH: [bool; 2] = [true, true];
+const SWITCH: [bool; 2] = [false, true];
+
+fn graceful(name: &str, replaced: [bool; 2], door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
@@ -85,11 +114,15 @@ fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) ->
     let known = run::known();
     let said = door();
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
+    // Where the unit itself is restarted, that has ended before the run.
+    let over = || shell_lenient("ovs-graceful status --json").contains("\"lock\": null");
+    wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)?;
     let now = facts::DAEMONS.map(facts::daemons);
-    let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
-    outcome.check(format!("{name}: both daemons are others"), others, json!([before, now]));
-    let runs = run::known().len() - known.len();
-    outcome.check(format!("{name}: it was a run"), runs == 1, runs);
+    let others = [0, 1].map(|i| now[i].len() == 1 && before[i] != now[i]);
+    outcome.check(format!("{name}: the daemons that should be are others"), others == replaced, json!([before, now]));
+    let runs: Vec<_> = run::known().into_iter().filter(|id| !known.contains(id)).map(|id| told(&id)).collect();
+    let done = matches!(runs.as_slice(), [one] if matches!(one["exit_code"].as_u64(), Some(0 | 30)));
+    outcome.check(format!("{name}: it was a run, and it is done"), done, runs);
     let active = facts::unit_property(UNIT, "ActiveState");
     outcome.check(format!("{name}: {UNIT} is active"), active == "active", active);
     std::thread::sleep(Duration::from_secs(3));
@@ -100,26 +133,60 @@ fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) ->
     aftermath::finish(name, live, false, outcome).map(drop)
 }
 
+/// What the report of a run says of its end.
+fn told(id: &str) -> Value {
+    let report: Value =
+        fs::read(run::report(id)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    json!({ "exit_code": report["exit_code"], "reason": report["reason"], "warnings": report["warnings"],
+            "differences": report["differences"], "parked": report["parked"] })
+}
+
 fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
     say("refused");
     shell("ovs-vsctl set bridge br0 stp_enable=true")?;
     let before = facts::DAEMONS.map(facts::daemons);
-    let said = reload("refused", out);
+    let said = systemctl(&format!("reload {UNIT}"), "refused", out);
     let told = !said.starts_with("exit=0") && said.contains("spanning-tree");
     outcome.check("refused: the reload fails, and its log says why", told, &said);
     let (now, active) = (facts::DAEMONS.map(facts::daemons), facts::unit_property(UNIT, "ActiveState"));
     outcome.check("refused: nothing was touched", before == now && active == "active", json!([before, now, active]));
+    let said = systemctl(&format!("restart {UNIT}"), "refused-restart", out);
+    let now = facts::DAEMONS.map(facts::daemons);
+    let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
+    let told = said.starts_with("exit=0") && said.contains("spanning-tree") && said.contains("restarted as they are");
+    outcome.check(
+        "refused: the restart is a plain one, and its log says why",
+        told && others,
+        json!([said, before, now]),
+    );
+    aftermath::owned("refused", outcome);
     shell("ovs-vsctl set bridge br0 stp_enable=false").map(drop)
+}
+
+/// Stopped is stopped.
+fn stopped(outcome: &mut Outcome) -> Result<()> {
+    say("stopped");
+    let known = run::known();
+    let said = shell_lenient(&format!("timeout 240 systemctl stop {UNIT} 2>&1; echo exit=$?"));
+    let now = facts::DAEMONS.map(facts::daemons);
+    let gone = said.contains("exit=0") && now.iter().all(Vec::is_empty) && run::known() == known;
+    outcome.check("stopped: no daemon lives, and no run", gone, json!([said, now]));
+    shell(&format!("systemctl start {UNIT}"))?;
+    aftermath::owned("started again", outcome);
+    network::ping("ns1", "10.9.0.2")
 }
 
 fn switched_off(outcome: &mut Outcome) -> Result<()> {
     say("switched off");
-    shell("mkdir -p /etc/ovs-graceful; printf '[doors]\\nreload = false\\n' > /etc/ovs-graceful/config.toml")?;
-    let (before, known) = (facts::DAEMONS.map(facts::daemons), run::known());
-    let said = shell_lenient(&format!("timeout 240 systemctl reload {UNIT} 2>&1; echo exit=$?"));
-    let now = facts::DAEMONS.map(facts::daemons);
-    let stock = said.contains("exit=0") && before != now && run::known() == known;
-    outcome.check("switched off: the package's own reload, and no run", stock, json!([said, before, now]));
+    let off = "[doors]\\nreload = false\\nrestart = false\\n";
+    shell(&format!("mkdir -p /etc/ovs-graceful; printf '{off}' > /etc/ovs-graceful/config.toml"))?;
+    for word in ["reload", "restart"] {
+        let (before, known) = (facts::DAEMONS.map(facts::daemons), run::known());
+        let said = shell_lenient(&format!("timeout 240 systemctl {word} {UNIT} 2>&1; echo exit=$?"));
+        let now = facts::DAEMONS.map(facts::daemons);
+        let stock = said.contains("exit=0") && before != now && run::known() == known;
+        outcome.check(format!("switched off: the package's own {word}, no run"), stock, json!([said, before, now]));
+    }
     fs::remove_file("/etc/ovs-graceful/config.toml")?;
     network::ping("ns1", "10.9.0.2")
 }

@@ -9,7 +9,9 @@ use std::time::Instant;
 use nix::sys::statvfs::statvfs;
 
 use super::{command, ovsdb_server, unixctl};
-use crate::host::{Bridge, Daemon, DaemonKind, Daemons, Database, DatabaseFacts, ServiceManager, Unit};
+use crate::host::{
+    Bridge, Daemon, DaemonKind, Daemons, Database, DatabaseFacts, QueuedJob, ServiceManager, Unit, SWITCH_UNIT,
+};
 use crate::report::{Finding, Severity};
 
 /// Less than this free is refused, bytes: `/var/lib` takes the snapshot and the old binaries (about 30 MiB).
@@ -25,7 +27,7 @@ const UNITS: &[&str] =
 pub struct CheckOptions {
     /// ovsdb-server is to be replaced too.
     pub replace_ovsdb: bool,
-    /// The unit whose reload job this is.
+    /// The unit whose reload or restart job this is.
     pub called_by: Option<String>,
     /// Where snapshots and old binaries are kept, usually `/var/lib/ovs-graceful`.
     pub state_directory: PathBuf,
@@ -301,20 +303,18 @@ fn service_findings(
     }
     match services.jobs(until) {
         Ok(jobs) => {
-            if jobs.iter().any(|(unit, kind)| unit == "shutdown.target" && kind == "start") {
+            if jobs.iter().any(|job| job.unit == "shutdown.target" && job.kind == "start") {
                 found.refuse("shutdown", "shutdown.target", "the machine is being stopped", "wait for the next boot");
             }
-            let ours = |unit: &str, kind: &str| kind == "reload" && options.called_by.as_deref() == Some(unit);
-            let of_ovs = jobs.iter().filter(|(unit, kind)| UNITS.contains(&unit.as_str()) && !ours(unit, kind));
-            for (unit, kind) in of_ovs {
+            for job in jobs.iter().filter(|job| UNITS.contains(&job.unit.as_str()) && !comes_with_us(job, options)) {
                 let remedy = "wait until it has ended (systemctl list-jobs)";
-                found.refuse("unit-job", unit, format!("a {kind} job is queued for it"), remedy);
+                found.refuse("unit-job", &job.unit, format!("a {} job is queued for it", job.kind), remedy);
             }
         }
         Err(e) => found.refuse("systemd", e.object, e.cause, "systemctl must work before daemons can be handed over"),
     }
     match services.owner(vswitchd, until) {
-        Ok(Some(unit)) => owner_findings(&unit, found),
+        Ok(Some(unit)) => owner_findings(&unit, options.called_by.as_deref() == Some(&unit.name), found),
         Ok(None) => found.ok("unit", "ovs-vswitchd", "no unit owns it; it is started as it was"),
         Err(e) => found.refuse("unit", e.object, e.cause, "systemctl status ovs-vswitchd"),
     }
@@ -328,8 +328,21 @@ fn service_findings(
     }
 }
 
-fn owner_findings(unit: &Unit, found: &mut Findings) {
-    if unit.active_state != "active" || unit.sub_state != "running" {
+/// The job that has called us, and where that is the restart of ovs-vswitchd, those of the units that are restarted with
+/// it.
+fn comes_with_us(job: &QueuedJob, options: &CheckOptions) -> bool {
+    match options.called_by.as_deref() {
+        _ if job.kind == "stop" => false,
+        Some(SWITCH_UNIT) => true,
+        Some(unit) => job.unit == unit,
+        None => false,
+    }
+}
+
+/// A unit that is being restarted is about to stop its daemon.
+fn owner_findings(unit: &Unit, restarts: bool, found: &mut Findings) {
+    let is = |active: &str, sub: &str| unit.active_state == active && unit.sub_state == sub;
+    if !(is("active", "running") || restarts && is("deactivating", "stop")) {
         let cause = format!("it is {} ({})", unit.active_state, unit.sub_state);
         return found.refuse("unit", &unit.name, cause, "systemctl status; wait or restart it first");
     }

@@ -21,7 +21,8 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 
 use super::jsonrpc::remaining;
 use crate::host::{
-    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit,
+    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, ServiceManager, SupervisorUnit,
+    Unit, DATABASE_UNIT, SWITCH_UNIT,
 };
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -32,7 +33,7 @@ const RUNTIME_UNITS: &str = "/run/systemd/system";
 /// The file name of our drop-in.
 const DROP_IN: &str = "90-ovs-graceful.conf";
 /// The services that own Open vSwitch's daemons in its packages.
-const OWN_UNITS: &[&str] = &["ovs-vswitchd.service", "ovsdb-server.service"];
+const OWN_UNITS: &[&str] = &[SWITCH_UNIT, DATABASE_UNIT];
 /// Every wait for systemd's answer is about this object.
 const OBJECT: &str = "systemd";
 
@@ -97,6 +98,23 @@ impl Bus {
         Ok(Properties(message.body().deserialize().about(OBJECT)?))
     }
 
+    fn jobs(&self, until: Instant) -> Result<Vec<JobRow>> {
+        self.manager("ListJobs", &(), until)?.body().deserialize().about(OBJECT)
+    }
+
+    /// Every end of a job from now on.
+    fn ends_of_jobs(&self, until: Instant) -> Result<MessageStream> {
+        self.manager("Subscribe", &(), until)?;
+        within(&self.runtime, until, "listening for jobs", async {
+            let rule = MatchRule::builder()
+                .msg_type(zbus::message::Type::Signal)
+                .interface(MANAGER)
+                .member("JobRemoved")
+                .build()?;
+            MessageStream::for_match_rule(rule, &self.connection, None).await
+        })
+    }
+
     /// The unit `name` as its files are *now*: the package may have changed them since they were loaded.
     fn fresh_unit(&self, name: &str, until: Instant) -> Result<(OwnedObjectPath, Unit)> {
         let missing = || HostError::new(name, "there is no such unit");
@@ -157,6 +175,9 @@ fn within<T>(
     }
 }
 
+/// What ListJobs tells of a job: number, unit, kind, state, its own object and the unit's.
+type JobRow = (u32, String, String, String, OwnedObjectPath, OwnedObjectPath);
+
 /// The properties of an object.
 struct Properties(HashMap<String, OwnedVariant>);
 
@@ -194,6 +215,12 @@ impl Properties {
 }
 
 impl Systemd {
+    /// Queues a restart of the unit and of all that are restarted with it, in their order, as `systemctl restart` does;
+    /// does not wait for it.
+    pub fn queue_restart(&self, unit: &str, until: Instant) -> Result<()> {
+        Bus::connect(until)?.manager("RestartUnit", &(unit, "replace"), until).map(drop)
+    }
+
     fn drop_in(&self, unit: &str) -> PathBuf {
         self.runtime_units.join(format!("{unit}.d")).join(DROP_IN)
     }
@@ -233,14 +260,19 @@ impl ServiceManager for Systemd {
 
     fn shutdown_queued(&self, until: Instant) -> Result<bool> {
         let jobs = self.jobs(until)?;
-        Ok(jobs.iter().any(|(unit, kind)| unit == "shutdown.target" && kind == "start"))
+        Ok(jobs.iter().any(|job| job.unit == "shutdown.target" && job.kind == "start"))
     }
 
-    fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>> {
-        type Row = (u32, String, String, String, OwnedObjectPath, OwnedObjectPath);
-        let message = Bus::connect(until)?.manager("ListJobs", &(), until)?;
-        let rows: Vec<Row> = message.body().deserialize().about(OBJECT)?;
-        Ok(rows.into_iter().map(|row| (row.1, row.2)).collect())
+    fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>> {
+        let job = |row: JobRow| QueuedJob { id: row.0, unit: row.1, kind: row.2, running: row.3 == "running" };
+        Ok(Bus::connect(until)?.jobs(until)?.into_iter().map(job).collect())
+    }
+
+    fn cancel_job(&self, id: u32, until: Instant) -> Result<()> {
+        match Bus::connect(until)?.manager("CancelJob", &(id,), until) {
+            Err(error) if !error.cause.contains("NoSuchJob") => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {
@@ -282,6 +314,13 @@ impl ServiceManager for Systemd {
         // Other drop-ins may live there; then it stays.
         let _ = file.parent().map(fs::remove_dir);
         Bus::connect(until)?.manager("Reload", &(), until).map(drop)
+    }
+
+    fn job_of(&self, unit: &str, until: Instant) -> Result<Option<Box<dyn Job>>> {
+        let bus = Bus::connect(until)?;
+        let stream = bus.ends_of_jobs(until)?;
+        let row = bus.jobs(until)?.into_iter().find(|row| row.1 == unit);
+        Ok(row.map(|row| Box::new(RealJob { bus, stream, path: row.4, unit: unit.to_owned() }) as _))
     }
 
     fn start_job(&self, unit: &str, kind: JobKind, until: Instant) -> Result<Box<dyn Job>> {
@@ -377,15 +416,7 @@ impl RealJob {
     where
         B: serde::Serialize + zbus::DynamicType,
     {
-        bus.manager("Subscribe", &(), until)?;
-        let stream = within(&bus.runtime, until, "listening for jobs", async {
-            let rule = MatchRule::builder()
-                .msg_type(zbus::message::Type::Signal)
-                .interface(MANAGER)
-                .member("JobRemoved")
-                .build()?;
-            MessageStream::for_match_rule(rule, &bus.connection, None).await
-        })?;
+        let stream = bus.ends_of_jobs(until)?;
         let path = bus.manager(method, body, until)?.body().deserialize().about(unit)?;
         Ok(RealJob { bus, stream, path, unit: unit.to_owned() })
     }

@@ -6,7 +6,8 @@ use std::time::Instant;
 use super::world::{WorldHook, SERVER, SWITCH};
 use super::Sim;
 use crate::host::{
-    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, Result, ServiceManager, SupervisorUnit, Unit,
+    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, ServiceManager,
+    SupervisorUnit, Unit,
 };
 
 pub(super) struct SimServices(pub(super) Sim);
@@ -58,8 +59,16 @@ impl ServiceManager for SimServices {
         self.0.operate("services.shutdown_queued", Some(until), |_| Ok(false))
     }
 
-    fn jobs(&self, until: Instant) -> Result<Vec<(String, String)>> {
+    fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>> {
         self.0.operate("services.jobs", Some(until), |_| Ok(Vec::new()))
+    }
+
+    fn cancel_job(&self, _id: u32, until: Instant) -> Result<()> {
+        self.0.operate("services.cancel_job", Some(until), |_| Ok(()))
+    }
+
+    fn job_of(&self, _unit: &str, until: Instant) -> Result<Option<Box<dyn Job>>> {
+        self.0.operate("services.job_of", Some(until), |_| Ok(None))
     }
 
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {

@@ -1,0 +1,232 @@
+//! The distribution's own commands, where our drop-ins are installed (`systemd/`): what systemd calls in place of the
+//! package's commands, which it gives us to do where we do not.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context};
+
+use super::launch::{launch, Launched};
+use super::output::complain;
+use super::restart::restart;
+use super::{RestartArgs, SuperviseArgs};
+use crate::config::{Config, DoorsConfig};
+use crate::control::{HookClient, HookCommand, RunLock, LOCK, SOCKET};
+use crate::host::real::Systemd;
+use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
+use crate::journal::{new_id, Runs};
+use crate::machine::ExitCode;
+use crate::report::Strategy;
+
+/// How long systemd may take to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+
+/// ExecReload= of the unit that stands for both daemons. A reload that was done is one that went well, with differences
+/// or not: the report has them.
+pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    match doors(config) {
+        Ok(doors) if doors.reload => well(run(config, unit)),
+        Ok(_) => package_s_own(command),
+        Err(code) => code,
+    }
+}
+
+/// ExecStop= of the same unit. systemd restarts both daemons with it (`PartOf=`); where the run replaces them, their
+/// jobs, which wait for us, are taken back before it begins.
+///
+/// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
+/// us, as after the upgrade of a package nobody else would start the new daemons.
+///
+/// Of ovs-vswitchd's own unit it is [`switch_stop`].
+pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    // What cannot be read must not keep anything from being stopped.
+    if !doors(config).is_ok_and(|doors| doors.restart) {
+        return package_s_own(command);
+    }
+    let systemd = Systemd::default();
+    let jobs = match systemd.jobs(soon()) {
+        Ok(jobs) => jobs,
+        Err(error) => {
+            complain(&format!("cannot ask systemd for its jobs ({error}): not a run of ovs-graceful"));
+            return package_s_own(command);
+        }
+    };
+    if unit == SWITCH_UNIT {
+        return match jobs.iter().any(|job| job.unit == unit && job.kind == "restart" && job.running) {
+            true => switch_stop(config, unit, command),
+            false => package_s_own(command),
+        };
+    }
+    let Some(restarts) = restarts_of_the_daemons(&unit, &jobs) else { return package_s_own(command) };
+    if let Err(error) = take_back(&systemd, &restarts) {
+        complain(&format!("cannot take back the restart of the daemons ({error}): not a run of ovs-graceful"));
+        return package_s_own(command);
+    }
+    let code = run(config, unit);
+    if code == ExitCode::Refused.code() {
+        complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
+        queue_again(&systemd, &restarts);
+        return package_s_own(command);
+    }
+    well(code)
+}
+
+/// The unit of ovs-vswitchd is being restarted, alone or with ovsdb-server. systemd will start the new daemon once this
+/// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
+/// Ended for us or refused, the old daemon is stopped as the package does.
+fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    // It may be the run under way that restarts the unit, as its last resort.
+    let free = matches!(RunLock::holder(Path::new(LOCK)), Ok(None));
+    match free.then(|| wait_for_the_word(config, unit)).transpose() {
+        Ok(Some(())) => 0,
+        _ if !main_process_lives() => 0,
+        Ok(None) => package_s_own(command),
+        Err(error) => {
+            complain(&format!("{error:#}: the daemon is restarted as it is without ovs-graceful"));
+            package_s_own(command)
+        }
+    }
+}
+
+/// Starts the run; returns when it has ended the old daemon and wants the new one.
+fn wait_for_the_word(config: &Path, unit: String) -> anyhow::Result<()> {
+    let args = SuperviseArgs {
+        id: new_id(),
+        strategy: Strategy::StopStart,
+        if_needed: false,
+        // systemd restarts it where that was asked for, before it starts the new ovs-vswitchd.
+        no_ovsdb: true,
+        gate_command: None,
+        report: None,
+        called_by: Some(unit),
+        config: config.to_path_buf(),
+    };
+    let mut hook = match launch(&args)? {
+        Launched::Running(_) => HookClient::open(Path::new(SOCKET))?.context("the run has gone")?,
+        Launched::Over(report) => bail!("run {}: {}", report.id, report.reason),
+    };
+    match hook.next_command()?.with_context(|| how_it_ended(&args.id))? {
+        HookCommand::Start => Ok(hook.reporter()?.child_exited(0)?),
+        HookCommand::Finish => Ok(()),
+        HookCommand::Cancel => bail!("run {} was cancelled", args.id),
+    }
+}
+
+fn how_it_ended(id: &str) -> String {
+    match Runs::default().report(id) {
+        Ok(report) => format!("run {id}: {}", report.reason),
+        Err(_) => format!("run {id} has gone"),
+    }
+}
+
+/// `MAINPID` is systemd's word for ExecStop=.
+fn main_process_lives() -> bool {
+    let pid = std::env::var("MAINPID").ok().filter(|pid| pid.chars().all(|c| c.is_ascii_digit()));
+    pid.is_some_and(|pid| Path::new("/proc").join(pid).exists())
+}
+
+fn doors(config: &Path) -> Result<DoorsConfig, u8> {
+    let loaded = Config::load(config).map_err(|error| {
+        complain(&format!("{error}"));
+        ExitCode::Refused.code()
+    })?;
+    Ok(loaded.doors)
+}
+
+fn run(config: &Path, unit: String) -> u8 {
+    restart(config, RestartArgs { called_by: Some(unit), ..RestartArgs::default() })
+}
+
+fn well(code: u8) -> u8 {
+    match code == ExitCode::Differences.code() {
+        true => 0,
+        false => code,
+    }
+}
+
+fn package_s_own(command: &[OsString]) -> u8 {
+    let Some((program, arguments)) = command.split_first() else { return 2 };
+    let error = Command::new(program).args(arguments).exec();
+    complain(&format!("cannot run {}: {error}", program.display()));
+    1
+}
+
+fn soon() -> Instant {
+    Instant::now() + ANSWER_LIMIT
+}
+
+/// The restarts of the daemons that wait for `unit`'s own; `None` where `unit` is not being restarted, or where more
+/// than a restart of ovs-vswitchd is under way: then the daemons are not ours to replace.
+fn restarts_of_the_daemons(unit: &str, jobs: &[QueuedJob]) -> Option<Vec<QueuedJob>> {
+    let of = |name: &str| jobs.iter().find(|job| job.unit == name);
+    let waits = |job: &&QueuedJob| job.kind == "restart" && !job.running;
+    of(unit).filter(|job| job.kind == "restart" && job.running)?;
+    let switch = of(SWITCH_UNIT).filter(waits)?;
+    let database = match of(DATABASE_UNIT) {
+        None => None,
+        Some(job) => Some(Some(job).filter(waits)?),
+    };
+    Some([Some(switch), database].into_iter().flatten().cloned().collect())
+}
+
+fn take_back(systemd: &Systemd, jobs: &[QueuedJob]) -> crate::host::Result<()> {
+    jobs.iter().try_for_each(|job| systemd.cancel_job(job.id, soon()))
+}
+
+/// Not waited for: they wait for us.
+fn queue_again(systemd: &Systemd, jobs: &[QueuedJob]) {
+    for job in jobs {
+        if let Err(error) = systemd.queue_restart(&job.unit, soon()) {
+            complain(&format!("cannot restart {}: {error}; remedy: systemctl restart {}", job.unit, job.unit));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UMBRELLA: &str = "openvswitch-switch.service";
+
+    fn job(id: u32, unit: &str, kind: &str, running: bool) -> QueuedJob {
+        QueuedJob { id, unit: unit.into(), kind: kind.into(), running }
+    }
+
+    fn restart_of_all() -> Vec<QueuedJob> {
+        vec![
+            job(1, UMBRELLA, "restart", true),
+            job(2, "ovs-record-hostname.service", "restart", false),
+            job(3, SWITCH_UNIT, "restart", false),
+            job(4, DATABASE_UNIT, "restart", false),
+        ]
+    }
+
+    fn ids(jobs: &[QueuedJob]) -> Option<Vec<u32>> {
+        let found = restarts_of_the_daemons(UMBRELLA, jobs)?;
+        Some(found.iter().map(|job| job.id).collect())
+    }
+
+    #[test]
+    fn a_restart_takes_the_daemons_jobs_and_no_others() {
+        assert_eq!(ids(&restart_of_all()), Some(vec![3, 4]));
+        let without_database: Vec<_> = restart_of_all().into_iter().filter(|job| job.id != 4).collect();
+        assert_eq!(ids(&without_database), Some(vec![3]));
+    }
+
+    #[test]
+    fn whatever_is_not_a_restart_is_the_package_s() {
+        for (at, kind, running) in
+            [(0, "stop", true), (0, "restart", false), (2, "stop", false), (2, "restart", true), (3, "stop", false)]
+        {
+            let mut jobs = restart_of_all();
+            jobs[at] = QueuedJob { kind: kind.into(), running, ..jobs[at].clone() };
+            assert_eq!(ids(&jobs), None, "{kind} {running} of {}", jobs[at].unit);
+        }
+        let nothing_of_the_switch: Vec<_> = restart_of_all().into_iter().filter(|job| job.id != 3).collect();
+        assert_eq!(ids(&nothing_of_the_switch), None);
+        assert_eq!(ids(&[]), None);
+    }
+}
