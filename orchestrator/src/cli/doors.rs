@@ -68,7 +68,7 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
     let code = run(config, unit);
     if code == ExitCode::Refused.code() {
         complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
-        queue_again(&systemd, &restarts);
+        restart_as_asked(&systemd, &restarts);
         return package_s_own(command);
     }
     well(code)
@@ -158,12 +158,14 @@ fn soon() -> Instant {
     Instant::now() + ANSWER_LIMIT
 }
 
-/// The restarts of the daemons that wait for `unit`'s own; `None` where `unit` is not being restarted, or where more
-/// than a restart of ovs-vswitchd is under way: then the daemons are not ours to replace.
+/// The restarts of the daemons that wait for `unit`'s own; `None` where `unit` is not being restarted, or more is under
+/// way than a restart: then the daemons are not ours to replace. Nor are they where it was one of them whose restart was
+/// asked for, which systemd has passed on to `unit` (`Requires=`): who waits for that job would be told that it was
+/// taken back. The job that was asked for is the first of those that come with it (src/core/transaction.c of systemd).
 fn restarts_of_the_daemons(unit: &str, jobs: &[QueuedJob]) -> Option<Vec<QueuedJob>> {
     let of = |name: &str| jobs.iter().find(|job| job.unit == name);
-    let waits = |job: &&QueuedJob| job.kind == "restart" && !job.running;
-    of(unit).filter(|job| job.kind == "restart" && job.running)?;
+    let asked_for = of(unit).filter(|job| job.kind == "restart" && job.running)?.id;
+    let waits = |job: &&QueuedJob| job.kind == "restart" && !job.running && job.id > asked_for;
     let switch = of(SWITCH_UNIT).filter(waits)?;
     let database = match of(DATABASE_UNIT) {
         None => None,
@@ -176,12 +178,12 @@ fn take_back(systemd: &Systemd, jobs: &[QueuedJob]) -> crate::host::Result<()> {
     jobs.iter().try_for_each(|job| systemd.cancel_job(job.id, soon()))
 }
 
-/// Not waited for: they wait for us.
-fn queue_again(systemd: &Systemd, jobs: &[QueuedJob]) {
-    for job in jobs {
-        if let Err(error) = systemd.queue_restart(&job.unit, soon()) {
-            complain(&format!("cannot restart {}: {error}; remedy: systemctl restart {}", job.unit, job.unit));
-        }
+/// Not waited for: it waits for us. A restart of ovsdb-server is one of ovs-vswitchd as well (`Requires=`); a second job
+/// might find the first one's work done, and do it again.
+fn restart_as_asked(systemd: &Systemd, jobs: &[QueuedJob]) {
+    let unit = if jobs.iter().any(|job| job.unit == DATABASE_UNIT) { DATABASE_UNIT } else { SWITCH_UNIT };
+    if let Err(error) = systemd.queue_restart(unit, soon()) {
+        complain(&format!("cannot restart {unit}: {error}; remedy: systemctl restart {unit}"));
     }
 }
 
@@ -224,6 +226,11 @@ mod tests {
             let mut jobs = restart_of_all();
             jobs[at] = QueuedJob { kind: kind.into(), running, ..jobs[at].clone() };
             assert_eq!(ids(&jobs), None, "{kind} {running} of {}", jobs[at].unit);
+        }
+        for daemon in [2, 3] {
+            let mut jobs = restart_of_all();
+            jobs[daemon].id = 0;
+            assert_eq!(ids(&jobs), None, "the restart of {} was asked for", jobs[daemon].unit);
         }
         let nothing_of_the_switch: Vec<_> = restart_of_all().into_iter().filter(|job| job.id != 3).collect();
         assert_eq!(ids(&nothing_of_the_switch), None);
