@@ -82,11 +82,14 @@ pub struct DoorsConfig {
     pub reload: bool,
     /// `systemctl restart` of it, and what a package's upgrade makes of that; false: a plain stop and start.
     pub restart: bool,
+    /// An upgrade of the package leaves the daemons alone until that restart; false: it stops them first, as it does
+    /// without us. Says nothing where `restart` is false.
+    pub upgrade: bool,
 }
 
 impl Default for DoorsConfig {
     fn default() -> DoorsConfig {
-        DoorsConfig { reload: true, restart: true }
+        DoorsConfig { reload: true, restart: true, upgrade: true }
     }
 }
 

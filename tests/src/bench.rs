@@ -11,6 +11,7 @@ use crate::command::run;
 use crate::guest;
 use crate::image;
 use crate::outcome::{Action, Job, Load, Outcome, ProbeOutcome};
+use crate::packages;
 use crate::places::{self, VmLock};
 use crate::scenarios::{self, Program, Scenario};
 use crate::vm;
@@ -101,6 +102,7 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
     let input = tempfile::tempdir()?;
     let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
+    packages::put(scenario.packages(), &request.suite, &input.path().join("packages"))?;
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,

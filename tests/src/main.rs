@@ -9,6 +9,7 @@ mod command;
 mod guest;
 mod image;
 mod outcome;
+mod packages;
 mod places;
 mod scenarios;
 mod vm;

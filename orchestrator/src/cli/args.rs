@@ -179,6 +179,17 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// policy-rc.d: may a maintainer script do this to a unit? 101 where it would take the daemons away before a run.
+    Policy {
+        /// The unit.
+        unit: String,
+        /// What is to be done.
+        action: String,
+    },
+    /// prerm: exits with 0 where no run is under way and none was cut off.
+    Removable,
+    /// The files of Open vSwitch's package have changed: says what became of the daemons.
+    Upgraded,
     /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.
     Stopped,
     /// One look at the timeout policies that are guarded for live connections.

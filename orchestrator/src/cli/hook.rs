@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::output::complain;
-use super::{doors, exit_code, log, HookCommand};
+use super::{doors, exit_code, log, upgrade, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
 use crate::guard;
 use crate::host::real::Systemd;
@@ -46,6 +46,9 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         },
         HookCommand::UnitReload { unit, command } => doors::unit_reload(config, unit, &command),
         HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
+        HookCommand::Policy { unit, action } => upgrade::policy(config, &unit, &action),
+        HookCommand::Removable => upgrade::removable(),
+        HookCommand::Upgraded => upgrade::upgraded(),
         HookCommand::Stopped => stopped(config),
         HookCommand::Guard { again } => match guarded(again) {
             Ok(()) => 0,

@@ -12,6 +12,7 @@ mod progress;
 mod restart;
 mod runs;
 mod status;
+mod upgrade;
 
 pub use args::{Cli, Command, CtCommand, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
 

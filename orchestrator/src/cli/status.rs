@@ -10,13 +10,11 @@ use super::connect;
 use super::output::{say, say_json};
 use crate::control::{Holder, RunLock, Status, LOCK};
 use crate::guard;
+use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::Ovsdb;
 use crate::host::Database;
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-
-/// Where ovsdb-server listens.
-const DATABASE: &str = "/run/openvswitch/db.sock";
 
 /// How long the database may take to answer.
 const DATABASE_LIMIT: Duration = Duration::from_secs(3);
@@ -60,7 +58,7 @@ fn ask() -> Answer {
     };
     let freeze = known(&mut unknown, freeze::state());
     let guard = known(&mut unknown, guard::status());
-    let facts = Ovsdb::new(DATABASE).facts(Instant::now() + DATABASE_LIMIT);
+    let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
     let flow_restore_wait = known(&mut unknown, facts.map(|facts| Some(facts.is_on("flow-restore-wait"))));
     Answer { run, lock, interrupted, freeze, guard, flow_restore_wait, unknown }
 }

@@ -23,6 +23,7 @@ use anyhow::{anyhow, Context, Result};
 
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
+use crate::packages::Packages;
 use crate::scenarios::{self, Scenario, Traffic};
 use nix::sys::resource::{setrlimit, Resource};
 use nix::time::{clock_settime, ClockId};
@@ -130,10 +131,10 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     wait_for_daemons()?;
     outlive_the_first_seconds()?;
     wait_for_daemons()?;
-    if job.product {
+    let scenario = scenarios::find(&job.scenario)?;
+    if job.product && scenario.packages() == Packages::None {
         install_product()?;
     }
-    let scenario = scenarios::find(&job.scenario)?;
     if let Scenario::Traffic(traffic) = scenario {
         set_up(traffic, out)?;
     }

@@ -74,7 +74,7 @@ pub struct Image {
 /// Gives the image of `suite`, building it when the cache has none (about two minutes).
 pub fn ensure(suite: &str) -> Result<Image> {
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
-    let tree_hash = hash(&(RECIPE, suite, &mirror, PACKAGES));
+    let tree_hash = hash(&(RECIPE, suite, mirror.as_str(), PACKAGES));
     let image_hash = hash(&(tree_hash.as_str(), INIT, SERVICE, RUN, MASKED, INITRAMFS_MODULES));
     let cache = places::cache()?;
     let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
@@ -88,7 +88,7 @@ pub fn ensure(suite: &str) -> Result<Image> {
     if folder.join("complete").exists() {
         return Ok(image);
     }
-    let tree = ensure_tree(&cache.join(format!("tree-{suite}-{tree_hash}")), suite, &mirror)?;
+    let tree = ensure_tree(&tree_folder(&cache, suite, &mirror), suite, &mirror)?;
     if folder.exists() {
         fs::remove_dir_all(&folder)?;
     }
@@ -103,6 +103,18 @@ pub fn ensure(suite: &str) -> Result<Image> {
     run(Command::new("mke2fs").args(args).env("PATH", admin_path()))?;
     fs::write(folder.join("complete"), "")?;
     Ok(image)
+}
+
+/// The files that the image of `suite` is made of.
+pub fn tree(suite: &str) -> Result<PathBuf> {
+    let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
+    let cache = places::cache()?;
+    let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
+    ensure_tree(&tree_folder(&cache, suite, &mirror), suite, &mirror)
+}
+
+fn tree_folder(cache: &Path, suite: &str, mirror: &str) -> PathBuf {
+    cache.join(format!("tree-{suite}-{}", hash(&(RECIPE, suite, mirror, PACKAGES))))
 }
 
 fn hash(value: &impl Hash) -> String {

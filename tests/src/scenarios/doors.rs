@@ -102,7 +102,8 @@ fn ovs_ctl(out: &Path) -> String {
     shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
 }
 
-fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+/// Goes through a door under traffic: a run, done, and nothing lost.
+pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));

@@ -41,6 +41,7 @@ mod tunnel;
 mod two_zones;
 mod unprivileged;
 mod unreplayable;
+mod upgrade;
 mod vlan_patch;
 
 use std::path::Path;
@@ -50,6 +51,7 @@ use anyhow::{bail, Result};
 use crate::guest::probe::Spec;
 use crate::guest::Evidence;
 use crate::outcome::{Job, Outcome};
+use crate::packages::Packages;
 
 /// What our restart has to fulfil in a scenario, beyond what holds everywhere.
 #[derive(Debug, Clone)]
@@ -163,6 +165,10 @@ pub trait Custom: Sync {
     fn programs(&self) -> &'static [Program] {
         &[]
     }
+    /// Debian packages that go into the VM, which has nothing of the product then but what they bring.
+    fn packages(&self) -> Packages {
+        Packages::None
+    }
     /// About how many runs it makes.
     ///
     /// # Errors
@@ -217,6 +223,14 @@ impl Scenario {
         match self {
             Scenario::Traffic(_) => &[],
             Scenario::Custom(s) => s.programs(),
+        }
+    }
+
+    /// Debian packages that go into the VM.
+    pub fn packages(self) -> Packages {
+        match self {
+            Scenario::Traffic(_) => Packages::None,
+            Scenario::Custom(s) => s.packages(),
         }
     }
 
@@ -294,6 +308,9 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&doors::Doors),
+    Scenario::Custom(&upgrade::ONE),
+    Scenario::Custom(&upgrade::BOTH),
+    Scenario::Custom(&upgrade::STOCK),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&ct_zones::CtZones),

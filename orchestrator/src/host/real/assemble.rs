@@ -13,8 +13,8 @@ use crate::steps::Host;
 
 /// Where the daemons keep their sockets and PID files (`ovs_rundir`).
 const RUN_DIRECTORY: &str = "/run/openvswitch";
-/// The database's socket.
-const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
+/// Where ovsdb-server listens.
+pub const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
 
 impl Host {
     /// This machine's database, which is there before the datapath is.

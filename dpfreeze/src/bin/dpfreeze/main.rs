@@ -2,100 +2,25 @@
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::Parser;
 use dpfreeze::flow_key::{format_actions, format_key};
 use dpfreeze::freeze::{self, CanaryCommand, Classes, Families, Freeze, Scope, State};
 use dpfreeze::ovs::Ovs;
 use dpfreeze::snapshot::{self, DatapathSnapshot, Snapshot};
 
+mod args;
+
+use args::{Cli, Command};
+
 /// `diff` found differences, as with diff(1).
 const DIFFERENT: u8 = 1;
 /// Anything failed.
 const TROUBLE: u8 = 2;
-
-/// Freeze and look at the kernel datapath of Open vSwitch.
-#[derive(Parser)]
-#[command(version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Refuse messages until the lease runs out; proves with a canary first that this works here.
-    Freeze {
-        /// What to refuse; may be given several times.
-        #[arg(long = "class", required = true, value_enum)]
-        classes: Vec<Class>,
-        /// How long, in seconds. It ends by itself.
-        #[arg(long, value_parser = clap::value_parser!(u64).range(1..=86400))]
-        lease: u64,
-        /// The datapath; may be given several times. Without it: every kernel datapath.
-        #[arg(long = "datapath")]
-        datapaths: Vec<String>,
-        /// A timeout policy to guard; may be given several times. Without it: every one there is.
-        #[arg(long = "timeout-policy")]
-        timeout_policies: Vec<String>,
-    },
-    /// Lift any freeze, whoever holds it.
-    Thaw,
-    /// Show what is frozen, until when, and what was refused.
-    Status {
-        /// As JSON; null where nothing is frozen.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Show datapaths, ports, flows, meters and timeout policies.
-    Dump,
-    /// Write to a file, as JSON, what the kernel knows.
-    Snapshot {
-        /// The file.
-        file: PathBuf,
-    },
-    /// Compare two snapshots: what of the first is not so in the second. Exits 1 where there is anything.
-    Diff {
-        /// The earlier snapshot.
-        before: PathBuf,
-        /// The later snapshot.
-        after: PathBuf,
-    },
-    /// Show, as JSON, what this host can do.
-    Environment,
-    /// Send test messages from a process that is not exempt (started by `freeze`).
-    #[command(hide = true)]
-    Canary,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Class {
-    FlowFlush,
-    FlowDel,
-    FlowSet,
-    DpDel,
-    VportDel,
-    MeterDel,
-    CtTimeoutDel,
-}
-
-impl From<Class> for Classes {
-    fn from(class: Class) -> Classes {
-        match class {
-            Class::FlowFlush => Classes::FLOW_FLUSH,
-            Class::FlowDel => Classes::FLOW_DEL,
-            Class::FlowSet => Classes::FLOW_SET,
-            Class::DpDel => Classes::DP_DEL,
-            Class::VportDel => Classes::VPORT_DEL,
-            Class::MeterDel => Classes::METER_DEL,
-            Class::CtTimeoutDel => Classes::CT_TIMEOUT_DEL,
-        }
-    }
-}
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {

@@ -1,0 +1,181 @@
+//! What Debian's package manager asks and tells during an upgrade of Open vSwitch (`debian/`).
+//!
+//! The package's preinst stops both daemons and its postinst starts them again; in between, with other packages in the
+//! same upgrade, minutes may pass. Maintainer scripts ask `/usr/sbin/policy-rc.d` before they do so
+//! (deb-systemd-invoke(1p)): where a run will be possible the stop is forbidden, and the restart of the umbrella at the
+//! end is a run by its drop-in ([`super::doors`]).
+
+use std::env;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::output::{complain, say};
+use crate::config::Config;
+use crate::control::{RunLock, LOCK, RUN_DIR};
+use crate::host::real::assemble::DATABASE_SOCKET;
+use crate::host::real::{RealDaemons, Systemd};
+use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
+use crate::journal::Runs;
+use crate::machine::ExitCode;
+use crate::report::{Report, Strategy};
+use crate::supervisor;
+
+/// The action is allowed (README.policy-rc.d of init-system-helpers).
+const ALLOWED: u8 = 0;
+/// The action is forbidden by policy.
+const FORBIDDEN: u8 = 101;
+
+/// The package whose scripts take the daemons away.
+const PACKAGE: &str = "openvswitch-switch";
+/// Stopped with the daemons, for which it asks.
+const HOSTNAME_UNIT: &str = "ovs-record-hostname.service";
+/// The script of System V's init.
+const INIT_SCRIPT: &str = "openvswitch-switch";
+
+/// An upgrade asks several times, and is to hear the same: this was the first answer.
+const ANSWER: &str = "upgrade";
+/// As long as an upgrade may take, from the first question to the last.
+const ANSWER_LASTS: Duration = Duration::from_secs(20 * 60);
+
+/// How long a daemon may take to say its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(10);
+
+/// `policy-rc.d UNIT ACTION`: may a maintainer script do that?
+pub(super) fn policy(config: &Path, unit: &str, action: &str) -> u8 {
+    let asks = |name: &str| env::var(name).unwrap_or_default();
+    let (package, script) = (asks("DPKG_MAINTSCRIPT_PACKAGE"), asks("DPKG_MAINTSCRIPT_NAME"));
+    if !takes_the_daemons_away(&package, &script, unit, action) || !will_be_graceful(config) {
+        return ALLOWED;
+    }
+    complain(&format!("{action} of {unit}: not now; Open vSwitch is replaced when its packages have been unpacked"));
+    FORBIDDEN
+}
+
+/// Of Debian 12 and later preinst stops the daemons; of Debian 11 postinst restarts them one after the other before it
+/// restarts the umbrella.
+fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str) -> bool {
+    let daemon = [SWITCH_UNIT, DATABASE_UNIT].contains(&unit);
+    package == PACKAGE
+        && match (script, action) {
+            ("preinst", "stop") => daemon || unit == HOSTNAME_UNIT,
+            ("postinst", "restart") => daemon || unit == INIT_SCRIPT,
+            _ => false,
+        }
+}
+
+fn will_be_graceful(config: &Path) -> bool {
+    let kept = Path::new(RUN_DIR).join(ANSWER);
+    if let Some(answer) = kept_answer(&kept) {
+        return answer;
+    }
+    let answer = can_be_graceful(config);
+    keep_answer(&kept, answer);
+    answer
+}
+
+fn can_be_graceful(config: &Path) -> bool {
+    let Ok(config) = Config::load(config) else { return false };
+    let wanted = config.doors.upgrade && config.doors.restart && Systemd::default().is_running();
+    wanted && supervisor::check(&config, Strategy::Standby).is_ok_and(|report| report.exit_code() == ExitCode::Done)
+}
+
+fn kept_answer(path: &Path) -> Option<bool> {
+    let age = SystemTime::now().duration_since(fs::metadata(path).ok()?.modified().ok()?).ok()?;
+    (age < ANSWER_LASTS).then(|| fs::read(path).is_ok_and(|answer| answer == b"yes"))
+}
+
+/// Where it cannot be kept it is asked for again.
+fn keep_answer(path: &Path, answer: bool) {
+    let _there = DirBuilder::new().mode(0o700).create(RUN_DIR);
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).mode(0o600).open(path);
+    let _kept = file.and_then(|mut file| file.write_all(if answer { b"yes" } else { b"no" }));
+}
+
+/// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
+pub(super) fn upgraded() -> u8 {
+    let _may_be_another_s = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
+    let daemons = RealDaemons::new(DATABASE_SOCKET);
+    let running = daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+    let [daemon] = running.as_slice() else { return ALLOWED };
+    let last = Runs::default().list().ok().and_then(|mut runs| runs.pop()?.report);
+    let versions = daemons.versions(daemon, Instant::now() + VERSION_LIMIT);
+    let old = match &versions {
+        Ok(versions) => daemon.exe_deleted || versions.running != versions.installed,
+        Err(_) => daemon.exe_deleted,
+    };
+    let installed = versions.map(|versions| versions.installed).unwrap_or_default();
+    match (old, last) {
+        (true, last) => complain(&still_old(&installed, last.as_ref())),
+        (false, Some(last)) => {
+            say(&format!("ovs-graceful: ovs-vswitchd is {installed}; the last run was {}", told(&last)))
+        }
+        (false, None) => {}
+    }
+    ALLOWED
+}
+
+/// May this program be removed? What finishes or undoes a run is in it.
+pub(super) fn removable() -> u8 {
+    match RunLock::holder(Path::new(LOCK)) {
+        Ok(Some(_)) => ExitCode::Busy.code(),
+        Ok(None) if matches!(Runs::default().interrupted(), Ok(None)) => 0,
+        Ok(None) | Err(_) => ExitCode::Refused.code(),
+    }
+}
+
+fn still_old(installed: &str, last: Option<&Report>) -> String {
+    let last = last.map(|report| format!("; the last run was {}", told(report))).unwrap_or_default();
+    format!(
+        "ovs-vswitchd {installed} is installed, and the one before it still runs{last}; \
+         remedy: `ovs-graceful check`, then `ovs-graceful restart --if-needed`"
+    )
+}
+
+fn told(report: &Report) -> String {
+    format!("{} (exit {}): {}", report.id, report.exit_code.code(), report.reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_upgrade_does_to_the_daemons_is_told_from_all_else() {
+        let taken = |script, unit, action| takes_the_daemons_away(PACKAGE, script, unit, action);
+        for unit in [SWITCH_UNIT, DATABASE_UNIT, HOSTNAME_UNIT] {
+            assert!(taken("preinst", unit, "stop"), "{unit}");
+            assert!(!taken("prerm", unit, "stop"), "a removal stops {unit}");
+            assert!(!takes_the_daemons_away("ovs-graceful", "preinst", unit, "stop"));
+            assert!(!takes_the_daemons_away("", "", unit, "stop"), "a person stops {unit}");
+        }
+        assert!(taken("postinst", SWITCH_UNIT, "restart"));
+        assert!(taken("postinst", INIT_SCRIPT, "restart"));
+        assert!(!taken("postinst", "openvswitch-switch.service", "restart"), "this one is the run");
+        assert!(!taken("postinst", SWITCH_UNIT, "start"));
+        assert!(!taken("prerm", "openvswitch-switch.service", "stop"));
+    }
+
+    #[test]
+    fn an_answer_holds_for_the_length_of_an_upgrade() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(ANSWER);
+        assert_eq!(kept_answer(&path), None);
+        for answer in [true, false] {
+            keep_answer(&path, answer);
+            assert_eq!(kept_answer(&path), Some(answer));
+        }
+        let long_ago = SystemTime::now() - ANSWER_LASTS;
+        fs::File::options().write(true).open(&path).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!(kept_answer(&path), None);
+    }
+
+    #[test]
+    fn who_still_runs_is_told_with_the_remedy() {
+        let text = still_old("3.5.0", None);
+        assert!(text.contains("3.5.0") && text.contains("restart --if-needed"), "{text}");
+    }
+}

@@ -1,0 +1,149 @@
+//! `apt-get` upgrades Open vSwitch of Debian 12 to that of Debian 13 under traffic: with our package installed that is a
+//! run; and beside it, in a VM of its own, as it is without.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{aftermath, doors, network, plain, Custom};
+use crate::command::{shell, shell_lenient};
+use crate::guest::{facts, say};
+use crate::outcome::{Job, Outcome};
+use crate::packages::{Packages, OLD};
+
+/// See the module.
+pub struct Upgrade {
+    name: &'static str,
+    about: &'static str,
+    way: Way,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Open vSwitch alone.
+    One,
+    /// Our package, too, in the same upgrade.
+    Both,
+    /// Without our package.
+    Stock,
+}
+
+/// `apt-get install openvswitch-switch`.
+pub const ONE: Upgrade = Upgrade {
+    name: "upgrade",
+    about: "apt-get install openvswitch-switch from Debian 12's (3.1) to Debian 13's (3.5), our package installed",
+    way: Way::One,
+};
+
+/// `apt-get dist-upgrade` of both packages.
+pub const BOTH: Upgrade = Upgrade {
+    name: "upgrade_both",
+    about: "apt-get dist-upgrade of Open vSwitch and of our package at once",
+    way: Way::Both,
+};
+
+/// As it is without us.
+pub const STOCK: Upgrade = Upgrade {
+    name: "upgrade_stock",
+    about: "apt-get install openvswitch-switch without our package, to compare",
+    way: Way::Stock,
+};
+
+const APT: &str = "DEBIAN_FRONTEND=noninteractive timeout 900 apt-get -qy --no-install-recommends \
+    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold";
+
+impl Custom for Upgrade {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn about(&self) -> &'static str {
+        self.about
+    }
+
+    fn packages(&self) -> Packages {
+        Packages::OursAndSuite("trixie")
+    }
+
+    fn runs(&self, _arguments: &[String]) -> Result<u32> {
+        Ok(12)
+    }
+
+    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        network::patient_veth()?;
+        apt_sources()?;
+        let log = |name: &str| out.join(name).display().to_string();
+        if self.way == Way::Stock {
+            return stock(&log("apt"), outcome);
+        }
+        install_ours(&log("apt-ours"), outcome)?;
+        let words = match self.way {
+            Way::Both => "dist-upgrade",
+            Way::One | Way::Stock => "install openvswitch-switch",
+        };
+        let from = version();
+        let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log("apt")));
+        doors::graceful(self.name, door, outcome)?;
+        upgraded(&from, outcome);
+        let said = fs::read_to_string(log("apt"))?;
+        outcome.check("apt tells what became of it", said.contains("ovs-graceful: ovs-vswitchd is 3.5"), said);
+        let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
+        // The lab's own restart at the first boot.
+        outcome.check("systemd has not stopped ovs-vswitchd again", stops.trim() == "1", &stops);
+        let ours = shell_lenient("dpkg-query -W -f '${Version}' ovs-graceful");
+        let newer = (ours.trim() != OLD) == (self.way == Way::Both);
+        outcome.check("our package is of the version that it should be", newer, ours);
+        Ok(())
+    }
+}
+
+/// Nothing but what the lab has brought.
+fn apt_sources() -> Result<()> {
+    shell("rm -f /etc/apt/sources.list.d/*; echo 'deb [trusted=yes] file:/lab/packages ./' > /etc/apt/sources.list")?;
+    shell("apt-get -q update 2>&1").map(drop)
+}
+
+fn install_ours(log: &str, outcome: &mut Outcome) -> Result<()> {
+    say("installing our package");
+    let live = plain::start_probes()?;
+    let before = facts::DAEMONS.map(facts::daemons);
+    let said = shell_lenient(&format!("{APT} install ovs-graceful={OLD} > {log} 2>&1; echo exit=$?; cat {log}"));
+    outcome.check("our package is installed", said.starts_with("exit=0"), &said);
+    let now = facts::DAEMONS.map(facts::daemons);
+    outcome.check("its installation leaves the daemons alone", before == now, json!([before, now]));
+    aftermath::finish("installation", live, false, outcome).map(drop)
+}
+
+/// Of the running ovs-vswitchd.
+fn version() -> String {
+    shell_lenient("ovs-appctl -t ovs-vswitchd version | head -1").trim().to_owned()
+}
+
+fn upgraded(from: &str, outcome: &mut Outcome) {
+    let now = version();
+    let went = from.contains(" 3.1.") && now.contains(" 3.5.");
+    outcome.check("from 3.1 to 3.5", went, json!([from, now]));
+    let audit =
+        shell_lenient("dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev} ${Package}\\n' | grep -v '^ii' || true");
+    outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
+    aftermath::no_unit_failed(outcome);
+}
+
+/// What it costs otherwise: that it costs something is what makes the other side of the comparison one.
+fn stock(log: &str, outcome: &mut Outcome) -> Result<()> {
+    say("upgrading without our package");
+    let from = version();
+    let live = plain::start_probes()?;
+    std::thread::sleep(Duration::from_secs(3));
+    let said = shell_lenient(&format!("{APT} install openvswitch-switch > {log} 2>&1; echo exit=$?; cat {log}"));
+    outcome.check("exit 0", said.starts_with("exit=0"), &said);
+    std::thread::sleep(Duration::from_secs(6));
+    let [_, lost] = aftermath::finish("stock", live, true, outcome)?;
+    outcome.check("new flows are lost", lost > 0, lost);
+    upgraded(&from, outcome);
+    Ok(())
+}
