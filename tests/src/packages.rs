@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{bail, Context, Result};
+use serde_json::{json, Value};
 
 use crate::apt_sources;
 use crate::command::{capture, run};
@@ -19,8 +20,27 @@ pub enum Packages {
     None,
     /// Ours in two versions, [`OLD`] and [`NEW`].
     Ours,
-    /// Ours, and what an upgrade of Open vSwitch to this suite takes.
+    /// Ours, and what an upgrade (or downgrade) of Open vSwitch to this suite takes.
     OursAndSuite(&'static str),
+    /// Ours, openvswitch-switch of the guest's own suite, and later versions of it that are no good, [`BAD`].
+    OursAndBad,
+}
+
+/// Later versions of openvswitch-switch.
+pub const BAD: [(&str, Bad); 4] = [
+    ("99:1-crashes", Bad { daemon: Some("kill -SEGV $$"), schema: false }),
+    ("99:2-hangs", Bad { daemon: Some("exec sleep infinity"), schema: false }),
+    ("99:3-newer-schema", Bad { daemon: None, schema: true }),
+    ("99:4-newer-schema-crashes", Bad { daemon: Some("kill -SEGV $$"), schema: true }),
+];
+
+/// What is changed about a package.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bad {
+    /// In place of ovs-vswitchd: what a shell does where it is to start; `--version` it answers.
+    daemon: Option<&'static str>,
+    /// The schema is a newer one, with a column more.
+    schema: bool,
 }
 
 /// The version that a scenario installs first.
@@ -34,13 +54,15 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
         return Ok(());
     }
     fs::create_dir(folder)?;
+    // Held until it is copied: every building begins by removing the last one.
+    let _lock = places::lock(&places::cache()?.join("package.lock"), "another lab builds the package")?;
     let ours = ours()?;
     fs::copy(&ours, folder.join(format!("ovs-graceful_{OLD}_amd64.deb")))?;
-    repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")))?;
-    if let Packages::OursAndSuite(to) = wanted {
-        for package in fs::read_dir(upgrade(suite, to)?)?.flatten() {
-            fs::copy(package.path(), folder.join(package.file_name()))?;
-        }
+    repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
+    match wanted {
+        Packages::None | Packages::Ours => {}
+        Packages::OursAndSuite(to) => copy_all(&apt(suite, to)?, folder)?,
+        Packages::OursAndBad => bad_ones(&apt(suite, suite)?, folder)?,
     }
     let index = capture(Command::new("dpkg-scanpackages").args(["--multiversion", "."]).current_dir(folder))?;
     fs::write(folder.join("Packages"), index)?;
@@ -49,14 +71,48 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
 
 /// Our package, built.
 fn ours() -> Result<PathBuf> {
-    let _lock = places::lock(&places::cache()?.join("package.lock"), "another lab builds the package")?;
     let script = places::workspace().join("tests/package");
     let said = capture(&mut Command::new(&script)).context("building our package")?;
     let path = said.lines().last().map(PathBuf::from).filter(|path| path.is_file());
     path.with_context(|| format!("{} named no package: {said}", script.display()))
 }
 
-fn repack(package: &Path, version: &str, to: &Path) -> Result<()> {
+fn copy_all(from: &Path, to: &Path) -> Result<()> {
+    for package in fs::read_dir(from)?.flatten() {
+        fs::copy(package.path(), to.join(package.file_name()))?;
+    }
+    Ok(())
+}
+
+fn bad_ones(from: &Path, folder: &Path) -> Result<()> {
+    copy_all(from, folder)?;
+    let is_it = |path: &PathBuf| path.to_string_lossy().contains("/openvswitch-switch_");
+    let package = fs::read_dir(from)?.flatten().map(|entry| entry.path()).find(is_it);
+    let package = package.with_context(|| format!("no openvswitch-switch in {}", from.display()))?;
+    for (version, bad) in BAD {
+        let to = folder.join(format!("openvswitch-switch_{}_amd64.deb", version.replace(':', "_")));
+        repack(&package, version, &to, |tree| spoil(bad, tree))?;
+    }
+    Ok(())
+}
+
+fn spoil(bad: Bad, tree: &Path) -> Result<()> {
+    if let Some(start) = bad.daemon {
+        let program = tree.join("usr/lib/openvswitch-switch/ovs-vswitchd");
+        let version = "echo 'ovs-vswitchd (Open vSwitch) 99.0.0'; exit";
+        fs::write(&program, format!("#!/bin/sh\ncase \"$*\" in *--version*) {version} ;; esac\n{start}\n"))?;
+    }
+    if bad.schema {
+        let path = tree.join("usr/share/openvswitch/vswitch.ovsschema");
+        let mut schema: Value = serde_json::from_slice(&fs::read(&path)?).context("the package's schema")?;
+        schema["version"] = json!("99.0.0");
+        schema["tables"]["Bridge"]["columns"]["of_a_later_version"] = json!({ "type": "string" });
+        fs::write(&path, schema.to_string())?;
+    }
+    Ok(())
+}
+
+fn repack(package: &Path, version: &str, to: &Path, change: impl Fn(&Path) -> Result<()>) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let tree = scratch.path().join("tree");
     run(Command::new("dpkg-deb").arg("--raw-extract").arg(package).arg(&tree))?;
@@ -67,11 +123,13 @@ fn repack(package: &Path, version: &str, to: &Path) -> Result<()> {
         .map(|line| if line.starts_with("Version:") { format!("Version: {version}") } else { line.to_owned() })
         .collect();
     fs::write(&control, changed.join("\n") + "\n")?;
+    change(&tree)?;
     capture(Command::new("dpkg-deb").args(["-Zgzip", "-z1", "--build"]).arg(&tree).arg(to)).map(drop)
 }
 
-/// The folder with what apt would fetch for an upgrade of openvswitch-switch in the image of `from` to `to`.
-fn upgrade(from: &str, to: &str) -> Result<PathBuf> {
+/// The folder with what apt would fetch to make openvswitch-switch in the image of `from` that of `to`; where they are the
+/// same, to install it again.
+fn apt(from: &str, to: &str) -> Result<PathBuf> {
     let tree = image::tree(from)?;
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let cache = places::cache()?;
@@ -81,7 +139,7 @@ fn upgrade(from: &str, to: &str) -> Result<PathBuf> {
     if folder.join("complete").exists() {
         return Ok(folder.join("archives"));
     }
-    println!("lab: fetching what an upgrade from {from} to {to} takes");
+    println!("lab: fetching what it takes to go from {from} to {to}");
     let scratch = cache.join(format!("{name}.scratch"));
     if scratch.exists() {
         fs::remove_dir_all(&scratch)?;
@@ -103,17 +161,19 @@ fn upgrade(from: &str, to: &str) -> Result<PathBuf> {
         "Dir::Etc::PreferencesParts=/dev/null".to_owned(),
         "APT::Sandbox::User=root".to_owned(),
     ];
-    let apt = |words: &[&str]| {
+    let get = |words: &[&str]| {
         let mut command = Command::new("apt-get");
         command.args(options.iter().flat_map(|option| ["-o", option])).arg("-q").args(words);
         capture(&mut command)
     };
-    apt(&["update"]).with_context(|| format!("the mirror has no {to}"))?;
-    apt(&["install", "--yes", "--download-only", "--no-install-recommends", "openvswitch-switch"])?;
+    get(&["update"]).with_context(|| format!("the mirror has no {to}"))?;
+    let names = ["openvswitch-switch", "openvswitch-common"].map(|name| format!("{name}/{to}"));
+    let how = ["--yes", "--download-only", "--no-install-recommends", "--allow-downgrades", "--reinstall"];
+    get(&[&["install"], how.as_slice(), &[&names[0], &names[1]]].concat())?;
     fs::remove_dir_all(archives.join("partial"))?;
     let _lock_file = fs::remove_file(archives.join("lock"));
     if fs::read_dir(&archives)?.count() == 0 {
-        bail!("an upgrade from {from} to {to} takes no package");
+        bail!("apt wants no package to go from {from} to {to}");
     }
     fs::remove_dir_all(&scratch)?;
     fs::write(folder.join("complete"), "")?;

@@ -186,8 +186,8 @@ pub enum HookCommand {
         /// What is to be done.
         action: String,
     },
-    /// prerm: exits with 0 where no run is under way and none was cut off.
-    Removable,
+    /// prerm: ends what would go on without this program. Not while a run is under way, or was cut off.
+    Removed,
     /// The files of Open vSwitch's package have changed: says what became of the daemons.
     Upgraded,
     /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.

@@ -47,7 +47,7 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         HookCommand::UnitReload { unit, command } => doors::unit_reload(config, unit, &command),
         HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
         HookCommand::Policy { unit, action } => upgrade::policy(config, &unit, &action),
-        HookCommand::Removable => upgrade::removable(),
+        HookCommand::Removed => upgrade::removed(),
         HookCommand::Upgraded => upgrade::upgraded(),
         HookCommand::Stopped => stopped(config),
         HookCommand::Guard { again } => match guarded(again) {

@@ -12,9 +12,12 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+use dpfreeze::freeze;
+
 use super::output::{complain, say};
 use crate::config::Config;
 use crate::control::{RunLock, LOCK, RUN_DIR};
+use crate::guard;
 use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::{RealDaemons, Systemd};
 use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
@@ -97,7 +100,7 @@ fn keep_answer(path: &Path, answer: bool) {
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
 pub(super) fn upgraded() -> u8 {
-    let _may_be_another_s = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
+    let _gone_already = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let running = daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
     let [daemon] = running.as_slice() else { return ALLOWED };
@@ -118,13 +121,21 @@ pub(super) fn upgraded() -> u8 {
     ALLOWED
 }
 
-/// May this program be removed? What finishes or undoes a run is in it.
-pub(super) fn removable() -> u8 {
+/// This program is about to be removed: not while a run is under way or was cut off, as what finishes or undoes it is
+/// here. What would go on without it, the guard of timeout policies, is ended; whether Open vSwitch is there or not.
+pub(super) fn removed() -> u8 {
     match RunLock::holder(Path::new(LOCK)) {
-        Ok(Some(_)) => ExitCode::Busy.code(),
-        Ok(None) if matches!(Runs::default().interrupted(), Ok(None)) => 0,
-        Ok(None) | Err(_) => ExitCode::Refused.code(),
+        Ok(Some(_)) => return ExitCode::Busy.code(),
+        Ok(None) if matches!(Runs::default().interrupted(), Ok(None)) => {}
+        Ok(None) | Err(_) => return ExitCode::Refused.code(),
     }
+    if let Err(error) = guard::stop_looks(&Systemd::default()) {
+        complain(&format!("the guard of timeout policies ends by itself only: {error:#}"));
+    }
+    if let Err(error) = freeze::thaw() {
+        complain(&format!("{error}; whatever is guarded is so for guard.lease_ms at most"));
+    }
+    ALLOWED
 }
 
 fn still_old(installed: &str, last: Option<&Report>) -> String {

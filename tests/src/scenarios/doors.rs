@@ -131,7 +131,7 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
 }
 
 /// What the report of a run says of its end.
-fn told(id: &str) -> Value {
+pub fn told(id: &str) -> Value {
     let report: Value =
         fs::read(run::report(id)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
     json!({ "exit_code": report["exit_code"], "reason": report["reason"], "warnings": report["warnings"],

@@ -2,6 +2,7 @@
 
 mod aftermath;
 mod back;
+mod bad_upgrade;
 mod bond;
 mod chaos;
 mod conntrack;
@@ -22,6 +23,7 @@ mod nat;
 pub mod network;
 mod new_dies;
 mod no_systemd;
+mod package;
 mod park_level;
 mod park_limit;
 mod plain;
@@ -308,7 +310,9 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&doors::Doors),
+    Scenario::Custom(&package::Package),
     Scenario::Custom(&upgrade::ONE),
+    Scenario::Custom(&bad_upgrade::BadUpgrade),
     Scenario::Custom(&upgrade::BOTH),
     Scenario::Custom(&upgrade::STOCK),
     Scenario::Custom(&killed::Killed),

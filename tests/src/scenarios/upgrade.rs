@@ -52,7 +52,8 @@ pub const STOCK: Upgrade = Upgrade {
     way: Way::Stock,
 };
 
-const APT: &str = "DEBIAN_FRONTEND=noninteractive timeout 900 apt-get -qy --no-install-recommends \
+/// apt-get that asks nothing.
+pub const APT: &str = "DEBIAN_FRONTEND=noninteractive timeout 900 apt-get -qy --no-install-recommends \
     -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold";
 
 impl Custom for Upgrade {
@@ -102,12 +103,13 @@ impl Custom for Upgrade {
 }
 
 /// Nothing but what the lab has brought.
-fn apt_sources() -> Result<()> {
+pub fn apt_sources() -> Result<()> {
     shell("rm -f /etc/apt/sources.list.d/*; echo 'deb [trusted=yes] file:/lab/packages ./' > /etc/apt/sources.list")?;
     shell("apt-get -q update 2>&1").map(drop)
 }
 
-fn install_ours(log: &str, outcome: &mut Outcome) -> Result<()> {
+/// Installs our package under traffic.
+pub fn install_ours(log: &str, outcome: &mut Outcome) -> Result<()> {
     say("installing our package");
     let live = plain::start_probes()?;
     let before = facts::DAEMONS.map(facts::daemons);
