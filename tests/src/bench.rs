@@ -11,7 +11,7 @@ use crate::command::run;
 use crate::guest;
 use crate::image;
 use crate::outcome::{Action, Job, Load, Outcome, ProbeOutcome};
-use crate::packages;
+use crate::packages::{self, Packages};
 use crate::places::{self, VmLock};
 use crate::scenarios::{self, Program, Scenario};
 use crate::vm;
@@ -88,6 +88,9 @@ pub fn one(request: &Request, lock: &VmLock) -> Result<(Outcome, PathBuf)> {
 /// Boots once, while no other process has VMs, and makes `rounds` runs in a row in that VM.
 pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(Outcome, PathBuf)>> {
     let scenario = scenarios::find(&request.scenario)?;
+    if request.action.is_door() && matches!(scenario, Scenario::Custom(_)) {
+        bail!("{} makes its own runs: it takes no door", request.scenario);
+    }
     if rounds != 1 && matches!(scenario, Scenario::Custom(_)) {
         bail!("{} makes its own runs: it takes no number of rounds", request.scenario);
     }
@@ -102,7 +105,12 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
     let input = tempfile::tempdir()?;
     let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
-    packages::put(scenario.packages(), &request.suite, &input.path().join("packages"))?;
+    let packages = match request.action {
+        Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "trixie" { "bookworm" } else { "trixie" }),
+        action if action.is_door() => Packages::Ours,
+        _ => scenario.packages(),
+    };
+    packages::put(packages, &request.suite, &input.path().join("packages"))?;
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,

@@ -234,6 +234,7 @@ fn words(action: Action) -> &'static str {
         Action::StockReload => "systemctl reload openvswitch-switch",
         Action::StockRestart => "systemctl restart openvswitch-switch",
         Action::Nothing => "nothing",
+        door => door.name(),
     }
 }
 

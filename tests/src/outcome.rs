@@ -15,6 +15,14 @@ pub enum Action {
     StockReload,
     /// `systemctl restart openvswitch-switch`: what a package upgrade does.
     StockRestart,
+    /// `systemctl reload openvswitch-switch` with our Debian package installed.
+    DoorReload,
+    /// `systemctl restart openvswitch-switch` with it.
+    DoorRestart,
+    /// `systemctl restart ovs-vswitchd` with it.
+    DoorRestartSwitch,
+    /// `apt-get install openvswitch-switch` of Debian 13 (or, in an image of that, of Debian 12) with it.
+    DoorUpgrade,
     /// Nothing at all, judged like ours: a run that did nothing must not pass.
     Nothing,
 }
@@ -26,13 +34,23 @@ impl Action {
             Action::Ours => "ours",
             Action::StockReload => "stock-reload",
             Action::StockRestart => "stock-restart",
+            Action::DoorReload => "door-reload",
+            Action::DoorRestart => "door-restart",
+            Action::DoorRestartSwitch => "door-restart-switch",
+            Action::DoorUpgrade => "door-upgrade",
             Action::Nothing => "nothing",
         }
     }
 
+    /// Whether our Debian package is installed, and the distribution's own commands lead to a run.
+    pub fn is_door(self) -> bool {
+        use Action::{DoorReload, DoorRestart, DoorRestartSwitch, DoorUpgrade};
+        matches!(self, DoorReload | DoorRestart | DoorRestartSwitch | DoorUpgrade)
+    }
+
     /// Whether what only our restart can fulfil is asked of this run.
     pub fn judged_as_ours(self) -> bool {
-        matches!(self, Action::Ours | Action::Nothing)
+        self.is_door() || matches!(self, Action::Ours | Action::Nothing)
     }
 }
 

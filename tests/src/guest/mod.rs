@@ -24,7 +24,7 @@ use anyhow::{anyhow, Context, Result};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
 use crate::packages::Packages;
-use crate::scenarios::{self, Scenario, Traffic};
+use crate::scenarios::{self, doors, Scenario, Traffic};
 use nix::sys::resource::{setrlimit, Resource};
 use nix::time::{clock_settime, ClockId};
 
@@ -134,6 +134,9 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     let scenario = scenarios::find(&job.scenario)?;
     if job.product && scenario.packages() == Packages::None {
         install_product()?;
+    }
+    if job.action.is_door() {
+        doors::install_package(out)?;
     }
     if let Scenario::Traffic(traffic) = scenario {
         set_up(traffic, out)?;
@@ -331,6 +334,10 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let mut command = match job.action {
         Action::StockReload => words("systemctl", &["reload", "openvswitch-switch"]),
         Action::StockRestart => words("systemctl", &["restart", "openvswitch-switch"]),
+        Action::DoorReload => words("systemctl", &["reload", "openvswitch-switch"]),
+        Action::DoorRestart => words("systemctl", &["restart", "openvswitch-switch"]),
+        Action::DoorRestartSwitch => words("systemctl", &["restart", "ovs-vswitchd"]),
+        Action::DoorUpgrade => words("sh", &["-c", &doors::upgrade_command()]),
         Action::Nothing => words("true", &[]),
         Action::Ours => {
             let mut command = words("ovs-graceful", &["restart", "--report"]);
@@ -349,6 +356,9 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         .stderr(fs::File::create(out.join("action-stderr"))?)
         .status()
         .with_context(|| format!("cannot start the action {}", job.action.name()))?;
+    if job.action.is_door() {
+        doors::wait_and_fetch_report(&report)?;
+    }
     outcome.action_ms = started.elapsed().as_secs_f64() * 1e3;
     outcome.action_exit = status.code();
     say(&format!("action ended with {status} after {:.0} ms", outcome.action_ms));

@@ -9,10 +9,11 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::{json, Value};
 
-use super::{aftermath, network, plain, Custom};
+use super::{aftermath, network, plain, upgrade, Custom};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
+use crate::packages::OLD;
 
 /// See the module.
 pub struct Doors;
@@ -102,6 +103,34 @@ fn ovs_ctl(out: &Path) -> String {
     shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
 }
 
+/// Our package, with a gate command as that of [`crate::guest::act`]; its words stay in `out`.
+pub fn install_package(out: &Path) -> Result<()> {
+    upgrade::apt_sources()?;
+    let log = out.join("apt-ours");
+    shell(&format!("{} install ovs-graceful={OLD} > {} 2>&1", upgrade::APT, log.display()))?;
+    let command = format!("ovs-dpctl dump-flows -m > {}/flows-gates", out.display());
+    fs::write("/etc/ovs-graceful/config.toml", format!("[gates]\ncommand = \"{command}\"\n")).map_err(Into::into)
+}
+
+/// To whatever other release there is.
+pub fn upgrade_command() -> String {
+    let version = "v=$(apt-cache madison openvswitch-switch | awk '{ print $3; exit }')";
+    let words = "--allow-downgrades install openvswitch-switch=$v openvswitch-common=$v";
+    format!("{version}; export {} {words}", upgrade::APT.replacen(" timeout", "; timeout", 1))
+}
+
+/// Where the unit itself is restarted, that has ended before the run.
+pub fn wait_and_fetch_report(to: &Path) -> Result<()> {
+    let over = || shell_lenient("ovs-graceful status --json").contains("\"lock\": null");
+    wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)?;
+    let mut runs = run::known();
+    runs.sort();
+    if let Some(last) = runs.pop() {
+        fs::copy(run::report(&last), to)?;
+    }
+    Ok(())
+}
+
 /// Goes through a door under traffic: a run, done, and nothing lost.
 pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     say(name);
@@ -111,9 +140,7 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
     let known = run::known();
     let said = door();
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
-    // Where the unit itself is restarted, that has ended before the run.
-    let over = || shell_lenient("ovs-graceful status --json").contains("\"lock\": null");
-    wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)?;
+    wait_and_fetch_report(Path::new("/run/lab-report.json"))?;
     let now = facts::DAEMONS.map(facts::daemons);
     let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
     outcome.check(format!("{name}: both daemons are others"), others, json!([before, now]));

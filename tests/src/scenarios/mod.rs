@@ -11,7 +11,7 @@ mod ct_guard;
 mod ct_policies;
 mod ct_zones;
 mod disturbed;
-mod doors;
+pub mod doors;
 mod group;
 mod killed;
 mod large;
