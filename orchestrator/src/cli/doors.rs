@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
@@ -21,6 +22,9 @@ use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
 use crate::report::Strategy;
 
+/// How long a run may take; the unit's TimeoutStopSec= is as long.
+const RUN_LIMIT: Duration = Duration::from_secs(360);
+
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
@@ -28,7 +32,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// or not: the report has them.
 pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
     match doors(config) {
-        Ok(doors) if doors.reload => well(run(config, unit)),
+        Ok(doors) if doors.reload => {
+            well(restart(config, RestartArgs { called_by: Some(unit), ..RestartArgs::default() }))
+        }
         Ok(_) => package_s_own(command),
         Err(code) => code,
     }
@@ -39,6 +45,8 @@ pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> 
 ///
 /// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
 /// us, as after the upgrade of a package nobody else would start the new daemons.
+///
+/// Where a run is under way already, which replaces the daemons, it is waited for.
 ///
 /// Of ovs-vswitchd's own unit it is [`switch_stop`].
 pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
@@ -60,12 +68,22 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
             false => package_s_own(command),
         };
     }
-    let Some(restarts) = restarts_of_the_daemons(&unit, &jobs) else { return package_s_own(command) };
+    let under_way = RunLock::holder(Path::new(LOCK)).ok().flatten();
+    let restarts = match under_way.is_some() {
+        true => waiting_restarts(&unit, &jobs, 0),
+        false => restarts_of_the_daemons(&unit, &jobs),
+    };
+    let Some(restarts) = restarts else { return package_s_own(command) };
     if let Err(error) = take_back(&systemd, &restarts) {
         complain(&format!("cannot take back the restart of the daemons ({error}): not a run of ovs-graceful"));
         return package_s_own(command);
     }
-    let code = run(config, unit);
+    if let Some(holder) = &under_way {
+        complain(&format!("run {} is under way, and replaces the daemons: waiting for its end", holder.id));
+        wait_until_free();
+    }
+    let args = RestartArgs { if_needed: under_way.is_some(), called_by: Some(unit), ..RestartArgs::default() };
+    let code = restart(config, args);
     if code == ExitCode::Refused.code() {
         complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
         restart_as_asked(&systemd, &restarts);
@@ -136,8 +154,12 @@ fn doors(config: &Path) -> Result<DoorsConfig, u8> {
     Ok(loaded.doors)
 }
 
-fn run(config: &Path, unit: String) -> u8 {
-    restart(config, RestartArgs { called_by: Some(unit), ..RestartArgs::default() })
+/// As long as a run may take.
+fn wait_until_free() {
+    let until = Instant::now() + RUN_LIMIT;
+    while Instant::now() < until && !matches!(RunLock::holder(Path::new(LOCK)), Ok(None)) {
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn well(code: u8) -> u8 {
@@ -163,9 +185,16 @@ fn soon() -> Instant {
 /// asked for, which systemd has passed on to `unit` (`Requires=`): who waits for that job would be told that it was
 /// taken back. The job that was asked for is the first of those that come with it (src/core/transaction.c of systemd).
 fn restarts_of_the_daemons(unit: &str, jobs: &[QueuedJob]) -> Option<Vec<QueuedJob>> {
+    let asked_for = jobs.iter().find(|job| job.unit == unit)?.id;
+    waiting_restarts(unit, jobs, asked_for)
+}
+
+/// As [`restarts_of_the_daemons`], of the jobs whose number is larger than `after`. During a run the reload by which it
+/// hands over has become a restart, too, which would end the new daemon.
+fn waiting_restarts(unit: &str, jobs: &[QueuedJob], after: u32) -> Option<Vec<QueuedJob>> {
     let of = |name: &str| jobs.iter().find(|job| job.unit == name);
-    let asked_for = of(unit).filter(|job| job.kind == "restart" && job.running)?.id;
-    let waits = |job: &&QueuedJob| job.kind == "restart" && !job.running && job.id > asked_for;
+    of(unit).filter(|job| job.kind == "restart" && job.running)?;
+    let waits = |job: &&QueuedJob| job.kind == "restart" && !job.running && job.id > after;
     let switch = of(SWITCH_UNIT).filter(waits)?;
     let database = match of(DATABASE_UNIT) {
         None => None,

@@ -158,7 +158,7 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
     if let Some(Start::Unit { unit, mut job, mut link }) = run.known.start.take() {
         let told = link.send(HookCommand::Finish).or_else(|_| link.send(HookCommand::Finish));
         let told = told.context("the reload hook has gone");
-        let ended = told.and_then(|()| wait_job(job.as_mut(), &unit, until));
+        let ended = told.and_then(|()| wait_job(run, job.as_mut(), &unit, until));
         release_unit(run, &unit, until)?;
         if let Err(error) = ended {
             run.warn(format!("{error:#}"));

@@ -17,6 +17,7 @@ use crate::report::Strategy;
 const UNSEEN_HOOK: Duration = Duration::from_secs(1);
 /// A daemon writes its PID file before it reads the database; TCG makes that half a second.
 const UNSEEN: Duration = Duration::from_secs(3);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 pub(super) struct Standby;
 
@@ -221,7 +222,7 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
             release_unit(run, &unit, until)?;
             ended?;
         }
-        Some(Start::Restart { unit, mut job, .. }) => wait_job(job.as_mut(), &unit, until)?,
+        Some(Start::Restart { unit, mut job, .. }) => wait_job(run, job.as_mut(), &unit, until)?,
         Some(Start::Own(mut start)) => {
             start.wait(until)?;
         }
@@ -233,15 +234,30 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
 fn end_start(run: &mut Run, job: &mut dyn Job, link: &mut dyn Hook, unit: &str, until: Instant) -> Result<(), Stop> {
     wait_for_child(run, link)?;
     link.send(HookCommand::Finish)?;
-    Ok(wait_job(job, unit, until)?)
+    Ok(wait_job(run, job, unit, until)?)
 }
 
-pub(super) fn wait_job(job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
+pub(super) fn wait_job(run: &Run, job: &mut dyn Job, unit: &str, until: Instant) -> anyhow::Result<()> {
     match job.wait(until)?.as_deref() {
         Some("done") => Ok(()),
+        // Whoever restarts the unit meanwhile makes a restart of our reload; where our own ExecStop= takes that back, the
+        // unit's command still ends and hands over, job or no job.
+        Some("canceled") => wait_owned(run, unit, until),
         Some(result) => bail!("the job of {unit} ended as `{result}`; see `journalctl -u {unit}`"),
         None => bail!("the job of {unit} has not ended in time"),
     }
+}
+
+fn wait_owned(run: &Run, unit: &str, until: Instant) -> anyhow::Result<()> {
+    let new = run.known.new.as_ref().context("there is no new daemon")?;
+    while run.now() < until {
+        let now = run.host.services.unit(unit, until)?;
+        if now.is_some_and(|unit| unit.active_state == "active" && unit.main_pid == new.id.pid) {
+            return Ok(());
+        }
+        run.host.clock.sleep(LOOK_AGAIN);
+    }
+    bail!("the job of {unit} was taken back, and the unit does not own the new daemon; see `systemctl status {unit}`")
 }
 
 fn wait_for_child(run: &mut Run, link: &mut dyn Hook) -> Result<(), Stop> {

@@ -30,9 +30,9 @@ fn let_start_go(run: &mut Run) -> Result<(), Stop> {
     let ended = match run.known.start.take() {
         Some(Start::Unit { unit, mut job, mut link }) => {
             let told = link.send(HookCommand::Finish).context("the reload hook has gone");
-            told.and_then(|()| wait_job(job.as_mut(), &unit, until))
+            told.and_then(|()| wait_job(run, job.as_mut(), &unit, until))
         }
-        Some(Start::Restart { unit, mut job, .. }) => wait_job(job.as_mut(), &unit, until),
+        Some(Start::Restart { unit, mut job, .. }) => wait_job(run, job.as_mut(), &unit, until),
         Some(Start::Own(_)) | None => Ok(()),
     };
     if let Err(error) = ended {

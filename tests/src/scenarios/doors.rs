@@ -64,6 +64,7 @@ impl Custom for Doors {
         // systemd passes either on to the other: Requires=, PartOf=.
         let other = || systemctl("restart ovsdb-server", "restart of ovsdb-server", out);
         graceful("restart of ovsdb-server", other, outcome)?;
+        during_a_run(out, outcome)?;
         fs::write("/run/lab-patch", PATCH)?;
         shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
         graceful("ovs-ctl", || ovs_ctl(out), outcome)?;
@@ -155,6 +156,27 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
     aftermath::finish(name, live, false, outcome).map(drop)
+}
+
+/// A restart while a run is under way waits for that, and is content with it.
+fn during_a_run(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    for (phase, words) in [("standby", "restart openvswitch-switch"), ("settle", "restart ovs-vswitchd")] {
+        let name = format!("{words} in {phase}");
+        let door = || {
+            let known = run::known();
+            let first = std::thread::spawn(|| shell_lenient("ovs-graceful restart 2>&1; echo first=$?"));
+            let second = run::wait_for(phase, &known).map(|_| systemctl(words, &name, out));
+            format!("{}{}", second.unwrap_or_else(|error| format!("{error:#}")), first.join().unwrap_or_default())
+        };
+        let both = || {
+            let said = door();
+            // Of the job that was asked for itself systemctl says that it was taken back.
+            let well = said.starts_with("exit=0") || words.ends_with("vswitchd") && said.contains("canceled");
+            format!("exit={}\n{said}", u8::from(!(well && said.contains("first=0"))))
+        };
+        graceful(&name, both, outcome)?;
+    }
+    Ok(())
 }
 
 /// What the report of a run says of its end.
