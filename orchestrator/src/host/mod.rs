@@ -358,6 +358,10 @@ pub const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 /// The unit of ovsdb-server, in every distribution that has one.
 pub const DATABASE_UNIT: &str = "ovsdb-server.service";
 
+/// The units of Open vSwitch, whose jobs would pull the daemons away under a run (hazards 21): those of the daemons, and
+/// those that stand for both, of Debian and of RHEL.
+pub const UNITS: [&str; 4] = [SWITCH_UNIT, DATABASE_UNIT, "openvswitch-switch.service", "openvswitch.service"];
+
 /// A service unit, as its manager has it loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unit {
@@ -479,10 +483,14 @@ pub trait ServiceManager: Send + Sync {
     fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>>;
     /// Takes a job out of the queue: it ends as `canceled`. One that has ended meanwhile is no error.
     fn cancel_job(&self, id: u32, until: Instant) -> Result<()>;
-    /// Writes the run-time drop-in, loads it and returns the unit with it. May be run twice.
+    /// Writes the run-time drop-in, loads it and returns the unit with it; no unit of Open vSwitch can be stopped or
+    /// restarted by hand meanwhile. May be run twice.
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit>;
     /// Puts `words` behind the unit's ExecStart= in a run-time drop-in, until [`ServiceManager::end_hand_over`].
     fn append_to_start(&self, unit: &str, words: &[&str], until: Instant) -> Result<()>;
+    /// Has the unit find the program of `saved` before the installed one of its name (`PATH`, which is how ovs-ctl finds
+    /// it), by a run-time drop-in, until [`ServiceManager::end_hand_over`].
+    fn prefer_program(&self, unit: &str, saved: &SavedProgram, until: Instant) -> Result<()>;
     /// Removes the run-time drop-in of `unit` and loads what is left. May be run twice.
     fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()>;
     /// The job of a unit that somebody else has queued, if there is one.

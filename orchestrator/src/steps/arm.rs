@@ -65,7 +65,9 @@ fn is_ended_by_systemd(run: &Run) -> bool {
 /// What cannot be found out is not waited for.
 fn is_being_restarted(run: &Run, unit: &str, until: Instant) -> bool {
     let services = run.host.services.as_ref();
-    let queued = services.jobs(until).is_ok_and(|jobs| jobs.iter().any(|job| job.unit == unit));
+    // A job that has called us waits for us.
+    let ours = run.wish.called_by.as_deref() == Some(unit);
+    let queued = !ours && services.jobs(until).is_ok_and(|jobs| jobs.iter().any(|job| job.unit == unit));
     let database = services.unit(DATABASE_UNIT, until).ok().flatten();
     queued || database.is_some_and(|unit| matches!(unit.active_state.as_str(), "activating" | "deactivating"))
 }

@@ -85,9 +85,14 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.host.daemons.remove_stale_pid_files(&old)?;
     if let Some(saved) = run.known.saved.clone() {
-        // A unit without a reload under way would not take the daemon for its own.
-        let owned = run.known.owner.is_none() || matches!(run.known.start, Some(Start::Unit { .. }));
-        match start_saved(run, &saved, owned) {
+        // A unit without a reload under way would not take a daemon for its own that it has not started.
+        let started = match (run.known.owner.clone(), &run.known.start) {
+            (Some(unit), start) if !matches!(start, Some(Start::Unit { .. })) => {
+                start_saved_by_unit(run, &unit, &saved)
+            }
+            _ => start_saved(run, &saved),
+        };
+        match started {
             Err(Stop::Failed { error, .. }) => {
                 run.warn(format!(
                     "the program that ran before was not started ({error:#}): starting the installed one"
@@ -97,17 +102,23 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
         }
     }
     cancel_start(run)?;
-    if matches!(run.known.start, Some(Start::Restart { .. })) && !run.known.start_ended {
-        // The unit's restart waits for our word, and would keep another job waiting.
-        return start_new_daemon(run);
-    }
     start_installed(run)
 }
 
-fn start_saved(run: &mut Run, saved: &SavedProgram, owned: bool) -> Result<(), Stop> {
-    if !owned {
-        return Err(anyhow!("its unit would not own it").into());
+fn start_saved_by_unit(run: &mut Run, unit: &str, saved: &SavedProgram) -> Result<(), Stop> {
+    run.known.unit = Some(unit.to_owned());
+    let started = match run.host.services.prefer_program(unit, saved, run.deadline) {
+        Ok(()) => start_installed(run),
+        Err(error) => Err(error.into()),
+    };
+    // What cannot be removed now is at the end of the run.
+    if let Err(Stop::Failed { error, .. }) = release_unit(run, unit, run.deadline) {
+        run.warn(format!("{error:#}"));
     }
+    started
+}
+
+fn start_saved(run: &mut Run, saved: &SavedProgram) -> Result<(), Stop> {
     let old = run.old()?.clone();
     if matches!(run.known.start, Some(Start::Own(_))) {
         cancel_start(run)?;
@@ -117,7 +128,16 @@ fn start_saved(run: &mut Run, saved: &SavedProgram, owned: bool) -> Result<(), S
     run.checkpoint()
 }
 
+/// What the unit, or ovs-ctl, starts.
 fn start_installed(run: &mut Run) -> Result<(), Stop> {
+    if matches!(run.known.start, Some(Start::Restart { .. })) && !run.known.start_ended {
+        // The unit's restart waits for our word, and would keep another job waiting.
+        match start_new_daemon(run) {
+            // The word has reached it, or it has gone: then the unit is restarted as any other.
+            Err(Stop::Failed { error, .. }) => run.warn(format!("{error:#}")),
+            started => return started,
+        }
+    }
     let until = run.deadline;
     let old = run.old()?.clone();
     let Some(unit) = run.known.owner.clone() else {

@@ -34,12 +34,16 @@ struct Setting {
 }
 
 const PLAIN: Setting = Setting {
-    variant: Variant { systemd: true, freeze: true, installed_works: true },
+    variant: Variant { systemd: true, freeze: true, installed_works: true, restarting: false },
     strategy: Strategy::Standby,
     ovsdb: true,
 };
 
 const RELOAD: Setting = Setting { strategy: Strategy::ReloadModule, ..PLAIN };
+
+/// From ExecStop= of the switch's unit.
+const RESTART: Setting =
+    Setting { variant: Variant { restarting: true, ..PLAIN.variant }, strategy: Strategy::StopStart, ovsdb: false };
 
 /// Does it until its end, or the supervisor's.
 fn living<T>(life: impl FnOnce() -> T) -> Option<T> {
@@ -63,7 +67,7 @@ fn play(setting: Setting, script: Script) -> Played {
                 ovsdb: setting.ovsdb,
                 if_needed: false,
                 gate_command: None,
-                called_by: None,
+                called_by: setting.variant.restarting.then(|| crate::host::SWITCH_UNIT.into()),
             },
             config: Config::default(),
             runs: runs.clone(),
@@ -131,6 +135,9 @@ impl Played {
         let mut left = world.left_over();
         // What a person may want to look at stays.
         left.retain(|what| code != Some(ExitCode::NeedsPerson) || !what.starts_with("/run/"));
+        // What could not be removed once, the next run removes.
+        let not_removed = world.script.struck.iter().any(|(place, _)| place.name == "disk.remove");
+        left.retain(|what| !not_removed || !what.starts_with("/run/"));
         if !left.is_empty() {
             wrong.push(format!("left over: {left:?}"));
         }
@@ -148,11 +155,12 @@ impl Played {
         if world.kernel.bound != switch.port_ids {
             wrong.push("the switch is not bound".into());
         }
-        if switch.rules != world.rules && !world.rebooted {
+        let plain = self.is_a_plain_restart(&world);
+        if switch.rules != world.rules && !world.rebooted && !plain {
             wrong.push("the switch has not all of its rules".into());
         }
         world.pass(Duration::from_secs(1));
-        if world.lost() > lost && !world.rebooted {
+        if world.lost() > lost && !world.rebooted && !plain {
             wrong.push("it goes on losing packets".into());
         }
         if world.pid_names.name != Some(pid) {
@@ -165,15 +173,24 @@ impl Played {
             Some(ExitCode::Done | ExitCode::Differences) if old || switch.program != Program::Installed => {
                 wrong.push("done, and not on the installed program".into());
             }
-            Some(ExitCode::Undone | ExitCode::Refused) if !old && !world.rebooted => {
+            Some(ExitCode::Undone | ExitCode::Refused) if !old && !world.rebooted && !plain => {
                 wrong.push("undone, and another switch than before".into());
             }
             Some(_) => {}
             // Killed before it had begun.
-            None if self.crashed && old && lost == 0 => {}
+            None if self.crashed && (old && lost == 0 || plain) => {}
             None => wrong.push("no report".into()),
         }
         wrong
+    }
+
+    /// A restart of the unit whose run was undone or refused, or cut off before its rules were known: systemd goes on as
+    /// it does without us.
+    fn is_a_plain_restart(&self, world: &World) -> bool {
+        let forward = [ExitCode::Done, ExitCode::Differences, ExitCode::Back, ExitCode::NeedsPerson];
+        let known = |report: &Report| report.phases.iter().any(|phase| phase.name == "arm");
+        let goes_on = |report: &Report| forward.contains(&report.exit_code) && (known(report) || !self.crashed);
+        world.variant.restarting && !self.report.as_ref().is_some_and(goes_on)
     }
 
     /// A switch that died by itself before its rules were known, or after the run had looked for the last time: what
@@ -197,6 +214,9 @@ impl Played {
     /// without systemd, when asking it to failed, and when the one that had it back died as well.
     fn lost(&self) -> Option<String> {
         let world = self.sim.world();
+        if self.is_a_plain_restart(&world) {
+            return None;
+        }
         let not_kept = world.script.struck.iter().any(|(place, _)| place.name == "services.keep");
         let died_parking = world.died_parking && (!world.variant.systemd || world.deaths > 1 || not_kept);
         if world.rebooted || died_parking || world.happened(Fault::OldDies) {
@@ -258,6 +278,7 @@ fn settings() -> Vec<(&'static str, Setting)> {
         ("no systemd", Setting { variant: no_systemd, ovsdb: false, ..PLAIN }),
         ("no freeze", Setting { variant: no_freeze, ..PLAIN }),
         ("reload module", RELOAD),
+        ("restart of the unit", RESTART),
     ]
 }
 

@@ -10,7 +10,7 @@ use nix::sys::statvfs::statvfs;
 
 use super::{command, ovsdb_server, unixctl};
 use crate::host::{
-    Bridge, Daemon, DaemonKind, Daemons, Database, DatabaseFacts, QueuedJob, ServiceManager, Unit, SWITCH_UNIT,
+    Bridge, Daemon, DaemonKind, Daemons, Database, DatabaseFacts, QueuedJob, ServiceManager, Unit, SWITCH_UNIT, UNITS,
 };
 use crate::report::{Finding, Severity};
 
@@ -18,9 +18,6 @@ use crate::report::{Finding, Severity};
 const STATE_MIN: u64 = 64 << 20;
 /// Less than this free is refused, bytes: `/run` takes the journal while nothing may wait for a disk.
 const RUN_MIN: u64 = 16 << 20;
-/// Units whose jobs, if somebody else has queued one, would pull the daemons away under a run (hazards 21).
-const UNITS: &[&str] =
-    &["ovs-vswitchd.service", "ovsdb-server.service", "openvswitch-switch.service", "openvswitch.service"];
 
 /// What the run to be checked for is to do.
 #[derive(Debug, Clone, Default)]

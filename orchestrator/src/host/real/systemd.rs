@@ -21,8 +21,8 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 
 use super::jsonrpc::remaining;
 use crate::host::{
-    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, ServiceManager, SupervisorUnit,
-    Unit, DATABASE_UNIT, SWITCH_UNIT,
+    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, SavedProgram, ServiceManager,
+    SupervisorUnit, Unit, DATABASE_UNIT, SWITCH_UNIT, UNITS,
 };
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -221,6 +221,18 @@ impl Systemd {
         Bus::connect(until)?.manager("RestartUnit", &(unit, "replace"), until).map(drop)
     }
 
+    fn remove_drop_in(&self, unit: &str) -> Result<bool> {
+        let file = self.drop_in(unit);
+        match fs::remove_file(&file) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            Err(e) => return Err(HostError::new(file.display().to_string(), e)),
+        }
+        // Other drop-ins may live there; then it stays.
+        let _ = file.parent().map(fs::remove_dir);
+        Ok(true)
+    }
+
     fn drop_in(&self, unit: &str) -> PathBuf {
         self.runtime_units.join(format!("{unit}.d")).join(DROP_IN)
     }
@@ -280,6 +292,12 @@ impl ServiceManager for Systemd {
         let (path, unit) = bus.fresh_unit(&hand_over.unit, until)?;
         let file = self.drop_in(&hand_over.unit);
         write_whole(&file, &drop_in_text(hand_over, &unit.exec_start)).about(file.display().to_string())?;
+        for other in UNITS.into_iter().filter(|other| *other != hand_over.unit) {
+            if bus.path("GetUnit", &(other,), until)?.is_some() {
+                let file = self.drop_in(other);
+                write_whole(&file, &format!("{DROP_IN_HEAD}{NOT_BY_HAND}")).about(file.display().to_string())?;
+            }
+        }
         bus.manager("Reload", &(), until)?;
         let missing = || HostError::new(&hand_over.unit, "it has gone while its drop-in was loaded");
         let unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
@@ -304,16 +322,23 @@ impl ServiceManager for Systemd {
         bus.manager("Reload", &(), until).map(drop)
     }
 
-    fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()> {
+    fn prefer_program(&self, unit: &str, saved: &SavedProgram, until: Instant) -> Result<()> {
         let file = self.drop_in(unit);
-        match fs::remove_file(&file) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(HostError::new(file.display().to_string(), e)),
-        }
-        // Other drop-ins may live there; then it stays.
-        let _ = file.parent().map(fs::remove_dir);
+        write_whole(&file, &prefer_text(saved)?).about(file.display().to_string())?;
         Bus::connect(until)?.manager("Reload", &(), until).map(drop)
+    }
+
+    fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()> {
+        // That of ovsdb-server alone is for its restart, before any hand-over.
+        let all = UNITS.into_iter().filter(|other| unit != DATABASE_UNIT && *other != unit).chain([unit]);
+        let mut removed = false;
+        for unit in all {
+            removed |= self.remove_drop_in(unit)?;
+        }
+        match removed {
+            true => Bus::connect(until)?.manager("Reload", &(), until).map(drop),
+            false => Ok(()),
+        }
     }
 
     fn job_of(&self, unit: &str, until: Instant) -> Result<Option<Box<dyn Job>>> {
@@ -449,12 +474,18 @@ async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Message>> {
     std::future::poll_fn(|cx| zbus::export::futures_core::Stream::poll_next(Pin::new(&mut *stream), cx)).await
 }
 
+/// How a run-time drop-in for the length of a run begins.
+const DROP_IN_HEAD: &str = "# Written by ovs-graceful for one run, and removed at its end.\n";
+/// A restart that somebody asks for during a reload is carried out at once, whatever waits for what: it would end both
+/// daemons and the reload with them. systemd refuses it instead. At shutdown units are stopped all the same.
+const NOT_BY_HAND: &str = "[Unit]\nRefuseManualStop=yes\n";
+
 /// The text of the run-time drop-in.
 fn drop_in_text(hand_over: &HandOver, exec_start: &[String]) -> String {
     let words: Vec<String> =
         hand_over.hook.iter().map(|word| literal(word)).chain(exec_start.iter().map(|w| quoted(w))).collect();
     format!(
-        "# Written by ovs-graceful for one run, and removed at its end.\n\
+        "{DROP_IN_HEAD}{NOT_BY_HAND}\n\
          [Service]\n\
          # Read again when ExecReload= ends: that is how the new daemon becomes the main process.\n\
          PIDFile={}\n\
@@ -467,6 +498,19 @@ fn drop_in_text(hand_over: &HandOver, exec_start: &[String]) -> String {
         words.join(" "),
         hand_over.limit_s,
     )
+}
+
+/// The text of the drop-in that has ovs-ctl find a program that was kept: its own search path comes behind `PATH`
+/// (utilities/ovs-lib.in of OVS).
+fn prefer_text(saved: &SavedProgram) -> Result<String> {
+    let program = saved.program.display().to_string();
+    let folder = saved.program.parent().map(|folder| folder.display().to_string());
+    let folder = folder.ok_or_else(|| HostError::new(&program, "it is in no folder"))?;
+    let path = format!("PATH={folder}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    let libraries = saved.library_path(None).map(|path| format!("LD_LIBRARY_PATH={path}"));
+    let lines: Vec<String> =
+        [Some(path), libraries].into_iter().flatten().map(|word| format!("Environment={}\n", literal(&word))).collect();
+    Ok(format!("# Written by ovs-graceful for one start, and removed after it.\n[Service]\n{}", lines.concat()))
 }
 
 /// A word of a command line (systemd.service(5), "Command lines") that systemd takes as it is but for `$VARIABLES`,

@@ -39,7 +39,7 @@ impl Control for SimControl {
 
     fn wait_hook(&self, until: Instant) -> Option<Box<dyn Hook>> {
         let id = self.sim.wait(until, |world| world.switch.hook.as_ref().filter(|hook| !hook.orphan).map(|h| h.id))?;
-        Some(Box::new(SimHook { sim: self.sim.clone(), id, told: 0 }))
+        Some(Box::new(SimHook { sim: self.sim.clone(), id, told: 0, acknowledged: false }))
     }
 
     fn close(self: Box<Self>, _patience: Duration) {}
@@ -50,6 +50,8 @@ struct SimHook {
     sim: Sim,
     id: u64,
     told: u32,
+    /// The hook of a unit that stops has said that it goes.
+    acknowledged: bool,
 }
 
 impl Hook for SimHook {
@@ -60,12 +62,16 @@ impl Hook for SimHook {
                 return Err(crate::host::HostError::new("hook", "it has gone"));
             }
             world.order(command);
-            Ok(())
+            Ok(world.switch.hook.as_ref().is_some_and(|hook| hook.stops))
         });
+        let sent = sent.map(|stops| self.acknowledged |= stops && command == HookCommand::Start);
         sent.map_err(io::Error::other)
     }
 
     fn recv(&mut self, _until: Instant) -> Option<HookEvent> {
+        if std::mem::take(&mut self.acknowledged) {
+            return Some(HookEvent::ChildExited { status: 0 });
+        }
         let world = self.sim.look();
         let Some(hook) = world.switch.hook.as_ref().filter(|hook| hook.id == self.id) else {
             return Some(HookEvent::Closed);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::world::{WorldHook, SERVER, SWITCH};
 use super::Sim;
 use crate::host::{
-    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, ServiceManager,
+    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, SavedProgram, ServiceManager,
     SupervisorUnit, Unit,
 };
 
@@ -18,7 +18,11 @@ impl SimServices {
         let unit = |active_state: &str, main_pid: i32, drop_in: bool| Unit {
             name: name.to_owned(),
             active_state: active_state.to_owned(),
-            sub_state: if active_state == "active" { "running".into() } else { String::new() },
+            sub_state: match active_state {
+                "active" => "running".into(),
+                "deactivating" => "stop".into(),
+                _ => String::new(),
+            },
             main_pid,
             exec_start: vec!["/usr/share/openvswitch/scripts/ovs-ctl".into(), "start".into()],
             control_group: format!("/system.slice/{name}"),
@@ -60,7 +64,15 @@ impl ServiceManager for SimServices {
     }
 
     fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>> {
-        self.0.operate("services.jobs", Some(until), |_| Ok(Vec::new()))
+        self.0.operate("services.jobs", Some(until), |world| {
+            let restart = |hook: &WorldHook| QueuedJob {
+                id: 1,
+                unit: SWITCH.into(),
+                kind: "restart".into(),
+                running: hook.stops,
+            };
+            Ok(world.switch.hook.iter().filter(|hook| hook.stops).map(restart).collect())
+        })
     }
 
     fn cancel_job(&self, _id: u32, until: Instant) -> Result<()> {
@@ -68,7 +80,8 @@ impl ServiceManager for SimServices {
     }
 
     fn job_of(&self, _unit: &str, until: Instant) -> Result<Option<Box<dyn Job>>> {
-        self.0.operate("services.job_of", Some(until), |_| Ok(None))
+        let job = self.0.operate("services.job_of", Some(until), |world| Ok(world.switch.reload))?;
+        Ok(job.map(|id| Box::new(SimJob { sim: self.0.clone(), id }) as _))
     }
 
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {
@@ -86,10 +99,21 @@ impl ServiceManager for SimServices {
         })
     }
 
+    fn prefer_program(&self, _unit: &str, _saved: &SavedProgram, until: Instant) -> Result<()> {
+        self.0.operate("services.prefer_program", Some(until), |world| {
+            world.switch.drop_in = true;
+            world.switch.prefers_saved = true;
+            Ok(())
+        })
+    }
+
     fn end_hand_over(&self, unit: &str, until: Instant) -> Result<()> {
         self.0.operate("services.end_hand_over", Some(until), |world| {
             match unit {
-                SWITCH => world.switch.drop_in = false,
+                SWITCH => {
+                    world.switch.drop_in = false;
+                    world.switch.prefers_saved = false;
+                }
                 _ => world.server_drop_in = false,
             }
             Ok(())
@@ -103,7 +127,7 @@ impl ServiceManager for SimServices {
                 (SWITCH, JobKind::Reload) if world.switch.drop_in && world.switch.state == "active" => {
                     world.switch.state = "reloading".into();
                     world.switch.reload = Some(id);
-                    world.switch.hook = Some(WorldHook { id, orphan: false, started: None, orphaned: None });
+                    world.switch.hook = Some(WorldHook { id, ..WorldHook::default() });
                 }
                 (SWITCH, JobKind::Reload) => {
                     world.switch.results.insert(id, "failed");

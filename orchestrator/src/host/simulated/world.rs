@@ -43,11 +43,13 @@ pub struct Variant {
     pub freeze: bool,
     /// The installed switch works. It is another version than the running one.
     pub installed_works: bool,
+    /// The unit of the switch is being restarted, and its ExecStop= has begun the run.
+    pub restarting: bool,
 }
 
 impl Default for Variant {
     fn default() -> Variant {
-        Variant { systemd: true, freeze: true, installed_works: true }
+        Variant { systemd: true, freeze: true, installed_works: true, restarting: false }
     }
 }
 
@@ -154,8 +156,8 @@ pub struct Table {
     pub touched: bool,
 }
 
-/// The reload hook in the unit's cgroup.
-#[derive(Debug, Clone)]
+/// The reload hook in the unit's cgroup, or that of ExecStop= where the unit is being restarted.
+#[derive(Debug, Clone, Default)]
 pub struct WorldHook {
     /// Which one.
     pub id: u64,
@@ -165,6 +167,10 @@ pub struct WorldHook {
     pub started: Option<i32>,
     /// When its supervisor went.
     pub orphaned: Option<Duration>,
+    /// It is ExecStop='s.
+    pub stops: bool,
+    /// It was told to end.
+    pub told: bool,
 }
 
 /// The unit of the switch.
@@ -182,6 +188,8 @@ pub struct SwitchUnit {
     pub results: BTreeMap<u64, &'static str>,
     /// The reload under way.
     pub reload: Option<u64>,
+    /// The drop-in has it start the program that was kept.
+    pub prefers_saved: bool,
     /// It has failed, and `Restart=on-failure` starts it then.
     pub restart: Option<Duration>,
 }
@@ -353,6 +361,12 @@ impl World {
         }
         world.kernel.established = Some(first);
         world.kernel.recirculating = Some(first);
+        if variant.restarting {
+            let id = world.fresh_id();
+            world.switch.state = "deactivating".into();
+            world.switch.reload = Some(id);
+            world.switch.hook = Some(WorldHook { id, stops: true, ..WorldHook::default() });
+        }
         world.losses.clear();
         world.delivered = 0;
         world
@@ -728,6 +742,11 @@ impl World {
     /// What the supervisor tells its hook.
     pub fn order(&mut self, command: HookCommand) {
         match command {
+            HookCommand::Start if self.switch.hook.as_ref().is_some_and(|hook| hook.stops) => {
+                if let Some(hook) = &mut self.switch.hook {
+                    hook.told = true;
+                }
+            }
             HookCommand::Start => {
                 let pid = self.spawn(DaemonKind::OvsVswitchd, Program::Installed, true);
                 if let Some(hook) = &mut self.switch.hook {
@@ -741,6 +760,15 @@ impl World {
 
     fn live_hook(&mut self) {
         let Some(hook) = &mut self.switch.hook else { return };
+        if hook.stops {
+            // Left alone it does what the package does, which comes to the same: whatever is in the unit ends.
+            if hook.told || hook.orphan {
+                self.switch.hook = None;
+                let job = self.switch.reload.take().unwrap_or_default();
+                self.restart_switch(job);
+            }
+            return;
+        }
         if !hook.orphan {
             return;
         }
@@ -801,7 +829,8 @@ impl World {
     /// `systemctl restart` of the switch.
     pub fn restart_switch(&mut self, job: u64) {
         self.stop_unit("inactive");
-        let pid = self.spawn(DaemonKind::OvsVswitchd, Program::Installed, true);
+        let program = if self.switch.prefers_saved { Program::Saved } else { Program::Installed };
+        let pid = self.spawn(DaemonKind::OvsVswitchd, program, true);
         self.pass(Duration::from_millis(100));
         let up = self.processes.contains_key(&pid);
         self.switch.main = if up { pid } else { 0 };
@@ -849,6 +878,10 @@ impl World {
     /// Another supervisor, or a recovery, is there.
     pub fn next_supervisor(&mut self) {
         self.supervisor_lives = true;
+        // The socket of the one before has gone, whether the hook had been seen on it or not.
+        if let Some(hook) = &mut self.switch.hook {
+            hook.orphan = true;
+        }
         self.patience = Patience::default();
         self.script.next_life();
         self.pass(Duration::from_millis(30));
