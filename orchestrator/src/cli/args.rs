@@ -189,7 +189,11 @@ pub enum HookCommand {
     /// prerm: ends what would go on without this program. Not while a run is under way, or was cut off.
     Removed,
     /// The files of Open vSwitch's package have changed: says what became of the daemons.
-    Upgraded,
+    Upgraded {
+        /// Replace them first, where they are not those on disk: nobody else does. Switched off by `doors.upgrade`.
+        #[arg(long)]
+        restart: bool,
+    },
     /// ExecStopPost= of the supervisor's unit: recovers, unless systemd is about to start the supervisor again.
     Stopped,
     /// One look at the timeout policies that are guarded for live connections.

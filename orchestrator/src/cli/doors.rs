@@ -20,7 +20,7 @@ use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
-use crate::report::Strategy;
+use crate::report::{Report, Strategy};
 
 /// How long a run may take; the unit's TimeoutStopSec= is as long.
 const RUN_LIMIT: Duration = Duration::from_secs(360);
@@ -82,7 +82,9 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
         complain(&format!("run {} is under way, and replaces the daemons: waiting for its end", holder.id));
         wait_until_free();
     }
-    let args = RestartArgs { if_needed: under_way.is_some(), called_by: Some(unit), ..RestartArgs::default() };
+    // Done by that run, unless files have been replaced since.
+    let if_needed = under_way.is_some_and(|holder| was_done(&holder.id));
+    let args = RestartArgs { if_needed, called_by: Some(unit), ..RestartArgs::default() };
     let code = restart(config, args);
     if code == ExitCode::Refused.code() {
         complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
@@ -152,6 +154,11 @@ fn doors(config: &Path) -> Result<DoorsConfig, u8> {
         ExitCode::Refused.code()
     })?;
     Ok(loaded.doors)
+}
+
+fn was_done(run: &str) -> bool {
+    let done = |report: Report| matches!(report.exit_code, ExitCode::Done | ExitCode::Differences);
+    Runs::default().report(run).is_ok_and(done)
 }
 
 /// As long as a run may take.

@@ -48,7 +48,7 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
         HookCommand::Policy { unit, action } => upgrade::policy(config, &unit, &action),
         HookCommand::Removed => upgrade::removed(),
-        HookCommand::Upgraded => upgrade::upgraded(),
+        HookCommand::Upgraded { restart } => upgrade::upgraded(config, restart),
         HookCommand::Stopped => stopped(config),
         HookCommand::Guard { again } => match guarded(again) {
             Ok(()) => 0,

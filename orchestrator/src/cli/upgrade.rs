@@ -15,6 +15,8 @@ use std::time::{Duration, Instant, SystemTime};
 use dpfreeze::freeze;
 
 use super::output::{complain, say};
+use super::restart::restart;
+use super::RestartArgs;
 use crate::config::Config;
 use crate::control::{RunLock, LOCK, RUN_DIR};
 use crate::guard;
@@ -99,7 +101,12 @@ fn keep_answer(path: &Path, answer: bool) {
 }
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
-pub(super) fn upgraded() -> u8 {
+/// RPM's packages leave the old daemons running: there the run is made here (`restarts`).
+pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
+    let runs = !RealDaemons::new(DATABASE_SOCKET).find_all(DaemonKind::OvsVswitchd).unwrap_or_default().is_empty();
+    if restarts && runs && Config::load(config).is_ok_and(|config| config.doors.upgrade) {
+        restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
+    }
     let _gone_already = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let running = daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();

@@ -506,11 +506,13 @@ fn schedule(seed: u64) -> Played {
 }
 
 #[test]
-fn random_schedules_of_a_reload_end_old_or_new() {
+fn random_schedules_of_a_reload_and_a_restart_end_old_or_new() {
     let mut verdict = Verdict::default();
     for seed in 0..500 {
-        let played = play(RELOAD, Script::random(seed, 40, 3));
-        verdict.judge(format!("seed {seed}: {}", played.told()), &played);
+        for (name, setting) in [("reload", RELOAD), ("restart", RESTART)] {
+            let played = play(setting, Script::random(seed, 40, 3));
+            verdict.judge(format!("{name}, seed {seed}: {}", played.told()), &played);
+        }
     }
     verdict.told();
 }
