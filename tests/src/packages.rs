@@ -22,6 +22,8 @@ pub enum Packages {
     Ours,
     /// Ours, and what an upgrade (or downgrade) of Open vSwitch to this suite takes.
     OursAndSuite(&'static str),
+    /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
+    Rpm,
     /// Ours, openvswitch-switch of the guest's own suite, and later versions of it that are no good, [`BAD`].
     OursAndBad,
 }
@@ -56,14 +58,27 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
     fs::create_dir(folder)?;
     // Held until it is copied: every building begins by removing the last one.
     let _lock = places::lock(&places::cache()?.join("package.lock"), "another lab builds the package")?;
+    if wanted == Packages::Rpm {
+        copy_all(&apt(suite, suite, &["rpm"])?, folder)?;
+        let script = places::workspace().join("tests/rpm/build");
+        capture(Command::new(script).arg(image::tree(suite)?).arg(folder)).context("building RPMs")?;
+        return index(folder);
+    }
     let ours = ours()?;
     fs::copy(&ours, folder.join(format!("ovs-graceful_{OLD}_amd64.deb")))?;
     repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
     match wanted {
-        Packages::None | Packages::Ours => {}
-        Packages::OursAndSuite(to) => copy_all(&apt(suite, to)?, folder)?,
-        Packages::OursAndBad => bad_ones(&apt(suite, suite)?, folder)?,
+        Packages::None | Packages::Ours | Packages::Rpm => {}
+        Packages::OursAndSuite(to) => copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?,
+        Packages::OursAndBad => bad_ones(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
     }
+    index(folder)
+}
+
+const OPEN_VSWITCH: [&str; 2] = ["openvswitch-switch", "openvswitch-common"];
+
+/// For apt in the guest.
+fn index(folder: &Path) -> Result<()> {
     let index = capture(Command::new("dpkg-scanpackages").args(["--multiversion", "."]).current_dir(folder))?;
     fs::write(folder.join("Packages"), index)?;
     Ok(())
@@ -127,13 +142,13 @@ fn repack(package: &Path, version: &str, to: &Path, change: impl Fn(&Path) -> Re
     capture(Command::new("dpkg-deb").args(["-Zgzip", "-z1", "--build"]).arg(&tree).arg(to)).map(drop)
 }
 
-/// The folder with what apt would fetch to make openvswitch-switch in the image of `from` that of `to`; where they are the
-/// same, to install it again.
-fn apt(from: &str, to: &str) -> Result<PathBuf> {
+/// The folder with what apt would fetch to make `packages` in the image of `from` those of `to`; where they are the same,
+/// to install them (again).
+fn apt(from: &str, to: &str, packages: &[&str]) -> Result<PathBuf> {
     let tree = image::tree(from)?;
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let cache = places::cache()?;
-    let name = format!("packages-{from}-{to}");
+    let name = format!("packages-{from}-{to}-{}", packages.join("-"));
     let _lock = places::lock(&cache.join(format!("{name}.lock")), "another lab fetches these packages")?;
     let folder = cache.join(&name);
     if folder.join("complete").exists() {
@@ -167,9 +182,10 @@ fn apt(from: &str, to: &str) -> Result<PathBuf> {
         capture(&mut command)
     };
     get(&["update"]).with_context(|| format!("the mirror has no {to}"))?;
-    let names = ["openvswitch-switch", "openvswitch-common"].map(|name| format!("{name}/{to}"));
+    let names: Vec<String> = packages.iter().map(|name| format!("{name}/{to}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let how = ["--yes", "--download-only", "--no-install-recommends", "--allow-downgrades", "--reinstall"];
-    get(&[&["install"], how.as_slice(), &[&names[0], &names[1]]].concat())?;
+    get(&[&["install"], how.as_slice(), &names].concat())?;
     fs::remove_dir_all(archives.join("partial"))?;
     let _lock_file = fs::remove_file(archives.join("lock"));
     if fs::read_dir(&archives)?.count() == 0 {

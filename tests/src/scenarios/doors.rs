@@ -134,6 +134,11 @@ pub fn wait_and_fetch_report(to: &Path) -> Result<()> {
 
 /// Goes through a door under traffic: a run, done, and nothing lost.
 pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+    graceful_by(UNIT, name, door, outcome)
+}
+
+/// The same where `unit` stands for both daemons.
+pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
@@ -150,8 +155,8 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
     let runs: Vec<_> = runs.filter(|run| !none(run)).collect();
     let done = matches!(runs.as_slice(), [one] if matches!(one["exit_code"].as_u64(), Some(0 | 30)));
     outcome.check(format!("{name}: it was a run, and it is done"), done, runs);
-    let active = facts::unit_property(UNIT, "ActiveState");
-    outcome.check(format!("{name}: {UNIT} is active"), active == "active", active);
+    let active = facts::unit_property(unit, "ActiveState");
+    outcome.check(format!("{name}: {unit} is active"), active == "active", active);
     std::thread::sleep(Duration::from_secs(3));
     aftermath::nothing_left(name, outcome);
     aftermath::owned(name, outcome);

@@ -32,6 +32,7 @@ mod qinq;
 mod reboot;
 mod refusals;
 mod reload_module;
+mod rpm;
 mod rule_change;
 mod sampling;
 mod scale;
@@ -313,6 +314,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&package::Package),
     Scenario::Custom(&upgrade::ONE),
     Scenario::Custom(&bad_upgrade::BadUpgrade),
+    Scenario::Custom(&rpm::Rpm),
     Scenario::Custom(&upgrade::BOTH),
     Scenario::Custom(&upgrade::STOCK),
     Scenario::Custom(&killed::Killed),
