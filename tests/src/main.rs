@@ -73,6 +73,14 @@ enum Cmd {
         #[arg(long, default_value = "bookworm")]
         suite: String,
     },
+    /// Doors of the distributions, by scenario, door and suite, and the scenarios that `all` leaves out
+    Matrix {
+        /// Only those with all of these words: scenario, action or suite
+        only: Vec<String>,
+        /// VMs at a time [default: one for each core, four at most]
+        #[arg(long)]
+        lanes: Option<usize>,
+    },
     /// Stock and ours side by side in plain and conntrack
     Demo {
         /// Debian suite of the image
@@ -140,6 +148,7 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
         Cmd::All { scenarios, whole: true, runs, slower, suite, .. } => {
             campaign::whole(&scenarios, &suite, runs, slower)
         }
+        Cmd::Matrix { only, lanes } => campaign::matrix(&only, lanes),
         Cmd::Demo { suite } => campaign::demo(&suite),
         Cmd::Mirror => {
             println!("{}", apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?);

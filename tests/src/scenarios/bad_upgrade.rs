@@ -34,6 +34,10 @@ impl Custom for BadUpgrade {
         Ok(24)
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;

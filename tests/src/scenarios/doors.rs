@@ -41,6 +41,10 @@ impl Custom for Doors {
         "systemctl reload and restart of the distribution's unit, ovs-ctl restart --graceful; refused, switched off, uninstalled"
     }
 
+    fn runs(&self, _arguments: &[String]) -> Result<u32> {
+        Ok(16)
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;

@@ -183,6 +183,10 @@ pub trait Custom: Sync {
     fn reboots(&self) -> bool {
         false
     }
+    /// Whether `tests/all` leaves it out: it takes long, and is part of `tests/matrix`.
+    fn by_hand(&self) -> bool {
+        false
+    }
     /// Does everything.
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()>;
 }
@@ -253,6 +257,14 @@ impl Scenario {
         match self {
             Scenario::Traffic(_) => false,
             Scenario::Custom(s) => s.reboots(),
+        }
+    }
+
+    /// Whether `tests/all` leaves it out.
+    pub fn by_hand(self) -> bool {
+        match self {
+            Scenario::Traffic(_) => false,
+            Scenario::Custom(s) => s.by_hand(),
         }
     }
 

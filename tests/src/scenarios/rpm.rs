@@ -37,6 +37,10 @@ impl Custom for Rpm {
         Ok(10)
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         become_like_rhel()?;
         plain::set_up()?;
@@ -101,7 +105,7 @@ fn untouched(name: &str, command: &str, outcome: &mut Outcome) -> Result<()> {
 
 fn as_their_user(name: &str, outcome: &mut Outcome) {
     let users = shell_lenient("ps -o user= -C ovsdb-server,ovs-vswitchd | sort | uniq -c | tr -s ' '");
-    outcome.check(format!("{name}: both daemons are their user's"), users.trim() == "2 openvsw+", users);
+    outcome.check(format!("{name}: both daemons are their user's"), users.trim() == "2 openvswitch", users);
 }
 
 /// The old daemons go on, as they do with the package alone; the remedy that is told is one.

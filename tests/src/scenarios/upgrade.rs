@@ -73,6 +73,10 @@ impl Custom for Upgrade {
         Ok(12)
     }
 
+    fn by_hand(&self) -> bool {
+        self.way != Way::One
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
