@@ -40,15 +40,7 @@ pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> 
     }
 }
 
-/// ExecStop= of the same unit. systemd restarts both daemons with it (`PartOf=`); where the run replaces them, their
-/// jobs, which wait for us, are taken back before it begins.
-///
-/// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
-/// us, as after the upgrade of a package nobody else would start the new daemons.
-///
-/// Where a run is under way already, which replaces the daemons, it is waited for.
-///
-/// Of ovs-vswitchd's own unit it is [`switch_stop`].
+/// ExecStop= of the same unit, and of that of ovs-vswitchd: a run where the unit is being restarted.
 pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     // What cannot be read must not keep anything from being stopped.
     if !doors(config).is_ok_and(|doors| doors.restart) {
@@ -62,20 +54,29 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
             return package_s_own(command);
         }
     };
-    if unit == SWITCH_UNIT {
-        return match jobs.iter().any(|job| job.unit == unit && job.kind == "restart" && job.running) {
-            true => switch_stop(config, unit, command),
-            false => package_s_own(command),
-        };
+    let restarts = jobs.iter().any(|job| job.unit == unit && job.kind == "restart" && job.running);
+    match restarts {
+        true if unit == SWITCH_UNIT => switch_stop(config, unit, command),
+        true => umbrella_stop(config, unit, &systemd, &jobs, command),
+        false => package_s_own(command),
     }
+}
+
+/// systemd restarts both daemons with the unit that stands for them (`PartOf=`); where the run replaces them, their jobs,
+/// which wait for us, are taken back before it begins. Where a run is under way already it is waited for.
+///
+/// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
+/// us, as after the upgrade of a package nobody else would start the new daemons.
+fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJob], command: &[OsString]) -> u8 {
     let under_way = RunLock::holder(Path::new(LOCK)).ok().flatten();
     let restarts = match under_way.is_some() {
-        true => waiting_restarts(&unit, &jobs, 0),
-        false => restarts_of_the_daemons(&unit, &jobs),
+        true => waiting_restarts(&unit, jobs, 0),
+        false => restarts_of_the_daemons(&unit, jobs),
     };
     let Some(restarts) = restarts else { return package_s_own(command) };
-    if let Err(error) = take_back(&systemd, &restarts) {
+    if let Err(error) = take_back(systemd, &restarts) {
         complain(&format!("cannot take back the restart of the daemons ({error}): not a run of ovs-graceful"));
+        restart_as_asked(systemd, &restarts);
         return package_s_own(command);
     }
     if let Some(holder) = &under_way {
@@ -88,7 +89,7 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
     let code = restart(config, args);
     if code == ExitCode::Refused.code() {
         complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
-        restart_as_asked(&systemd, &restarts);
+        restart_as_asked(systemd, &restarts);
         return package_s_own(command);
     }
     well(code)
