@@ -44,6 +44,7 @@ typedef unsigned long long u64;
 #define OVS_DP_ATTR_PER_CPU_PIDS 8
 #define OVS_VPORT_ATTR_PORT_NO 1
 #define OVS_VPORT_ATTR_NAME 3
+#define OVS_VPORT_ATTR_UPCALL_PID 5
 #define OVS_FLOW_ATTR_KEY 1
 #define OVS_FLOW_ATTR_UFID 9
 #define MAX_UFID_LENGTH 16 /* net/openvswitch/flow.h */
@@ -77,11 +78,6 @@ enum class {
 	METER_DEL,
 	CT_TIMEOUT_DEL,
 	UPCALL_BIND,
-	/*
-	 * Kept for per-vport upcalls: VPORT_SET that carries OVS_VPORT_ATTR_UPCALL_PID, refused from Switch on from the
-	 * old daemon and the new one alike (hazard 16). Nothing is classed so yet.
-	 */
-	VPORT_UPCALL_BIND,
 	/* More than MAX_MESSAGES in one sendmsg: refused unseen whatever the classes; only counted under this index. */
 	TOO_MANY,
 	CLASSES,
@@ -129,6 +125,7 @@ struct captured {
 	u64 has_features;
 	u64 features;
 	u64 pids_wanted; /* as the message has them; more than MAX_PIDS: none kept */
+	u64 per_vport;	 /* tried by VPORT_SET: no pids are kept, their sockets are closed when it is refused */
 	u32 pids[MAX_PIDS];
 };
 
@@ -399,12 +396,39 @@ __attribute__((noinline)) int capture(u64 data, u32 off, u32 end, u32 dp_ifindex
 	to->has_features = features != 0;
 	to->features = features ? attr_u32(data, features) : 0;
 	to->pids_wanted = bytes >> 2;
+	to->per_vport = 0;
 	if (bytes <= sizeof(to->pids))
 		bpf_probe_read_kernel(to->pids, bytes, (void *)(data + at + NLA_HDRLEN));
 	__sync_fetch_and_add(&to->count, 1);
 	__sync_fetch_and_add(&to->sequence, 1);
 	tell(EVENT_CAPTURED, dp_ifindex, bytes >> 2);
 	return 0;
+}
+
+/* The standby would bind, one port at a time; it tries again whenever its main loop turns (udpif_set_threads()). */
+__attribute__((noinline)) int capture_vport(u32 dp_ifindex)
+{
+	u32 zero = 0;
+	struct captured *to = bpf_map_lookup_elem(&captured, &zero);
+
+	if (!to)
+		return 0;
+	__sync_fetch_and_add(&to->sequence, 1);
+	to->tgid = current_tgid();
+	to->start = current_start();
+	to->at_ns = bpf_ktime_get_boot_ns();
+	to->dp_ifindex = dp_ifindex;
+	to->has_features = 0;
+	to->pids_wanted = 0;
+	to->per_vport = 1;
+	__sync_fetch_and_add(&to->count, 1);
+	__sync_fetch_and_add(&to->sequence, 1);
+	return 0;
+}
+
+static __always_inline int is_standby(struct config *conf)
+{
+	return conf->standby_tgid && current_tgid() == conf->standby_tgid && current_start() == conf->standby_start;
 }
 
 __attribute__((noinline)) int classify_datapath(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
@@ -423,8 +447,7 @@ __attribute__((noinline)) int classify_datapath(u64 data, u32 off, u32 end, u32 
 	at = find_attr(data, off, end, OVS_DP_ATTR_PER_CPU_PIDS);
 	if (!at)
 		return NONE;
-	if (conf->classes & (1 << UPCALL_BIND) && conf->standby_tgid && current_tgid() == conf->standby_tgid &&
-	    current_start() == conf->standby_start) {
+	if (conf->classes & (1 << UPCALL_BIND) && is_standby(conf)) {
 		capture(data, off, end, dp_ifindex, at);
 		return UPCALL_BIND;
 	}
@@ -440,6 +463,11 @@ __attribute__((noinline)) int classify_vport(u64 data, u32 off, u32 end, u32 cmd
 	struct event *event;
 	u32 name;
 
+	if (conf && cmd == OVS_CMD_SET && conf->classes & (1 << UPCALL_BIND) && is_standby(conf) &&
+	    bpf_map_lookup_elem(&datapaths, &dp_ifindex) && find_attr(data, off, end, OVS_VPORT_ATTR_UPCALL_PID)) {
+		capture_vport(dp_ifindex);
+		return UPCALL_BIND;
+	}
 	if (!conf || cmd != OVS_CMD_DEL)
 		return NONE;
 	name = find_attr(data, off, end, OVS_VPORT_ATTR_NAME);
@@ -555,7 +583,7 @@ static __always_inline int walk(struct config *conf, u64 data, u32 len, u16 prot
 		} else if (head.flags & NLM_F_REQUEST) {
 			class = classify_generic(data, off, off + head.len, head.type);
 		}
-		if (class < VPORT_UPCALL_BIND && conf->classes & (1ull << class)) {
+		if (class < TOO_MANY && conf->classes & (1ull << class)) {
 			count(class);
 			return -EBUSY;
 		}

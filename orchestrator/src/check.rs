@@ -47,7 +47,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     } else {
         prove_freeze(host, &mut findings, &mut level);
     }
-    let vswitchd = find_vswitchd(host, &mut findings);
+    let vswitchd = find_vswitchd(host, level, wish.reloads_module(), &mut findings);
     let versions = vswitchd.as_ref().and_then(|daemon| {
         let versions = host.daemons.versions(daemon, until);
         keep(versions, "versions", "ovs-vswitchd", "does it answer `ovs-appctl version`?", &mut findings)
@@ -66,7 +66,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     Checked { report: CheckReport { level, findings }, vswitchd, versions, facts }
 }
 
-fn find_vswitchd(host: &mut Host, findings: &mut Vec<Finding>) -> Option<Daemon> {
+fn find_vswitchd(host: &mut Host, level: Level, reloads_module: bool, findings: &mut Vec<Finding>) -> Option<Daemon> {
     let remedy = "start ovs-vswitchd; `systemctl status ovs-vswitchd`";
     let ids = keep(host.datapath.upcall_port_ids(), "datapath", "kernel datapath", remedy, findings)?;
     match host.datapath.dispatches_per_cpu() {
@@ -78,9 +78,15 @@ fn find_vswitchd(host: &mut Host, findings: &mut Vec<Finding>) -> Option<Daemon>
             return None;
         }
         Ok(true) => {}
+        Ok(false) if level == Level::Full || reloads_module => {}
         Ok(false) => {
-            let cause = "it dispatches upcalls per vport, which this version of ovs-graceful does not take over yet";
-            findings.push(refused("dispatch", "kernel datapath", cause.into(), "use OVS 2.16 on Linux 5.15 or later"));
+            // dpif_netlink_refresh_channels(): bound once for one thread, then by nobody, then for all threads.
+            let cause =
+                "it dispatches upcalls per vport: without a freeze the new ovs-vswitchd unbinds every port for a \
+                         moment after it has bound it, and packets are lost";
+            let remedy =
+                "see to what keeps BPF from working (the warning above), or use OVS 2.16 on Linux 5.15 or later";
+            findings.push(refused("dispatch", "kernel datapath", cause.into(), remedy));
         }
         Err(error) => findings.push(refused("dispatch", "kernel datapath", error.to_string(), remedy)),
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{bail, Context};
 use dpfreeze::freeze::{self, Captured, Classes};
+use dpfreeze::ovs::Dispatch;
 use dpfreeze::park::ReplayReport;
 
 use crate::config::Config;
@@ -554,12 +555,19 @@ impl Recovery {
     /// The survivor binds by itself as flow-restore-wait goes; one that was refused before does not try again.
     fn bind(&mut self, host: &mut Host, survivor: &Daemon, captured: Option<Captured>) -> anyhow::Result<()> {
         let until = self.until(BIND_LIMIT);
-        while !bound_to(host, survivor.id)? {
+        loop {
+            host.datapath.follow(survivor.id)?;
+            if bound_to(host, survivor.id)? {
+                return Ok(());
+            }
             if self.clock.now() >= until {
                 bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
             }
             let own = captured.as_ref().filter(|captured| {
-                captured.process.tgid == survivor.id.pid as u32 && captured.process.start_time == survivor.id.start_time
+                // One that binds per vport tries again by itself.
+                captured.dispatch == Dispatch::PerCpu
+                    && captured.process.tgid == survivor.id.pid as u32
+                    && captured.process.start_time == survivor.id.start_time
             });
             if let Some(captured) = own {
                 host.datapath.bind_upcalls(captured.features, &captured.port_ids)?;
@@ -567,7 +575,6 @@ impl Recovery {
             }
             self.clock.sleep(LOOK_AGAIN);
         }
-        Ok(())
     }
 
     /// Stock behaviour: rather a restart than a host without anybody who answers.

@@ -103,7 +103,8 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
     };
     let image = image::ensure(&request.suite)?;
     let input = tempfile::tempdir()?;
-    let product = request.action == Action::Ours || matches!(scenario, Scenario::Custom(_));
+    let product =
+        request.action == Action::Ours || scenario.older_daemon().is_some() || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
     let packages = match request.action {
         Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "trixie" { "bookworm" } else { "trixie" }),
@@ -111,6 +112,9 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
         _ => scenario.packages(),
     };
     packages::put(packages, &request.suite, &input.path().join("packages"))?;
+    if let Some(suite) = scenario.older_daemon() {
+        image::put_vswitchd(suite, &input.path().join("older"))?;
+    }
     let job = Job {
         scenario: request.scenario.clone(),
         action: request.action,

@@ -20,7 +20,7 @@ use dpfreeze::freeze::{
     self, CanaryCommand, Classes, EventKind, Families, Freeze, Halt, Hook, PolicyGuard, Port, Refused, Renewal, Scope,
     PIN_DIR,
 };
-use dpfreeze::ovs::Ovs;
+use dpfreeze::ovs::{Dispatch, Ovs};
 use dpfreeze::tunnel::{Adoption, Backer, Guard};
 use nix::errno::Errno;
 
@@ -84,6 +84,7 @@ const TESTS: &[(&str, fn())] = &[
     ("capture", capture),
     ("forged_capture", forged_capture),
     ("capture_limits", capture_limits),
+    ("binding_per_vport", binding_per_vport),
     ("bound_by_other", bound_by_other),
     ("vport_del_is_told", vport_del_is_told),
     ("halt_stops_a_traced_thread_for_ports", halt_stops_a_traced_thread_for_ports),
@@ -227,7 +228,6 @@ fn probes_pass() {
         meter_del(f, GHOST, 54_545_401),
         meter_del(f, GHOST, 54_545_402),
         dp_set_features(f, GHOST_NAME),
-        vport_set_upcall_pid(f, GHOST),
         flow_get(f, GHOST),
     ] {
         let fate = sender.send(&probe);
@@ -449,6 +449,27 @@ fn capture_limits() {
     assert!(freeze.captured().unwrap_err().to_string().contains("4097"));
     assert_eq!(standby.send(&dp_bind(f, GHOST, GHOST_NAME, 0, &[own; 4096])), BUSY);
     assert_eq!(freeze.captured().unwrap().unwrap().port_ids.len(), 4096);
+}
+
+/// Hazard 16.
+fn binding_per_vport() {
+    let f = families();
+    let mut freeze = armed(Classes::UPCALL_BIND);
+    let (mut standby, mut other) = (Sender::root(), Sender::root());
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    let bind = vport_set_upcall_pid(f, GHOST);
+    assert_eq!(other.send(&bind), NO_DEVICE, "the old daemon may bind anew");
+    assert_eq!(freeze.captured().unwrap(), None);
+    for count in 1..3 {
+        assert_eq!(standby.send(&bind), BUSY);
+        let captured = freeze.captured().unwrap().unwrap();
+        assert_eq!((captured.dispatch, captured.ifindex, captured.count), (Dispatch::PerVport, GHOST, count));
+        assert_eq!(captured.process.tgid, standby.pid().as_raw() as u32);
+        assert_eq!(captured.port_ids, []);
+    }
+    assert_eq!(freeze.refused().unwrap().upcall_bind, 2);
+    freeze.set_classes(Classes::FLOW_DEL).unwrap();
+    assert_eq!(standby.send(&bind), NO_DEVICE, "from Handover on it may bind");
 }
 
 /// Hazard 1.

@@ -4,6 +4,7 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::error::{Error, Result};
 use crate::freeze::pins::PIN_DIR;
+use crate::ovs::Dispatch;
 
 /// `IFNAMSIZ`, linux/if.h
 pub const IFNAMSIZ: usize = 16;
@@ -11,7 +12,7 @@ pub const IFNAMSIZ: usize = 16;
 pub const TIMEOUT_NAME_LEN: usize = 32;
 /// `MAX_PIDS`
 const MAX_PIDS: usize = 4096;
-const CAPTURED_WORDS: usize = 9;
+const CAPTURED_WORDS: usize = 10;
 /// A capture is written within microseconds; a torn read repeats.
 const CAPTURE_READS: u32 = 100;
 
@@ -87,6 +88,7 @@ pub struct RawCaptured {
     pub ifindex: u32,
     pub features: Option<u32>,
     pub port_ids: Vec<u32>,
+    pub dispatch: Dispatch,
 }
 
 impl RawCaptured {
@@ -94,12 +96,13 @@ impl RawCaptured {
     fn decode(bytes: &[u8]) -> Result<Option<RawCaptured>> {
         let (head, pids) = bytes.split_at(bytes.len().min(CAPTURED_WORDS * 8));
         let w: [u64; CAPTURED_WORDS] = words("captured", head)?;
-        let [_, count, tgid, start, _, ifindex, has_features, features, wanted] = w;
+        let [_, count, tgid, start, _, ifindex, has_features, features, wanted, per_vport] = w;
         if count == 0 {
             return Ok(None);
         }
+        let dispatch = if per_vport == 0 { Dispatch::PerCpu } else { Dispatch::PerVport };
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-        if wanted == 0 || wanted > MAX_PIDS || wanted * 4 > pids.len() {
+        if (wanted == 0 && per_vport == 0) || wanted > MAX_PIDS || wanted * 4 > pids.len() {
             return Err(Error::Unsupported {
                 what: format!("upcall binding of process {tgid}"),
                 why: format!("it names {wanted} port ids, and 1 to {MAX_PIDS} can be kept"),
@@ -114,6 +117,7 @@ impl RawCaptured {
             ifindex: ifindex as u32,
             features: (has_features != 0).then_some(features as u32),
             port_ids,
+            dispatch,
         }))
     }
 }
@@ -189,7 +193,7 @@ mod tests {
     }
 
     fn captured_bytes(wanted: u64, pids: &[u32]) -> Vec<u8> {
-        let head = [2u64, 1, 77, 1234, 5, 9, 1, 0x8, wanted];
+        let head = [2u64, 1, 77, 1234, 5, 9, 1, 0x8, wanted, 0];
         let mut bytes: Vec<u8> = head.iter().flat_map(|word| word.to_ne_bytes()).collect();
         bytes.extend(pids.iter().flat_map(|pid| pid.to_ne_bytes()));
         bytes.resize(CAPTURED_WORDS * 8 + MAX_PIDS * 4, 0);
@@ -201,6 +205,16 @@ mod tests {
         let raw = RawCaptured::decode(&captured_bytes(2, &[11, 12, 13])).unwrap().unwrap();
         assert_eq!(raw.port_ids, [11, 12]);
         assert_eq!((raw.tgid, raw.start, raw.ifindex, raw.features), (77, 1234, 9, Some(8)));
+    }
+
+    #[test]
+    fn a_binding_per_vport_has_no_port_ids() {
+        let mut bytes = captured_bytes(0, &[]);
+        bytes[9 * 8] = 1;
+        let raw = RawCaptured::decode(&bytes).unwrap().unwrap();
+        assert_eq!((raw.dispatch, raw.port_ids.len(), raw.tgid), (Dispatch::PerVport, 0, 77));
+        let per_cpu = RawCaptured::decode(&captured_bytes(1, &[11])).unwrap().unwrap();
+        assert_eq!(per_cpu.dispatch, Dispatch::PerCpu);
     }
 
     #[test]

@@ -39,6 +39,7 @@ pub use scope::{Families, Scope};
 pub use state::{state, Refused, State};
 
 use crate::error::{Error, Result};
+use crate::ovs::Dispatch;
 use abi::Config;
 use pins::Pins;
 
@@ -62,8 +63,9 @@ bitflags::bitflags! {
         const CT_TIMEOUT_DEL = 1 << 6;
         /// `OVS_DP_CMD_SET` with `OVS_DP_ATTR_PER_CPU_PIDS`, sent by the process given to
         /// [`Freeze::watch_standby`]: captured, then refused. From anybody else it passes and is an [`Event`].
+        /// `OVS_VPORT_CMD_SET` with `OVS_VPORT_ATTR_UPCALL_PID` is refused to the same process, but tried again by it,
+        /// with other sockets each time; from anybody else it passes unseen (hazard 16).
         const UPCALL_BIND = 1 << 7;
-        // 1 << 8 is kept for OVS_VPORT_CMD_SET with OVS_VPORT_ATTR_UPCALL_PID (per-vport upcalls, hazard 16).
     }
 }
 
@@ -90,8 +92,10 @@ pub struct Captured {
     pub ifindex: u32,
     /// `OVS_DP_ATTR_USER_FEATURES` of the message, where it had them.
     pub features: Option<u32>,
-    /// `OVS_DP_ATTR_PER_CPU_PIDS`, one netlink port id for each CPU.
+    /// `OVS_DP_ATTR_PER_CPU_PIDS`, one netlink port id for each CPU; none where it would bind per vport.
     pub port_ids: Vec<u32>,
+    /// Which way of binding it tried.
+    pub dispatch: Dispatch,
     /// How often the standby has tried since the arming.
     pub count: u64,
 }
@@ -281,6 +285,7 @@ impl Freeze {
             ifindex: raw.ifindex,
             features: raw.features,
             port_ids: raw.port_ids,
+            dispatch: raw.dispatch,
             count: raw.count,
         }))
     }

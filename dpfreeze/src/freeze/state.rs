@@ -39,7 +39,7 @@ impl Refused {
             meter_del: count(5)?,
             ct_timeout_del: count(6)?,
             upcall_bind: count(7)?,
-            too_many: count(9)?, // 8 is kept for per-vport bindings
+            too_many: count(8)?,
         })
     }
 }

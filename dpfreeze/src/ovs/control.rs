@@ -167,6 +167,21 @@ impl Ovs {
         answers.iter().map(|payload| Vport::parse(payload)).collect()
     }
 
+    /// Sets the port ids that the upcalls of a port go to where they are dispatched per vport; the kernel chooses among
+    /// them by the packet's hash.
+    ///
+    /// # Errors
+    /// As [`Socket::request`] (ENODEV: no such port; EINVAL: no port id was given).
+    pub fn set_vport_pids(&mut self, ifindex: u32, port_no: u32, pids: &[u32]) -> Result<()> {
+        let what = format!("OVS_VPORT_CMD_SET of port {port_no} of datapath {ifindex} (upcall port ids)");
+        let bytes: Vec<u8> = pids.iter().flat_map(|pid| pid.to_ne_bytes()).collect();
+        let mut attrs = AttrBuf::new();
+        attrs.push_u32(vport::ATTR_PORT_NO, port_no);
+        attrs.try_push(vport::ATTR_UPCALL_PID, &bytes)?;
+        let body = header::build(vport::CMD_SET, vport::VERSION, ifindex, attrs.as_bytes());
+        self.socket.request(&what, self.families.vport, 0, &body).map(drop)
+    }
+
     /// Removes a port.
     ///
     /// # Errors

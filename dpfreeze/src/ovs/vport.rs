@@ -11,12 +11,13 @@ use crate::netlink::attr::{Attr, AttrBuf};
 pub(crate) const VERSION: u8 = 1; // OVS_VPORT_VERSION
 pub(crate) const CMD_DEL: u8 = 2;
 pub(crate) const CMD_GET: u8 = 3;
+pub(crate) const CMD_SET: u8 = 4;
 // enum ovs_vport_attr
 pub(crate) const ATTR_PORT_NO: u16 = 1;
 const ATTR_TYPE: u16 = 2;
 const ATTR_NAME: u16 = 3;
 const ATTR_OPTIONS: u16 = 4;
-const ATTR_UPCALL_PID: u16 = 5;
+pub(crate) const ATTR_UPCALL_PID: u16 = 5;
 const ATTR_STATS: u16 = 6;
 const ATTR_PAD: u16 = 7;
 const ATTR_IFINDEX: u16 = 8;

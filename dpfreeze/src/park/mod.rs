@@ -4,6 +4,7 @@
 //! the old daemon has dealt with what it was sent; [`Park::adopt`] keeps what it had not (before it ends) and
 //! [`Park::read_adopted`] takes it in (after); [`remove_doomed`]; bind the new daemon; [`Park::replay`].
 
+pub mod binding;
 mod drain;
 mod plan;
 mod reader;

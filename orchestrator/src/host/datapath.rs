@@ -59,7 +59,7 @@ pub trait Datapath {
     fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>>;
     /// Sets connection limits of conntrack zones.
     fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()>;
-    /// The port ids that upcalls go to now, per CPU.
+    /// The port ids that upcalls go to now: one for each CPU, or those of all ports.
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
     /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.
     fn dispatches_per_cpu(&mut self) -> Result<bool>;
@@ -109,9 +109,12 @@ pub trait Datapath {
     /// Binds the upcalls to the port ids they had before [`Datapath::take_upcalls`] and lets the parked packets go
     /// to their owner. May be run twice.
     fn return_upcalls(&mut self) -> Result<()>;
-    /// Binds the upcalls to these port ids, one for each CPU; `features` as the datapath has them where not given. The
+    /// Binds the upcalls to these port ids, one for each CPU or all of them for each port; `features` as the datapath has them where not given. The
     /// caller has proved whose they are.
     fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()>;
+    /// Where `daemon` has bound every port by itself and the kernel dispatches per CPU, it dispatches per vport from now
+    /// on. Else nothing.
+    fn follow(&mut self, daemon: ProcessId) -> Result<()>;
     /// What must outlive this process, with names ([`ServiceManager::keep`](crate::host::ServiceManager::keep)): the
     /// parking sockets and what was read from them. Empty where nothing is parked.
     fn kept(&self) -> Result<Vec<(String, OwnedFd)>>;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use dpfreeze::freeze::Captured;
+use dpfreeze::ovs::Dispatch;
 
 use super::restore::restore_bridges_with_controllers;
 use super::{classes, notes, Ended, Run, Step, Stop};
@@ -36,11 +37,24 @@ fn hand_over(run: &mut Run) -> Result<(), Stop> {
     run.host.datapath.prepare_hand_over(&captured).context("the upcall sockets of the new ovs-vswitchd")?;
     restore_bridges_with_controllers(run)?;
     remove_doomed(run)?;
+    if captured.dispatch == Dispatch::PerVport {
+        let_it_bind_its_ports(run)?;
+    }
     let until = run.deadline;
     let done = run.host.datapath.hand_over(&captured, until).context("binding the new ovs-vswitchd, and replaying")?;
     notes::gap_ended(&mut run.report, &mut run.known.gap_began, done.bound);
     notes::replay(&mut run.report, run.known.before.as_ref(), &run.host.datapath.park_stats(), &done.replay);
     run.host.datapath.refuse(classes::handed_over())?;
+    run.checkpoint()
+}
+
+/// Its sockets were closed with the refusal, and it tries again, with others, as soon as its main loop turns: any
+/// question to it sees to that, and is answered after the binding. What it would have flushed before stays, since it
+/// does that at the first try only (`type_run`, `udpif_set_threads`).
+fn let_it_bind_its_ports(run: &mut Run) -> Result<(), Stop> {
+    run.host.datapath.refuse(classes::handed_over())?;
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
+    run.host.daemons.command(&new, "version", &[], until).context("the new ovs-vswitchd at its binding")?;
     run.checkpoint()
 }
 

@@ -34,7 +34,7 @@ struct Setting {
 }
 
 const PLAIN: Setting = Setting {
-    variant: Variant { systemd: true, freeze: true, installed_works: true, restarting: false },
+    variant: Variant { systemd: true, freeze: true, installed_works: true, restarting: false, per_vport: false },
     strategy: Strategy::Standby,
     ovsdb: true,
 };
@@ -271,12 +271,14 @@ fn trace(setting: Setting, script: Script) -> Vec<Place> {
 fn settings() -> Vec<(&'static str, Setting)> {
     let no_systemd = Variant { systemd: false, ..PLAIN.variant };
     let no_freeze = Variant { freeze: false, ..PLAIN.variant };
+    let per_vport = Variant { per_vport: true, ..PLAIN.variant };
     vec![
         ("plain", PLAIN),
         ("stop-start", Setting { strategy: Strategy::StopStart, ..PLAIN }),
         ("no systemd, stop-start", Setting { variant: no_systemd, ovsdb: false, strategy: Strategy::StopStart }),
         ("no systemd", Setting { variant: no_systemd, ovsdb: false, ..PLAIN }),
         ("no freeze", Setting { variant: no_freeze, ..PLAIN }),
+        ("per vport", Setting { variant: per_vport, ..PLAIN }),
         ("reload module", RELOAD),
         ("restart of the unit", RESTART),
     ]

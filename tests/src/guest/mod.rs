@@ -69,6 +69,8 @@ pub struct Evidence {
     pub promised_after: Promised,
     /// Failed units before.
     pub failed_before: String,
+    /// What systemd took for the main process of each of [`facts::DAEMONS`].
+    pub main_pids_before: Vec<String>,
     /// What ovs-vswitchd logged since the action's start.
     pub log: String,
     /// Exit code of the action.
@@ -282,6 +284,7 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
         promised_before: facts::promised(bridges),
         promised_after: Promised::default(),
         failed_before: facts::failed_units(),
+        main_pids_before: facts::DAEMONS.map(|name| facts::unit_property(&format!("{name}.service"), "MainPID")).into(),
         flows_earlier: facts::flows(&out.join("flows-earlier"))?,
         flows_before: Flows::new(),
         flows_after: Flows::new(),

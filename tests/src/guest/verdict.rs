@@ -69,17 +69,20 @@ fn daemons(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
             json!({ "exe": new.executable, "dpkg": package.trim() }),
         );
         if expect.in_units {
-            in_its_unit(name, new, outcome);
+            let was_known = evidence.main_pids_before.get(i).is_none_or(|main| main != "0");
+            in_its_unit(name, new, was_known, outcome);
         }
     }
 }
 
-fn in_its_unit(name: &str, daemon: &Daemon, outcome: &mut Outcome) {
+/// Debian 11's systemd does not find the main process of units without PIDFile=.
+fn in_its_unit(name: &str, daemon: &Daemon, was_known: bool, outcome: &mut Outcome) {
     let unit = format!("{name}.service");
     let state = facts::unit_property(&unit, "ActiveState");
     let main = facts::unit_property(&unit, "MainPID");
     let cgroup = facts::unit_property(&unit, "ControlGroup");
-    let right = state == "active" && main == daemon.pid.to_string() && cgroup == daemon.cgroup;
+    let is_main = main == daemon.pid.to_string() || (main == "0" && !was_known);
+    let right = state == "active" && is_main && cgroup == daemon.cgroup;
     let found = json!({ "state": state, "main_pid": main, "control_group": cgroup, "daemon": daemon });
     outcome.check(format!("{unit} owns it"), right, found);
 }
@@ -331,6 +334,7 @@ mod tests {
             promised_before: Promised::default(),
             promised_after: Promised::default(),
             failed_before: String::new(),
+            main_pids_before: Vec::new(),
             log: String::new(),
             exit: Some(0),
             report: Some(json!({

@@ -71,11 +71,48 @@ pub struct Image {
     pub suite: String,
 }
 
+/// Puts the ovs-vswitchd of `suite` (Debian 11) into `folder`, and beside it, in `lib`, the libraries that later suites
+/// have no more.
+pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
+    let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
+    let cache = places::cache()?;
+    let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
+    let tree = ensure_tree(&tree_folder(&cache, suite, &mirror), suite, &mirror)?;
+    let lib = folder.join("lib");
+    fs::create_dir_all(&lib)?;
+    let own = tree.join("usr/lib/openvswitch-common");
+    fs::copy(own.join("ovs-vswitchd"), folder.join("ovs-vswitchd"))?;
+    let system = tree.join("usr/lib/x86_64-linux-gnu");
+    for name in ["libssl.so.1.1", "libcrypto.so.1.1"] {
+        fs::copy(system.join(name), lib.join(name))?;
+    }
+    let pattern = "lib(openvswitch|ofproto|sflow)-.*";
+    let found = capture(
+        Command::new("find")
+            .args([&own, &system])
+            .args(["-regextype", "egrep", "-type", "f", "-regex"])
+            .arg(format!(".*/{pattern}")),
+    )?;
+    for path in found.lines().map(Path::new) {
+        if let Some(name) = path.file_name() {
+            fs::copy(path, lib.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn tree_folder(cache: &Path, suite: &str, mirror: &str) -> PathBuf {
+    cache.join(format!("tree-{suite}-{}", tree_hash(suite, mirror)))
+}
+
+fn tree_hash(suite: &str, mirror: &str) -> String {
+    hash(&(RECIPE, suite, mirror, PACKAGES))
+}
+
 /// Gives the image of `suite`, building it when the cache has none (about two minutes).
 pub fn ensure(suite: &str) -> Result<Image> {
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
-    let tree_hash = hash(&(RECIPE, suite, mirror.as_str(), PACKAGES));
-    let image_hash = hash(&(tree_hash.as_str(), INIT, SERVICE, RUN, MASKED, INITRAMFS_MODULES));
+    let image_hash = hash(&(tree_hash(suite, &mirror).as_str(), INIT, SERVICE, RUN, MASKED, INITRAMFS_MODULES));
     let cache = places::cache()?;
     let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
     let folder = cache.join(format!("image-{suite}-{image_hash}"));
@@ -113,10 +150,6 @@ pub fn tree(suite: &str) -> Result<PathBuf> {
     ensure_tree(&tree_folder(&cache, suite, &mirror), suite, &mirror)
 }
 
-fn tree_folder(cache: &Path, suite: &str, mirror: &str) -> PathBuf {
-    cache.join(format!("tree-{suite}-{}", hash(&(RECIPE, suite, mirror, PACKAGES))))
-}
-
 fn hash(value: &impl Hash) -> String {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
@@ -148,7 +181,9 @@ fn ensure_tree(tree: &Path, suite: &str, mirror: &str) -> Result<PathBuf> {
     if let Some(proxy) = apt_proxy() {
         command.env("http_proxy", proxy);
     }
-    run(&mut command).with_context(|| format!("debootstrap failed, its words are in {}", log.display()))?;
+    run(&mut command).with_context(|| {
+        format!("debootstrap of {suite} failed: is it on the mirror? Its words are in {}", log.display())
+    })?;
     fs::write(&complete, "")?;
     Ok(tree.to_owned())
 }

@@ -10,6 +10,7 @@ mod controller;
 mod ct_guard;
 mod ct_policies;
 mod ct_zones;
+mod dispatch_modes;
 mod disturbed;
 pub mod doors;
 mod group;
@@ -102,6 +103,10 @@ pub trait Traffic: Sync {
     /// More arguments for `ovs-graceful restart`.
     fn extra_args(&self) -> &'static [&'static str] {
         &[]
+    }
+    /// The suite whose ovs-vswitchd it finds in `/lab/older`, with the libraries that later suites do not have.
+    fn older_daemon(&self) -> Option<&'static str> {
+        None
     }
     /// Seconds of traffic after the action's end, where they have to be so many.
     fn after_s(&self) -> Option<f64> {
@@ -217,6 +222,14 @@ impl Scenario {
         }
     }
 
+    /// The suite whose ovs-vswitchd goes into the VM.
+    pub fn older_daemon(self) -> Option<&'static str> {
+        match self {
+            Scenario::Traffic(s) => s.older_daemon(),
+            Scenario::Custom(_) => None,
+        }
+    }
+
     /// More arguments for `ovs-graceful restart`.
     pub fn extra_args(self) -> &'static [&'static str] {
         match self {
@@ -310,6 +323,8 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&tunnel::GENEVE),
     Scenario::Traffic(&tunnel::VxlanBridges),
     Scenario::Traffic(&local_port::LocalPort),
+    Scenario::Traffic(&dispatch_modes::DOWN),
+    Scenario::Traffic(&dispatch_modes::UP),
     Scenario::Traffic(&scale::Scale),
     Scenario::Traffic(&scale_ct::ScaleCt),
     Scenario::Traffic(&park_limit::NEWEST),

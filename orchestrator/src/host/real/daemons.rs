@@ -196,11 +196,11 @@ impl Daemons for RealDaemons {
                 }));
             }
             // Until its control socket is there the answer is an error; that is part of starting.
-            let memory = self.command(standby, "memory/show", &[], until).unwrap_or_default();
-            match unixctl::parse_memory(&memory, "idl-cells") {
-                Some(cells) if cells > 0 => return Ok(()),
-                // Before 2.17 memory/show does not tell: the line of bridge_run() does.
-                None if !memory.is_empty() && says_it_waits(standby) => return Ok(()),
+            let memory = self.command(standby, "memory/show", &[], until).ok();
+            match memory.map(|memory| unixctl::parse_memory(&memory, "idl-cells")) {
+                Some(Some(cells)) if cells > 0 => return Ok(()),
+                // Before 2.17 memory/show does not tell, and 2.15 answers with nothing: the line of bridge_run() does.
+                Some(None) if says_it_waits(standby) => return Ok(()),
                 _ => pause(until, &object, "waiting until it has read the database")?,
             }
         }

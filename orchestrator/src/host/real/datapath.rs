@@ -11,6 +11,7 @@ use dpfreeze::freeze::{
     self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Refused, Renewal, Scope,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
+use dpfreeze::park::binding::{self, Binding};
 use dpfreeze::park::{
     self, Chosen, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput,
     ReplayReport,
@@ -24,6 +25,8 @@ use crate::host::{Context, HostError, ProcessId, Result};
 
 /// How long the replay to the old daemon may take, when a run is undone.
 const RETURN_LIMIT: Duration = Duration::from_secs(10);
+/// Between two looks at who the ports are bound to.
+const PORTS_POLL: Duration = Duration::from_millis(1);
 
 /// The datapath of this machine.
 pub struct KernelDatapath {
@@ -31,7 +34,8 @@ pub struct KernelDatapath {
     limits: ParkLimits,
     freeze: Option<Freeze>,
     park: Option<Park>,
-    returned_to: Vec<u32>,
+    /// Who the upcalls went to before they were taken.
+    returned_to: Option<Binding>,
     before: Arc<Vec<Flow>>,
     chosen: Option<Choice>,
     removed: Option<RemovalReport>,
@@ -57,7 +61,7 @@ impl KernelDatapath {
             limits,
             freeze: None,
             park: None,
-            returned_to: Vec::new(),
+            returned_to: None,
             before: Arc::default(),
             chosen: None,
             removed: None,
@@ -77,9 +81,21 @@ impl KernelDatapath {
             .ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath").remedy("start Open vSwitch first"))
     }
 
-    fn bind(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
+    /// Waits until `daemon` has bound every port, and dispatches by port from then on. Returns the port ids.
+    fn wait_for_ports(&mut self, daemon: u32, until: Instant) -> Result<Vec<u32>> {
         let dp = self.dp()?;
-        bind(&mut self.ovs, &dp, features, port_ids)
+        loop {
+            let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
+            if let Some(port_ids) = own_ports(daemon, &vports)? {
+                binding::dispatch_per_vport(&mut self.ovs, &dp).about(DATAPATH)?;
+                return Ok(port_ids);
+            }
+            if Instant::now() >= until {
+                let what = format!("process {daemon} has not bound the upcalls of every port");
+                return Err(HostError::new(DATAPATH, what));
+            }
+            std::thread::sleep(PORTS_POLL);
+        }
     }
 
     fn freeze(&mut self) -> Result<&mut Freeze> {
@@ -128,10 +144,7 @@ impl Datapath for KernelDatapath {
             Dispatch::PerCpu => Ok(dp.per_cpu_pids),
             Dispatch::PerVport => {
                 let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
-                let mut ids: Vec<u32> = vports.into_iter().flat_map(|vport| vport.upcall_pids).collect();
-                ids.sort_unstable();
-                ids.dedup();
-                Ok(ids)
+                Ok(binding::port_ids_of(&vports))
             }
         }
     }
@@ -258,7 +271,9 @@ impl Datapath for KernelDatapath {
     }
 
     fn prepare_park(&mut self, old: ProcessId) -> Result<()> {
-        let port_ids = self.upcall_port_ids()?;
+        let dp = self.dp()?;
+        let binding = Binding::of(&mut self.ovs, &dp).about(DATAPATH)?;
+        let port_ids = binding.port_ids();
         let mut park = Park::open(self.limits).about("parking sockets")?;
         let pid = number(old)?;
         let adopted = park.adopt(pid, &port_ids).about("upcall sockets of the old ovs-vswitchd")?;
@@ -271,7 +286,7 @@ impl Datapath for KernelDatapath {
         }
         self.drain = Some(DrainWatch::new(pid, &port_ids));
         self.old = Some(old);
-        self.returned_to = port_ids;
+        self.returned_to = Some(binding);
         self.park = Some(park);
         Ok(())
     }
@@ -282,15 +297,18 @@ impl Datapath for KernelDatapath {
             self.park = Some(Park::open(self.limits).about("parking sockets")?);
         }
         let port_ids = self.park()?.port_ids();
-        self.bind(None, &port_ids)
+        let dp = self.dp()?;
+        binding::take(&mut self.ovs, &dp, &port_ids).about(DATAPATH)
     }
 
     fn return_upcalls(&mut self) -> Result<()> {
         if self.park.is_none() {
             return Ok(());
         }
-        let port_ids = self.returned_to.clone();
-        self.bind(None, &port_ids)?;
+        if let Some(binding) = self.returned_to.clone() {
+            let dp = self.dp()?;
+            binding.put_back(&mut self.ovs, &dp).about(DATAPATH)?;
+        }
         if let Some(old) = self.old {
             self.return_parked(old, Instant::now() + RETURN_LIMIT)?;
         }
@@ -301,7 +319,20 @@ impl Datapath for KernelDatapath {
     }
 
     fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
-        self.bind(features, port_ids)
+        let dp = self.dp()?;
+        binding::give(&mut self.ovs, &dp, features, port_ids).about(DATAPATH)
+    }
+
+    fn follow(&mut self, daemon: ProcessId) -> Result<()> {
+        let dp = self.dp()?;
+        if dp.dispatch() == Dispatch::PerVport {
+            return Ok(());
+        }
+        let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
+        match own_ports(number(daemon)?, &vports)? {
+            Some(_) => binding::dispatch_per_vport(&mut self.ovs, &dp).about(DATAPATH),
+            None => Ok(()),
+        }
     }
 
     fn kept(&self) -> Result<Vec<(String, OwnedFd)>> {
@@ -334,6 +365,10 @@ impl Datapath for KernelDatapath {
     }
 
     fn read_left_over(&mut self) -> Result<()> {
+        // Per vport the old daemon may have bound a new port, or all of them anew, until its end.
+        if self.dp()?.dispatch() == Dispatch::PerVport && self.park.is_some() {
+            self.take_upcalls()?;
+        }
         self.park()?.read_adopted().about("what the old ovs-vswitchd left unread")
     }
 
@@ -371,18 +406,29 @@ impl Datapath for KernelDatapath {
     }
 
     fn prepare_hand_over(&mut self, to: &Captured) -> Result<()> {
+        if to.dispatch == Dispatch::PerVport {
+            // It has no sockets before it may bind them.
+            return Ok(());
+        }
         self.bound = Some(raised(to.process.tgid, &to.port_ids, self.limits)?);
         Ok(())
     }
 
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver> {
-        let reader = match self.bound.take() {
-            Some(reader) => reader,
-            None => raised(to.process.tgid, &to.port_ids, self.limits)?,
+        let reader = match (self.bound.take(), to.dispatch) {
+            (Some(reader), _) => reader,
+            (None, Dispatch::PerCpu) => raised(to.process.tgid, &to.port_ids, self.limits)?,
+            (None, Dispatch::PerVport) => {
+                let port_ids = self.wait_for_ports(to.process.tgid, until)?;
+                raised(to.process.tgid, &port_ids, self.limits)?
+            }
         };
         let dp = self.dp()?;
         let origins = Origins::of(dump(&self.removed, &self.chosen));
-        bind(&mut self.ovs, &dp, to.features, &to.port_ids)?;
+        if to.dispatch == Dispatch::PerCpu {
+            let features = to.features.unwrap_or(dp.user_features);
+            self.ovs.set_per_cpu_pids(&dp, features, &to.port_ids).about(DATAPATH)?;
+        }
         let bound = Instant::now();
         let reader = self.bound.insert(reader);
         let replay = give_back(&mut self.park, &origins, reader, until)?;
@@ -390,6 +436,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport> {
+        self.follow(daemon)?;
         let port_ids = self.upcall_port_ids()?;
         let reader = raised(number(daemon)?, &port_ids, self.limits)?;
         self.chosen = self.chosen.take().and_then(Choice::made).map(Choice::Made);
@@ -432,9 +479,11 @@ fn is_stale(vport: &Vport, port_nos: &[u32], tunnels: &[String], wanted: &[Strin
     asked_for && vport.name != DATAPATH && !wanted.contains(&vport.name)
 }
 
-/// Binds the upcalls, with the features as they are where none are given: a DP_SET without USER_FEATURES zeroes them.
-fn bind(ovs: &mut Ovs, dp: &Dp, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
-    ovs.set_per_cpu_pids(dp, features.unwrap_or(dp.user_features), port_ids).about(DATAPATH)
+/// The port ids that these ports are bound to, if `pid` reads all of them.
+fn own_ports(pid: u32, vports: &[Vport]) -> Result<Option<Vec<u32>>> {
+    let wanted = binding::port_ids_of(vports);
+    let own = Duplicates::of(pid, &wanted).about("upcall sockets of the ovs-vswitchd")?.port_ids();
+    Ok(binding::ports_are_bound_to(vports, &own).then_some(wanted))
 }
 
 /// The sockets that the daemon `pid` reads, with room for what is parked.

@@ -113,6 +113,7 @@ impl Daemons for SimDaemons {
             if living(world, daemon.id)?.stopped {
                 return Err(HostError::timeout("its control socket", "asking it"));
             }
+            world.try_again(daemon.id.pid);
             match command {
                 "revalidator/wait" => world.revalidate(daemon.id.pid),
                 "dpctl/del-flows" => world.flush(),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
 use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::ovs::Dispatch;
 use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{DatapathSnapshot, Snapshot};
@@ -125,7 +126,7 @@ impl Datapath for SimDatapath {
     }
 
     fn dispatches_per_cpu(&mut self) -> Result<bool> {
-        self.sim.operate("datapath.dispatches_per_cpu", None, |_| Ok(true))
+        self.sim.operate("datapath.dispatches_per_cpu", None, |world| Ok(!world.variant.per_vport))
     }
 
     fn prove_freeze(&mut self) -> Result<()> {
@@ -275,6 +276,11 @@ impl Datapath for SimDatapath {
         })
     }
 
+    fn follow(&mut self, _daemon: ProcessId) -> Result<()> {
+        // One mode of dispatch is all that the model has.
+        Ok(())
+    }
+
     fn kept(&self) -> Result<Vec<(String, OwnedFd)>> {
         Ok(Vec::new())
     }
@@ -325,6 +331,9 @@ impl Datapath for SimDatapath {
     }
 
     fn prepare_hand_over(&mut self, to: &Captured) -> Result<()> {
+        if to.dispatch == Dispatch::PerVport {
+            return Ok(());
+        }
         let daemon = ProcessId { pid: to.process.tgid as i32, start_time: to.process.start_time };
         let port_ids = to.port_ids.clone();
         self.sim.operate("datapath.prepare_hand_over", None, |world| reads(world, daemon, &port_ids))
@@ -335,10 +344,19 @@ impl Datapath for SimDatapath {
         let replayed = self.sim.operate_in_parts(
             "datapath.hand_over",
             None,
-            |world| world.bind(to.port_ids.clone()),
             |world| {
-                reads(world, daemon, &to.port_ids)?;
-                world.bind(to.port_ids.clone());
+                if to.dispatch == Dispatch::PerCpu {
+                    world.bind(to.port_ids.clone());
+                }
+            },
+            |world| {
+                // Per vport it has bound its ports by itself.
+                let port_ids = match to.dispatch {
+                    Dispatch::PerCpu => to.port_ids.clone(),
+                    Dispatch::PerVport => world.kernel.bound.clone(),
+                };
+                reads(world, daemon, &port_ids)?;
+                world.bind(port_ids);
                 Ok(world.replay())
             },
         )?;

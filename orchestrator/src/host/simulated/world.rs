@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::ovs::Dispatch;
 
 use super::disk::Files;
 use super::fault::{Fault, Script};
@@ -45,11 +46,13 @@ pub struct Variant {
     pub installed_works: bool,
     /// The unit of the switch is being restarted, and its ExecStop= has begun the run.
     pub restarting: bool,
+    /// Upcalls are dispatched per vport: a refused binding is tried again, with sockets that nobody has seen.
+    pub per_vport: bool,
 }
 
 impl Default for Variant {
     fn default() -> Variant {
-        Variant { systemd: true, freeze: true, installed_works: true, restarting: false }
+        Variant { systemd: true, freeze: true, installed_works: true, restarting: false, per_vport: false }
     }
 }
 
@@ -81,7 +84,7 @@ pub struct Process {
     pub appeared: bool,
     /// It waits for nobody: it has the database's lock and has taken over.
     pub leads: bool,
-    /// Its binding was refused; it does not try again.
+    /// Its binding was refused; it does not try again, but per vport when something wakes it.
     pub refused: bool,
     /// It has seen flow-restore-wait and keeps still.
     pub waits: bool,
@@ -642,7 +645,11 @@ impl World {
         if !leads && led {
             return;
         }
+        let woken = self.table.cur_cfg != self.table.next_cfg;
         self.lead(pid);
+        if woken {
+            self.try_again(pid);
+        }
     }
 
     /// A switch that has the lock.
@@ -679,7 +686,24 @@ impl World {
         self.flush();
     }
 
+    /// The main loop of a switch turns: `udpif_set_threads()` binds per vport what could not be bound before, and leaves
+    /// the flows alone.
+    pub fn try_again(&mut self, pid: i32) {
+        let forbidden = self.refused_now().contains(Classes::UPCALL_BIND);
+        let frost = self.kernel.frost.as_ref();
+        let watched = frost.and_then(|frost| frost.standby).is_some_and(|standby| standby.pid == pid);
+        let per_vport = self.variant.per_vport;
+        let Some(process) = self.processes.get_mut(&pid) else { return };
+        if !per_vport || !process.refused || process.opened || (forbidden && watched) {
+            return;
+        }
+        process.opened = true;
+        let port_ids = process.port_ids.clone();
+        self.bind(port_ids);
+    }
+
     fn may_bind(&mut self, id: ProcessId, wanted: &[u32]) -> bool {
+        let per_vport = self.variant.per_vport;
         let Some(frost) = &mut self.kernel.frost else { return true };
         if frost.standby != Some(id) {
             frost.events.push(FreezeEvent::BoundByOther { pid: id.pid });
@@ -690,7 +714,8 @@ impl World {
             process: dpfreeze::freeze::ProcessId { tgid: id.pid as u32, start_time: id.start_time },
             ifindex: 1,
             features: None,
-            port_ids: wanted.to_vec(),
+            port_ids: if per_vport { Vec::new() } else { wanted.to_vec() },
+            dispatch: if per_vport { Dispatch::PerVport } else { Dispatch::PerCpu },
             count: 1,
         });
         if let Some(process) = self.processes.get_mut(&id.pid) {
