@@ -46,6 +46,9 @@ impl Traffic for DispatchModes {
         shell("cp -p $(readlink -f /usr/sbin/ovs-vswitchd) /root/newer-vswitchd")?;
         // Libraries that this release does not have; the others are found here, too.
         shell("cp -d /lab/older/lib/* /usr/local/lib/ && ldconfig")?;
+        // The newer one switches a datapath to dispatch per CPU by looking at it (dpif_netlink_open), and every miss of the
+        // older daemon is lost from then on.
+        shell("cp /lab/older/ovs-dpctl $(readlink -f /usr/bin/ovs-dpctl)")?;
         if !self.down {
             install("/lab/older/ovs-vswitchd")?;
             // A datapath that the newer daemon has made would go on dispatching per CPU, to nobody.
