@@ -107,7 +107,7 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
         request.action == Action::Ours || scenario.older_daemon().is_some() || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
     let packages = match request.action {
-        Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "trixie" { "bookworm" } else { "trixie" }),
+        Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "bookworm" { "trixie" } else { "bookworm" }),
         action if action.is_door() => Packages::Ours,
         _ => scenario.packages(),
     };

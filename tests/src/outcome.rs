@@ -21,7 +21,7 @@ pub enum Action {
     DoorRestart,
     /// `systemctl restart ovs-vswitchd` with it.
     DoorRestartSwitch,
-    /// `apt-get install openvswitch-switch` of Debian 13 (or, in an image of that, of Debian 12) with it.
+    /// `apt-get install openvswitch-switch` with it: of Debian 13, or in an image of another release, of Debian 12.
     DoorUpgrade,
     /// Nothing at all, judged like ours: a run that did nothing must not pass.
     Nothing,

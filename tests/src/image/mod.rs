@@ -71,8 +71,8 @@ pub struct Image {
     pub suite: String,
 }
 
-/// Puts the ovs-vswitchd of `suite` (Debian 11) into `folder`, and beside it, in `lib`, the libraries that later suites
-/// have no more.
+/// Puts ovs-vswitchd, ovs-dpctl and ovs-ofctl of `suite` (Debian 11) into `folder`, and beside them, in `lib`, the libraries that later
+/// suites have no more.
 pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let cache = places::cache()?;
@@ -82,6 +82,9 @@ pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
     fs::create_dir_all(&lib)?;
     let own = tree.join("usr/lib/openvswitch-common");
     fs::copy(own.join("ovs-vswitchd"), folder.join("ovs-vswitchd"))?;
+    for tool in ["ovs-dpctl", "ovs-ofctl"] {
+        fs::copy(tree.join("usr/bin").join(tool), folder.join(tool))?;
+    }
     let system = tree.join("usr/lib/x86_64-linux-gnu");
     for name in ["libssl.so.1.1", "libcrypto.so.1.1"] {
         fs::copy(system.join(name), lib.join(name))?;

@@ -46,7 +46,12 @@ impl Traffic for DispatchModes {
         shell("cp -p $(readlink -f /usr/sbin/ovs-vswitchd) /root/newer-vswitchd")?;
         // Libraries that this release does not have; the others are found here, too.
         shell("cp -d /lab/older/lib/* /usr/local/lib/ && ldconfig")?;
+        // The newer one switches a datapath to dispatch per CPU by looking at it (dpif_netlink_open), and every miss of the
+        // older daemon is lost from then on.
+        shell("cp /lab/older/ovs-dpctl $(readlink -f /usr/bin/ovs-dpctl)")?;
         if !self.down {
+            // The newer one's flow monitor is refused by the older daemon ("bad flags 0xffff"), and waits for ever.
+            shell("cp /lab/older/ovs-ofctl $(readlink -f /usr/bin/ovs-ofctl)")?;
             install("/lab/older/ovs-vswitchd")?;
             // A datapath that the newer daemon has made would go on dispatching per CPU, to nobody.
             shell("systemctl stop openvswitch-switch; ovs-dpctl del-dp system@ovs-system || true")?;

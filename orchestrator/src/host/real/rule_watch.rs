@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::jsonrpc::remaining;
 use super::openflow::{
@@ -17,6 +17,8 @@ use crate::host::{Bridge, BridgeRules, Result, RuleWatch};
 
 /// More text than this is not kept: the bridge then counts as changed.
 const TEXT_MAX: usize = 32 << 20;
+/// A monitor that an older daemon refuses waits for ever (ovs-ofctl 3.1 and ovs-vswitchd 2.15: "bad flags 0xffff").
+const ESTABLISHED_WITHIN: Duration = Duration::from_secs(10);
 /// What the monitor prints when a barrier has come back.
 const BARRIER: &str = "OFPT_BARRIER_REPLY";
 
@@ -28,6 +30,7 @@ impl Watch {
     pub fn start(openflow: &RealOpenFlow, bridges: &[Bridge], until: Instant) -> Result<Self> {
         let watchers = bridges.iter().map(|bridge| Watcher::start(openflow, bridge));
         let mut watch = Watch(watchers.collect::<Result<_>>()?);
+        let until = until.min(Instant::now() + ESTABLISHED_WITHIN);
         watch.0.iter_mut().for_each(|watcher| watcher.establish(until));
         Ok(watch)
     }
@@ -94,12 +97,19 @@ impl Watcher {
         Ok(Watcher { bridge: bridge.name.clone(), child, control, printed, barriers: 0 })
     }
 
-    /// It is established once a barrier has passed; one that cannot watch has ended by then and counts as changed.
+    /// It is established once a barrier has passed; one that cannot watch has ended by then, or is ended, and counts as
+    /// changed.
     fn establish(&mut self, until: Instant) {
         while !self.barrier(until) && matches!(self.child.try_wait(), Ok(None)) {
-            let Some(left) = remaining(until) else { return };
+            let Some(left) = remaining(until) else { return self.end() };
             std::thread::sleep(left.min(LOOK_AGAIN));
         }
+    }
+
+    fn end(&mut self) {
+        command::end(&mut self.child);
+        // Killed, it leaves its socket behind.
+        let _ = std::fs::remove_file(&self.control);
     }
 
     fn command(&self, command: &str, arguments: &[&str], until: Instant) -> bool {
@@ -160,9 +170,7 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        command::end(&mut self.child);
-        // Killed, it leaves its socket behind.
-        let _ = std::fs::remove_file(&self.control);
+        self.end();
     }
 }
 
