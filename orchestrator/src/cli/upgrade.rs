@@ -25,7 +25,7 @@ use crate::host::real::{RealDaemons, Systemd};
 use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{Report, Strategy};
+use crate::report::{CheckReport, Finding, Report, Severity, Strategy};
 use crate::supervisor;
 
 /// The action is allowed (README.policy-rc.d of init-system-helpers).
@@ -84,7 +84,14 @@ fn will_be_graceful(config: &Path) -> bool {
 fn can_be_graceful(config: &Path) -> bool {
     let Ok(config) = Config::load(config) else { return false };
     let wanted = config.doors.upgrade && config.doors.restart && Systemd::default().is_running();
-    wanted && supervisor::check(&config, Strategy::Standby).is_ok_and(|report| report.exit_code() == ExitCode::Done)
+    wanted && supervisor::check(&config, Strategy::Standby).is_ok_and(|report| none_but_files(&report))
+}
+
+/// Of the files some may be new and some old already, or gone: they are looked at again when the run begins.
+fn none_but_files(report: &CheckReport) -> bool {
+    let about_files = ["versions", "old-binary", "tools", "schema"];
+    let refused = |finding: &&Finding| finding.severity == Severity::Refused;
+    report.findings.iter().filter(refused).all(|finding| about_files.contains(&finding.name.as_str()))
 }
 
 fn kept_answer(path: &Path) -> Option<bool> {
@@ -175,6 +182,24 @@ mod tests {
         assert!(!taken("postinst", "openvswitch-switch.service", "restart"), "this one is the run");
         assert!(!taken("postinst", SWITCH_UNIT, "start"));
         assert!(!taken("prerm", "openvswitch-switch.service", "stop"));
+    }
+
+    #[test]
+    fn files_that_are_being_replaced_are_no_reason_to_stop_the_daemons() {
+        let refused = |name: &str| Finding {
+            name: name.into(),
+            severity: Severity::Refused,
+            object: "x".into(),
+            cause: "y".into(),
+            remedy: String::new(),
+        };
+        let report = |names: &[&str]| CheckReport {
+            level: crate::report::Level::None,
+            findings: names.iter().copied().map(refused).collect(),
+        };
+        assert!(none_but_files(&report(&[])));
+        assert!(none_but_files(&report(&["versions", "tools"])));
+        assert!(!none_but_files(&report(&["versions", "dpdk"])));
     }
 
     #[test]

@@ -76,7 +76,7 @@ pub fn findings(
     let Some((vswitchd, server)) = running(daemons, &mut found) else { return found.0 };
     tools(until, &mut found);
     namespaces(&vswitchd, &mut found);
-    versions(daemons, &vswitchd, until, &mut found);
+    versions(daemons, &vswitchd, options, until, &mut found);
     match database.facts(until) {
         Ok(facts) => found.0.extend(database_findings(&facts)),
         Err(e) => found.refuse("database", e.object, e.cause, "see the log of ovsdb-server"),
@@ -137,7 +137,7 @@ fn namespaces(vswitchd: &Daemon, found: &mut Findings) {
     }
 }
 
-fn versions(daemons: &dyn Daemons, vswitchd: &Daemon, until: Instant, found: &mut Findings) {
+fn versions(daemons: &dyn Daemons, vswitchd: &Daemon, options: &CheckOptions, until: Instant, found: &mut Findings) {
     let versions = match daemons.versions(vswitchd, until) {
         Ok(versions) => versions,
         Err(e) => {
@@ -152,6 +152,15 @@ fn versions(daemons: &dyn Daemons, vswitchd: &Daemon, until: Instant, found: &mu
     let version = answer.as_deref().ok().and_then(unixctl::parse_version);
     if version.as_deref() == Some(versions.running.as_str()) {
         return found.ok("old-binary", vswitchd.exe.display(), "it runs, so there is a way back");
+    }
+    // A package may have removed shared objects of its own; the running program has them open.
+    let name = format!("check.{}", std::process::id());
+    let scratch = [&options.run_directory, &options.state_directory].map(|folder| folder.join(&name));
+    let saved = daemons.save_program(vswitchd, &versions.running, &scratch, until);
+    scratch.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
+    if saved.is_ok() {
+        let cause = "it runs with the shared objects that it has open, so there is a way back";
+        return found.ok("old-binary", vswitchd.exe.display(), cause);
     }
     let cause = match answer {
         Ok(text) => format!("it says {:?} and not {}", text.lines().next().unwrap_or_default(), versions.running),
