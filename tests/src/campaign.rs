@@ -81,8 +81,7 @@ fn closing(passed: usize, failed: usize, started: Instant) -> bool {
 pub fn all(only: &[String], suite: &str, lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let lock = places::vm_lock()?;
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let lanes = lanes.unwrap_or(cores.min(MOST_LANES));
+    let lanes = lanes.unwrap_or_else(lanes_of_this_machine);
     for name in only {
         scenarios::find(name)?;
     }
@@ -93,15 +92,27 @@ pub fn all(only: &[String], suite: &str, lanes: Option<usize>) -> Result<bool> {
     let mut passed = 0;
     for (scenarios, lanes) in [(beside, lanes), (alone, 1)] {
         let requests = longest_first(scenarios)?.into_iter().map(|s| once(s, suite)).collect();
-        in_lanes(requests, lanes, &lock, |request, ended| {
-            passed += usize::from(tell(request, ended).is_some_and(|o| o.iter().all(|o| o.passed)));
-        });
+        passed += told_in_lanes(requests, lanes, &lock);
     }
     Ok(closing(passed, chosen.len() - passed, started))
 }
 
-/// The doors of the distributions, each with plain rules, conntrack, NAT and a tunnel, in the images of all three suites; then
-/// the scenarios that are run by hand. The names of `only` narrow it down: of scenarios, actions or suites.
+/// A VM for each core.
+fn lanes_of_this_machine() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_LANES)
+}
+
+/// Makes these runs, so many at a time, tells how each ended, and returns how many passed.
+fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
+    let mut passed = 0;
+    in_lanes(requests, lanes, lock, |request, ended| {
+        passed += usize::from(tell(request, ended).is_some_and(|o| o.iter().all(|o| o.passed)));
+    });
+    passed
+}
+
+/// The doors of the distributions, each with plain rules, conntrack, NAT and a tunnel, in the images of all three suites;
+/// then the scenarios that are run by hand. The names of `only` narrow it down: of scenarios, actions or suites.
 pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let lock = places::vm_lock()?;
@@ -127,11 +138,8 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
         bail!("nothing in the matrix is {}", only.join(" and "));
     }
     println!("\nrunning {} tests", requests.len());
-    let (all, mut passed) = (requests.len(), 0);
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-    in_lanes(requests, lanes.unwrap_or(cores.min(MOST_LANES)), &lock, |request, ended| {
-        passed += usize::from(tell(request, ended).is_some_and(|o| o.iter().all(|o| o.passed)));
-    });
+    let all = requests.len();
+    let passed = told_in_lanes(requests, lanes.unwrap_or_else(lanes_of_this_machine), &lock);
     Ok(closing(passed, all - passed, started))
 }
 

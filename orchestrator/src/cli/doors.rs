@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 
+use super::hook::{lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::complain;
 use super::restart::restart;
@@ -103,7 +104,7 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     let free = matches!(RunLock::holder(Path::new(LOCK)), Ok(None));
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
         Ok(Some(())) => 0,
-        _ if !main_process_lives() => 0,
+        _ if !main_process().is_some_and(|pid| lives(&pid)) => 0,
         Ok(None) => package_s_own(command),
         Err(error) => {
             complain(&format!("{error:#}: the daemon is restarted as it is without ovs-graceful"));
@@ -141,12 +142,6 @@ fn how_it_ended(id: &str) -> String {
         Ok(report) => format!("run {id}: {}", report.reason),
         Err(_) => format!("run {id} has gone"),
     }
-}
-
-/// `MAINPID` is systemd's word for ExecStop=.
-fn main_process_lives() -> bool {
-    let pid = std::env::var("MAINPID").ok().filter(|pid| pid.chars().all(|c| c.is_ascii_digit()));
-    pid.is_some_and(|pid| Path::new("/proc").join(pid).exists())
 }
 
 fn doors(config: &Path) -> Result<DoorsConfig, u8> {

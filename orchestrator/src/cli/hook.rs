@@ -103,9 +103,19 @@ fn canary() -> u8 {
     u8::from(code != std::process::ExitCode::SUCCESS)
 }
 
+/// The unit's main process, as systemd tells the commands of its ExecReload= and ExecStop=.
+pub(super) fn main_process() -> Option<String> {
+    std::env::var("MAINPID").ok().filter(|pid| pid.chars().all(|c| c.is_ascii_digit()))
+}
+
+/// Is there such a process?
+pub(super) fn lives(pid: &str) -> bool {
+    Path::new("/proc").join(pid).exists()
+}
+
 /// Waits for the supervisor's word, in the unit's cgroup; 0 makes systemd read the PID file again.
 fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
-    let old = std::env::var("MAINPID").ok().filter(|pid| pid.chars().all(|c| c.is_ascii_digit()));
+    let old = main_process();
     let hook = HookClient::open(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
     let mut hook = hook.context(
         "no run of ovs-graceful is under way; remedy: `ovs-graceful restart` instead of reloading the unit by hand",
@@ -130,7 +140,7 @@ fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
             thread::sleep(Duration::from_millis(20));
         }
     }
-    let old_is_gone = old.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+    let old_is_gone = old.is_some_and(|pid| !lives(&pid));
     Ok(u8::from(!(started.is_some() && old_is_gone)))
 }
 

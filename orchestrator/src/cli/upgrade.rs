@@ -6,9 +6,7 @@
 //! end is a run by its drop-in ([`super::doors`]).
 
 use std::env;
-use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -20,8 +18,9 @@ use super::RestartArgs;
 use crate::config::Config;
 use crate::control::{RunLock, LOCK, RUN_DIR};
 use crate::guard;
+use crate::host::disk::Disk;
 use crate::host::real::assemble::DATABASE_SOCKET;
-use crate::host::real::{RealDaemons, Systemd};
+use crate::host::real::{RealDaemons, RealDisk, Systemd};
 use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
@@ -101,22 +100,21 @@ fn kept_answer(path: &Path) -> Option<bool> {
 
 /// Where it cannot be kept it is asked for again.
 fn keep_answer(path: &Path, answer: bool) {
-    let _there = DirBuilder::new().mode(0o700).create(RUN_DIR);
-    let mut options = OpenOptions::new();
-    let file = options.write(true).create(true).truncate(true).mode(0o600).open(path);
-    let _kept = file.and_then(|mut file| file.write_all(if answer { b"yes" } else { b"no" }));
+    let words: &[u8] = if answer { b"yes" } else { b"no" };
+    let folder = path.parent().map_or(Ok(()), |folder| RealDisk.make_folder(folder));
+    let _kept = folder.and_then(|()| RealDisk.replace(path, words));
 }
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
 /// RPM's packages leave the old daemons running: there the run is made here (`restarts`).
 pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
-    let runs = !RealDaemons::new(DATABASE_SOCKET).find_all(DaemonKind::OvsVswitchd).unwrap_or_default().is_empty();
-    if restarts && runs && Config::load(config).is_ok_and(|config| config.doors.upgrade) {
+    let daemons = RealDaemons::new(DATABASE_SOCKET);
+    let find = || daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+    if restarts && !find().is_empty() && Config::load(config).is_ok_and(|config| config.doors.upgrade) {
         restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
     }
     let _gone_already = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
-    let daemons = RealDaemons::new(DATABASE_SOCKET);
-    let running = daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+    let running = find();
     let [daemon] = running.as_slice() else { return ALLOWED };
     let last = Runs::default().list().ok().and_then(|mut runs| runs.pop()?.report);
     let versions = daemons.versions(daemon, Instant::now() + VERSION_LIMIT);

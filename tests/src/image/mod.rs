@@ -71,13 +71,10 @@ pub struct Image {
     pub suite: String,
 }
 
-/// Puts ovs-vswitchd, ovs-dpctl and ovs-ofctl of `suite` (Debian 11) into `folder`, and beside them, in `lib`, the libraries that later
-/// suites have no more.
+/// Puts ovs-vswitchd, ovs-dpctl and ovs-ofctl of `suite` (Debian 11) into `folder`, and beside them, in `lib`, the
+/// libraries that later suites have no more.
 pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
-    let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
-    let cache = places::cache()?;
-    let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
-    let tree = ensure_tree(&tree_folder(&cache, suite, &mirror), suite, &mirror)?;
+    let tree = tree(suite)?;
     let lib = folder.join("lib");
     fs::create_dir_all(&lib)?;
     let own = tree.join("usr/lib/openvswitch-common");

@@ -44,6 +44,12 @@ pub fn owned(case: &str, outcome: &mut Outcome) {
     outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
 }
 
+/// What our package changes about these units, without what systemd tells of the last time.
+pub fn commands(units: &[&str]) -> String {
+    let show = "systemctl show -p ExecReload,ExecStop,DropInPaths,TimeoutStopUSec";
+    shell_lenient(&format!("for unit in {}; do {show} $unit | sed 's/start_time=.*//'; done", units.join(" ")))
+}
+
 /// No unit is in the state `failed`.
 pub fn no_unit_failed(outcome: &mut Outcome) {
     let failed = facts::failed_units();

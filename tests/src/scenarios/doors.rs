@@ -48,7 +48,7 @@ impl Custom for Doors {
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
-        let stock = commands();
+        let stock = aftermath::commands(&[UNIT, "ovs-vswitchd"]);
         fs::copy("/usr/bin/ovs-graceful", "/usr/sbin/ovs-graceful")?;
         for (folder, text) in DROP_INS {
             fs::create_dir_all(folder)?;
@@ -79,18 +79,11 @@ impl Custom for Doors {
             fs::remove_dir_all(folder)?;
         }
         shell("systemctl daemon-reload")?;
-        let now = commands();
+        let now = aftermath::commands(&[UNIT, "ovs-vswitchd"]);
         outcome.check("without the drop-in the unit is what the package wrote", now == stock, json!([stock, now]));
         aftermath::no_unit_failed(outcome);
         Ok(())
     }
-}
-
-/// Without what systemd tells of the last time.
-fn commands() -> String {
-    let of =
-        |unit| format!("systemctl show -p ExecReload,ExecStop,TimeoutStopUSec {unit} | sed 's/ignore_errors.*//';");
-    shell_lenient(&(of(UNIT) + &of("ovs-vswitchd")))
 }
 
 /// Exit code and words of a systemctl.
@@ -125,9 +118,14 @@ pub fn upgrade_command() -> String {
 }
 
 /// Where the unit itself is restarted, that has ended before the run.
-pub fn wait_and_fetch_report(to: &Path) -> Result<()> {
+fn wait_until_over() -> Result<()> {
     let over = || shell_lenient("ovs-graceful status --json").contains("\"lock\": null");
-    wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)?;
+    wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)
+}
+
+/// The report of the last run, once that is over.
+pub fn wait_and_fetch_report(to: &Path) -> Result<()> {
+    wait_until_over()?;
     let mut runs = run::known();
     runs.sort();
     if let Some(last) = runs.pop() {
@@ -150,7 +148,7 @@ pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcom
     let known = run::known();
     let said = door();
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
-    wait_and_fetch_report(Path::new("/run/lab-report.json"))?;
+    wait_until_over()?;
     let now = facts::DAEMONS.map(facts::daemons);
     let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
     outcome.check(format!("{name}: both daemons are others"), others, json!([before, now]));

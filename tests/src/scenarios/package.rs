@@ -94,12 +94,10 @@ fn traces() -> String {
         /usr/share/doc /usr/share/bash-completion /usr/share/zsh /usr/share/fish";
     let files = shell_lenient(&format!("find {places} 2>/dev/null | grep -e ovs-graceful -e dpfreeze -e policy-rc.d"));
     let units = shell_lenient(
-        "for unit in openvswitch-switch ovs-vswitchd ovsdb-server; do \
-         systemctl show -p ExecReload,ExecStop,DropInPaths,TimeoutStopUSec $unit | sed 's/start_time=.*//'; done; \
-         systemctl list-units --all --plain --no-legend 'ovs-graceful*'; systemctl --failed --plain --no-legend; \
+        "systemctl list-units --all --plain --no-legend 'ovs-graceful*'; systemctl --failed --plain --no-legend; \
          dpkg-query -W -f '${db:Status-Abbrev}\\n' ovs-graceful 2>/dev/null; dpkg --audit",
     );
-    files + &units
+    files + &aftermath::commands(&["openvswitch-switch", "ovs-vswitchd", "ovsdb-server"]) + &units
 }
 
 /// Where the administrator has a policy of his own, that one has the say.

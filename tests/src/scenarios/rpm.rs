@@ -126,9 +126,6 @@ fn refused(log: &dyn Fn(&str, &str) -> String, outcome: &mut Outcome) -> Result<
 
 /// What our package changes about the units.
 fn units() -> String {
-    shell_lenient(
-        "for unit in openvswitch ovs-vswitchd ovsdb-server; do \
-         systemctl show -p ExecReload,ExecStop,DropInPaths,TimeoutStopUSec $unit | sed 's/ignore_errors=.*//'; done; \
-         systemctl list-units --all --plain --no-legend 'ovs-graceful*'",
-    )
+    let ours = shell_lenient("systemctl list-units --all --plain --no-legend 'ovs-graceful*'");
+    aftermath::commands(&[UNIT, "ovs-vswitchd", "ovsdb-server"]) + &ours
 }

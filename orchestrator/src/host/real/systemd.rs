@@ -221,6 +221,11 @@ impl Systemd {
         Bus::connect(until)?.manager("RestartUnit", &(unit, "replace"), until).map(drop)
     }
 
+    fn write_drop_in(&self, unit: &str, text: &str) -> Result<()> {
+        let file = self.drop_in(unit);
+        write_whole(&file, &format!("{DROP_IN_HEAD}{text}")).about(file.display().to_string())
+    }
+
     fn remove_drop_in(&self, unit: &str) -> Result<bool> {
         let file = self.drop_in(unit);
         match fs::remove_file(&file) {
@@ -290,18 +295,17 @@ impl ServiceManager for Systemd {
     fn prepare_hand_over(&self, hand_over: &HandOver, until: Instant) -> Result<Unit> {
         let bus = Bus::connect(until)?;
         let (path, unit) = bus.fresh_unit(&hand_over.unit, until)?;
-        let file = self.drop_in(&hand_over.unit);
-        write_whole(&file, &drop_in_text(hand_over, &unit.exec_start)).about(file.display().to_string())?;
+        self.write_drop_in(&hand_over.unit, &drop_in_text(hand_over, &unit.exec_start))?;
         for other in UNITS.into_iter().filter(|other| *other != hand_over.unit) {
             if bus.path("GetUnit", &(other,), until)?.is_some() {
-                let file = self.drop_in(other);
-                write_whole(&file, &format!("{DROP_IN_HEAD}{NOT_BY_HAND}")).about(file.display().to_string())?;
+                self.write_drop_in(other, NOT_BY_HAND)?;
             }
         }
         bus.manager("Reload", &(), until)?;
         let missing = || HostError::new(&hand_over.unit, "it has gone while its drop-in was loaded");
         let unit = bus.unit(path.as_str(), until)?.ok_or_else(missing)?;
         if unit.pid_file.as_deref() != Some(&hand_over.pid_file) {
+            let file = self.drop_in(&hand_over.unit);
             return Err(HostError::new(&hand_over.unit, format!("the drop-in {} has no effect", file.display()))
                 .remedy("look for drop-ins of a later name or in /etc/systemd/system that set PIDFile="));
         }
@@ -313,18 +317,12 @@ impl ServiceManager for Systemd {
         let (_, loaded) = bus.fresh_unit(unit, until)?;
         let words: Vec<String> =
             loaded.exec_start.iter().map(|w| quoted(w)).chain(words.iter().map(|w| literal(w))).collect();
-        let text = format!(
-            "# Written by ovs-graceful for one restart, and removed after it.\n[Service]\nExecStart=\nExecStart={}\n",
-            words.join(" ")
-        );
-        let file = self.drop_in(unit);
-        write_whole(&file, &text).about(file.display().to_string())?;
+        self.write_drop_in(unit, &format!("[Service]\nExecStart=\nExecStart={}\n", words.join(" ")))?;
         bus.manager("Reload", &(), until).map(drop)
     }
 
     fn prefer_program(&self, unit: &str, saved: &SavedProgram, until: Instant) -> Result<()> {
-        let file = self.drop_in(unit);
-        write_whole(&file, &prefer_text(saved)?).about(file.display().to_string())?;
+        self.write_drop_in(unit, &prefer_text(saved)?)?;
         Bus::connect(until)?.manager("Reload", &(), until).map(drop)
     }
 
@@ -474,7 +472,7 @@ async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Message>> {
     std::future::poll_fn(|cx| zbus::export::futures_core::Stream::poll_next(Pin::new(&mut *stream), cx)).await
 }
 
-/// How a run-time drop-in for the length of a run begins.
+/// How a run-time drop-in begins.
 const DROP_IN_HEAD: &str = "# Written by ovs-graceful for one run, and removed at its end.\n";
 /// A restart that somebody asks for during a reload is carried out at once, whatever waits for what: it would end both
 /// daemons and the reload with them. systemd refuses it instead. At shutdown units are stopped all the same.
@@ -485,7 +483,7 @@ fn drop_in_text(hand_over: &HandOver, exec_start: &[String]) -> String {
     let words: Vec<String> =
         hand_over.hook.iter().map(|word| literal(word)).chain(exec_start.iter().map(|w| quoted(w))).collect();
     format!(
-        "{DROP_IN_HEAD}{NOT_BY_HAND}\n\
+        "{NOT_BY_HAND}\n\
          [Service]\n\
          # Read again when ExecReload= ends: that is how the new daemon becomes the main process.\n\
          PIDFile={}\n\
@@ -510,7 +508,7 @@ fn prefer_text(saved: &SavedProgram) -> Result<String> {
     let libraries = saved.library_path(None).map(|path| format!("LD_LIBRARY_PATH={path}"));
     let lines: Vec<String> =
         [Some(path), libraries].into_iter().flatten().map(|word| format!("Environment={}\n", literal(&word))).collect();
-    Ok(format!("# Written by ovs-graceful for one start, and removed after it.\n[Service]\n{}", lines.concat()))
+    Ok(format!("[Service]\n{}", lines.concat()))
 }
 
 /// A word of a command line (systemd.service(5), "Command lines") that systemd takes as it is but for `$VARIABLES`,
