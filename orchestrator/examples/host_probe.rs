@@ -136,6 +136,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     tally.check("twice", save().ok() == saved);
     tally.take("upcall/set-flow-limit", daemons.command(&old, "upcall/set-flow-limit", &["200000"], soon()));
     let options = CheckOptions {
+        elsewhere: false,
         replace_ovsdb: true,
         called_by: None,
         state_directory: "/var/lib/ovs-graceful".into(),

@@ -57,6 +57,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let options = CheckOptions {
         replace_ovsdb: wish.ovsdb,
         called_by: wish.called_by.clone(),
+        elsewhere: wish.elsewhere,
         state_directory: STATE_DIR.into(),
         run_directory: RUN_DIR.into(),
     };

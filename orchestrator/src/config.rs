@@ -123,6 +123,8 @@ pub struct Limits {
     pub switch_prepare_ms: u64,
     /// Switch after it, until the old daemon has ended and the new one answers.
     pub switch_commit_ms: u64,
+    /// The same where somebody else ends the old daemon and starts the new one (docs/containers.md).
+    pub elsewhere_ms: u64,
     /// One try of Restore.
     pub restore_ms: u64,
     /// Handover.
@@ -150,6 +152,7 @@ impl Default for Limits {
             standby_ms: 60_000,
             switch_prepare_ms: 10_000,
             switch_commit_ms: 15_000,
+            elsewhere_ms: 60_000,
             restore_ms: 60_000,
             handover_ms: 60_000,
             gates_ms: 60_000,

@@ -341,7 +341,7 @@ impl Recovery {
     }
 
     /// Arm may have been cut off while ovsdb-server was replaced.
-    fn database(&mut self, host: &Host) {
+    fn database(&mut self, host: &Host, mark: &Mark) {
         let until = self.until(SHORT);
         if host.services.is_running() {
             let ended = host.services.end_hand_over(DATABASE_UNIT, until);
@@ -353,7 +353,8 @@ impl Recovery {
         }
         if let Err(error) = host.database.facts(until) {
             self.told(format!("{error}"));
-            if host.services.is_running() {
+            let contained = mark.old.as_ref().is_some_and(|old| old.contained);
+            if host.services.is_running() && !contained {
                 let started = job(host, DATABASE_UNIT, JobKind::Start, self.until(SHORT));
                 self.keep(DATABASE_UNIT, started);
             }
@@ -368,7 +369,7 @@ impl Recovery {
             let returned = host.datapath.return_parked(old.id, self.until(SHORT));
             self.replayed(returned.map_err(Into::into));
         }
-        self.database(host);
+        self.database(host, mark);
         let ended = self.end_leftovers(host, mark, old);
         self.keep("ending what the run had started", ended);
         let settled = host.daemons.settle_pid_file(old);
@@ -429,7 +430,7 @@ impl Recovery {
         survivor: Option<Daemon>,
         flush: bool,
     ) -> anyhow::Result<Outcome> {
-        self.database(host);
+        self.database(host, mark);
         let mut how = "the new ovs-vswitchd was made to take over";
         let tried = match survivor {
             Some(survivor) => self.take_over(host, mark, &survivor, flush),
@@ -553,7 +554,7 @@ impl Recovery {
     }
 
     /// The survivor binds by itself as flow-restore-wait goes; one that was refused before does not try again.
-    fn bind(&mut self, host: &mut Host, survivor: &Daemon, captured: Option<Captured>) -> anyhow::Result<()> {
+    fn bind(&mut self, host: &mut Host, survivor: &Daemon, mut captured: Option<Captured>) -> anyhow::Result<()> {
         let until = self.until(BIND_LIMIT);
         loop {
             host.datapath.follow(survivor.id)?;
@@ -562,6 +563,10 @@ impl Recovery {
             }
             if self.clock.now() >= until {
                 bail!("ovs-vswitchd (process {}) does not bind the upcalls", survivor.id.pid);
+            }
+            if captured.is_none() {
+                // It may have tried only now, where the freeze could not be told to let it.
+                captured = host.datapath.captured().ok().flatten();
             }
             let own = captured.as_ref().filter(|captured| {
                 // One that binds per vport tries again by itself.
@@ -582,6 +587,9 @@ impl Recovery {
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         let until = self.until(Duration::from_secs(30));
+        if mark.old.as_ref().is_some_and(|old| old.contained) {
+            return self.wait_for_container(host, mark, until);
+        }
         if !host.services.is_running() {
             let old = mark.old.as_ref().context("how ovs-vswitchd was started is not known")?;
             // One that could not take over holds the lock of the database, as long as it lives.
@@ -602,6 +610,19 @@ impl Recovery {
                 Some(daemon) => return Ok(daemon),
                 None if self.clock.now() >= until => bail!("{unit} was started, and no ovs-vswitchd runs"),
                 None => self.clock.sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    /// Whoever runs the container of ovs-vswitchd may be about to start it.
+    fn wait_for_container(&self, host: &Host, mark: &Mark, until: Instant) -> anyhow::Result<Daemon> {
+        loop {
+            let old = mark.old.as_ref().map(|old| old.id);
+            let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?.into_iter();
+            match all.filter(|daemon| Some(daemon.id) != old).max_by_key(|daemon| daemon.id.start_time) {
+                Some(daemon) => return Ok(daemon),
+                None if self.clock.now() < until => self.clock.sleep(LOOK_AGAIN),
+                None => bail!("no ovs-vswitchd runs; remedy: start its container"),
             }
         }
     }

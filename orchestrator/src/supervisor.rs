@@ -44,14 +44,23 @@ mod chaos {
 /// # Errors
 /// Only where the run could not even begin (lock, socket); what happens later is in the report.
 pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
-    let config = Config::load(&args.config)?;
+    let mut config = Config::load(&args.config)?;
     if let Some(code) = take_up(&args.id, &config)? {
         return Ok(code);
     }
     let gate_command =
         args.gate_command.clone().or_else(|| Some(config.gates.command.clone())).filter(|command| !command.is_empty());
-    let (called_by, if_needed) = (args.called_by.clone(), args.if_needed);
-    let wish = Wish { strategy: args.strategy, ovsdb: !args.no_ovsdb, if_needed, gate_command, called_by };
+    let wish = Wish {
+        strategy: args.strategy,
+        ovsdb: !args.no_ovsdb,
+        if_needed: args.if_needed,
+        gate_command,
+        called_by: args.called_by.clone(),
+        elsewhere: args.elsewhere,
+    };
+    if wish.elsewhere {
+        config.limits.switch_commit_ms = config.limits.elsewhere_ms;
+    }
     let (code, report) = run_to_the_end(&args.id, wish, config)?;
     if let (Some(path), Some(report)) = (&args.report, report) {
         report.write(path)?;
@@ -77,12 +86,13 @@ fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
 ///
 /// # Errors
 /// None today: what cannot be looked at is a finding.
-pub fn check(config: &Config, strategy: Strategy) -> anyhow::Result<CheckReport> {
+pub fn check(config: &Config, strategy: Strategy, elsewhere: bool) -> anyhow::Result<CheckReport> {
     let mut host = match Host::real(config) {
         Ok(host) => host,
         Err(error) => return Ok(check_without_host(&error)),
     };
-    let wish = Wish { strategy, ovsdb: true, if_needed: false, gate_command: None, called_by: None };
+    let ovsdb = !elsewhere;
+    let wish = Wish { strategy, ovsdb, if_needed: false, gate_command: None, called_by: None, elsewhere };
     Ok(crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check)).report)
 }
 

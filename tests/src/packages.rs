@@ -24,6 +24,9 @@ pub enum Packages {
     OursAndSuite(&'static str),
     /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
     Rpm,
+    /// No packages but what is in them: crun in `runtime`, Open vSwitch of the guest's suite in `old`, and what an upgrade
+    /// of it to this suite takes in `new`: layers over the files of the guest.
+    Layers(&'static str),
     /// Ours, openvswitch-switch of the guest's own suite, and later versions of it that are no good, [`BAD`].
     OursAndBad,
 }
@@ -64,11 +67,16 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
         capture(Command::new(script).arg(image::tree(suite)?).arg(folder)).context("building RPMs")?;
         return index(folder);
     }
+    if let Packages::Layers(to) = wanted {
+        unpack(&apt(suite, suite, &["crun"])?, &folder.join("runtime"))?;
+        unpack(&apt(suite, suite, &OPEN_VSWITCH)?, &folder.join("old"))?;
+        return unpack(&apt(suite, to, &OPEN_VSWITCH)?, &folder.join("new"));
+    }
     let ours = ours()?;
     fs::copy(&ours, folder.join(format!("ovs-graceful_{OLD}_amd64.deb")))?;
     repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
     match wanted {
-        Packages::None | Packages::Ours | Packages::Rpm => {}
+        Packages::None | Packages::Ours | Packages::Rpm | Packages::Layers(_) => {}
         Packages::OursAndSuite(to) => copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndBad => bad_ones(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
     }
@@ -90,6 +98,24 @@ fn ours() -> Result<PathBuf> {
     let said = capture(&mut Command::new(&script)).context("building our package")?;
     let path = said.lines().last().map(PathBuf::from).filter(|path| path.is_file());
     path.with_context(|| format!("{} named no package: {said}", script.display()))
+}
+
+/// The files of packages, without Python and documentation; `/lib` is a link in the guest.
+fn unpack(from: &Path, to: &Path) -> Result<()> {
+    for package in fs::read_dir(from)?.flatten() {
+        let name = package.file_name().to_string_lossy().into_owned();
+        if name.contains("python") || name.starts_with("base-files") {
+            continue;
+        }
+        capture(Command::new("dpkg-deb").arg("--extract").arg(package.path()).arg(to))?;
+    }
+    for unwanted in ["lib", "etc", "usr/share/doc", "usr/share/man", "usr/share/locale"] {
+        let path = to.join(unwanted);
+        if path.exists() {
+            fs::remove_dir_all(path)?;
+        }
+    }
+    Ok(())
 }
 
 fn copy_all(from: &Path, to: &Path) -> Result<()> {

@@ -89,6 +89,10 @@ pub struct RestartArgs {
     /// Leave ovsdb-server alone.
     #[arg(long)]
     pub no_ovsdb: bool,
+    /// What ends the old ovs-vswitchd and starts the new one, where that runs in a container: `docker restart NAME`
+    /// (run by /bin/sh, once everything is parked). ovsdb-server is left to it as well.
+    #[arg(long, value_name = "CMD", conflicts_with_all = ["strategy", "reload_module", "if_needed"])]
+    pub restart_command: Option<String>,
     /// A command that has to exit with 0 before the freeze is lifted (run by /bin/sh).
     #[arg(long, value_name = "CMD")]
     pub gate_command: Option<String>,
@@ -106,9 +110,10 @@ pub struct RestartArgs {
 impl RestartArgs {
     /// How the new daemon comes to be.
     pub fn chosen_strategy(&self) -> Strategy {
-        match self.reload_module {
-            true => Strategy::ReloadModule,
-            false => self.strategy,
+        match &self.restart_command {
+            Some(_) => Strategy::StopStart,
+            None if self.reload_module => Strategy::ReloadModule,
+            None => self.strategy,
         }
     }
 }
@@ -161,13 +166,13 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
-    /// ExecReload= of the unit that stands for both daemons: a run, or where that is switched off (`doors.reload`) the
-    /// package's own command.
+    /// ExecReload= of the unit that stands for both daemons, and of that of ovs-vswitchd: a run, or where that is switched
+    /// off (`doors.reload`) the package's own command.
     UnitReload {
         /// The unit.
         unit: String,
-        /// The package's own ExecReload=.
-        #[arg(last = true, required = true, value_name = "CMD")]
+        /// The package's own ExecReload=. Without it that is ExecStart= with `restart` in place of `start`.
+        #[arg(last = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
     /// ExecStop= of the unit that stands for both daemons: a run where it is being restarted, else, or where that is
@@ -179,6 +184,11 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// Before somebody ends the container of ovs-vswitchd to start another: begins a run, and ends when everything is
+    /// parked. An exit code other than 0 means that nothing is.
+    ContainerStop,
+    /// Once the new container has been started: waits for the end of that run.
+    ContainerStarted,
     /// policy-rc.d: may a maintainer script do this to a unit? 101 where it would take the daemons away before a run.
     Policy {
         /// The unit.
@@ -230,6 +240,9 @@ pub struct SuperviseArgs {
     /// The unit whose reload or restart this run is.
     #[arg(long)]
     pub called_by: Option<String>,
+    /// Somebody else ends the old daemon and starts the new one.
+    #[arg(long)]
+    pub elsewhere: bool,
     /// The configuration, an absolute path. On the command line it is the global `--config`.
     #[arg(skip)]
     pub config: PathBuf,
@@ -251,6 +264,7 @@ impl SuperviseArgs {
             words.push(report.clone().into());
         }
         words.extend(self.called_by.as_ref().map(|unit| format!("--called-by={unit}").into()));
+        words.extend(self.elsewhere.then(|| "--elsewhere".into()));
         words
     }
 }
@@ -275,6 +289,7 @@ mod tests {
             gate_command: Some("--odd 'command' $HOME %n".into()),
             report: Some("/tmp/a b/report.json".into()),
             called_by: Some("openvswitch-switch.service".into()),
+            elsewhere: true,
             config: "/etc/other.toml".into(),
         };
         for args in [args.clone(), SuperviseArgs { gate_command: None, report: None, if_needed: false, ..args }] {

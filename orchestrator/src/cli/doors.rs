@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 
-use super::hook::{lives, main_process};
+use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::complain;
-use super::restart::restart;
+use super::restart::{busy, restart};
 use super::{RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
 use crate::control::{HookClient, HookCommand, RunLock, LOCK, SOCKET};
@@ -21,10 +21,13 @@ use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
-use crate::report::{Report, Strategy};
+use crate::report::{summary, Report, Strategy};
 
 /// How long a run may take; the unit's TimeoutStopSec= is as long.
 const RUN_LIMIT: Duration = Duration::from_secs(360);
+
+/// That of ovs-vswitchd, which its unit names only while a run is under way.
+const PID_FILE: &str = "/run/openvswitch/ovs-vswitchd.pid";
 
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -33,12 +36,107 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// or not: the report has them.
 pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
     match doors(config) {
+        Ok(doors) if unit == SWITCH_UNIT => switch_reload(config, unit, doors.reload),
         Ok(doors) if doors.reload => {
             well(restart(config, RestartArgs { called_by: Some(unit), ..RestartArgs::default() }))
         }
         Ok(_) => package_s_own(command),
         Err(code) => code,
     }
+}
+
+/// The unit of ovs-vswitchd alone is being reloaded: this process is the hook of the run, in the unit's cgroup, and the
+/// job that waits for it the one by which systemd takes the new daemon over.
+fn switch_reload(config: &Path, unit: String, graceful: bool) -> u8 {
+    let start = match exec_start(&unit) {
+        Ok(start) => start,
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            return ExitCode::Refused.code();
+        }
+    };
+    if !graceful {
+        return package_s_own(&of_restart(&start));
+    }
+    match reload_in_a_run(config, unit, &start) {
+        Ok(code) => code,
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::Undone.code()
+        }
+    }
+}
+
+fn reload_in_a_run(config: &Path, unit: String, start: &[OsString]) -> anyhow::Result<u8> {
+    if let Some(holder) = RunLock::holder(Path::new(LOCK))? {
+        complain(&busy(&holder));
+        return Ok(ExitCode::Busy.code());
+    }
+    let args = from_its_unit(config, unit, Strategy::Standby);
+    match launch(&args)? {
+        Launched::Running(_) => {}
+        Launched::Over(report) => {
+            complain(summary(&report, false).trim_end());
+            return Ok(report.exit_code.code());
+        }
+    }
+    match hook::reload(Path::new(SOCKET), start, Some(PID_FILE.into()))? {
+        // The run goes on; systemd is to have the new daemon now.
+        0 => Ok(0),
+        _ => bail!("{}", how_it_ended(&args.id)),
+    }
+}
+
+/// ExecStart= of a unit, with its variables, which this process has as well: it is a command of the same unit.
+fn exec_start(unit: &str) -> anyhow::Result<Vec<OsString>> {
+    let found = Systemd::default().unit(unit, soon())?.with_context(|| format!("there is no {unit}"))?;
+    let words = expanded(&found.exec_start, |name| std::env::var(name).ok());
+    match words.is_empty() {
+        true => bail!("{unit} has no ExecStart="),
+        false => Ok(words.into_iter().map(OsString::from).collect()),
+    }
+}
+
+/// What systemd makes of a command line's variables (systemd.service(5), "Command lines"): a word `$NAME` becomes as many
+/// words as its value has, `${NAME}` within a word its value, `$$` a dollar.
+fn expanded(words: &[String], value: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    let mut out = Vec::new();
+    for word in words {
+        match word.strip_prefix('$').filter(|name| is_name(name)) {
+            Some(name) => out.extend(value(name).unwrap_or_default().split_whitespace().map(str::to_owned)),
+            None => out.push(within(word, &value)),
+        }
+    }
+    out
+}
+
+fn within(word: &str, value: &impl Fn(&str) -> Option<String>) -> String {
+    let mut out = String::new();
+    let mut rest = word;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        match (after.strip_prefix('$'), after.strip_prefix('{').and_then(|after| after.split_once('}'))) {
+            (Some(after), _) => {
+                out.push('$');
+                rest = after;
+            }
+            (None, Some((name, after))) => {
+                out.push_str(&value(name).unwrap_or_default());
+                rest = after;
+            }
+            (None, None) => {
+                out.push('$');
+                rest = after;
+            }
+        }
+    }
+    out + rest
+}
+
+/// What every package has as ExecReload= of this unit.
+fn of_restart(start: &[OsString]) -> Vec<OsString> {
+    start.iter().map(|word| if word == "start" { "restart".into() } else { word.clone() }).collect()
 }
 
 /// ExecStop= of the same unit, and of that of ovs-vswitchd: a run where the unit is being restarted.
@@ -115,17 +213,7 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
 
 /// Starts the run; returns when it has ended the old daemon and wants the new one.
 fn wait_for_the_word(config: &Path, unit: String) -> anyhow::Result<()> {
-    let args = SuperviseArgs {
-        id: new_id(),
-        strategy: Strategy::StopStart,
-        if_needed: false,
-        // systemd restarts it where that was asked for, before it starts the new ovs-vswitchd.
-        no_ovsdb: true,
-        gate_command: None,
-        report: None,
-        called_by: Some(unit),
-        config: config.to_path_buf(),
-    };
+    let args = from_its_unit(config, unit, Strategy::StopStart);
     let mut hook = match launch(&args)? {
         Launched::Running(_) => HookClient::open(Path::new(SOCKET))?.context("the run has gone")?,
         Launched::Over(report) => bail!("run {}: {}", report.id, report.reason),
@@ -137,10 +225,26 @@ fn wait_for_the_word(config: &Path, unit: String) -> anyhow::Result<()> {
     }
 }
 
+/// A run that a command of ovs-vswitchd's own unit begins.
+fn from_its_unit(config: &Path, unit: String, strategy: Strategy) -> SuperviseArgs {
+    SuperviseArgs {
+        id: new_id(),
+        strategy,
+        if_needed: false,
+        // systemd restarts it where that was asked for, before it starts the new ovs-vswitchd.
+        no_ovsdb: true,
+        gate_command: None,
+        report: None,
+        called_by: Some(unit),
+        elsewhere: false,
+        config: config.to_path_buf(),
+    }
+}
+
 fn how_it_ended(id: &str) -> String {
     match Runs::default().report(id) {
         Ok(report) => format!("run {id}: {}", report.reason),
-        Err(_) => format!("run {id} has gone"),
+        Err(_) => format!("run {id} was given up; why is in `ovs-graceful runs show {id}` once it is over"),
     }
 }
 
@@ -241,6 +345,21 @@ mod tests {
     fn ids(jobs: &[QueuedJob]) -> Option<Vec<u32>> {
         let found = restarts_of_the_daemons(UMBRELLA, jobs)?;
         Some(found.iter().map(|job| job.id).collect())
+    }
+
+    #[test]
+    fn variables_become_what_systemd_makes_of_them() {
+        let value = |name: &str| match name {
+            "OPTS" => Some("--a  --b=c".to_owned()),
+            "EMPTY" => Some(String::new()),
+            "DIR" => Some("/x y".to_owned()),
+            _ => None,
+        };
+        let words = ["/ctl", "start", "$OPTS", "$EMPTY", "$NONE", "--d=${DIR}/${NONE}z", "a$b", "$$OPTS", "5$"];
+        let words = expanded(&words.map(String::from), value);
+        assert_eq!(words, ["/ctl", "start", "--a", "--b=c", "--d=/x y/z", "a$b", "$OPTS", "5$"]);
+        let words: Vec<OsString> = words.into_iter().map(OsString::from).collect();
+        assert_eq!(of_restart(&words)[1], "restart");
     }
 
     #[test]

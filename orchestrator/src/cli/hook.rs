@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::output::complain;
-use super::{doors, exit_code, log, upgrade, HookCommand};
+use super::{containers, doors, exit_code, log, upgrade, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
 use crate::guard;
 use crate::host::real::Systemd;
@@ -37,7 +37,7 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
             args.config = config.to_path_buf();
             supervise_exit(supervisor::supervise(args))
         }
-        HookCommand::Reload { command } => match reload(Path::new(SOCKET), &command) {
+        HookCommand::Reload { command } => match reload(Path::new(SOCKET), &command, None) {
             Ok(code) => code,
             Err(error) => {
                 complain(&format!("hook reload: {error:#}"));
@@ -46,6 +46,8 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         },
         HookCommand::UnitReload { unit, command } => doors::unit_reload(config, unit, &command),
         HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
+        HookCommand::ContainerStop => containers::stop(config),
+        HookCommand::ContainerStarted => containers::started(),
         HookCommand::Policy { unit, action } => upgrade::policy(config, &unit, &action),
         HookCommand::Removed => upgrade::removed(),
         HookCommand::Upgraded { restart } => upgrade::upgraded(config, restart),
@@ -113,8 +115,9 @@ pub(super) fn lives(pid: &str) -> bool {
     Path::new("/proc").join(pid).exists()
 }
 
-/// Waits for the supervisor's word, in the unit's cgroup; 0 makes systemd read the PID file again.
-fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
+/// Waits for the supervisor's word, in the unit's cgroup; 0 makes systemd read the PID file again. `pid_file` is that
+/// where systemd does not tell.
+pub(super) fn reload(socket: &Path, command: &[OsString], pid_file: Option<PathBuf>) -> anyhow::Result<u8> {
     let old = main_process();
     let hook = HookClient::open(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
     let mut hook = hook.context(
@@ -133,7 +136,8 @@ fn reload(socket: &Path, command: &[OsString]) -> anyhow::Result<u8> {
     // The supervisor is gone. Where the old daemon is gone too, only a reload that succeeds makes systemd look for the
     // new one; a failed one would stop the unit with the new daemon in it. Who it is to be, the recovery decides.
     if let Some(child) = &started {
-        wait_settled(std::env::var_os("PIDFILE").map(PathBuf::from), Instant::now() + RECOVERY_LIMIT);
+        let told = std::env::var_os("PIDFILE").map(PathBuf::from);
+        wait_settled(told.or(pid_file), Instant::now() + RECOVERY_LIMIT);
         // systemd notices the end of a daemon only where it is its parent: after the end of the daemon's own.
         let until = Instant::now() + CHILD_LIMIT;
         while !child.is_finished() && Instant::now() < until {
@@ -208,7 +212,7 @@ fn reload_only(environ: &[u8]) -> impl Iterator<Item = &'static str> + '_ {
     RELOAD_ONLY.into_iter().filter(move |name| *name == "MAINPID" || !daemon_has(name))
 }
 
-fn status_number(status: ExitStatus) -> i32 {
+pub(super) fn status_number(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
@@ -241,7 +245,7 @@ mod tests {
             let socket = dir.path().join("run.sock");
             let server = Server::bind(&socket, "run-1").unwrap();
             let path = socket.clone();
-            let hook = thread::spawn(move || reload(&path, &words("exit 3")));
+            let hook = thread::spawn(move || reload(&path, &words("exit 3"), None));
             let mut link = server.wait_hook(soon()).unwrap();
             assert!(matches!(link.recv(soon()), Some(HookEvent::Connected { .. })));
             link.send(Order::Start).unwrap();
@@ -258,7 +262,7 @@ mod tests {
         let socket = dir.path().join("run.sock");
         let server = Server::bind(&socket, "run-1").unwrap();
         let path = socket.clone();
-        let hook = thread::spawn(move || reload(&path, &[OsString::from("/nonexistent/ovs-ctl")]));
+        let hook = thread::spawn(move || reload(&path, &[OsString::from("/nonexistent/ovs-ctl")], None));
         let mut link = server.wait_hook(soon()).unwrap();
         link.recv(soon());
         link.send(Order::Start).unwrap();
@@ -283,7 +287,7 @@ mod tests {
     #[test]
     fn without_a_run_it_says_so() {
         let dir = tempfile::tempdir().unwrap();
-        let error = reload(&dir.path().join("run.sock"), &words("true")).unwrap_err();
+        let error = reload(&dir.path().join("run.sock"), &words("true"), None).unwrap_err();
         assert!(error.to_string().contains("no run"), "{error}");
     }
 }

@@ -1,6 +1,7 @@
 //! The command line of design.md.
 
 mod args;
+mod containers;
 mod ct;
 mod doors;
 mod hook;
@@ -99,7 +100,7 @@ fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         complain(&restart::busy(&holder));
         return Ok(ExitCode::Busy);
     }
-    let report = supervisor::check(&load(config)?, Strategy::Standby)?;
+    let report = supervisor::check(&load(config)?, Strategy::Standby, false)?;
     match json {
         true => say_json(&report),
         false => say(report.to_string().trim_end()),

@@ -54,7 +54,11 @@ fn does(phase: Phase, level: Level, args: &RestartArgs, config: &Config) -> Stri
         Phase::Arm => format!(
             "{}; {}",
             if frozen { "arm the freeze" } else { "no freeze at this level" },
-            if args.no_ovsdb { "leave ovsdb-server alone" } else { "restart ovsdb-server" }
+            if args.no_ovsdb || args.restart_command.is_some() {
+                "leave ovsdb-server alone"
+            } else {
+                "restart ovsdb-server"
+            }
         ),
         Phase::Standby => match args.chosen_strategy() {
             Strategy::Standby => "set flow-restore-wait, start the new ovs-vswitchd beside the old one, stop it".into(),
@@ -64,6 +68,10 @@ fn does(phase: Phase, level: Level, args: &RestartArgs, config: &Config) -> Stri
         },
         Phase::SwitchPrepare if args.reload_module => "remember the addresses and routes of internal devices".into(),
         Phase::SwitchPrepare => "take the upcalls over, drain the old ovs-vswitchd".into(),
+        Phase::SwitchCommit if args.restart_command.is_some() => format!(
+            "have the old ovs-vswitchd ended (point of no return) and the new one started by `{}`",
+            args.restart_command.as_deref().unwrap_or_default()
+        ),
         Phase::SwitchCommit => match args.chosen_strategy() {
             Strategy::Standby => "end the old ovs-vswitchd (point of no return), let the new one take over".into(),
             Strategy::StopStart => "end the old ovs-vswitchd (point of no return), start the new one".into(),

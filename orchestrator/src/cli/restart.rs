@@ -13,7 +13,7 @@ use super::launch::{launch, Launched};
 use super::output::{complain, say, say_json};
 use super::plan::{in_words, plan};
 use super::progress::Display;
-use super::{answered, load, RestartArgs, SuperviseArgs};
+use super::{answered, containers, load, RestartArgs, SuperviseArgs};
 use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, Subscription, LOCK, SOCKET};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
@@ -59,8 +59,12 @@ pub fn restart(config: &Path, args: RestartArgs) -> u8 {
 }
 
 fn print_plan(config: &Path, args: &RestartArgs) -> anyhow::Result<ExitCode> {
-    let config = load(config)?;
-    let plan = plan(crate::supervisor::check(&config, args.chosen_strategy())?, args, &config);
+    let mut config = load(config)?;
+    let elsewhere = args.restart_command.is_some();
+    if elsewhere {
+        config.limits.switch_commit_ms = config.limits.elsewhere_ms;
+    }
+    let plan = plan(crate::supervisor::check(&config, args.chosen_strategy(), elsewhere)?, args, &config);
     match args.json {
         true => say_json(&plan),
         false => say(&in_words(&plan)),
@@ -74,10 +78,11 @@ fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<Supervise
         id: new_id(),
         strategy: args.chosen_strategy(),
         if_needed: args.if_needed,
-        no_ovsdb: args.no_ovsdb,
+        no_ovsdb: args.no_ovsdb || args.restart_command.is_some(),
         gate_command: args.gate_command.clone(),
         report: args.report.as_ref().map(std::path::absolute).transpose()?,
         called_by: args.called_by.clone(),
+        elsewhere: args.restart_command.is_some(),
         config: std::path::absolute(config)?,
     })
 }
@@ -99,6 +104,11 @@ fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {
     match launch(supervise) {
         Ok(Launched::Over(report)) => end(&report, args),
         Ok(Launched::Running(events)) => {
+            if let Some(command) = args.restart_command.clone() {
+                if let Err(error) = containers::stand_by(command) {
+                    complain(&format!("{error:#}"));
+                }
+            }
             thread::spawn(move || forward(events, &sender));
             follow(Path::new(SOCKET), &supervise.id, args, &happenings)
         }
@@ -132,6 +142,16 @@ fn watch_signals(sender: Sender<Happening>) -> anyhow::Result<()> {
         }
     });
     Ok(())
+}
+
+/// Follows a run that is under way to its end.
+pub(super) fn follow_to_the_end(id: &str, events: Subscription) -> u8 {
+    let (sender, happenings) = mpsc::channel();
+    if let Err(error) = watch_signals(sender.clone()) {
+        return answered(Err(error));
+    }
+    thread::spawn(move || forward(events, &sender));
+    follow(Path::new(SOCKET), id, &RestartArgs::default(), &happenings)
 }
 
 fn forward(mut events: Subscription, sender: &Sender<Happening>) {

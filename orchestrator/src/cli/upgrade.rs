@@ -83,7 +83,7 @@ fn will_be_graceful(config: &Path) -> bool {
 fn can_be_graceful(config: &Path) -> bool {
     let Ok(config) = Config::load(config) else { return false };
     let wanted = config.doors.upgrade && config.doors.restart && Systemd::default().is_running();
-    wanted && supervisor::check(&config, Strategy::Standby).is_ok_and(|report| none_but_files(&report))
+    wanted && supervisor::check(&config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
 }
 
 /// Of the files some may be new and some old already, or gone: they are looked at again when the run begins.

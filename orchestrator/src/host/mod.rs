@@ -105,6 +105,12 @@ pub struct Daemon {
     pub control: PathBuf,
     /// Its log file, where it has one.
     pub log_file: Option<PathBuf>,
+    /// The process id in its own pid namespace, which its PID file and the name of its control socket say.
+    #[serde(default)]
+    pub own_pid: i32,
+    /// It runs in a container: its root directory or its pid namespace is not ours.
+    #[serde(default)]
+    pub contained: bool,
 }
 
 /// What a daemon says it is, and what a start now would give.

@@ -105,6 +105,8 @@ mod tests {
             pid_file: PathBuf::new(),
             control: PathBuf::new(),
             log_file: None,
+            own_pid: pid,
+            contained: false,
         }
     }
 

@@ -124,7 +124,15 @@ fn start_saved(run: &mut Run, saved: &SavedProgram) -> Result<(), Stop> {
         cancel_start(run)?;
     }
     run.known.back = Some(run.host.daemons.start_saved(&old, saved)?);
-    run.known.new = Some(run.host.daemons.wait_pid_file(&old, run.deadline)?);
+    let new = run.host.daemons.wait_pid_file(&old, run.deadline)?;
+    if old.contained {
+        run.warn(format!(
+            "ovs-vswitchd runs outside of its container now, as process {0}; remedy, once there is a good image: \
+             ovs-graceful restart --restart-command 'kill {0}; docker start NAME'",
+            new.id.pid
+        ));
+    }
+    run.known.new = Some(new);
     run.checkpoint()
 }
 

@@ -51,7 +51,9 @@ fn take_in(run: &mut Run, checked: check::Checked) -> Result<(), Stop> {
     }
     run.known.facts = checked.facts.unwrap_or_default();
     keep_program(run, &old)?;
-    run.known.owner = run.host.services.owner(&old, run.deadline)?.map(|unit| unit.name);
+    if !run.wish.elsewhere {
+        run.known.owner = run.host.services.owner(&old, run.deadline)?.map(|unit| unit.name);
+    }
     run.known.old = Some(old);
     run.checkpoint()
 }

@@ -56,6 +56,8 @@ pub struct Wish {
     pub gate_command: Option<String>,
     /// The unit whose reload or restart job this run is.
     pub called_by: Option<String>,
+    /// Somebody else ends the old daemon and starts the new one, once he is told to: whoever runs their container.
+    pub elsewhere: bool,
 }
 
 impl Wish {
@@ -83,6 +85,11 @@ pub enum Start {
         /// The restart job.
         job: Box<dyn Job>,
         /// The hook. Where the old daemon lives when the hook is left alone, it stops it as the package does.
+        link: Box<dyn Hook>,
+    },
+    /// By somebody else, who ends the old daemon as well.
+    Elsewhere {
+        /// His hook.
         link: Box<dyn Hook>,
     },
     /// By ourselves, where no service manager owns the daemons.
@@ -120,8 +127,12 @@ pub struct Known {
     pub back: Option<Box<dyn Starting>>,
     /// The start of the new daemon.
     pub start: Option<Start>,
-    /// The command that starts it has ended well.
+    /// The command that starts it has ended well; where somebody else starts it, he has said that he goes on.
     pub start_ended: bool,
+    /// It has begun: somebody else's command, of which the end will be told.
+    pub start_runs: bool,
+    /// When that was done.
+    pub start_done: Option<Instant>,
     /// A daemon was told to start and has not been seen yet.
     pub unseen: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.

@@ -18,6 +18,8 @@ const UNSEEN_HOOK: Duration = Duration::from_secs(1);
 /// A daemon writes its PID file before it reads the database; TCG makes that half a second.
 const UNSEEN: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// After the command that has started its container: a start script may have the database to convert first.
+const LATE_START: Duration = Duration::from_secs(20);
 
 pub(super) struct Standby;
 
@@ -110,10 +112,17 @@ pub(super) fn end_unseen_daemon(run: &mut Run, until: Instant) -> Result<(), Sto
 /// Gets a place to start the new daemon from: the unit's cgroup, by way of its reload hook.
 fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
+    if run.wish.elsewhere {
+        let connects = || Stop::TimedOut("whoever starts the new ovs-vswitchd to connect".into());
+        let link = run.control.wait_hook(until).ok_or_else(connects)?;
+        run.known.start = Some(Start::Elsewhere { link });
+        return run.checkpoint();
+    }
     let old = run.old()?.clone();
     let services = &run.host.services;
     let Some(unit) = services.owner(&old, until)? else { return Ok(()) };
-    if run.wish.called_by.as_ref() == Some(&unit.name) {
+    let called_by_it = run.wish.called_by.as_ref() == Some(&unit.name);
+    if called_by_it && run.wish.strategy != Strategy::Standby {
         return prepare_restart(run, unit.name);
     }
     run.known.unit = Some(unit.name.clone());
@@ -124,7 +133,10 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
         limit_s: (run.config.freeze.end().as_secs() + 60),
     };
     services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
-    let job = services.start_job(&unit.name, JobKind::Reload, until).context("asking systemd for a reload")?;
+    let job = match called_by_it {
+        true => services.job_of(&unit.name, until)?.with_context(|| format!("{} is not being reloaded", unit.name))?,
+        false => services.start_job(&unit.name, JobKind::Reload, until).context("asking systemd for a reload")?,
+    };
     let link = run.control.wait_hook(until).ok_or_else(|| {
         Stop::TimedOut(format!("the reload hook of {} to connect; see `journalctl -u {}`", unit.name, unit.name))
     })?;
@@ -152,6 +164,8 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     run.known.unseen = true;
     match &mut run.known.start {
         Some(Start::Unit { link, .. } | Start::Restart { link, .. }) => link.send(HookCommand::Start)?,
+        // He was told before the old one ended.
+        Some(Start::Elsewhere { .. }) => {}
         _ => run.known.start = Some(Start::Own(run.host.daemons.start_like(&old)?)),
     }
     let new = wait_for_new_daemon(run, &old)?;
@@ -175,6 +189,9 @@ fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
     let mut new = None;
     run.wait_for("the PID file of the new ovs-vswitchd", |run| {
         start_has_not_failed(run)?;
+        if run.known.start_done.is_some_and(|done| run.now().saturating_duration_since(done) >= LATE_START) {
+            return Err(anyhow!("the command is done, and no ovs-vswitchd has come up; see the container's log").into());
+        }
         match run.host.daemons.wait_pid_file(old, run.now()) {
             Ok(daemon) => new = Some(daemon),
             Err(error) if error.timed_out => {}
@@ -185,7 +202,7 @@ fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
     Ok(new.context("the new ovs-vswitchd has vanished")?)
 }
 
-fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
+pub(super) fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
     let now = run.now();
     match &mut run.known.start {
         Some(Start::Unit { link, .. }) => match link.recv(now) {
@@ -200,12 +217,39 @@ fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
             Some(HookEvent::Closed) if !run.known.start_ended => return Err(anyhow!("ExecStop= has gone").into()),
             _ => {}
         },
+        Some(Start::Elsewhere { link }) => match link.recv(now) {
+            Some(HookEvent::Spawned { .. }) => run.known.start_runs = true,
+            Some(HookEvent::ChildExited { status: 0 }) => {
+                run.known.start_ended = true;
+                run.known.start_done = run.known.start_runs.then_some(now);
+            }
+            Some(HookEvent::ChildExited { status }) => {
+                return Err(
+                    anyhow!("the command that was to start the new ovs-vswitchd ended with status {status}").into()
+                )
+            }
+            // A command that runs goes on where whoever waits for its end has been interrupted.
+            Some(HookEvent::Closed) if !run.known.start_ended && !run.known.start_runs => {
+                return Err(anyhow!("whoever was to start the new ovs-vswitchd has gone").into())
+            }
+            _ => {}
+        },
         Some(Start::Own(start)) => {
             start.wait(now)?;
         }
         None => {}
     }
     Ok(())
+}
+
+/// Tells whoever restarts the daemons elsewhere that their time has come.
+pub(super) fn let_others_restart(run: &mut Run) -> Result<(), Stop> {
+    match &mut run.known.start {
+        Some(Start::Elsewhere { link }) => {
+            Ok(link.send(HookCommand::Start).context("whoever was to restart ovs-vswitchd has gone")?)
+        }
+        _ => Err(anyhow!("nobody is there who restarts ovs-vswitchd").into()),
+    }
 }
 
 fn ended_badly(status: i32) -> anyhow::Error {
@@ -223,10 +267,21 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
             ended?;
         }
         Some(Start::Restart { unit, mut job, .. }) => wait_job(run, job.as_mut(), &unit, until)?,
+        Some(Start::Elsewhere { .. }) => learn_what_came(run)?,
         Some(Start::Own(mut start)) => {
             start.wait(until)?;
         }
         None => {}
+    }
+    Ok(())
+}
+
+/// Which version it would be was not known before.
+fn learn_what_came(run: &mut Run) -> Result<(), Stop> {
+    let new = run.new_daemon()?.clone();
+    match run.host.daemons.versions(&new, run.deadline) {
+        Ok(versions) => run.report.to.ovs = Some(versions.running),
+        Err(error) => run.warn(format!("which version runs now is not known: {error}")),
     }
     Ok(())
 }
@@ -284,6 +339,9 @@ pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
         // It goes on when the run has ended.
         Some(restart @ Start::Restart { .. }) => run.known.start = Some(restart),
         Some(Start::Own(mut start)) => start.cancel(),
+        Some(Start::Elsewhere { mut link }) => {
+            let _gone_is_fine = link.send(HookCommand::Cancel);
+        }
         None => {
             if let Some(unit) = run.known.unit.clone() {
                 // A reload may be under way whose beginning was not told.

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{anyhow, Context};
 
-use super::standby::start_new_daemon;
+use super::standby::{let_others_restart, start_has_not_failed, start_new_daemon};
 use super::switch_prepare::{keep_parked, take_upcalls};
 use super::{reload, Ended, Run, Step, Stop};
 use crate::config::Config;
@@ -14,6 +14,9 @@ use crate::machine::{Event, Phase};
 use crate::report::Strategy;
 
 pub(super) struct SwitchCommit;
+
+/// Somebody else's command that has ended has ended the old daemon, or it was the wrong one.
+const LATE_END: Duration = Duration::from_secs(5);
 
 impl Step for SwitchCommit {
     fn limit(&self, config: &Config) -> Duration {
@@ -36,7 +39,9 @@ impl Step for SwitchCommit {
             run.host.daemons.signal(new, Signal::Continue).context("waking the standby")?;
             run.known.standby_stopped = false;
         }
-        if run.host.daemons.is_alive(old.id) {
+        if run.wish.elsewhere {
+            let_others_restart(run)?;
+        } else if run.host.daemons.is_alive(old.id) {
             run.known.old_told = true;
             // Never `ovs-appctl exit`: it deletes rules while handlers still run (hazards 8).
             run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
@@ -68,6 +73,9 @@ fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
         if !run.host.daemons.is_alive(old) {
             return Ok(true);
         }
+        if run.wish.elsewhere {
+            return others_are_at_it(run).map(|()| false);
+        }
         if !killed && run.now().saturating_duration_since(told) >= patience {
             killed = true;
             run.warn("the old ovs-vswitchd did not end by SIGTERM and gets SIGKILL");
@@ -75,4 +83,16 @@ fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
         }
         Ok(false)
     })
+}
+
+/// The old daemon still lives: is there hope that whoever is to end it does?
+fn others_are_at_it(run: &mut Run) -> Result<(), Stop> {
+    start_has_not_failed(run)?;
+    if run.known.start_done.is_some_and(|done| run.now().saturating_duration_since(done) >= LATE_END) {
+        let pid = run.old()?.id.pid;
+        return Err(
+            anyhow!("the command is done, and ovs-vswitchd (process {pid}) still runs: was it the right one?").into()
+        );
+    }
+    Ok(())
 }

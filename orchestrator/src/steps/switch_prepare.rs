@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
+use super::standby::start_has_not_failed;
 use super::{bridges, classes, notes, reload, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
@@ -51,6 +52,10 @@ impl Step for SwitchPrepare {
 /// From here on `abort` is refused; who asked just before still gets what he asked for.
 fn past_abort(run: &mut Run) -> Ended {
     run.checkpoint()?;
+    if run.wish.elsewhere {
+        // Nobody would start the new daemon.
+        start_has_not_failed(run)?;
+    }
     if run.control.gate().commit().is_err() {
         run.tell_machine(Event::AbortRequested)?;
     }

@@ -33,7 +33,7 @@ fn let_start_go(run: &mut Run) -> Result<(), Stop> {
             told.and_then(|()| wait_job(run, job.as_mut(), &unit, until))
         }
         Some(Start::Restart { unit, mut job, .. }) => wait_job(run, job.as_mut(), &unit, until),
-        Some(Start::Own(_)) | None => Ok(()),
+        Some(Start::Own(_) | Start::Elsewhere { .. }) | None => Ok(()),
     };
     if let Err(error) = ended {
         run.warn(format!("{error:#}"));

@@ -34,7 +34,14 @@ struct Setting {
 }
 
 const PLAIN: Setting = Setting {
-    variant: Variant { systemd: true, freeze: true, installed_works: true, restarting: false, per_vport: false },
+    variant: Variant {
+        systemd: true,
+        freeze: true,
+        installed_works: true,
+        restarting: false,
+        per_vport: false,
+        containers: false,
+    },
     strategy: Strategy::Standby,
     ovsdb: true,
 };
@@ -44,6 +51,10 @@ const RELOAD: Setting = Setting { strategy: Strategy::ReloadModule, ..PLAIN };
 /// From ExecStop= of the switch's unit.
 const RESTART: Setting =
     Setting { variant: Variant { restarting: true, ..PLAIN.variant }, strategy: Strategy::StopStart, ovsdb: false };
+
+/// Whoever runs the container of the switch restarts it.
+const CONTAINER: Setting =
+    Setting { variant: Variant { containers: true, ..PLAIN.variant }, strategy: Strategy::StopStart, ovsdb: false };
 
 /// Does it until its end, or the supervisor's.
 fn living<T>(life: impl FnOnce() -> T) -> Option<T> {
@@ -68,6 +79,7 @@ fn play(setting: Setting, script: Script) -> Played {
                 if_needed: false,
                 gate_command: None,
                 called_by: setting.variant.restarting.then(|| crate::host::SWITCH_UNIT.into()),
+                elsewhere: setting.variant.containers,
             },
             config: Config::default(),
             runs: runs.clone(),
@@ -132,6 +144,11 @@ impl Played {
         let mut wrong = Vec::new();
         let code = self.code();
         let mut world = self.sim.world();
+        if world.variant.containers && world.switches().next().is_none() && code == Some(ExitCode::NeedsPerson) {
+            // Only a person can start the container, and nobody is there who could take what was parked.
+            world.kernel.parked = 0;
+            return world.left_over().into_iter().map(|what| format!("left over: {what}")).collect();
+        }
         let mut left = world.left_over();
         // What a person may want to look at stays.
         left.retain(|what| code != Some(ExitCode::NeedsPerson) || !what.starts_with("/run/"));
@@ -166,7 +183,7 @@ impl Played {
         if world.pid_names.name != Some(pid) {
             wrong.push("the PID file is not the switch's".into());
         }
-        if world.variant.systemd && (world.switch.main != pid || world.switch.state != "active") {
+        if world.variant.units() && (world.switch.main != pid || world.switch.state != "active") {
             wrong.push(format!("the unit is {} and does not own the switch", world.switch.state));
         }
         match code {
@@ -281,6 +298,7 @@ fn settings() -> Vec<(&'static str, Setting)> {
         ("per vport", Setting { variant: per_vport, ..PLAIN }),
         ("reload module", RELOAD),
         ("restart of the unit", RESTART),
+        ("container", CONTAINER),
     ]
 }
 
@@ -511,7 +529,7 @@ fn schedule(seed: u64) -> Played {
 fn random_schedules_of_a_reload_and_a_restart_end_old_or_new() {
     let mut verdict = Verdict::default();
     for seed in 0..500 {
-        for (name, setting) in [("reload", RELOAD), ("restart", RESTART)] {
+        for (name, setting) in [("reload", RELOAD), ("restart", RESTART), ("container", CONTAINER)] {
             let played = play(setting, Script::random(seed, 40, 3));
             verdict.judge(format!("{name}, seed {seed}: {}", played.told()), &played);
         }

@@ -134,7 +134,7 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     outlive_the_first_seconds()?;
     wait_for_daemons()?;
     let scenario = scenarios::find(&job.scenario)?;
-    if job.product && scenario.packages() == Packages::None {
+    if job.product && matches!(scenario.packages(), Packages::None | Packages::Layers(_)) {
         install_product()?;
     }
     if job.action.is_door() {

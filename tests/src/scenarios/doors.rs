@@ -42,7 +42,7 @@ impl Custom for Doors {
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
-        Ok(16)
+        Ok(18)
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -68,6 +68,9 @@ impl Custom for Doors {
         // systemd passes either on to the other: Requires=, PartOf=.
         let other = || systemctl("restart ovsdb-server", "restart of ovsdb-server", out);
         graceful("restart of ovsdb-server", other, outcome)?;
+        let reload = || systemctl("reload ovs-vswitchd", "reload of ovs-vswitchd", out);
+        graceful_of(&["ovs-vswitchd"], UNIT, "reload of ovs-vswitchd", reload, outcome)?;
+        undone(out, outcome)?;
         during_a_run(out, outcome)?;
         fs::write("/run/lab-patch", PATCH)?;
         shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
@@ -118,7 +121,7 @@ pub fn upgrade_command() -> String {
 }
 
 /// Where the unit itself is restarted, that has ended before the run.
-fn wait_until_over() -> Result<()> {
+pub fn wait_until_over() -> Result<()> {
     let over = || shell_lenient("ovs-graceful status --json").contains("\"lock\": null");
     wait_until("the run is over", Duration::from_secs(60), Duration::from_millis(200), over)
 }
@@ -141,6 +144,17 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
 
 /// The same where `unit` stands for both daemons.
 pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+    graceful_of(&facts::DAEMONS, unit, name, door, outcome)
+}
+
+/// The same where only `replaced` are to be others afterwards.
+fn graceful_of(
+    replaced: &[&str],
+    unit: &str,
+    name: &str,
+    door: impl FnOnce() -> String,
+    outcome: &mut Outcome,
+) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
@@ -150,8 +164,11 @@ pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcom
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
     wait_until_over()?;
     let now = facts::DAEMONS.map(facts::daemons);
-    let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
-    outcome.check(format!("{name}: both daemons are others"), others, json!([before, now]));
+    let mut each = facts::DAEMONS.iter().zip(before.iter().zip(&now));
+    let right = |(daemon, (before, now)): (&&str, (&Vec<_>, &Vec<facts::Daemon>))| {
+        now.len() == 1 && (before != now) == replaced.contains(daemon)
+    };
+    outcome.check(format!("{name}: others are {}", replaced.join(", ")), each.all(right), json!([before, now]));
     let runs = run::known().into_iter().filter(|id| !known.contains(id)).map(|id| told(&id));
     let none = |run: &Value| run["reason"] == "nothing to do" || run["exit_code"] == 10;
     let runs: Vec<_> = runs.filter(|run| !none(run)).collect();
@@ -164,6 +181,29 @@ pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcom
     aftermath::owned(name, outcome);
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
+    aftermath::finish(name, live, false, outcome).map(drop)
+}
+
+/// A reload of ovs-vswitchd whose run is undone has failed, and changes nothing.
+fn undone(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let name = "undone reload of ovs-vswitchd";
+    say(name);
+    let live = plain::start_probes()?;
+    let (before, rules, known) = (facts::daemons("ovs-vswitchd"), facts::promised(&plain::bridges()), run::known());
+    let aborting = std::thread::spawn(move || {
+        let seen = run::wait_for("standby", &known);
+        format!("{seen:?} {}", shell_lenient("ovs-graceful abort 2>&1"))
+    });
+    let said = systemctl("reload ovs-vswitchd", name, out);
+    let aborted = aborting.join().unwrap_or_default();
+    let failed = !said.starts_with("exit=0") && aborted.contains("accepted");
+    outcome.check(format!("{name}: it has failed"), failed, json!([said, aborted]));
+    wait_until_over()?;
+    let now = facts::daemons("ovs-vswitchd");
+    outcome.check(format!("{name}: the ovs-vswitchd of before goes on"), before == now, json!([before, now]));
+    aftermath::nothing_left(name, outcome);
+    aftermath::owned(name, outcome);
+    aftermath::as_before(name, &rules, outcome);
     aftermath::finish(name, live, false, outcome).map(drop)
 }
 
@@ -210,6 +250,11 @@ fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
     let said = systemctl(&format!("reload {UNIT}"), "refused", out);
     let told = !said.starts_with("exit=0") && said.contains("spanning-tree");
     outcome.check("refused: the reload fails, and its log says why", told, &said);
+    let log = out.join("refused-switch");
+    let of_switch = format!("timeout 240 systemctl reload ovs-vswitchd > {} 2>&1; echo exit=$?", log.display());
+    let said = shell_lenient(&format!("{of_switch}; journalctl -q -u ovs-vswitchd -n 30 -o cat"));
+    let told = !said.starts_with("exit=0") && said.contains("spanning-tree");
+    outcome.check("refused: and so does that of ovs-vswitchd", told, &said);
     let (now, active) = (facts::DAEMONS.map(facts::daemons), facts::unit_property(UNIT, "ActiveState"));
     outcome.check("refused: nothing was touched", before == now && active == "active", json!([before, now, active]));
     let said = systemctl(&format!("restart {UNIT}"), "refused-restart", out);

@@ -6,6 +6,7 @@ mod bad_upgrade;
 mod bond;
 mod chaos;
 mod conntrack;
+mod containers;
 mod controller;
 mod ct_guard;
 mod ct_policies;
@@ -340,6 +341,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&doors::Doors),
     Scenario::Custom(&package::Package),
     Scenario::Custom(&upgrade::ONE),
+    Scenario::Custom(&containers::Containers),
     Scenario::Custom(&bad_upgrade::BadUpgrade),
     Scenario::Custom(&rpm::Rpm),
     Scenario::Custom(&upgrade::BOTH),

@@ -19,14 +19,19 @@ pub fn set_up() -> Result<()> {
     network::attach("ns1", "br0", "10.9.0.1/24", "")?;
     network::attach("ns2", "br0", "10.9.0.2/24", "")?;
     network::attach("ns3", "br0", "", "")?;
+    rules()?;
+    network::ping("ns1", "10.9.0.2")
+}
+
+/// Its rules, which a restart that nobody cares for loses.
+pub fn rules() -> Result<()> {
     network::rules(
         "br0",
         &format!(
             "cookie=0xabc,priority=10,actions=NORMAL\n\
              cookie=0xdef,priority=100,udp,tp_dst=9001,actions={UNWILDCARD},NORMAL\n"
         ),
-    )?;
-    network::ping("ns1", "10.9.0.2")
+    )
 }
 
 /// Its bridges.

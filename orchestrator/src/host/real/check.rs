@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use nix::sys::statvfs::statvfs;
 
-use super::{command, ovsdb_server, unixctl};
+use super::{command, ovsdb_server, procfs, unixctl};
 use crate::host::{
     Bridge, Daemon, DaemonKind, Daemons, Database, DatabaseFacts, QueuedJob, ServiceManager, Unit, SWITCH_UNIT, UNITS,
 };
@@ -19,6 +19,8 @@ const STATE_MIN: u64 = 64 << 20;
 /// Less than this free is refused, bytes: `/run` takes the journal while nothing may wait for a disk.
 const RUN_MIN: u64 = 16 << 20;
 
+const SWITCH: DaemonKind = DaemonKind::OvsVswitchd;
+
 /// What the run to be checked for is to do.
 #[derive(Debug, Clone, Default)]
 pub struct CheckOptions {
@@ -26,6 +28,8 @@ pub struct CheckOptions {
     pub replace_ovsdb: bool,
     /// The unit whose reload or restart job this is.
     pub called_by: Option<String>,
+    /// Somebody else ends the old ovs-vswitchd and starts the new one.
+    pub elsewhere: bool,
     /// Where snapshots and old binaries are kept, usually `/var/lib/ovs-graceful`.
     pub state_directory: PathBuf,
     /// Where journal and socket live, usually `/run/ovs-graceful`.
@@ -76,12 +80,17 @@ pub fn findings(
     let Some((vswitchd, server)) = running(daemons, &mut found) else { return found.0 };
     tools(until, &mut found);
     namespaces(&vswitchd, &mut found);
+    container(&vswitchd, options, &mut found);
     versions(daemons, &vswitchd, options, until, &mut found);
     match database.facts(until) {
         Ok(facts) => found.0.extend(database_findings(&facts)),
         Err(e) => found.refuse("database", e.object, e.cause, "see the log of ovsdb-server"),
     }
-    schema(&server, options, until, &mut found);
+    if server.contained || options.elsewhere {
+        found.ok("schema", "database", "the container of the new ovsdb-server brings it, and converts the database");
+    } else {
+        schema(&server, options, until, &mut found);
+    }
     service_findings(services, &vswitchd, &server, options, until, &mut found);
     space(&options.state_directory, STATE_MIN, &mut found);
     space(&options.run_directory, RUN_MIN, &mut found);
@@ -90,7 +99,7 @@ pub fn findings(
 
 /// The two daemons, if each runs once.
 fn running(daemons: &dyn Daemons, found: &mut Findings) -> Option<(Daemon, Daemon)> {
-    let all = daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+    let all = daemons.find_all(SWITCH).unwrap_or_default();
     let server = match daemons.find_ovsdb_server() {
         Ok(server) => Some(server),
         Err(e) => {
@@ -105,8 +114,18 @@ fn running(daemons: &dyn Daemons, found: &mut Findings) -> Option<(Daemon, Daemo
             (one.clone(), server)
         }),
         [] => {
-            let remedy = "start it: systemctl start openvswitch-switch";
-            found.refuse("ovs-running", "ovs-vswitchd", "it does not run", remedy);
+            match procfs::pids().unwrap_or_default().into_iter().find(|pid| procfs::runs(*pid, SWITCH.program())) {
+                Some(pid) => found.refuse(
+                    "ovs-running",
+                    format!("ovs-vswitchd (pid {pid})"),
+                    "its control socket is not in our /run/openvswitch",
+                    "a container has to share the host's /run/openvswitch (docs/containers.md)",
+                ),
+                None => {
+                    let remedy = "start it: systemctl start openvswitch-switch";
+                    found.refuse("ovs-running", "ovs-vswitchd", "it does not run", remedy);
+                }
+            }
             None
         }
         many => {
@@ -137,6 +156,21 @@ fn namespaces(vswitchd: &Daemon, found: &mut Findings) {
     }
 }
 
+/// A container is not ours to start (docs/containers.md).
+fn container(vswitchd: &Daemon, options: &CheckOptions, found: &mut Findings) {
+    let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
+    match (vswitchd.contained, options.elsewhere) {
+        (true, false) => found.refuse(
+            "container",
+            object,
+            "it runs in a container, which has to be restarted by whoever runs it",
+            "ovs-graceful restart --restart-command 'docker restart NAME'",
+        ),
+        (true, true) => found.ok("container", object, "it runs in a container; its files are kept for the way back"),
+        (false, _) => {}
+    }
+}
+
 fn versions(daemons: &dyn Daemons, vswitchd: &Daemon, options: &CheckOptions, until: Instant, found: &mut Findings) {
     let versions = match daemons.versions(vswitchd, until) {
         Ok(versions) => versions,
@@ -146,6 +180,10 @@ fn versions(daemons: &dyn Daemons, vswitchd: &Daemon, options: &CheckOptions, un
         }
     };
     found.ok("versions", "ovs-vswitchd", format!("{} runs, {} is installed", versions.running, versions.installed));
+    if vswitchd.contained {
+        // Looked at with the container's files, by Check's keeping of it.
+        return;
+    }
     // The way back: the file of the running program, even where the package has replaced it.
     let running = format!("/proc/{}/exe", vswitchd.id.pid);
     let answer = command::run_well(&running, &["--version"], None, until);
@@ -321,6 +359,7 @@ fn service_findings(
     }
     match services.owner(vswitchd, until) {
         Ok(Some(unit)) => owner_findings(&unit, options.called_by.as_deref() == Some(&unit.name), found),
+        Ok(None) if options.elsewhere => {}
         Ok(None) => found.ok("unit", "ovs-vswitchd", "no unit owns it; it is started as it was"),
         Err(e) => found.refuse("unit", e.object, e.cause, "systemctl status ovs-vswitchd"),
     }
@@ -345,10 +384,11 @@ fn comes_with_us(job: &QueuedJob, options: &CheckOptions) -> bool {
     }
 }
 
-/// A unit that is being restarted is about to stop its daemon.
-fn owner_findings(unit: &Unit, restarts: bool, found: &mut Findings) {
+/// A unit that has called us is being reloaded, or restarted and about to stop its daemon.
+fn owner_findings(unit: &Unit, called_us: bool, found: &mut Findings) {
     let is = |active: &str, sub: &str| unit.active_state == active && unit.sub_state == sub;
-    if !(is("active", "running") || restarts && is("deactivating", "stop")) {
+    let called = is("deactivating", "stop") || is("reloading", "reload");
+    if !(is("active", "running") || called_us && called) {
         let cause = format!("it is {} ({})", unit.active_state, unit.sub_state);
         return found.refuse("unit", &unit.name, cause, "systemctl status; wait or restart it first");
     }

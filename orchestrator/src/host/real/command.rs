@@ -5,12 +5,14 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
+use super::container::{self, Root};
 use super::jsonrpc::remaining;
 use crate::host::{Context, HostError, Result};
 
@@ -35,10 +37,30 @@ pub fn run<S: AsRef<OsStr>>(program: &str, arguments: &[S], input: Option<&[u8]>
     finish(&mut child, program, input, until)
 }
 
-/// Starts `program` with pipes for its outputs.
+/// [`run_well`] without input, with the file `program` of a container.
+pub(super) fn run_well_in<S: AsRef<OsStr>>(
+    root: &Arc<Root>,
+    program: &str,
+    arguments: &[S],
+    until: Instant,
+) -> Result<String> {
+    let mut child = start_in(Some(root.clone()), program, arguments, Stdio::null())?;
+    let output = finish(&mut child, program, None, until)?;
+    well(program, arguments, output)
+}
+
+/// Starts `program` with pipes for its outputs: ours, or where this host has none that of the daemons' container.
 pub(super) fn start<S: AsRef<OsStr>>(program: &str, arguments: &[S], stdin: Stdio) -> Result<Child> {
+    start_in(container::of_program(program), program, arguments, stdin)
+}
+
+fn start_in<S: AsRef<OsStr>>(root: Option<Arc<Root>>, program: &str, arguments: &[S], stdin: Stdio) -> Result<Child> {
     let mut command = Command::new(program);
     command.args(arguments).env("LC_ALL", "C").stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    if let Some(root) = root {
+        // SAFETY: `enter` makes system calls only and neither allocates nor locks.
+        unsafe { command.pre_exec(move || root.enter()) };
+    }
     // A Ctrl-C at the terminal is for us, not for what we run.
     command.process_group(0);
     command.spawn().map_err(|e| HostError::new(program, format!("cannot be run: {e}")))
@@ -67,6 +89,10 @@ pub fn run_well<S: AsRef<OsStr>>(
     until: Instant,
 ) -> Result<String> {
     let output = run(program, arguments, input, until)?;
+    well(program, arguments, output)
+}
+
+fn well<S: AsRef<OsStr>>(program: &str, arguments: &[S], output: Output) -> Result<String> {
     if output.status.success() {
         return Ok(output.stdout);
     }

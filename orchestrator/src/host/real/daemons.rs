@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use super::container::{self, Root};
 use super::jsonrpc::{remaining, Connection};
 use super::pid_file::PidFile;
 use super::{command, procfs, program, spawn, unixctl};
@@ -33,12 +34,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 pub struct RealDaemons {
     database_socket: PathBuf,
     held: Mutex<BTreeMap<ProcessId, Arc<OwnedFd>>>,
+    roots: Mutex<BTreeMap<ProcessId, Arc<Root>>>,
 }
 
 impl RealDaemons {
     /// The daemons around the database socket `database_socket`, usually `/run/openvswitch/db.sock`.
     pub fn new(database_socket: impl Into<PathBuf>) -> Self {
-        RealDaemons { database_socket: database_socket.into(), held: Mutex::default() }
+        RealDaemons { database_socket: database_socket.into(), held: Mutex::default(), roots: Mutex::default() }
     }
 
     /// The pidfd of this very process, opened now where it is not held yet.
@@ -55,6 +57,36 @@ impl RealDaemons {
         }
         held.insert(id, fd.clone());
         Ok(fd)
+    }
+
+    /// The files of the container that `daemon` runs in, held from now on.
+    fn hold_root(&self, daemon: &Daemon) -> Result<Arc<Root>> {
+        let mut roots = self.roots.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(root) = roots.get(&daemon.id) {
+            return Ok(root.clone());
+        }
+        let object = format!("root directory of process {}", daemon.id.pid);
+        let root = Arc::new(Root::of(daemon.id.pid).about(&object)?);
+        if procfs::identity(daemon.id.pid).about(&object)? != daemon.id {
+            return Err(HostError::new(object, "the process has ended"));
+        }
+        container::take_tools_from(root.clone());
+        roots.insert(daemon.id, root.clone());
+        Ok(root)
+    }
+
+    /// The process of the program of `old`, another than that, which calls itself `own_pid`.
+    fn named_by_pid_file(&self, old: &Daemon, own_pid: i32) -> Result<Option<i32>> {
+        let program = old.kind.program();
+        let is_it = |pid: &i32| {
+            procfs::runs(*pid, program)
+                && procfs::own_pid(*pid).is_ok_and(|own| own == own_pid)
+                && procfs::identity(*pid).is_ok_and(|id| id != old.id)
+        };
+        if is_it(&own_pid) {
+            return Ok(Some(own_pid));
+        }
+        Ok(procfs::pids().about("/proc")?.into_iter().find(is_it))
     }
 
     /// The process behind the database socket, by its credentials.
@@ -105,7 +137,11 @@ impl Daemons for RealDaemons {
         let object = format!("{} (pid {pid})", kind.program());
         let id = procfs::identity(pid).about(&object)?;
         self.hold(id)?;
-        describe(kind, id).about(object)
+        let daemon = describe(kind, id).about(object)?;
+        if daemon.contained {
+            self.hold_root(&daemon)?;
+        }
+        Ok(daemon)
     }
 
     fn is_alive(&self, id: ProcessId) -> bool {
@@ -148,6 +184,10 @@ impl Daemons for RealDaemons {
         let unreadable = |text: &str| HostError::new(&object, format!("cannot read a version out of {text:?}"));
         let text = self.command(daemon, "version", &[], until)?;
         let running = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
+        if daemon.contained {
+            // What the next container brings is not known before it is there.
+            return Ok(Versions { installed: running.clone(), running });
+        }
         let program = installed_program(daemon)?;
         let text = command::run_well(&program.to_string_lossy(), &["--version"], None, until)?;
         let installed = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
@@ -159,31 +199,34 @@ impl Daemons for RealDaemons {
     }
 
     fn set_aside_pid_file(&self, old: &Daemon) -> Result<()> {
-        PidFile::new(&old.pid_file).set_aside(old.id.pid)
+        PidFile::new(&old.pid_file).set_aside(old.own_pid)
     }
 
     fn wait_pid_file(&self, old: &Daemon, until: Instant) -> Result<Daemon> {
         let file = PidFile::new(&old.pid_file);
         loop {
-            if let Some(pid) = file.pid()?.filter(|pid| *pid != old.id.pid) {
-                if procfs::runs(pid, old.kind.program()) {
-                    return self.describe(old.kind, pid);
+            if let Some(own_pid) = file.pid()? {
+                match self.named_by_pid_file(old, own_pid)? {
+                    Some(pid) => return self.describe(old.kind, pid),
+                    None if own_pid == old.own_pid => {}
+                    None => {
+                        return Err(HostError::new(
+                            old.pid_file.display().to_string(),
+                            format!("it names process {own_pid}, which is not an {}", old.kind.program()),
+                        ))
+                    }
                 }
-                return Err(HostError::new(
-                    old.pid_file.display().to_string(),
-                    format!("it names process {pid}, which is not an {}", old.kind.program()),
-                ));
             }
             pause(until, old.pid_file.display(), "waiting for the new daemon's PID file")?;
         }
     }
 
     fn swap_pid_file(&self, old: &Daemon, new: &Daemon) -> Result<()> {
-        PidFile::new(&old.pid_file).swap(old.id.pid, new.id.pid)
+        PidFile::new(&old.pid_file).swap(old.own_pid, new.own_pid)
     }
 
     fn settle_pid_file(&self, owner: &Daemon) -> Result<()> {
-        PidFile::new(&owner.pid_file).settle(owner.id.pid)
+        PidFile::new(&owner.pid_file).settle(owner.own_pid)
     }
 
     fn wait_standby(&self, standby: &Daemon, until: Instant) -> Result<()> {
@@ -207,10 +250,17 @@ impl Daemons for RealDaemons {
     }
 
     fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>> {
+        if model.contained {
+            return Err(HostError::new(model.kind.program(), "it ran in a container, which is not ours to start")
+                .remedy("start that container"));
+        }
         spawn::start_like(model, &installed_program(model)?)
     }
 
     fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
+        if model.contained {
+            return spawn::start_in_container(self.hold_root(model)?, model, &saved.program);
+        }
         let mut model = model.clone();
         if let Some(path) = saved.library_path(variable(&model.environment, LIBRARY_PATH)) {
             model.environment.retain(|(name, _)| name != LIBRARY_PATH);
@@ -227,11 +277,15 @@ impl Daemons for RealDaemons {
         until: Instant,
     ) -> Result<SavedProgram> {
         self.hold(daemon.id)?;
+        if daemon.contained {
+            return program::keep_in_container(&self.hold_root(daemon)?, daemon, version, until);
+        }
         program::save(daemon, version, folders, until)
     }
 
     fn remove_stale_pid_files(&self, model: &Daemon) -> Result<()> {
-        PidFile::new(&model.pid_file).remove_stale(|pid| procfs::runs(pid, model.kind.program()))
+        let running = self.find_all(model.kind)?;
+        PidFile::new(&model.pid_file).remove_stale(|own_pid| running.iter().any(|one| one.own_pid == own_pid))
     }
 }
 
@@ -255,6 +309,7 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
     let stat = procfs::stat(pid)?;
     let (exe, exe_deleted) = procfs::exe(pid)?;
     let (uid, gid) = procfs::owner(pid)?;
+    let own_pid = procfs::own_pid(pid)?;
     let monitored = argv.iter().any(|a| a == "--monitor") && procfs::runs(stat.parent, kind.program());
     Ok(Daemon {
         kind,
@@ -262,7 +317,7 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
         exe,
         exe_deleted,
         pid_file: run_path(&argv, &environment, "--pidfile", &format!("{}.pid", kind.program())),
-        control: run_path(&argv, &environment, "--unixctl", &format!("{}.{pid}.ctl", kind.program())),
+        control: run_path(&argv, &environment, "--unixctl", &format!("{}.{own_pid}.ctl", kind.program())),
         log_file: log_file(&argv, &environment, kind),
         cwd: procfs::cwd(pid)?,
         comm: stat.comm,
@@ -274,6 +329,8 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
         gid,
         cgroup: procfs::cgroup(pid)?,
         monitor: monitored.then(|| procfs::identity(stat.parent).ok()).flatten(),
+        own_pid,
+        contained: procfs::is_contained(pid)?,
         argv,
         environment,
     })
@@ -331,7 +388,7 @@ fn upcall_socket_inodes(port_ids: &[u32]) -> dpfreeze::Result<BTreeSet<u64>> {
 
 /// Does the end of the standby's log say that it waits for the lock (`bridge_run` in `vswitchd/bridge.c`)?
 fn says_it_waits(standby: &Daemon) -> bool {
-    let line = format!("disabling this process (pid {})", standby.id.pid);
+    let line = format!("disabling this process (pid {})", standby.own_pid);
     let end = standby.log_file.as_deref().and_then(|path| tail(path, 256 << 10).ok());
     end.is_some_and(|text| text.contains(&line))
 }

@@ -4,6 +4,7 @@ pub mod assemble;
 pub mod check;
 mod clock;
 pub mod command;
+mod container;
 mod controllers;
 mod daemons;
 mod datapath;

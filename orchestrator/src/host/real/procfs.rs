@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, Context};
@@ -106,6 +107,23 @@ pub fn owner(pid: i32) -> io::Result<(u32, u32)> {
     effective("Uid:").zip(effective("Gid:")).ok_or_else(|| io::Error::other(format!("/proc/{pid}/status: malformed")))
 }
 
+/// The process id in the innermost pid namespace of process `pid`: the last number of `NSpid` (Linux 4.1).
+pub fn own_pid(pid: i32) -> io::Result<i32> {
+    Ok(parse_own_pid(&fs::read_to_string(path(pid, "status"))?).unwrap_or(pid))
+}
+
+fn parse_own_pid(status: &str) -> Option<i32> {
+    status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.split_whitespace().last()?.parse().ok()
+}
+
+/// Is its root directory or its pid namespace another one than ours? The mount namespace alone says nothing: systemd
+/// gives many a unit one of its own, on the same root.
+pub fn is_contained(pid: i32) -> io::Result<bool> {
+    let root = |path: PathBuf| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    let other_root = root(path(pid, "root/."))? != root("/".into())?;
+    Ok(other_root || fs::read_link(path(pid, "ns/pid"))? != fs::read_link("/proc/self/ns/pid")?)
+}
+
 /// The file mode creation mask of `/proc/PID/status` (Linux 4.7), else the usual one.
 pub fn umask(pid: i32) -> io::Result<u32> {
     let text = fs::read_to_string(path(pid, "status"))?;
@@ -173,6 +191,14 @@ mod tests {
         assert_eq!(words(pid, "cmdline").unwrap(), std::env::args().collect::<Vec<_>>());
         assert!(limits(pid).unwrap().iter().any(|l| l.name == "Max open files" && l.soft.is_some()));
         assert!(runs(pid, exe(pid).unwrap().0.file_name().unwrap().to_str().unwrap()));
+    }
+
+    #[test]
+    fn a_process_in_a_container_has_two_numbers() {
+        let pid = std::process::id() as i32;
+        assert_eq!((own_pid(pid).unwrap(), is_contained(pid).unwrap()), (pid, false));
+        assert_eq!(parse_own_pid("Name:\tx\nNSpid:\t4711\t7\nNSpgid:\t4711\t7\n"), Some(7));
+        assert_eq!(parse_own_pid("Name:\tx\n"), None);
     }
 
     #[test]

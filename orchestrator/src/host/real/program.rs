@@ -7,8 +7,10 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{symlink, DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
+use super::container::Root;
 use super::{command, unixctl};
 use crate::host::{Context, Daemon, HostError, Result, SavedProgram};
 
@@ -55,6 +57,28 @@ pub(super) fn save(daemon: &Daemon, version: &str, folders: &[PathBuf], until: I
         .remedy("free some space, or mount one of these file systems without noexec"))
 }
 
+/// The program of a daemon that runs in a container stays where it is: the container's files are held. Its path there.
+pub(super) fn keep_in_container(
+    root: &Arc<Root>,
+    daemon: &Daemon,
+    version: &str,
+    until: Instant,
+) -> Result<SavedProgram> {
+    let program = program_inside(daemon);
+    let text = command::run_well_in(root, &program.to_string_lossy(), &["--version"], until)?;
+    is_version(&program.to_string_lossy(), &text, version)?;
+    Ok(SavedProgram { program, libraries: None })
+}
+
+/// What the kernel calls the executable is seen from our root directory, where that leads to it.
+fn program_inside(daemon: &Daemon) -> PathBuf {
+    let root = fs::read_link(format!("/proc/{}/root", daemon.id.pid)).unwrap_or_else(|_| "/".into());
+    match daemon.exe.strip_prefix(&root) {
+        Ok(inside) => Path::new("/").join(inside),
+        Err(_) => daemon.exe.clone(),
+    }
+}
+
 fn save_into(daemon: &Daemon, version: &str, folder: &Path, until: Instant) -> Result<SavedProgram> {
     let object = folder.display().to_string();
     let pid = daemon.id.pid;
@@ -96,9 +120,13 @@ fn prove(saved: &SavedProgram, version: &str, until: Instant) -> Result<()> {
         None => command::run_well(&program, &["--version"], None, until),
     };
     let text = text.map_err(|e| HostError::new(&*program, format!("the copy does not run: {}", e.cause)))?;
-    match unixctl::parse_version(&text) {
+    is_version(&program, &text, version)
+}
+
+fn is_version(program: &str, text: &str, version: &str) -> Result<()> {
+    match unixctl::parse_version(text) {
         Some(said) if said == version => Ok(()),
-        _ => Err(HostError::new(&*program, format!("it says {:?}, and {version} runs", text.lines().next()))),
+        _ => Err(HostError::new(program, format!("it says {:?}, and {version} runs", text.lines().next()))),
     }
 }
 

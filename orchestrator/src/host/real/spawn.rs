@@ -5,11 +5,13 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
+use super::container::Root;
 use super::jsonrpc::remaining;
 use crate::host::{Context, Daemon, HostError, Limit, Result, Starting};
 
@@ -42,22 +44,27 @@ struct Preparation {
     nice: i32,
     umask: u32,
     owner: Option<(u32, u32)>,
+    root: Option<Arc<Root>>,
 }
 
 impl Preparation {
-    fn of(model: &Daemon) -> Result<Self> {
+    fn of(model: &Daemon, root: Option<Arc<Root>>) -> Result<Self> {
         let object = model.kind.program();
-        let procs = format!("/sys/fs/cgroup{}/cgroup.procs", model.cgroup);
-        let joinable = !model.cgroup.is_empty() && Path::new(&procs).exists();
+        // That of a session may be gone, and that of a container ends with it. In ours the daemon would end with us, in
+        // the root's nobody ends it.
+        let own = if model.contained { "" } else { model.cgroup.as_str() };
+        let procs = [own, ""].map(|cgroup| format!("/sys/fs/cgroup{cgroup}/cgroup.procs"));
+        let procs = procs.into_iter().find(|procs| !model.cgroup.is_empty() && Path::new(procs).exists());
         let switches_user = model.argv.iter().any(|word| word.starts_with("--user"));
         Ok(Preparation {
             limits: model.limits.iter().filter_map(resource).collect(),
-            cgroup: if joinable { Some(CString::new(procs).about(object)?) } else { None },
+            cgroup: procs.map(CString::new).transpose().about(object)?,
             oom_score_adj: CString::new(model.oom_score_adj.to_string()).about(object)?,
             nice: model.nice,
             umask: model.umask,
             // With --user the daemon has to start as root and changes by itself.
             owner: (!switches_user).then_some((model.uid, model.gid)),
+            root,
         })
     }
 
@@ -67,6 +74,9 @@ impl Preparation {
             write(procs, c"0")?;
         }
         write(c"/proc/self/oom_score_adj", &self.oom_score_adj)?;
+        if let Some(root) = &self.root {
+            root.enter()?;
+        }
         // SAFETY: each call takes integers and pointers to values that live through it.
         unsafe {
             for (resource, limit) in &self.limits {
@@ -111,13 +121,22 @@ fn resource(limit: &Limit) -> Option<(libc::__rlimit_resource_t, libc::rlimit)> 
 
 /// Starts `program` with the command line, environment, directory, limits, priorities, user and cgroup of `model`.
 pub fn start_like(model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
+    start_in(None, model, program, &model.cwd)
+}
+
+/// The same with the files of a container that has ended.
+pub fn start_in_container(root: Arc<Root>, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
+    start_in(Some(root), model, program, Path::new("/"))
+}
+
+fn start_in(root: Option<Arc<Root>>, model: &Daemon, program: &Path, folder: &Path) -> Result<Box<dyn Starting>> {
     let object = model.kind.program();
     let Some((name, arguments)) = model.argv.split_first() else {
         return Err(HostError::new(object, "its command line is empty").remedy("did it end meanwhile?"));
     };
-    let preparation = Preparation::of(model)?;
+    let preparation = Preparation::of(model, root)?;
     let mut command = Command::new(program);
-    command.arg0(name).args(arguments).current_dir(&model.cwd).process_group(0);
+    command.arg0(name).args(arguments).current_dir(folder).process_group(0);
     command.env_clear().envs(model.environment.iter().map(|(k, v)| (k, v)));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: `apply` makes system calls only and neither allocates nor locks.
@@ -189,8 +208,10 @@ mod tests {
             pid_file: "/nonexistent".into(),
             control: "/nonexistent".into(),
             log_file: None,
+            own_pid: 1,
+            contained: false,
         };
-        let preparation = Preparation::of(&model).unwrap();
+        let preparation = Preparation::of(&model, None).unwrap();
         drop(preparation);
         let mut started = start_like(&model, Path::new("/bin/sleep")).unwrap();
         assert!(started.wait(Instant::now() + Duration::from_secs(1)).unwrap());

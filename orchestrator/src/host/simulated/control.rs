@@ -62,7 +62,7 @@ impl Hook for SimHook {
                 return Err(crate::host::HostError::new("hook", "it has gone"));
             }
             world.order(command);
-            Ok(world.switch.hook.as_ref().is_some_and(|hook| hook.stops))
+            Ok(world.variant.containers || world.switch.hook.as_ref().is_some_and(|hook| hook.stops))
         });
         let sent = sent.map(|stops| self.acknowledged |= stops && command == HookCommand::Start);
         sent.map_err(io::Error::other)

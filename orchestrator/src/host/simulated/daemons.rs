@@ -104,7 +104,8 @@ impl Daemons for SimDaemons {
     fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions> {
         self.0.operate("daemons.versions", Some(until), |world| {
             let running = version(living(world, daemon.id)?.program);
-            Ok(Versions { running, installed: version(Program::Installed) })
+            let installed = if daemon.contained { running.clone() } else { version(Program::Installed) };
+            Ok(Versions { running, installed })
         })
     }
 
@@ -179,13 +180,22 @@ impl Daemons for SimDaemons {
         }
     }
 
-    fn start_like(&self, _model: &Daemon) -> Result<Box<dyn Starting>> {
+    fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>> {
+        if model.contained {
+            return Err(HostError::new("ovs-vswitchd", "it ran in a container, which is not ours to start"));
+        }
         self.start("daemons.start_like", Program::Installed, false)
     }
 
     fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
         if self.0.look().saved.as_ref() != Some(&saved.program) {
             return Err(HostError::new(saved.program.display().to_string(), "there is no such program"));
+        }
+        if model.contained && self.0.look().deaths > 0 {
+            return Err(HostError::new(
+                "ovs-vswitchd",
+                "the container's files went with the supervisor that held them",
+            ));
         }
         let in_unit = model.cgroup.ends_with(".service");
         self.start("daemons.start_saved", Program::Saved, in_unit)

@@ -46,7 +46,7 @@ impl ServiceManager for SimServices {
     }
 
     fn owner(&self, daemon: &Daemon, until: Instant) -> Result<Option<Unit>> {
-        let runs = self.0.operate("services.owner", Some(until), |world| Ok(world.variant.systemd))?;
+        let runs = self.0.operate("services.owner", Some(until), |world| Ok(world.variant.units()))?;
         let name = match daemon.kind {
             DaemonKind::OvsVswitchd => SWITCH,
             DaemonKind::OvsdbServer => SERVER,

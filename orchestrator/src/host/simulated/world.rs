@@ -48,11 +48,27 @@ pub struct Variant {
     pub restarting: bool,
     /// Upcalls are dispatched per vport: a refused binding is tried again, with sockets that nobody has seen.
     pub per_vport: bool,
+    /// The daemons run in containers, and whoever runs that of the switch restarts it once he is told.
+    pub containers: bool,
+}
+
+impl Variant {
+    /// systemd starts the daemons.
+    pub fn units(self) -> bool {
+        self.systemd && !self.containers
+    }
 }
 
 impl Default for Variant {
     fn default() -> Variant {
-        Variant { systemd: true, freeze: true, installed_works: true, restarting: false, per_vport: false }
+        Variant {
+            systemd: true,
+            freeze: true,
+            installed_works: true,
+            restarting: false,
+            per_vport: false,
+            containers: false,
+        }
     }
 }
 
@@ -353,10 +369,15 @@ impl World {
             next_pid: 100,
             next_id: 0,
         };
-        world.spawn(DaemonKind::OvsdbServer, Program::Old, variant.systemd);
-        let first = world.spawn(DaemonKind::OvsVswitchd, Program::Old, variant.systemd);
+        world.spawn(DaemonKind::OvsdbServer, Program::Old, variant.units());
+        let first = world.spawn(DaemonKind::OvsVswitchd, Program::Old, variant.units());
         world.first = first;
         world.switch = SwitchUnit { main: first, state: "active".into(), ..SwitchUnit::default() };
+        if variant.containers {
+            // There is no unit: only the hook of whoever runs the container.
+            let hook = WorldHook { id: world.fresh_id(), ..WorldHook::default() };
+            world.switch = SwitchUnit { hook: Some(hook), ..SwitchUnit::default() };
+        }
         world.pass(Duration::from_secs(1));
         if let Some(daemon) = world.processes.get_mut(&first) {
             daemon.rules = rules();
@@ -491,6 +512,8 @@ impl World {
             pid_file: format!("/run/openvswitch/{program}.pid").into(),
             control: format!("/run/openvswitch/{program}.{}.ctl", process.id.pid).into(),
             log_file: None,
+            own_pid: process.id.pid,
+            contained: self.variant.containers,
         }
     }
 
@@ -767,7 +790,7 @@ impl World {
     /// What the supervisor tells its hook.
     pub fn order(&mut self, command: HookCommand) {
         match command {
-            HookCommand::Start if self.switch.hook.as_ref().is_some_and(|hook| hook.stops) => {
+            HookCommand::Start if self.variant.containers || self.switch.hook.as_ref().is_some_and(|h| h.stops) => {
                 if let Some(hook) = &mut self.switch.hook {
                     hook.told = true;
                 }
@@ -785,6 +808,17 @@ impl World {
 
     fn live_hook(&mut self) {
         let Some(hook) = &mut self.switch.hook else { return };
+        if self.variant.containers {
+            // Told, he goes on whatever becomes of the run; else he gives up.
+            if hook.told || hook.orphan {
+                let told = hook.told;
+                self.switch.hook = None;
+                if told {
+                    self.restart_container();
+                }
+            }
+            return;
+        }
         if hook.stops {
             // Left alone it does what the package does, which comes to the same: whatever is in the unit ends.
             if hook.told || hook.orphan {
@@ -810,6 +844,15 @@ impl World {
         self.end_hook(started.is_some() && old_is_gone);
     }
 
+    /// `docker restart`
+    fn restart_container(&mut self) {
+        let running: Vec<i32> = self.switches().map(|process| process.id.pid).collect();
+        for pid in running {
+            self.end(pid, true);
+        }
+        self.spawn(DaemonKind::OvsVswitchd, Program::Installed, false);
+    }
+
     /// The hook ends, and systemd judges the reload.
     fn end_hook(&mut self, well: bool) {
         if self.switch.hook.take().is_none() {
@@ -833,7 +876,7 @@ impl World {
     /// The unit's main process has gone; `Restart=on-failure` of both distributions' units looks at why.
     fn fail_unit(&mut self, asked: bool) {
         self.stop_unit("failed");
-        self.switch.restart = (self.variant.systemd && !asked).then(|| self.time + RESTART);
+        self.switch.restart = (self.variant.units() && !asked).then(|| self.time + RESTART);
     }
 
     /// Everything in the switch's cgroup ends.
@@ -870,7 +913,7 @@ impl World {
         if let Some(old) = old {
             self.end(old, true);
         }
-        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.systemd);
+        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.units());
         // Whoever waits in the queue may be faster than who had it: here the one that had it is, where it lives.
         if let Some(leader) = leader.and_then(|pid| self.processes.get_mut(&pid)) {
             leader.leads = true;
@@ -925,11 +968,15 @@ impl World {
         self.server_drop_in = false;
         self.in_hand = None;
         self.files.lose_power();
-        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.systemd);
+        self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.units());
     }
 
     /// The switch is started, as at the end of a boot.
     pub fn start_switch_at_boot(&mut self) {
+        if self.variant.containers {
+            self.restart_container();
+            return self.pass(Duration::from_secs(1));
+        }
         let job = self.fresh_id();
         self.restart_switch(job);
         self.pass(Duration::from_secs(1));

@@ -55,6 +55,9 @@ pub struct TcpProbe {
     client: JoinHandle<Result<End>>,
 }
 
+/// A connection that takes longer is awaited with the rest of the traffic under way: its end will tell.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
 /// Connects `from` to `target`, which listens in `to`.
 pub fn start(from: &Place, to: &Place, target: SocketAddr, pace: Pace) -> Result<TcpProbe> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -72,14 +75,18 @@ pub fn start(from: &Place, to: &Place, target: SocketAddr, pace: Pace) -> Result
     if is_ready.recv().is_err() {
         return Err(server.join().map_err(|_| anyhow!("the server panicked"))?.err().unwrap_or(anyhow!("no server")));
     }
+    let (connected, is_connected) = channel();
     let client = {
         let (stop, from) = (stop.clone(), from.clone());
         std::thread::spawn(move || {
             from.enter()?;
             let stream = TcpStream::connect(target).with_context(|| format!("cannot connect to {target}"))?;
+            let _ = connected.send(());
             talk(stream, pace, &stop)
         })
     };
+    // Whoever looks at connections from now on finds it among them.
+    let _too_slow_or_failed = is_connected.recv_timeout(CONNECT_LIMIT);
     Ok(TcpProbe { stop, started: Instant::now(), server, client })
 }
 
