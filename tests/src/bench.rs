@@ -13,7 +13,7 @@ use crate::image;
 use crate::outcome::{Action, Job, Load, Outcome, ProbeOutcome};
 use crate::packages::{self, Packages};
 use crate::places::{self, VmLock};
-use crate::scenarios::{self, Program, Scenario};
+use crate::scenarios::{self, containers, Program, Scenario};
 use crate::vm;
 
 /// Where statically linked binaries are taken from instead of being built.
@@ -88,7 +88,8 @@ pub fn one(request: &Request, lock: &VmLock) -> Result<(Outcome, PathBuf)> {
 /// Boots once, while no other process has VMs, and makes `rounds` runs in a row in that VM.
 pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(Outcome, PathBuf)>> {
     let scenario = scenarios::find(&request.scenario)?;
-    if request.action.is_door() && matches!(scenario, Scenario::Custom(_)) {
+    let for_any = request.action.is_door() || request.action == Action::Container;
+    if for_any && matches!(scenario, Scenario::Custom(_)) {
         bail!("{} makes its own runs: it takes no door", request.scenario);
     }
     if rounds != 1 && matches!(scenario, Scenario::Custom(_)) {
@@ -103,12 +104,14 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
     };
     let image = image::ensure(&request.suite)?;
     let input = tempfile::tempdir()?;
-    let product =
-        request.action == Action::Ours || scenario.older_daemon().is_some() || matches!(scenario, Scenario::Custom(_));
+    let product = matches!(request.action, Action::Ours | Action::Container)
+        || scenario.older_daemon().is_some()
+        || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
     let packages = match request.action {
         Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "bookworm" { "trixie" } else { "bookworm" }),
         action if action.is_door() => Packages::Ours,
+        Action::Container => containers::IMAGES,
         _ => scenario.packages(),
     };
     packages::put(packages, &request.suite, &input.path().join("packages"))?;

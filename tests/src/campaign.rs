@@ -130,6 +130,10 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
             }
         }
     }
+    for scenario in ["plain", "conntrack", "nat", "vxlan_ns"] {
+        let out = format!("matrix/{scenario}-container-bookworm");
+        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Container, "bookworm", Some(out)) });
+    }
     let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
     requests.extend(by_hand.map(|scenario| once(scenario, "bookworm")));
     let named = |r: &Request| [r.scenario.as_str(), r.action.name(), &r.suite].map(str::to_owned);

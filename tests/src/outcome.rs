@@ -23,6 +23,9 @@ pub enum Action {
     DoorRestartSwitch,
     /// `apt-get install openvswitch-switch` with it: of Debian 13, or in an image of another release, of Debian 12.
     DoorUpgrade,
+    /// `ovs-graceful restart --restart-command`: both daemons run in containers, and that of the switch is restarted from an
+    /// image of Debian 13.
+    Container,
     /// Nothing at all, judged like ours: a run that did nothing must not pass.
     Nothing,
 }
@@ -38,6 +41,7 @@ impl Action {
             Action::DoorRestart => "door-restart",
             Action::DoorRestartSwitch => "door-restart-switch",
             Action::DoorUpgrade => "door-upgrade",
+            Action::Container => "container",
             Action::Nothing => "nothing",
         }
     }
@@ -50,7 +54,7 @@ impl Action {
 
     /// Whether what only our restart can fulfil is asked of this run.
     pub fn judged_as_ours(self) -> bool {
-        self.is_door() || matches!(self, Action::Ours | Action::Nothing)
+        self.is_door() || matches!(self, Action::Ours | Action::Container | Action::Nothing)
     }
 }
 

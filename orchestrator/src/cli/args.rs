@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::journal::new_id;
 use crate::report::Strategy;
 
 /// Replaces the running Open vSwitch daemons of this host without losing a packet.
@@ -249,6 +250,21 @@ pub struct SuperviseArgs {
 }
 
 impl SuperviseArgs {
+    /// A new run of its own, of both daemons. `config` is an absolute path.
+    pub fn new(strategy: Strategy, config: PathBuf) -> SuperviseArgs {
+        SuperviseArgs {
+            id: new_id(),
+            strategy,
+            if_needed: false,
+            no_ovsdb: false,
+            gate_command: None,
+            report: None,
+            called_by: None,
+            elsewhere: false,
+            config,
+        }
+    }
+
     /// The words of a command line that is parsed back to this: `program hook supervise …`.
     pub fn command_line(&self, program: &str) -> Vec<OsString> {
         let mut words: Vec<OsString> = vec![program.into(), "--config".into(), self.config.clone().into()];

@@ -14,28 +14,20 @@ use nix::unistd::Pid;
 
 use super::launch::{launch, Launched};
 use super::output::{complain, say};
-use super::restart::{busy, follow_to_the_end};
-use super::{answered, load, SuperviseArgs};
-use crate::control::{Connection, HookClient, HookCommand, HookReporter, Progress, RunLock, LOCK, SOCKET};
-use crate::journal::{new_id, Runs};
+use super::restart::{follow_to_the_end, no_run_now};
+use super::{answered, SuperviseArgs};
+use crate::control::{Connection, HookClient, HookCommand, HookReporter, Progress, Subscription, SOCKET};
+use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{summary, Strategy};
+use crate::report::{summary, Report, Strategy};
 
 /// How long a run that has just ended may take to leave its report.
 const REPORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// `hook container-stop`: 0 once everything is parked; then the caller ends the old container and starts the new one.
 pub(super) fn stop(config: &Path) -> u8 {
-    if let Err(error) = load(config) {
-        return answered(Err(error));
-    }
-    match RunLock::holder(Path::new(LOCK)) {
-        Ok(None) => {}
-        Ok(Some(holder)) => {
-            complain(&busy(&holder));
-            return ExitCode::Busy.code();
-        }
-        Err(error) => return answered(Err(error.into())),
+    if let Some(code) = no_run_now(config) {
+        return code;
     }
     match wait_until_parked(config) {
         Ok(code) => code.code(),
@@ -47,18 +39,9 @@ pub(super) fn stop(config: &Path) -> u8 {
 }
 
 fn wait_until_parked(config: &Path) -> anyhow::Result<ExitCode> {
-    let args = SuperviseArgs {
-        id: new_id(),
-        strategy: Strategy::StopStart,
-        if_needed: false,
-        no_ovsdb: true,
-        gate_command: None,
-        report: None,
-        called_by: None,
-        elsewhere: true,
-        config: std::path::absolute(config)?,
-    };
-    let over = |report: &crate::report::Report| {
+    let config = std::path::absolute(config)?;
+    let args = SuperviseArgs { no_ovsdb: true, elsewhere: true, ..SuperviseArgs::new(Strategy::StopStart, config) };
+    let over = |report: &Report| {
         complain(summary(report, false).trim_end());
         report.exit_code
     };
@@ -97,7 +80,7 @@ pub(super) fn started() -> u8 {
     }
 }
 
-fn under_way() -> anyhow::Result<Option<(String, crate::control::Subscription)>> {
+fn under_way() -> anyhow::Result<Option<(String, Subscription)>> {
     let Some(connection) = Connection::open(Path::new(SOCKET))? else { return Ok(None) };
     let mut events = connection.subscribe()?;
     match events.next_event()? {
@@ -106,14 +89,14 @@ fn under_way() -> anyhow::Result<Option<(String, crate::control::Subscription)>>
     }
 }
 
-fn last_report() -> anyhow::Result<crate::report::Report> {
+fn last_report() -> anyhow::Result<Report> {
     let runs = Runs::default();
     let id =
         runs.ids()?.into_iter().max().context("there was no run; remedy: `ovs-graceful hook container-stop` first")?;
     runs.report(&id)
 }
 
-fn wait_for_report(id: &str) -> anyhow::Result<crate::report::Report> {
+fn wait_for_report(id: &str) -> anyhow::Result<Report> {
     let runs = Runs::default();
     let until = Instant::now() + REPORT_LIMIT;
     loop {

@@ -13,13 +13,13 @@ use anyhow::{bail, Context};
 use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::complain;
-use super::restart::{busy, restart};
+use super::restart::{no_run_now, restart};
 use super::{RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
 use crate::control::{HookClient, HookCommand, RunLock, LOCK, SOCKET};
 use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
-use crate::journal::{new_id, Runs};
+use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::report::{summary, Report, Strategy};
 
@@ -68,9 +68,8 @@ fn switch_reload(config: &Path, unit: String, graceful: bool) -> u8 {
 }
 
 fn reload_in_a_run(config: &Path, unit: String, start: &[OsString]) -> anyhow::Result<u8> {
-    if let Some(holder) = RunLock::holder(Path::new(LOCK))? {
-        complain(&busy(&holder));
-        return Ok(ExitCode::Busy.code());
+    if let Some(code) = no_run_now(config) {
+        return Ok(code);
     }
     let args = from_its_unit(config, unit, Strategy::Standby);
     match launch(&args)? {
@@ -227,18 +226,9 @@ fn wait_for_the_word(config: &Path, unit: String) -> anyhow::Result<()> {
 
 /// A run that a command of ovs-vswitchd's own unit begins.
 fn from_its_unit(config: &Path, unit: String, strategy: Strategy) -> SuperviseArgs {
-    SuperviseArgs {
-        id: new_id(),
-        strategy,
-        if_needed: false,
-        // systemd restarts it where that was asked for, before it starts the new ovs-vswitchd.
-        no_ovsdb: true,
-        gate_command: None,
-        report: None,
-        called_by: Some(unit),
-        elsewhere: false,
-        config: config.to_path_buf(),
-    }
+    let args = SuperviseArgs::new(strategy, config.to_path_buf());
+    // systemd restarts ovsdb-server where that was asked for, before it starts the new ovs-vswitchd.
+    SuperviseArgs { no_ovsdb: true, called_by: Some(unit), ..args }
 }
 
 fn how_it_ended(id: &str) -> String {

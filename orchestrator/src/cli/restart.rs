@@ -39,22 +39,28 @@ pub fn restart(config: &Path, args: RestartArgs) -> u8 {
     if args.plan {
         return answered(print_plan(config, &args));
     }
-    // The supervisor reads it again; a misspelt key should not cost a unit that fails.
-    if let Err(error) = load(config) {
-        complain(&format!("{error:#}"));
-        return ExitCode::Refused.code();
-    }
-    match RunLock::holder(Path::new(LOCK)) {
-        Ok(None) => {}
-        Ok(Some(holder)) => {
-            complain(&busy(&holder));
-            return ExitCode::Busy.code();
-        }
-        Err(error) => return answered(Err(error.into())),
+    if let Some(code) = no_run_now(config) {
+        return code;
     }
     match supervise_args(config, &args) {
         Ok(supervise) => follow_new_run(&supervise, &args),
         Err(error) => answered(Err(error)),
+    }
+}
+
+/// Why no run can begin, told: the exit code.
+pub(super) fn no_run_now(config: &Path) -> Option<u8> {
+    // The supervisor reads it again; a misspelt key should not cost a unit that fails.
+    if let Err(error) = load(config) {
+        return Some(answered(Err(error)));
+    }
+    match RunLock::holder(Path::new(LOCK)) {
+        Ok(None) => None,
+        Ok(Some(holder)) => {
+            complain(&busy(&holder));
+            Some(ExitCode::Busy.code())
+        }
+        Err(error) => Some(answered(Err(error.into()))),
     }
 }
 

@@ -33,18 +33,7 @@ struct Setting {
     ovsdb: bool,
 }
 
-const PLAIN: Setting = Setting {
-    variant: Variant {
-        systemd: true,
-        freeze: true,
-        installed_works: true,
-        restarting: false,
-        per_vport: false,
-        containers: false,
-    },
-    strategy: Strategy::Standby,
-    ovsdb: true,
-};
+const PLAIN: Setting = Setting { variant: Variant::USUAL, strategy: Strategy::Standby, ovsdb: true };
 
 const RELOAD: Setting = Setting { strategy: Strategy::ReloadModule, ..PLAIN };
 

@@ -24,7 +24,7 @@ use anyhow::{anyhow, Context, Result};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::outcome::{Action, Job, Outcome, ProbeOutcome};
 use crate::packages::Packages;
-use crate::scenarios::{self, doors, Scenario, Traffic};
+use crate::scenarios::{self, containers, doors, Scenario, Traffic};
 use nix::sys::resource::{setrlimit, Resource};
 use nix::time::{clock_settime, ClockId};
 
@@ -139,6 +139,9 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     }
     if job.action.is_door() {
         doors::install_package(out)?;
+    }
+    if job.action == Action::Container {
+        containers::prepare()?;
     }
     if let Scenario::Traffic(traffic) = scenario {
         set_up(traffic, out)?;
@@ -342,10 +345,13 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         Action::DoorRestartSwitch => words("systemctl", &["restart", "ovs-vswitchd"]),
         Action::DoorUpgrade => words("sh", &["-c", &doors::upgrade_command()]),
         Action::Nothing => words("true", &[]),
-        Action::Ours => {
+        Action::Ours | Action::Container => {
             let mut command = words("ovs-graceful", &["restart", "--report"]);
             command.arg(&report).arg("--gate-command");
             command.arg(format!("ovs-dpctl dump-flows -m > {}", out.join(FLOWS_AT_GATES).display()));
+            if job.action == Action::Container {
+                command.args(["--restart-command", "container restart switch new"]);
+            }
             command.args(&job.extra_args);
             command
         }

@@ -41,7 +41,8 @@ pub fn judge(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
 }
 
 fn daemons(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
-    let keeps_database = evidence.job.extra_args.iter().any(|a| a == "--no-ovsdb");
+    let in_container = evidence.job.action == Action::Container;
+    let keeps_database = in_container || evidence.job.extra_args.iter().any(|a| a == "--no-ovsdb");
     for (i, name) in facts::DAEMONS.iter().enumerate() {
         let (Some(before), Some(after)) = (evidence.daemons_before.get(i), evidence.daemons_after.get(i)) else {
             continue;
@@ -68,7 +69,7 @@ fn daemons(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
             ours,
             json!({ "exe": new.executable, "dpkg": package.trim() }),
         );
-        if expect.in_units {
+        if expect.in_units && !in_container {
             let was_known = evidence.main_pids_before.get(i).is_none_or(|main| main != "0");
             in_its_unit(name, new, was_known, outcome);
         }
@@ -245,7 +246,7 @@ fn report(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
     outcome.check("level as asked", report["level"] == expect.level, &report["level"]);
     let asked = evidence.job.extra_args.iter().position(|a| a == "--strategy");
     let strategy = match asked {
-        _ if evidence.job.action == Action::DoorRestartSwitch => "stop-start",
+        _ if matches!(evidence.job.action, Action::DoorRestartSwitch | Action::Container) => "stop-start",
         Some(i) => evidence.job.extra_args.get(i + 1).map_or("", String::as_str),
         None => "standby",
     };

@@ -6,7 +6,7 @@ mod bad_upgrade;
 mod bond;
 mod chaos;
 mod conntrack;
-mod containers;
+pub mod containers;
 mod controller;
 mod ct_guard;
 mod ct_policies;

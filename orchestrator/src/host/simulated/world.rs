@@ -53,22 +53,19 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// Most hosts.
+    pub const USUAL: Variant = Variant {
+        systemd: true,
+        freeze: true,
+        installed_works: true,
+        restarting: false,
+        per_vport: false,
+        containers: false,
+    };
+
     /// systemd starts the daemons.
     pub fn units(self) -> bool {
         self.systemd && !self.containers
-    }
-}
-
-impl Default for Variant {
-    fn default() -> Variant {
-        Variant {
-            systemd: true,
-            freeze: true,
-            installed_works: true,
-            restarting: false,
-            per_vport: false,
-            containers: false,
-        }
     }
 }
 

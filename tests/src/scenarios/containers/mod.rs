@@ -19,6 +19,8 @@ use crate::packages::Packages;
 /// See the module.
 pub struct Containers;
 
+/// What the images are made of.
+pub const IMAGES: Packages = Packages::Layers("trixie");
 const SCRIPT: &str = include_str!("container");
 /// Where the script has everything: on a file system of its own, because a layer may not lie within another.
 const TOP: &str = "/srv/containers";
@@ -45,7 +47,7 @@ impl Custom for Containers {
     }
 
     fn packages(&self) -> Packages {
-        Packages::Layers("trixie")
+        IMAGES
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
@@ -106,7 +108,7 @@ fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
 }
 
 /// The daemons of the image make way for containers of the same release.
-fn prepare() -> Result<()> {
+pub fn prepare() -> Result<()> {
     shell("systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; cp -a /lab/packages/runtime/* /")?;
     let script = Path::new("/usr/local/bin/container");
     fs::write(script, SCRIPT)?;
