@@ -81,6 +81,13 @@ fn gone(name: &str, old: &BTreeSet<String>, outcome: &mut Outcome) {
 
 fn timer_stopped(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let old = run("timer", pairs, out, outcome)?;
+    let confined = shell_lenient(
+        "systemctl show ovs-graceful-guard.service -p NoNewPrivileges,ProtectSystem,CapabilityBoundingSet",
+    );
+    let right =
+        ["NoNewPrivileges=yes", "ProtectSystem=strict", "cap_net_admin"].iter().all(|word| confined.contains(word));
+    let right = right && !confined.contains("cap_sys_admin");
+    outcome.check("timer: its service is confined", right, confined);
     shell("systemctl stop ovs-graceful-guard.timer")?;
     let ended = wait_until("the lease to end", Duration::from_secs(15), Duration::from_millis(200), || {
         guard()["lease_left_ms"] == 0

@@ -574,6 +574,8 @@ fn timer_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
 fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
     let limit = u64::try_from(units.limit.as_micros()).unwrap_or(u64::MAX);
     let text = |text: &str| Variant::from(text.to_owned());
+    let on = || Variant::from(true);
+    let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let properties = [
         ("Description", text("ovs-graceful: one look at guarded timeout policies")),
         ("Type", text("oneshot")),
@@ -584,9 +586,27 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
         ("TimeoutStartUSec", Variant::from(limit)),
         ("StandardOutput", text("journal")),
         ("StandardError", text("journal")),
+        // Nobody is started by it, so it can be confined to what a look takes (systemd/README.md).
+        ("CapabilityBoundingSet", Variant::from(GUARD_CAPABILITIES)),
+        ("NoNewPrivileges", on()),
+        ("ProtectSystem", text("strict")),
+        ("ReadWritePaths", Variant::from(list(&["-/run/ovs-graceful"]))),
+        ("ProtectHome", text("yes")),
+        ("PrivateDevices", on()),
+        ("ProtectControlGroups", on()),
+        ("ProtectKernelModules", on()),
+        ("RestrictAddressFamilies", Variant::from((true, list(&["AF_UNIX", "AF_NETLINK"])))),
+        ("RestrictNamespaces", Variant::from(0u64)),
+        ("RestrictRealtime", on()),
+        ("RestrictSUIDSGID", on()),
+        ("LockPersonality", on()),
+        ("MemoryDenyWriteExecute", on()),
     ];
     properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
+
+/// `CAP_NET_ADMIN` to list connections, `CAP_BPF` for the map of the guard (include/uapi/linux/capability.h).
+const GUARD_CAPABILITIES: u64 = 1 << 12 | 1 << 39;
 
 /// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
 /// Two sockets for each CPU that a datapath can have, and two memories.
