@@ -74,16 +74,22 @@ fn reload_in_a_run(config: &Path, unit: String, start: &[OsString]) -> anyhow::R
     let args = from_its_unit(config, unit, Strategy::Standby);
     match launch(&args)? {
         Launched::Running(_) => {}
-        Launched::Over(report) => {
-            complain(summary(&report, false).trim_end());
-            return Ok(report.exit_code.code());
-        }
+        Launched::Over(report) => return Ok(told(&report)),
     }
     match hook::reload(Path::new(SOCKET), start, Some(PID_FILE.into()))? {
         // The run goes on; systemd is to have the new daemon now.
         0 => Ok(0),
-        _ => bail!("{}", how_it_ended(&args.id)),
+        _ => match Runs::default().report(&args.id) {
+            Ok(report) => Ok(told(&report)),
+            // It waits for our end, and its own will tell.
+            Err(_) => bail!("run {} is being undone; why is in `ovs-graceful runs show {}` then", args.id, args.id),
+        },
     }
+}
+
+fn told(report: &Report) -> u8 {
+    complain(summary(report, false).trim_end());
+    report.exit_code.code()
 }
 
 /// ExecStart= of a unit, with its variables, which this process has as well: it is a command of the same unit.
@@ -234,7 +240,7 @@ fn from_its_unit(config: &Path, unit: String, strategy: Strategy) -> SuperviseAr
 fn how_it_ended(id: &str) -> String {
     match Runs::default().report(id) {
         Ok(report) => format!("run {id}: {}", report.reason),
-        Err(_) => format!("run {id} was given up; why is in `ovs-graceful runs show {id}` once it is over"),
+        Err(_) => format!("run {id} has gone"),
     }
 }
 

@@ -42,7 +42,7 @@ impl Custom for Doors {
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
-        Ok(18)
+        Ok(19)
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -74,7 +74,8 @@ impl Custom for Doors {
         during_a_run(out, outcome)?;
         fs::write("/run/lab-patch", PATCH)?;
         shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
-        graceful("ovs-ctl", || ovs_ctl(out), outcome)?;
+        graceful("ovs-ctl", || ovs_ctl("restart", out), outcome)?;
+        module(out, outcome)?;
         refused(out, outcome)?;
         stopped(outcome)?;
         switched_off(outcome)?;
@@ -98,9 +99,9 @@ fn systemctl(words: &str, name: &str, out: &Path) -> String {
     ))
 }
 
-fn ovs_ctl(out: &Path) -> String {
-    let log = out.join("ovs-ctl");
-    let command = format!("timeout 240 {OVS_CTL} --system-id=random restart --graceful");
+fn ovs_ctl(words: &str, out: &Path) -> String {
+    let log = out.join(format!("ovs-ctl-{words}"));
+    let command = format!("timeout 240 {OVS_CTL} --system-id=random {words} --graceful");
     shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
 }
 
@@ -182,6 +183,26 @@ fn graceful_of(
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
     aftermath::finish(name, live, false, outcome).map(drop)
+}
+
+/// `ovs-ctl force-reload-kmod --graceful`: the module is another, and nothing was promised to packets.
+fn module(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let name = "ovs-ctl force-reload-kmod";
+    say(name);
+    let (rules, known) = (facts::promised(&plain::bridges()), run::known());
+    let said = ovs_ctl("force-reload-kmod", out);
+    outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
+    wait_until_over()?;
+    let runs: Vec<String> = run::known().into_iter().filter(|id| !known.contains(id)).collect();
+    let reports = runs.iter().map(|id| shell_lenient(&format!("cat {}", run::report(id).display())));
+    let strategy: Vec<Value> = reports.filter_map(|text| serde_json::from_str::<Value>(&text).ok()).collect();
+    let right = matches!(strategy.as_slice(), [one] if one["strategy"] == "reload-module");
+    outcome.check(format!("{name}: the module was reloaded"), right, said);
+    aftermath::nothing_left(name, outcome);
+    aftermath::owned(name, outcome);
+    aftermath::as_before(name, &rules, outcome);
+    aftermath::new_traffic_passes(name, outcome);
+    Ok(())
 }
 
 /// A reload of ovs-vswitchd whose run is undone has failed, and changes nothing.
