@@ -2,12 +2,14 @@
 //! output as a tar on the third.
 
 use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 
 use crate::command::{capture, run};
 use crate::image::Image;
@@ -137,6 +139,9 @@ pub fn machine(image: &Image, reboots: bool, disk: &str, input: &Path, output: &
     command.arg("-drive").arg(drive(input, "readonly=on"));
     command.arg("-drive").arg(drive(output, "cache=unsafe"));
     command.stdin(Stdio::null()).stdout(Stdio::null());
+    // One that outlived a lab that was killed would take the cores of the next.
+    // SAFETY: between fork and exec only prctl(2) is called.
+    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     command
 }
 
