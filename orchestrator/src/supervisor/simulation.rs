@@ -41,6 +41,10 @@ const RELOAD: Setting = Setting { strategy: Strategy::ReloadModule, ..PLAIN };
 const RESTART: Setting =
     Setting { variant: Variant { restarting: true, ..PLAIN.variant }, strategy: Strategy::StopStart, ovsdb: false };
 
+/// From ExecReload= of the switch's unit.
+const RELOAD_OF_UNIT: Setting =
+    Setting { variant: Variant { reloading: true, ..PLAIN.variant }, strategy: Strategy::Standby, ovsdb: false };
+
 /// Whoever runs the container of the switch restarts it.
 const CONTAINER: Setting =
     Setting { variant: Variant { containers: true, ..PLAIN.variant }, strategy: Strategy::StopStart, ovsdb: false };
@@ -58,6 +62,7 @@ fn play(setting: Setting, script: Script) -> Played {
     let sim = Sim::new(setting.variant, script);
     let runs =
         Runs::on(Arc::new(SimDisk(sim.clone())), Path::new("/var/lib/ovs-graceful"), Path::new("/run/ovs-graceful"));
+    let by_unit = setting.variant.restarting || setting.variant.reloading;
     let run = || {
         let host = sim.host();
         let from = Beginning {
@@ -67,7 +72,7 @@ fn play(setting: Setting, script: Script) -> Played {
                 ovsdb: setting.ovsdb,
                 if_needed: false,
                 gate_command: None,
-                called_by: setting.variant.restarting.then(|| crate::host::SWITCH_UNIT.into()),
+                called_by: by_unit.then(|| crate::host::SWITCH_UNIT.into()),
                 elsewhere: setting.variant.containers,
             },
             config: Config::default(),
@@ -288,6 +293,7 @@ fn settings() -> Vec<(&'static str, Setting)> {
         ("reload module", RELOAD),
         ("restart of the unit", RESTART),
         ("container", CONTAINER),
+        ("reload of the unit", RELOAD_OF_UNIT),
     ]
 }
 
@@ -518,7 +524,13 @@ fn schedule(seed: u64) -> Played {
 fn random_schedules_of_a_reload_and_a_restart_end_old_or_new() {
     let mut verdict = Verdict::default();
     for seed in 0..500 {
-        for (name, setting) in [("reload", RELOAD), ("restart", RESTART), ("container", CONTAINER)] {
+        let settings = [
+            ("reload", RELOAD),
+            ("restart", RESTART),
+            ("container", CONTAINER),
+            ("reload of the unit", RELOAD_OF_UNIT),
+        ];
+        for (name, setting) in settings {
             let played = play(setting, Script::random(seed, 40, 3));
             verdict.judge(format!("{name}, seed {seed}: {}", played.told()), &played);
         }

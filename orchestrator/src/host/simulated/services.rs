@@ -21,6 +21,7 @@ impl SimServices {
             sub_state: match active_state {
                 "active" => "running".into(),
                 "deactivating" => "stop".into(),
+                "reloading" => "reload".into(),
                 _ => String::new(),
             },
             main_pid,

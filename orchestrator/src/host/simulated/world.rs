@@ -46,6 +46,8 @@ pub struct Variant {
     pub installed_works: bool,
     /// The unit of the switch is being restarted, and its ExecStop= has begun the run.
     pub restarting: bool,
+    /// The unit of the switch is being reloaded, and its ExecReload= has begun the run.
+    pub reloading: bool,
     /// Upcalls are dispatched per vport: a refused binding is tried again, with sockets that nobody has seen.
     pub per_vport: bool,
     /// The daemons run in containers, and whoever runs that of the switch restarts it once he is told.
@@ -59,6 +61,7 @@ impl Variant {
         freeze: true,
         installed_works: true,
         restarting: false,
+        reloading: false,
         per_vport: false,
         containers: false,
     };
@@ -387,6 +390,12 @@ impl World {
             world.switch.state = "deactivating".into();
             world.switch.reload = Some(id);
             world.switch.hook = Some(WorldHook { id, stops: true, ..WorldHook::default() });
+        }
+        if variant.reloading {
+            let id = world.fresh_id();
+            world.switch.state = "reloading".into();
+            world.switch.reload = Some(id);
+            world.switch.hook = Some(WorldHook { id, ..WorldHook::default() });
         }
         world.losses.clear();
         world.delivered = 0;
