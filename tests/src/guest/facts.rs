@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::command::{shell, shell_lenient};
+use crate::command::{capture, shell, shell_lenient};
 
 /// One of the two daemons, found by its name in /proc, never by its PID file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -155,14 +156,17 @@ pub fn promised(bridges: &[String]) -> Promised {
 
 /// Kinds of connections that the kernel tracks, and how many there are of each: addresses both ways, protocol, zone, and
 /// ports below [`FIRST_VARYING`].
-pub fn connections() -> BTreeMap<String, u64> {
+pub fn connections() -> Result<BTreeMap<String, u64>> {
     let mut kinds = BTreeMap::new();
+    // A listing that is cut off would make strays of what it lacks.
+    let list = || capture(Command::new("conntrack").arg("-L"));
+    let text = list().or_else(|_| list()).or_else(|_| list())?;
     // A daemon's own, such as that to its controller, which each run makes anew.
     let on_loopback = |line: &&str| line.contains(" src=127.");
-    for line in shell_lenient("conntrack -L 2>/dev/null").lines().filter(|line| !on_loopback(line)) {
+    for line in text.lines().filter(|line| !on_loopback(line)) {
         *kinds.entry(kind_of_connection(line)).or_default() += 1;
     }
-    kinds
+    Ok(kinds)
 }
 
 /// Ports and identifiers from here on are those that probes and translations vary.

@@ -246,7 +246,7 @@ fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outc
     std::thread::sleep(Duration::from_secs_f64(job.load.before_s));
     let mut evidence = before(job, &bridges, out)?;
     scenario.before_action(outcome)?;
-    evidence.connections_before = facts::connections();
+    evidence.connections_before = facts::connections()?;
     std::thread::sleep(Duration::from_secs(1));
     evidence.flows_before = facts::flows(&out.join("flows-before"))?;
     evidence.counters_before = facts::counters()?;
@@ -303,7 +303,7 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
 fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
     evidence.counters_after = facts::counters()?;
     evidence.daemons_after = facts::DAEMONS.map(facts::daemons);
-    evidence.connections_after = facts::connections();
+    evidence.connections_after = facts::connections()?;
     evidence.promised_after = facts::promised(&evidence.bridges);
     let log = fs::read(VSWITCHD_LOG).unwrap_or_default();
     let from = usize::try_from(log_from).unwrap_or(0).min(log.len());
