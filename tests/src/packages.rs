@@ -22,6 +22,8 @@ pub enum Packages {
     Ours,
     /// Ours, and what an upgrade (or downgrade) of Open vSwitch to this suite takes.
     OursAndSuite(&'static str),
+    /// Ours, and what it takes to go to Open vSwitch of each release that we know of.
+    OursAndAll,
     /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
     Rpm,
     /// No packages but what is in them: crun in `runtime`, Open vSwitch of the guest's suite in `old`, and what an upgrade
@@ -78,6 +80,11 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
     match wanted {
         Packages::None | Packages::Ours | Packages::Rpm | Packages::Layers(_) => {}
         Packages::OursAndSuite(to) => copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?,
+        Packages::OursAndAll => {
+            for to in ["bullseye", "bookworm", "trixie"] {
+                copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?;
+            }
+        }
         Packages::OursAndBad => bad_ones(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
     }
     index(folder)

@@ -346,6 +346,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&rpm::Rpm),
     Scenario::Custom(&upgrade::BOTH),
     Scenario::Custom(&upgrade::STOCK),
+    Scenario::Custom(&upgrade::CHAIN),
     Scenario::Custom(&killed::Killed),
     Scenario::Custom(&ct_guard::CtGuard),
     Scenario::Custom(&ct_zones::CtZones),

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::{aftermath, doors, network, plain, Custom};
@@ -29,6 +29,8 @@ enum Way {
     Both,
     /// Without our package.
     Stock,
+    /// From release to release, up and down and back.
+    Chain,
 }
 
 /// `apt-get install openvswitch-switch`.
@@ -43,6 +45,13 @@ pub const BOTH: Upgrade = Upgrade {
     name: "upgrade_both",
     about: "apt-get dist-upgrade of Open vSwitch and of our package at once",
     way: Way::Both,
+};
+
+/// All releases, one after the other.
+pub const CHAIN: Upgrade = Upgrade {
+    name: "upgrade_chain",
+    about: "apt-get from release to release in one VM: up to 3.5, down to 2.15, back to the image's own",
+    way: Way::Chain,
 };
 
 /// As it is without us.
@@ -66,7 +75,10 @@ impl Custom for Upgrade {
     }
 
     fn packages(&self) -> Packages {
-        Packages::OursAndSuite("trixie")
+        match self.way {
+            Way::Chain => Packages::OursAndAll,
+            Way::One | Way::Both | Way::Stock => Packages::OursAndSuite("trixie"),
+        }
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
@@ -86,9 +98,12 @@ impl Custom for Upgrade {
             return stock(&log("apt"), outcome);
         }
         install_ours(&log("apt-ours"), outcome)?;
+        if self.way == Way::Chain {
+            return chain(out, outcome);
+        }
         let words = match self.way {
             Way::Both => "dist-upgrade",
-            Way::One | Way::Stock => "install openvswitch-switch",
+            Way::One | Way::Stock | Way::Chain => "install openvswitch-switch",
         };
         let from = version();
         let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log("apt")));
@@ -104,6 +119,31 @@ impl Custom for Upgrade {
         outcome.check("our package is of the version that it should be", newer, ours);
         Ok(())
     }
+}
+
+/// To each release in turn, with what apt has of it.
+fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let all = shell("apt-cache madison openvswitch-switch | awk '{ print $3 }' | sort -uV")?;
+    let all: Vec<&str> = all.lines().collect();
+    let installed = shell("dpkg-query -W -f '${Version}' openvswitch-switch")?;
+    let here =
+        all.iter().position(|version| *version == installed.trim()).context("apt does not have what is installed")?;
+    let up = here + 1..all.len();
+    let back = (0..all.len() - 1).rev().chain(1..=here);
+    for (step, version) in up.chain(back).filter_map(|index| all.get(index)).enumerate() {
+        let name = format!("step {}: to {version}", step + 1);
+        let log = out.join(format!("apt-{}", step + 1));
+        let words = format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}");
+        let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log.display()));
+        doors::graceful(&name, door, outcome)?;
+        let number = version.split(['-', '+']).next().unwrap_or_default();
+        let now = self::version();
+        outcome.check(format!("{name}: that runs"), now.contains(&format!(" {number}")), now);
+    }
+    let audit = shell_lenient("dpkg --audit");
+    outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
+    aftermath::no_unit_failed(outcome);
+    Ok(())
 }
 
 /// Nothing but what the lab has brought.
