@@ -120,7 +120,8 @@ fn start_saved_by_unit(run: &mut Run, unit: &str, saved: &SavedProgram) -> Resul
 
 fn start_saved(run: &mut Run, saved: &SavedProgram) -> Result<(), Stop> {
     let old = run.old()?.clone();
-    if matches!(run.known.start, Some(Start::Own(_))) {
+    // Nobody else is to start one any more.
+    if matches!(run.known.start, Some(Start::Own(_) | Start::Elsewhere { .. })) {
         cancel_start(run)?;
     }
     run.known.back = Some(run.host.daemons.start_saved(&old, saved)?);

@@ -148,8 +148,7 @@ fn tools(until: Instant, found: &mut Findings) {
 
 /// The freeze and the sockets are those of our own network namespace.
 fn namespaces(vswitchd: &Daemon, found: &mut Findings) {
-    let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-    if of("self") != of(&vswitchd.id.pid.to_string()) {
+    if !procfs::shares(vswitchd.id.pid, "net").unwrap_or(false) {
         let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
         let remedy = "run ovs-graceful in the daemon's network namespace (nsenter -n)";
         found.refuse("network-namespace", object, "it runs in another network namespace", remedy);

@@ -70,23 +70,23 @@ impl RealDaemons {
         if procfs::identity(daemon.id.pid).about(&object)? != daemon.id {
             return Err(HostError::new(object, "the process has ended"));
         }
-        container::take_tools_from(root.clone());
         roots.insert(daemon.id, root.clone());
         Ok(root)
     }
 
-    /// The process of the program of `old`, another than that, which calls itself `own_pid`.
-    fn named_by_pid_file(&self, old: &Daemon, own_pid: i32) -> Result<Option<i32>> {
-        let program = old.kind.program();
-        let is_it = |pid: &i32| {
-            procfs::runs(*pid, program)
-                && procfs::own_pid(*pid).is_ok_and(|own| own == own_pid)
-                && procfs::identity(*pid).is_ok_and(|id| id != old.id)
-        };
-        if is_it(&own_pid) {
-            return Ok(Some(own_pid));
+    /// From now on programs that this host does not have are those of this daemon's container, where it runs in one.
+    fn take_tools_of(&self, daemon: Daemon) -> Result<Daemon> {
+        if daemon.contained {
+            container::take_tools_from(self.hold_root(&daemon)?);
         }
-        Ok(procfs::pids().about("/proc")?.into_iter().find(is_it))
+        Ok(daemon)
+    }
+
+    /// The process of the program of `old` that has the PID file, another than that.
+    fn holds_pid_file(old: &Daemon, file: &PidFile) -> Result<Option<i32>> {
+        let is_it =
+            |pid: &i32| procfs::runs(*pid, old.kind.program()) && procfs::identity(*pid).is_ok_and(|id| id != old.id);
+        Ok(file.holder()?.filter(is_it))
     }
 
     /// The process behind the database socket, by its credentials.
@@ -107,7 +107,7 @@ impl Daemons for RealDaemons {
         let owners: Vec<i32> =
             candidates.filter(|pid| procfs::runs(*pid, DaemonKind::OvsVswitchd.program())).filter(owns).collect();
         match owners.as_slice() {
-            [pid] => self.describe(DaemonKind::OvsVswitchd, *pid),
+            [pid] => self.take_tools_of(self.describe(DaemonKind::OvsVswitchd, *pid)?),
             [] => Err(HostError::new(object, "no process of it owns the upcall sockets of the datapath")
                 .remedy("start it; `ovs-graceful recover` if a run was interrupted")),
             many => Err(HostError::new(object, format!("processes {many:?} all own upcall sockets of the datapath"))
@@ -130,7 +130,12 @@ impl Daemons for RealDaemons {
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>> {
         let pids = procfs::pids().about("/proc")?.into_iter().filter(|pid| procfs::runs(*pid, kind.program()));
         // One that ends while we look is no daemon any more.
-        Ok(pids.filter_map(|pid| self.describe(kind, pid).ok()).filter(|daemon| daemon.control.exists()).collect())
+        let all = pids.filter_map(|pid| self.describe(kind, pid).ok());
+        let all: Vec<Daemon> = all.filter(|daemon| daemon.control.exists() && may_be_ours(daemon)).collect();
+        if let [one] = all.as_slice() {
+            self.take_tools_of(one.clone())?;
+        }
+        Ok(all)
     }
 
     fn describe(&self, kind: DaemonKind, pid: i32) -> Result<Daemon> {
@@ -138,7 +143,8 @@ impl Daemons for RealDaemons {
         let id = procfs::identity(pid).about(&object)?;
         self.hold(id)?;
         let daemon = describe(kind, id).about(object)?;
-        if daemon.contained {
+        if daemon.contained && may_be_ours(&daemon) {
+            // As long as it lives: it may be too late when it is wanted.
             self.hold_root(&daemon)?;
         }
         Ok(daemon)
@@ -206,7 +212,7 @@ impl Daemons for RealDaemons {
         let file = PidFile::new(&old.pid_file);
         loop {
             if let Some(own_pid) = file.pid()? {
-                match self.named_by_pid_file(old, own_pid)? {
+                match Self::holds_pid_file(old, &file)? {
                     Some(pid) => return self.describe(old.kind, pid),
                     None if own_pid == old.own_pid => {}
                     None => {
@@ -287,6 +293,12 @@ impl Daemons for RealDaemons {
         let running = self.find_all(model.kind)?;
         PidFile::new(&model.pid_file).remove_stale(|own_pid| running.iter().any(|one| one.own_pid == own_pid))
     }
+}
+
+/// Anybody may run a program of that name in namespaces of his own, where it has whichever number he likes.
+fn may_be_ours(daemon: &Daemon) -> bool {
+    let shares = |namespace: &str| procfs::shares(daemon.id.pid, namespace).unwrap_or(false);
+    !daemon.contained || (shares("user") && shares("net"))
 }
 
 /// Sleeps a moment, or fails with a time-out of `object` where `until` has passed.

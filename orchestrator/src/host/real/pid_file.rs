@@ -12,10 +12,12 @@
 //! ```
 //! Both links stay until the end, because either daemon unlinks `NAME.pid` when a signal ends it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::{fcntl, FcntlArg};
 
 use crate::host::{Context, HostError, Result};
 
@@ -50,6 +52,20 @@ impl PidFile {
     /// The pid in the file under the name; `None` where there is no such file or it is still empty.
     pub fn pid(&self) -> Result<Option<i32>> {
         read(&self.0).about(self.object())
+    }
+
+    /// The process that holds the file's lock, in our pid namespace's number, whatever it calls itself in its own. The
+    /// file has been locked before it had its name (`make_pidfile` in `lib/daemon-unix.c`).
+    pub fn holder(&self) -> Result<Option<i32>> {
+        let file = match File::open(&self.0) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            opened => opened.about(self.object())?,
+        };
+        let whole =
+            libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 };
+        let mut lock = whole;
+        fcntl(&file, FcntlArg::F_GETLK(&mut lock)).about(self.object())?;
+        Ok((lock.l_type != libc::F_UNLCK as i16 && lock.l_pid > 0).then_some(lock.l_pid))
     }
 
     /// Links the file of the old daemon aside and takes the name away. May be run twice.
@@ -214,6 +230,38 @@ mod tests {
             assert_eq!((file.pid().unwrap(), dir.names()), (Some(10), vec!["d.pid".into()]), "after {stop_after}");
             assert_eq!(inode(&file), before, "after {stop_after}");
         }
+    }
+
+    fn lock(whose: &File) {
+        let lock = libc::flock { l_type: libc::F_WRLCK as _, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+        fcntl(whose, FcntlArg::F_SETLK(&lock)).unwrap();
+    }
+
+    /// The other process of the test below: a lock of one's own is none to oneself.
+    #[test]
+    #[ignore]
+    fn holds_a_lock() {
+        let file = File::options().write(true).open(std::env::var_os("LOCKED").unwrap()).unwrap();
+        lock(&file);
+        println!("locked");
+        std::thread::sleep(std::time::Duration::from_secs(60));
+    }
+
+    #[test]
+    fn who_holds_the_lock_is_told_whatever_is_written() {
+        use std::io::BufRead;
+        let (_dir, file) = Dir::new();
+        assert_eq!(file.holder().unwrap(), None);
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", "--nocapture", "host::real::pid_file::tests::holds_a_lock"]);
+        let mut child = command.env("LOCKED", &file.0).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.map_while(io::Result::ok).any(|line| line.contains("locked")));
+        assert_eq!((file.pid().unwrap(), file.holder().unwrap()), (Some(10), Some(child.id() as i32)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(file.holder().unwrap(), None);
+        assert_eq!(PidFile::new("/nonexistent/d.pid").holder().unwrap(), None);
     }
 
     #[test]

@@ -121,7 +121,13 @@ fn parse_own_pid(status: &str) -> Option<i32> {
 pub fn is_contained(pid: i32) -> io::Result<bool> {
     let root = |path: PathBuf| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
     let other_root = root(path(pid, "root/."))? != root("/".into())?;
-    Ok(other_root || fs::read_link(path(pid, "ns/pid"))? != fs::read_link("/proc/self/ns/pid")?)
+    Ok(other_root || !shares(pid, "pid")?)
+}
+
+/// Is it in our namespace of this kind (namespaces(7))?
+pub fn shares(pid: i32, namespace: &str) -> io::Result<bool> {
+    let ours = fs::read_link(format!("/proc/self/ns/{namespace}"))?;
+    Ok(fs::read_link(path(pid, &format!("ns/{namespace}")))? == ours)
 }
 
 /// The file mode creation mask of `/proc/PID/status` (Linux 4.7), else the usual one.
@@ -197,6 +203,7 @@ mod tests {
     fn a_process_in_a_container_has_two_numbers() {
         let pid = std::process::id() as i32;
         assert_eq!((own_pid(pid).unwrap(), is_contained(pid).unwrap()), (pid, false));
+        assert!(shares(pid, "user").unwrap() && shares(pid, "none").is_err());
         assert_eq!(parse_own_pid("Name:\tx\nNSpid:\t4711\t7\nNSpgid:\t4711\t7\n"), Some(7));
         assert_eq!(parse_own_pid("Name:\tx\n"), None);
     }

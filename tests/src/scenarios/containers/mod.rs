@@ -80,6 +80,7 @@ const OLD: Wanted = Wanted { exit: DONE, version: "3.1.0", stays: false };
 const NEW: Wanted = Wanted { exit: DONE, version: "3.5.0", stays: false };
 
 fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let impostor = impostor()?;
     refused(outcome);
     let log = |name: &str| out.join(name.replace(' ', "-"));
     let restart = |name: &str, command: &str, wanted: Wanted, outcome: &mut Outcome| {
@@ -93,7 +94,7 @@ fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
     restart("an image that crashes", "container restart switch bad; sleep 2", back, outcome)?;
     // The program of before runs outside of any container now, and the report says how to go on.
     shell_lenient("container stop switch");
-    let ended = "kill $(pidof ovs-vswitchd); container start switch old";
+    let ended = "kill $(cat /run/openvswitch/ovs-vswitchd.pid); container start switch old";
     restart("a good image after it", ended, OLD, outcome)?;
     let nothing = Wanted { exit: &[21], version: "3.1.0", stays: true };
     restart("a command that fails", "container restart swich", nothing, outcome)?;
@@ -104,6 +105,8 @@ fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
     restart("exit with cleanup", cleanup, OLD, outcome)?;
     without_tools(outcome)?;
     killed(&log("killed"), outcome)?;
+    let alive = Path::new("/proc").join(impostor.to_string()).exists();
+    outcome.check("a user's own ovs-vswitchd was left alone", alive, impostor);
     both_in_one(&log("both"), outcome)
 }
 
@@ -182,10 +185,29 @@ fn config() -> Value {
     })
 }
 
+/// A program of that name which a user runs in namespaces of his own, where it is process 1, as the real one in its
+/// container; his process. It is there all the time and must not be taken for a daemon.
+fn impostor() -> Result<u32> {
+    shell(
+        "cp /bin/sleep /tmp/ovs-vswitchd
+         setsid setpriv --reuid=65534 --regid=65534 --clear-groups \
+            unshare --user --map-root-user --pid --fork --mount-proc /tmp/ovs-vswitchd infinity >/dev/null 2>&1 &",
+    )?;
+    let his = || facts::daemons("ovs-vswitchd").into_iter().find(|daemon| is_impostor(daemon.pid));
+    let there = || his().is_some();
+    wait_until("a user's ovs-vswitchd runs", Duration::from_secs(20), Duration::from_millis(100), there)?;
+    his().map(|daemon| daemon.pid).context("it has ended")
+}
+
+fn is_impostor(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("Uid:") && line.contains("65534"))
+}
+
 /// A run that would start the daemon by itself, on the host.
 fn refused(outcome: &mut Outcome) {
     say("refused");
-    let before = facts::daemons("ovs-vswitchd");
+    let before = switch();
     for words in ["check", "restart"] {
         let said = shell_lenient(&format!("ovs-graceful {words} 2>&1; echo exit=$?"));
         let told = said.contains("exit=10") && said.contains("container") && said.contains("--restart-command");
@@ -194,7 +216,7 @@ fn refused(outcome: &mut Outcome) {
     let plan =
         shell_lenient("ovs-graceful restart --plan --restart-command 'container restart switch' 2>&1; echo exit=$?");
     outcome.check("plan: names the command", plan.contains("exit=0") && plan.contains("`container restart"), plan);
-    let now = facts::daemons("ovs-vswitchd");
+    let now = switch();
     outcome.check("nothing was touched", before == now, json!([before, now]));
 }
 
@@ -291,7 +313,7 @@ fn switch() -> Vec<(u32, u64, String)> {
         let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?.to_owned();
         line.split_whitespace().last().map(|own| format!("/run/openvswitch/ovs-vswitchd.{own}.ctl"))
     };
-    let found = facts::daemons("ovs-vswitchd").into_iter();
+    let found = facts::daemons("ovs-vswitchd").into_iter().filter(|daemon| !is_impostor(daemon.pid));
     let found = found.filter_map(|daemon| Some((daemon.pid, daemon.start_time, own(daemon.pid)?)));
     found.filter(|(_, _, control)| Path::new(control).exists()).collect()
 }
