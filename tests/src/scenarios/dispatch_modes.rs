@@ -50,8 +50,6 @@ impl Traffic for DispatchModes {
         // older daemon is lost from then on.
         shell("cp /lab/older/ovs-dpctl $(readlink -f /usr/bin/ovs-dpctl)")?;
         if !self.down {
-            // The newer one's flow monitor is refused by the older daemon ("bad flags 0xffff"), and waits for ever.
-            shell("cp /lab/older/ovs-ofctl $(readlink -f /usr/bin/ovs-ofctl)")?;
             install("/lab/older/ovs-vswitchd")?;
             // A datapath that the newer daemon has made would go on dispatching per CPU, to nobody.
             shell("systemctl stop openvswitch-switch; ovs-dpctl del-dp system@ovs-system || true")?;
