@@ -71,17 +71,15 @@ pub struct Image {
     pub suite: String,
 }
 
-/// Puts ovs-vswitchd, ovs-dpctl and ovs-ofctl of `suite` (Debian 11) into `folder`, and beside them, in `lib`, the
-/// libraries that later suites have no more.
+/// Puts ovs-vswitchd and ovs-dpctl of `suite` (Debian 11) into `folder`, and beside them, in `lib`, the libraries that
+/// later suites have no more.
 pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
     let tree = tree(suite)?;
     let lib = folder.join("lib");
     fs::create_dir_all(&lib)?;
     let own = tree.join("usr/lib/openvswitch-common");
     fs::copy(own.join("ovs-vswitchd"), folder.join("ovs-vswitchd"))?;
-    for tool in ["ovs-dpctl", "ovs-ofctl"] {
-        fs::copy(tree.join("usr/bin").join(tool), folder.join(tool))?;
-    }
+    fs::copy(tree.join("usr/bin/ovs-dpctl"), folder.join("ovs-dpctl"))?;
     let system = tree.join("usr/lib/x86_64-linux-gnu");
     for name in ["libssl.so.1.1", "libcrypto.so.1.1"] {
         fs::copy(system.join(name), lib.join(name))?;
