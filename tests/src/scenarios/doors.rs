@@ -192,7 +192,7 @@ fn module(out: &Path, outcome: &mut Outcome) -> Result<()> {
     // Ports are there again, under numbers that the datapath chooses.
     let promised = || {
         let mut all = facts::promised(&plain::bridges());
-        all.remove("datapath ports");
+        all.0.remove("datapath ports");
         all
     };
     let (rules, known) = (promised(), run::known());
