@@ -172,11 +172,15 @@ pub fn connections() -> Result<BTreeMap<String, u64>> {
 /// Ports and identifiers from here on are those that probes and translations vary.
 const FIRST_VARYING: u16 = 10_000;
 
+/// A Geneve tunnel's other port is any of all that there are (`geneve_build_skb` in drivers/net/geneve.c).
+const GENEVE: &str = "6081";
+
 fn kind_of_connection(line: &str) -> String {
     let mut words = vec![line.split_whitespace().next().unwrap_or_default().to_owned()];
+    let tunnel = line.contains(&format!("dport={GENEVE} "));
     for word in line.split_whitespace() {
         let Some((name, value)) = word.split_once('=') else { continue };
-        let varies = value.parse::<u16>().is_ok_and(|port| port >= FIRST_VARYING);
+        let varies = value.parse::<u16>().is_ok_and(|port| port >= FIRST_VARYING) || tunnel && value != GENEVE;
         match name {
             "src" | "dst" | "zone" | "type" => words.push(word.to_owned()),
             "sport" | "dport" if !varies => words.push(word.to_owned()),
@@ -247,6 +251,11 @@ mod tests {
         assert_eq!(kind_of_connection(line), kind);
         assert_eq!(kind_of_connection(&line.replace("10007", "20000")), kind);
         assert_ne!(kind_of_connection(&line.replace("dst=10.9.0.200", "dst=10.9.0.2")), kind);
+        let outer = |port| {
+            format!("udp 17 src=1.0.0.1 dst=1.0.0.2 sport={port} dport=6081 src=1.0.0.2 dst=1.0.0.1 sport=6081 dport={port} mark=0")
+        };
+        assert_eq!(kind_of_connection(&outer(102)), kind_of_connection(&outer(40_000)));
+        assert!(kind_of_connection(&outer(102)).contains("dport=6081"));
     }
 
     #[test]
