@@ -81,6 +81,9 @@ fn overflow(parked: &mut Parked, before: Option<&Snapshot>, stats: &ParkStats) {
     parked.overflowed_by_port = stats.overflowed_by_port.iter().map(|(port, count)| (name(*port), *count)).collect();
 }
 
+/// So many flows that are gone are in the report, as they were.
+const GONE_TOLD: usize = 4;
+
 /// The flows of datapath `name` while nothing could delete them: those of the dump before the removal that were not
 /// removed on purpose must be there, under their UFID, with a packet count that never fell.
 pub(super) fn frozen_flows(
@@ -96,6 +99,9 @@ pub(super) fn frozen_flows(
     entry.flows_kept = kept as u64;
     if kept < survivors.len() {
         let missing = survivors.len() - kept;
+        let gone = survivors.iter().copied().filter(|flow| kept_flows([*flow], now) == 0).take(GONE_TOLD);
+        let told: Vec<_> = gone.filter_map(|flow| serde_json::to_value(flow).ok()).collect();
+        report.details.insert("flows_gone".into(), told.into());
         report.differences.push(format!("datapath {name}: {missing} kernel flows that should have been kept are gone"));
     }
 }
