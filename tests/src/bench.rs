@@ -110,7 +110,6 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
     put_binaries(input.path(), product, scenario.programs())?;
     let packages = match request.action {
         Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "bookworm" { "trixie" } else { "bookworm" }),
-        Action::DoorDowngrade => Packages::OursAndSuite("bullseye"),
         action if action.is_door() => Packages::Ours,
         Action::Container => containers::IMAGES,
         _ => scenario.packages(),

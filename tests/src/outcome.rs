@@ -23,8 +23,6 @@ pub enum Action {
     DoorRestartSwitch,
     /// `apt-get install openvswitch-switch` with it: of Debian 13, or in an image of another release, of Debian 12.
     DoorUpgrade,
-    /// The same the other way in an image of Debian 12: to Debian 11's, across the modes of dispatch.
-    DoorDowngrade,
     /// `ovs-graceful restart --restart-command`: both daemons run in containers, and that of the switch is restarted from an
     /// image of Debian 13.
     Container,
@@ -43,7 +41,6 @@ impl Action {
             Action::DoorRestart => "door-restart",
             Action::DoorRestartSwitch => "door-restart-switch",
             Action::DoorUpgrade => "door-upgrade",
-            Action::DoorDowngrade => "door-downgrade",
             Action::Container => "container",
             Action::Nothing => "nothing",
         }
@@ -51,8 +48,8 @@ impl Action {
 
     /// Whether our Debian package is installed, and the distribution's own commands lead to a run.
     pub fn is_door(self) -> bool {
-        use Action::{DoorDowngrade, DoorReload, DoorRestart, DoorRestartSwitch, DoorUpgrade};
-        matches!(self, DoorReload | DoorRestart | DoorRestartSwitch | DoorUpgrade | DoorDowngrade)
+        use Action::{DoorReload, DoorRestart, DoorRestartSwitch, DoorUpgrade};
+        matches!(self, DoorReload | DoorRestart | DoorRestartSwitch | DoorUpgrade)
     }
 
     /// Whether what only our restart can fulfil is asked of this run.

@@ -343,7 +343,7 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         Action::DoorReload => words("systemctl", &["reload", "openvswitch-switch"]),
         Action::DoorRestart => words("systemctl", &["restart", "openvswitch-switch"]),
         Action::DoorRestartSwitch => words("systemctl", &["restart", "ovs-vswitchd"]),
-        Action::DoorUpgrade | Action::DoorDowngrade => words("sh", &["-c", &doors::upgrade_command()]),
+        Action::DoorUpgrade => words("sh", &["-c", &doors::upgrade_command()]),
         Action::Nothing => words("true", &[]),
         Action::Ours | Action::Container => {
             let mut command = words("ovs-graceful", &["restart", "--report"]);
