@@ -183,6 +183,11 @@ impl Limits {
         })
     }
 
+    /// From now on a run's, in which somebody else ends the old daemon and starts the new one.
+    pub fn with_restart_elsewhere(&mut self) {
+        self.switch_commit_ms = self.elsewhere_ms;
+    }
+
     /// How long the undo of one phase may take.
     pub fn undo(&self) -> Duration {
         Duration::from_millis(self.undo_ms)

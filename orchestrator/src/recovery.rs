@@ -353,8 +353,7 @@ impl Recovery {
         }
         if let Err(error) = host.database.facts(until) {
             self.told(format!("{error}"));
-            let contained = mark.old.as_ref().is_some_and(|old| old.contained);
-            if host.services.is_running() && !contained {
+            if host.services.is_running() && !mark.is_contained() {
                 let started = job(host, DATABASE_UNIT, JobKind::Start, self.until(SHORT));
                 self.keep(DATABASE_UNIT, started);
             }
@@ -587,8 +586,10 @@ impl Recovery {
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         let until = self.until(Duration::from_secs(30));
-        if mark.old.as_ref().is_some_and(|old| old.contained) {
-            return self.wait_for_container(host, mark, until);
+        if mark.is_contained() {
+            // Whoever runs its container may be about to start it.
+            let old = mark.old.as_ref().map(|old| old.id);
+            return self.wait_for_another(host, old, until, "no ovs-vswitchd runs; remedy: start its container");
         }
         if !host.services.is_running() {
             let old = mark.old.as_ref().context("how ovs-vswitchd was started is not known")?;
@@ -604,25 +605,23 @@ impl Recovery {
         let ended = host.services.end_hand_over(&unit, until);
         self.keep("drop-in", ended);
         job(host, &unit, JobKind::Restart, until)?;
-        loop {
-            let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?;
-            match all.into_iter().max_by_key(|daemon| daemon.id.start_time) {
-                Some(daemon) => return Ok(daemon),
-                None if self.clock.now() >= until => bail!("{unit} was started, and no ovs-vswitchd runs"),
-                None => self.clock.sleep(LOOK_AGAIN),
-            }
-        }
+        self.wait_for_another(host, None, until, &format!("{unit} was started, and no ovs-vswitchd runs"))
     }
 
-    /// Whoever runs the container of ovs-vswitchd may be about to start it.
-    fn wait_for_container(&self, host: &Host, mark: &Mark, until: Instant) -> anyhow::Result<Daemon> {
+    /// The youngest ovs-vswitchd but `old`, as soon as there is one.
+    fn wait_for_another(
+        &self,
+        host: &Host,
+        old: Option<ProcessId>,
+        until: Instant,
+        nobody: &str,
+    ) -> anyhow::Result<Daemon> {
         loop {
-            let old = mark.old.as_ref().map(|old| old.id);
             let all = host.daemons.find_all(DaemonKind::OvsVswitchd)?.into_iter();
             match all.filter(|daemon| Some(daemon.id) != old).max_by_key(|daemon| daemon.id.start_time) {
                 Some(daemon) => return Ok(daemon),
-                None if self.clock.now() < until => self.clock.sleep(LOOK_AGAIN),
-                None => bail!("no ovs-vswitchd runs; remedy: start its container"),
+                None if self.clock.now() >= until => bail!("{nobody}"),
+                None => self.clock.sleep(LOOK_AGAIN),
             }
         }
     }

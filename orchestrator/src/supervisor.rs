@@ -59,7 +59,7 @@ pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
         elsewhere: args.elsewhere,
     };
     if wish.elsewhere {
-        config.limits.switch_commit_ms = config.limits.elsewhere_ms;
+        config.limits.with_restart_elsewhere();
     }
     let (code, report) = run_to_the_end(&args.id, wish, config)?;
     if let (Some(path), Some(report)) = (&args.report, report) {

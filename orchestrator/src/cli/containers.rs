@@ -3,26 +3,22 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
+use super::hook::report_on;
 use super::launch::{launch, Launched};
-use super::output::{complain, say};
-use super::restart::{follow_to_the_end, no_run_now};
+use super::output::{complain, complain_of, say};
+use super::restart::{follow_to_the_end, no_run_now, wait_for_report};
 use super::{answered, SuperviseArgs};
-use crate::control::{Connection, HookClient, HookCommand, HookReporter, Progress, Subscription, SOCKET};
+use crate::control::{Connection, HookClient, HookCommand, Progress, Subscription, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::report::{summary, Report, Strategy};
-
-/// How long a run that has just ended may take to leave its report.
-const REPORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// `hook container-stop`: 0 once everything is parked; then the caller ends the old container and starts the new one.
 pub(super) fn stop(config: &Path) -> u8 {
@@ -30,7 +26,7 @@ pub(super) fn stop(config: &Path) -> u8 {
         return code;
     }
     match wait_until_parked(config) {
-        Ok(code) => code.code(),
+        Ok(code) => code,
         Err(error) => {
             complain(&format!("{error:#}: a restart of the container now loses what it loses without ovs-graceful"));
             ExitCode::Undone.code()
@@ -38,16 +34,12 @@ pub(super) fn stop(config: &Path) -> u8 {
     }
 }
 
-fn wait_until_parked(config: &Path) -> anyhow::Result<ExitCode> {
+fn wait_until_parked(config: &Path) -> anyhow::Result<u8> {
     let config = std::path::absolute(config)?;
     let args = SuperviseArgs { no_ovsdb: true, elsewhere: true, ..SuperviseArgs::new(Strategy::StopStart, config) };
-    let over = |report: &Report| {
-        complain(summary(report, false).trim_end());
-        report.exit_code
-    };
     match launch(&args)? {
         Launched::Running(_) => {}
-        Launched::Over(report) => return Ok(over(&report)),
+        Launched::Over(report) => return Ok(complain_of(&report)),
     }
     let hook = HookClient::open(Path::new(SOCKET))?;
     let order = match hook {
@@ -58,10 +50,10 @@ fn wait_until_parked(config: &Path) -> anyhow::Result<ExitCode> {
         Some((HookCommand::Start, hook)) => {
             hook.reporter()?.child_exited(0)?;
             say(&format!("run {}: everything is parked; restart the container now", args.id));
-            Ok(ExitCode::Done)
+            Ok(ExitCode::Done.code())
         }
         Some((HookCommand::Finish | HookCommand::Cancel, _)) => bail!("run {} was cancelled", args.id),
-        None => wait_for_report(&args.id).map(|report| over(&report)),
+        None => Ok(complain_of(&wait_for_report(&args.id).with_context(|| format!("run {} has gone", args.id))?)),
     }
 }
 
@@ -90,52 +82,38 @@ fn under_way() -> anyhow::Result<Option<(String, Subscription)>> {
 }
 
 fn last_report() -> anyhow::Result<Report> {
-    let runs = Runs::default();
-    let id =
-        runs.ids()?.into_iter().max().context("there was no run; remedy: `ovs-graceful hook container-stop` first")?;
-    runs.report(&id)
-}
-
-fn wait_for_report(id: &str) -> anyhow::Result<Report> {
-    let runs = Runs::default();
-    let until = Instant::now() + REPORT_LIMIT;
-    loop {
-        match runs.report(id) {
-            Ok(report) => return Ok(report),
-            Err(_) if Instant::now() < until => thread::sleep(Duration::from_millis(50)),
-            Err(error) => return Err(error).with_context(|| format!("run {id} has gone")),
-        }
-    }
+    let last = Runs::default().list()?.pop();
+    let last = last.context("there was no run; remedy: `ovs-graceful hook container-stop` first")?;
+    last.report.with_context(|| format!("run {} has left no report; remedy: `ovs-graceful recover`", last.id))
 }
 
 /// `restart --restart-command`: connects to the run just started and waits, in a thread of its own, for the word to run
 /// `command`.
 pub(super) fn stand_by(command: String) -> anyhow::Result<()> {
     let hook = HookClient::open(Path::new(SOCKET))?.context("the run has gone")?;
-    let reporter = hook.reporter()?;
     thread::spawn(move || {
-        if let Err(error) = serve(hook, reporter, &command) {
+        if let Err(error) = serve(hook, &command) {
             complain(&format!("`{command}`: {error:#}"));
         }
     });
     Ok(())
 }
 
-/// A command under way, by its process group.
-type UnderWay = Arc<Mutex<Option<Pid>>>;
-
-fn serve(mut hook: HookClient, reporter: HookReporter, command: &str) -> anyhow::Result<()> {
-    let mut reporter = Some(reporter);
-    let under_way = UnderWay::default();
+fn serve(mut hook: HookClient, command: &str) -> anyhow::Result<()> {
+    let mut started = None;
     while let Some(order) = hook.next_command()? {
-        match (order, reporter.take()) {
-            (HookCommand::Start, Some(reporter)) => run(command, reporter, &under_way)?,
-            (HookCommand::Start, None) => {}
-            (HookCommand::Finish, _) => return Ok(()),
-            (HookCommand::Cancel, _) => {
+        match order {
+            HookCommand::Start if started.is_some() => {}
+            HookCommand::Start => {
+                let spawned = spawn(command);
+                let group = spawned.as_ref().map_or(0, |child| child.id().cast_signed());
+                started = Some((group, report_on(spawned, hook.reporter()?)?));
+            }
+            HookCommand::Finish => return Ok(()),
+            HookCommand::Cancel => {
                 // It must not end the daemon that goes on.
-                if let Some(group) = under_way.lock().unwrap_or_else(PoisonError::into_inner).take() {
-                    let _has_ended = killpg(group, Signal::SIGTERM);
+                if let Some((group, _)) = started.filter(|(_, end)| !end.is_finished()) {
+                    let _has_ended = killpg(Pid::from_raw(group), Signal::SIGTERM);
                 }
                 return Ok(());
             }
@@ -144,26 +122,9 @@ fn serve(mut hook: HookClient, reporter: HookReporter, command: &str) -> anyhow:
     Ok(())
 }
 
-/// Runs it in a group of its own, which no Ctrl-C reaches; our standard output is for the report. Tells the supervisor of its end.
-fn run(command: &str, mut reporter: HookReporter, under_way: &UnderWay) -> anyhow::Result<()> {
+/// In a group of its own, which no Ctrl-C reaches; our standard output is for the report.
+fn spawn(command: &str) -> anyhow::Result<Child> {
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", command]).stdin(Stdio::null()).stdout(std::io::stderr()).process_group(0);
-    let mut child = match shell.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            reporter.child_exited(127)?;
-            return Err(error).context("cannot run /bin/sh");
-        }
-    };
-    let pid = child.id().cast_signed();
-    *under_way.lock().unwrap_or_else(PoisonError::into_inner) = Some(Pid::from_raw(pid));
-    reporter.spawned(pid)?;
-    let under_way = under_way.clone();
-    thread::spawn(move || {
-        let status = child.wait().map_or(-1, super::hook::status_number);
-        under_way.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // A supervisor that has gone is seen by the thread that reads from it.
-        let _ = reporter.child_exited(status);
-    });
-    Ok(())
+    shell.spawn().context("cannot run /bin/sh")
 }

@@ -12,7 +12,7 @@ use anyhow::{bail, Context};
 
 use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
-use super::output::complain;
+use super::output::{complain, complain_of};
 use super::restart::{no_run_now, restart};
 use super::{RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
@@ -21,7 +21,7 @@ use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{summary, Report, Strategy};
+use crate::report::{Report, Strategy};
 
 /// How long a run may take; the unit's TimeoutStopSec= is as long.
 const RUN_LIMIT: Duration = Duration::from_secs(360);
@@ -74,22 +74,17 @@ fn reload_in_a_run(config: &Path, unit: String, start: &[OsString]) -> anyhow::R
     let args = from_its_unit(config, unit, Strategy::Standby);
     match launch(&args)? {
         Launched::Running(_) => {}
-        Launched::Over(report) => return Ok(told(&report)),
+        Launched::Over(report) => return Ok(complain_of(&report)),
     }
     match hook::reload(Path::new(SOCKET), start, Some(PID_FILE.into()))? {
         // The run goes on; systemd is to have the new daemon now.
         0 => Ok(0),
         _ => match Runs::default().report(&args.id) {
-            Ok(report) => Ok(told(&report)),
+            Ok(report) => Ok(complain_of(&report)),
             // It waits for our end, and its own will tell.
             Err(_) => bail!("run {} is being undone; why is in `ovs-graceful runs show {}` then", args.id, args.id),
         },
     }
-}
-
-fn told(report: &Report) -> u8 {
-    complain(summary(report, false).trim_end());
-    report.exit_code.code()
 }
 
 /// ExecStart= of a unit, with its variables, which this process has as well: it is a command of the same unit.

@@ -127,7 +127,7 @@ pub(super) fn reload(socket: &Path, command: &[OsString], pid_file: Option<PathB
     while let Some(order) = hook.next_command()? {
         match order {
             Order::Start if started.is_some() => complain("hook reload: told to start twice; started once"),
-            Order::Start => started = Some(start(command, old.as_deref(), hook.reporter()?)?),
+            Order::Start => started = Some(report_on(spawn(command, old.as_deref()), hook.reporter()?)?),
             Order::Finish => return Ok(0),
             Order::Cancel => return Ok(1),
         }
@@ -162,9 +162,9 @@ fn wait_settled(pid_file: Option<PathBuf>, until: Instant) {
     }
 }
 
-/// Spawns the command and tells the supervisor of its end, from a thread of its own.
-fn start(command: &[OsString], old: Option<&str>, mut reporter: HookReporter) -> anyhow::Result<JoinHandle<()>> {
-    let mut child = match spawn(command, old) {
+/// Tells the supervisor of a command that was spawned, and from a thread of its own of its end.
+pub(super) fn report_on(spawned: anyhow::Result<Child>, mut reporter: HookReporter) -> anyhow::Result<JoinHandle<()>> {
+    let mut child = match spawned {
         Ok(child) => child,
         Err(error) => {
             // 127, as a shell says of a command that cannot be run.
@@ -212,7 +212,7 @@ fn reload_only(environ: &[u8]) -> impl Iterator<Item = &'static str> + '_ {
     RELOAD_ONLY.into_iter().filter(move |name| *name == "MAINPID" || !daemon_has(name))
 }
 
-pub(super) fn status_number(status: ExitStatus) -> i32 {
+fn status_number(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 

@@ -4,6 +4,8 @@ use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::report::{summary, Report};
+
 /// The answer: to standard output.
 pub fn say(text: &str) {
     let _ = writeln!(io::stdout(), "{text}");
@@ -19,6 +21,12 @@ pub fn say_json(value: &impl Serialize) {
 /// What went wrong: to standard error.
 pub fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "ovs-graceful: {text}");
+}
+
+/// How a run ended that did not do what was asked for: to standard error. Its exit code.
+pub fn complain_of(report: &Report) -> u8 {
+    complain(summary(report, false).trim_end());
+    report.exit_code.code()
 }
 
 /// What is going on: to standard error, so that standard output is the answer alone.

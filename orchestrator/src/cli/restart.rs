@@ -68,7 +68,7 @@ fn print_plan(config: &Path, args: &RestartArgs) -> anyhow::Result<ExitCode> {
     let mut config = load(config)?;
     let elsewhere = args.restart_command.is_some();
     if elsewhere {
-        config.limits.switch_commit_ms = config.limits.elsewhere_ms;
+        config.limits.with_restart_elsewhere();
     }
     let plan = plan(crate::supervisor::check(&config, args.chosen_strategy(), elsewhere)?, args, &config);
     match args.json {
@@ -240,16 +240,26 @@ fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
 
 /// The connection broke before the end was told.
 fn orphaned(id: &str, args: &RestartArgs) -> u8 {
+    match wait_for_report(id) {
+        Some(report) => end(&report, args),
+        None => {
+            complain(&format!("the supervisor of run {id} went without a report; remedy: `ovs-graceful recover`"));
+            ExitCode::NeedsPerson.code()
+        }
+    }
+}
+
+/// That of a run whose supervisor has closed its socket.
+pub(super) fn wait_for_report(id: &str) -> Option<Report> {
     let runs = Runs::default();
     let until = Instant::now() + REPORT_LIMIT;
     while Instant::now() < until {
         if let Ok(report) = runs.report(id) {
-            return end(&report, args);
+            return Some(report);
         }
         thread::sleep(Duration::from_millis(100));
     }
-    complain(&format!("the supervisor of run {id} went without a report; remedy: `ovs-graceful recover`"));
-    ExitCode::NeedsPerson.code()
+    None
 }
 
 fn end(report: &Report, args: &RestartArgs) -> u8 {

@@ -27,6 +27,13 @@ pub struct Mark {
     pub unit: Option<String>,
 }
 
+impl Mark {
+    /// Did the old daemon run in a container? Then nothing of Open vSwitch is ours to start.
+    pub fn is_contained(&self) -> bool {
+        self.old.as_ref().is_some_and(|old| old.contained)
+    }
+}
+
 /// The run's journal, and what it has said already.
 pub struct Recorder {
     runs: Runs,

@@ -91,6 +91,10 @@ pub enum Start {
     Elsewhere {
         /// His hook.
         link: Box<dyn Hook>,
+        /// His command has begun: its end will be told.
+        runs: bool,
+        /// When that was done.
+        done: Option<Instant>,
     },
     /// By ourselves, where no service manager owns the daemons.
     Own(Box<dyn Starting>),
@@ -129,10 +133,6 @@ pub struct Known {
     pub start: Option<Start>,
     /// The command that starts it has ended well; where somebody else starts it, he has said that he goes on.
     pub start_ended: bool,
-    /// It has begun: somebody else's command, of which the end will be told.
-    pub start_runs: bool,
-    /// When that was done.
-    pub start_done: Option<Instant>,
     /// A daemon was told to start and has not been seen yet.
     pub unseen: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.

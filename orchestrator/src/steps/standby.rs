@@ -115,7 +115,7 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     if run.wish.elsewhere {
         let connects = || Stop::TimedOut("whoever starts the new ovs-vswitchd to connect".into());
         let link = run.control.wait_hook(until).ok_or_else(connects)?;
-        run.known.start = Some(Start::Elsewhere { link });
+        run.known.start = Some(Start::Elsewhere { link, runs: false, done: None });
         return run.checkpoint();
     }
     let old = run.old()?.clone();
@@ -189,7 +189,7 @@ fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
     let mut new = None;
     run.wait_for("the PID file of the new ovs-vswitchd", |run| {
         start_has_not_failed(run)?;
-        if run.known.start_done.is_some_and(|done| run.now().saturating_duration_since(done) >= LATE_START) {
+        if others_done_for(run).is_some_and(|time| time >= LATE_START) {
             return Err(anyhow!("the command is done, and no ovs-vswitchd has come up; see the container's log").into());
         }
         match run.host.daemons.wait_pid_file(old, run.now()) {
@@ -217,11 +217,11 @@ pub(super) fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
             Some(HookEvent::Closed) if !run.known.start_ended => return Err(anyhow!("ExecStop= has gone").into()),
             _ => {}
         },
-        Some(Start::Elsewhere { link }) => match link.recv(now) {
-            Some(HookEvent::Spawned { .. }) => run.known.start_runs = true,
+        Some(Start::Elsewhere { link, runs, done }) => match link.recv(now) {
+            Some(HookEvent::Spawned { .. }) => *runs = true,
             Some(HookEvent::ChildExited { status: 0 }) => {
                 run.known.start_ended = true;
-                run.known.start_done = run.known.start_runs.then_some(now);
+                *done = runs.then_some(now);
             }
             Some(HookEvent::ChildExited { status }) => {
                 return Err(
@@ -229,7 +229,7 @@ pub(super) fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
                 )
             }
             // A command that runs goes on where whoever waits for its end has been interrupted.
-            Some(HookEvent::Closed) if !run.known.start_ended && !run.known.start_runs => {
+            Some(HookEvent::Closed) if !run.known.start_ended && !*runs => {
                 return Err(anyhow!("whoever was to start the new ovs-vswitchd has gone").into())
             }
             _ => {}
@@ -245,10 +245,18 @@ pub(super) fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {
 /// Tells whoever restarts the daemons elsewhere that their time has come.
 pub(super) fn let_others_restart(run: &mut Run) -> Result<(), Stop> {
     match &mut run.known.start {
-        Some(Start::Elsewhere { link }) => {
+        Some(Start::Elsewhere { link, .. }) => {
             Ok(link.send(HookCommand::Start).context("whoever was to restart ovs-vswitchd has gone")?)
         }
         _ => Err(anyhow!("nobody is there who restarts ovs-vswitchd").into()),
+    }
+}
+
+/// For how long somebody else's command, where he has one, has been done.
+pub(super) fn others_done_for(run: &Run) -> Option<Duration> {
+    match &run.known.start {
+        Some(Start::Elsewhere { done, .. }) => done.map(|done| run.now().saturating_duration_since(done)),
+        _ => None,
     }
 }
 
@@ -339,7 +347,7 @@ pub(super) fn cancel_start(run: &mut Run) -> Result<(), Stop> {
         // It goes on when the run has ended.
         Some(restart @ Start::Restart { .. }) => run.known.start = Some(restart),
         Some(Start::Own(mut start)) => start.cancel(),
-        Some(Start::Elsewhere { mut link }) => {
+        Some(Start::Elsewhere { mut link, .. }) => {
             let _gone_is_fine = link.send(HookCommand::Cancel);
         }
         None => {

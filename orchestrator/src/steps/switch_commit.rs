@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{anyhow, Context};
 
-use super::standby::{let_others_restart, start_has_not_failed, start_new_daemon};
+use super::standby::{let_others_restart, others_done_for, start_has_not_failed, start_new_daemon};
 use super::switch_prepare::{keep_parked, take_upcalls};
 use super::{reload, Ended, Run, Step, Stop};
 use crate::config::Config;
@@ -88,7 +88,7 @@ fn wait_for_end(run: &mut Run) -> Result<(), Stop> {
 /// The old daemon still lives: is there hope that whoever is to end it does?
 fn others_are_at_it(run: &mut Run) -> Result<(), Stop> {
     start_has_not_failed(run)?;
-    if run.known.start_done.is_some_and(|done| run.now().saturating_duration_since(done) >= LATE_END) {
+    if others_done_for(run).is_some_and(|time| time >= LATE_END) {
         let pid = run.old()?.id.pid;
         return Err(
             anyhow!("the command is done, and ovs-vswitchd (process {pid}) still runs: was it the right one?").into()

@@ -199,10 +199,8 @@ fn module(out: &Path, outcome: &mut Outcome) -> Result<()> {
     let said = ovs_ctl("force-reload-kmod", out);
     outcome.check(format!("{name}: exit 0"), said.starts_with("exit=0"), &said);
     wait_until_over()?;
-    let runs: Vec<String> = run::known().into_iter().filter(|id| !known.contains(id)).collect();
-    let reports = runs.iter().map(|id| shell_lenient(&format!("cat {}", run::report(id).display())));
-    let strategy: Vec<Value> = reports.filter_map(|text| serde_json::from_str::<Value>(&text).ok()).collect();
-    let right = matches!(strategy.as_slice(), [one] if one["strategy"] == "reload-module");
+    let runs: Vec<Value> = run::known().iter().filter(|id| !known.contains(id)).map(|id| told(id)).collect();
+    let right = matches!(runs.as_slice(), [one] if one["strategy"] == "reload-module");
     outcome.check(format!("{name}: the module was reloaded"), right, said);
     aftermath::nothing_left(name, outcome);
     aftermath::owned(name, outcome);
@@ -268,7 +266,7 @@ pub fn told(id: &str) -> Value {
     let report: Value =
         fs::read(run::report(id)).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
     json!({ "exit_code": report["exit_code"], "reason": report["reason"], "warnings": report["warnings"],
-            "differences": report["differences"], "parked": report["parked"] })
+            "differences": report["differences"], "parked": report["parked"], "strategy": report["strategy"] })
 }
 
 fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {

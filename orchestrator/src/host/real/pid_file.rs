@@ -61,9 +61,7 @@ impl PidFile {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             opened => opened.about(self.object())?,
         };
-        let whole =
-            libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 };
-        let mut lock = whole;
+        let mut lock = whole_file();
         fcntl(&file, FcntlArg::F_GETLK(&mut lock)).about(self.object())?;
         Ok((lock.l_type != libc::F_UNLCK as i16 && lock.l_pid > 0).then_some(lock.l_pid))
     }
@@ -136,6 +134,11 @@ impl PidFile {
         HostError::new(self.object(), format!("expected the file of process {wanted}, but {}", list.join(" and ")))
             .remedy("somebody else starts or stops daemons; restart the daemon if `ovs-appctl` cannot find it by name")
     }
+}
+
+/// The lock that daemons have on their PID files.
+fn whole_file() -> libc::flock {
+    libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
 }
 
 /// The pid in a file; `None` where there is none yet.
@@ -232,17 +235,12 @@ mod tests {
         }
     }
 
-    fn lock(whose: &File) {
-        let lock = libc::flock { l_type: libc::F_WRLCK as _, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
-        fcntl(whose, FcntlArg::F_SETLK(&lock)).unwrap();
-    }
-
     /// The other process of the test below: a lock of one's own is none to oneself.
     #[test]
     #[ignore]
     fn holds_a_lock() {
         let file = File::options().write(true).open(std::env::var_os("LOCKED").unwrap()).unwrap();
-        lock(&file);
+        fcntl(&file, FcntlArg::F_SETLK(&whole_file())).unwrap();
         println!("locked");
         std::thread::sleep(std::time::Duration::from_secs(60));
     }
