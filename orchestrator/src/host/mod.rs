@@ -156,6 +156,8 @@ pub trait Daemons: Send + Sync {
     fn listens(&self, daemon: &Daemon) -> bool;
     /// Waits until the process has ended; false where `until` passes first.
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool>;
+    /// What runs, by its own word.
+    fn running_version(&self, daemon: &Daemon, until: Instant) -> Result<String>;
     /// What runs and what is installed.
     fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions>;
     /// A unixctl command to this daemon.
@@ -348,8 +350,16 @@ pub trait Database: Send + Sync {
     fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()>;
     /// Runs operations (RFC 7047, 5.2) on database Open_vSwitch; any that fails is an error and nothing is done.
     fn transact(&self, operations: Vec<serde_json::Value>, until: Instant) -> Result<Vec<serde_json::Value>>;
+    /// Gets into the queue for the lock that an ovs-vswitchd must have before it touches anything (RFC 7047, 4.1.8).
+    fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>>;
     /// Watches flow-restore-wait from now on.
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>>;
+}
+
+/// A place in the queue for the lock of ovs-vswitchd. Dropped, also by our death, it is given up.
+pub trait SwitchLock: Send {
+    /// Is it ours by now? Gets a new place where the server has been replaced meanwhile; never waits.
+    fn is_ours(&mut self) -> bool;
 }
 
 /// Notices that somebody else removes flow-restore-wait (hazards 23).

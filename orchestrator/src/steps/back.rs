@@ -10,9 +10,9 @@ use super::standby::{
     cancel_start, end_daemon, end_unseen_daemon, release_unit, start_new_daemon, wait_job, wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, Ended, Run, Start, Stop};
+use super::{classes, tunnels, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
-use crate::host::{DaemonKind, JobKind, SavedProgram, Signal};
+use crate::host::{DaemonKind, Job, JobKind, SavedProgram, Signal};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
 
@@ -28,8 +28,10 @@ pub fn go_back(run: &mut Run) -> Ended {
         run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
     }
     run.host.datapath.tunnels_adopted(Duration::ZERO)?;
+    tunnels::hold_up(run);
     end_new_daemon(run)?;
     if stay(run)? {
+        run.known.switch_lock = None;
         return Ok(Event::Done);
     }
     // Hazards 1: it may have been bound already.
@@ -41,6 +43,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
     start_again(run)?;
     wait_until_it_listens(run)?;
+    tunnels::adopt(run)?;
     super::restore::restore(run)?;
     let_it_bind(run)?;
     finish(run)?;
@@ -154,15 +157,38 @@ fn start_installed(run: &mut Run) -> Result<(), Stop> {
         run.known.new = Some(run.host.daemons.wait_pid_file(&old, until)?);
         return run.checkpoint();
     };
-    let services = &run.host.services;
-    let mut job = services.start_job(&unit, JobKind::Restart, until)?;
+    let mut job = run.host.services.start_job(&unit, JobKind::Restart, until)?;
+    if run.known.switch_lock.is_some() {
+        let_it_have_the_lock(run, job.as_mut())?;
+    }
     match job.wait(until)?.as_deref() {
         Some("done") => {}
         other => return Err(bail_start(&unit, other).into()),
     }
-    let started = services.unit(&unit, until)?.context("the unit has vanished")?;
+    let started = run.host.services.unit(&unit, until)?.context("the unit has vanished")?;
     run.known.new = Some(run.host.daemons.describe(DaemonKind::OvsVswitchd, started.main_pid)?);
     run.checkpoint()
+}
+
+/// The unit's start ends when the daemon has taken over, for which it needs the lock.
+fn let_it_have_the_lock(run: &mut Run, job: &mut dyn Job) -> Result<(), Stop> {
+    let old = run.old()?.clone();
+    run.wait_for("the PID file of ovs-vswitchd", |run| {
+        tunnels::keep_place(run);
+        match run.host.daemons.wait_pid_file(&old, run.now()) {
+            Ok(daemon) => run.known.new = Some(daemon),
+            Err(error) if error.timed_out => {}
+            Err(error) => return Err(error.into()),
+        }
+        // A start that has failed is told by its job.
+        Ok(run.known.new.is_some() || job.wait(run.now())?.is_some())
+    })?;
+    if run.known.new.is_none() {
+        run.known.switch_lock = None;
+        return Ok(());
+    }
+    wait_until_it_listens(run)?;
+    tunnels::adopt(run)
 }
 
 fn bail_start(unit: &str, result: Option<&str>) -> anyhow::Error {

@@ -22,6 +22,7 @@ mod standby;
 mod switch_commit;
 mod switch_prepare;
 mod thaw;
+mod tunnels;
 mod verify;
 
 use std::time::Duration;

@@ -15,7 +15,7 @@ use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
     BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
-    RuleWatch, SavedProgram, ServiceManager, Starting,
+    RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
 };
 use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
@@ -137,6 +137,8 @@ pub struct Known {
     pub unseen: bool,
     /// The standby has been stopped by us (SIGSTOP) and must be woken or killed.
     pub standby_stopped: bool,
+    /// Holds a daemon up that starts without having been a standby, until its tunnel ports are watched.
+    pub switch_lock: Option<Box<dyn SwitchLock>>,
     /// Timeout policies in the database are changed for a moment.
     pub policies_touched: bool,
     /// Internal devices as they were, once they were looked at because the module is to be reloaded.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context};
 
-use super::{Ended, Run, Start, Step, Stop};
+use super::{tunnels, Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{Hook, HookCommand, HookEvent};
 use crate::host::real::procfs::own_program;
@@ -39,7 +39,7 @@ impl Step for Standby {
             run.host.daemons.wait_standby(&new, until).context("the standby to wait for the database's lock")?;
             run.host.daemons.signal(new.id, Signal::Stop).context("stopping the standby")?;
             run.known.standby_stopped = true;
-            if takes_tunnels_for_stale(run.report.to.ovs.as_deref()) {
+            if tunnels::takes_tunnels_for_stale(run.report.to.ovs.as_deref()) {
                 run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
             }
         }
@@ -65,16 +65,6 @@ impl Step for Standby {
         run.restore_wait = None;
         run.host.database.clear_restore_wait(&run.id, until)?;
         Ok(Event::Done)
-    }
-}
-
-/// Open vSwitch before 3.2 deletes the ports of its tunnels at its start and makes them again (hazards 7, docs/tunnels.md);
-/// later ones note their numbers, and need not be watched. A version that cannot be read may be an old one.
-fn takes_tunnels_for_stale(version: Option<&str>) -> bool {
-    let mut numbers = version.unwrap_or_default().split('.').map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (3, 2),
-        _ => true,
     }
 }
 
@@ -175,7 +165,8 @@ pub(super) fn start_new_daemon(run: &mut Run) -> Result<(), Stop> {
     if beside_the_old {
         run.host.daemons.swap_pid_file(&old, &new)?;
     }
-    wait_until_it_listens(run)
+    wait_until_it_listens(run)?;
+    tunnels::adopt(run)
 }
 
 /// A daemon that has written its PID file has its control socket a moment later.
@@ -189,6 +180,7 @@ fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
     let mut new = None;
     run.wait_for("the PID file of the new ovs-vswitchd", |run| {
         start_has_not_failed(run)?;
+        tunnels::keep_place(run);
         if others_done_for(run).is_some_and(|time| time >= LATE_START) {
             return Err(anyhow!("the command is done, and no ovs-vswitchd has come up; see the container's log").into());
         }
@@ -287,8 +279,8 @@ pub(super) fn finish_start(run: &mut Run) -> Result<(), Stop> {
 /// Which version it would be was not known before.
 fn learn_what_came(run: &mut Run) -> Result<(), Stop> {
     let new = run.new_daemon()?.clone();
-    match run.host.daemons.versions(&new, run.deadline) {
-        Ok(versions) => run.report.to.ovs = Some(versions.running),
+    match run.host.daemons.running_version(&new, run.deadline) {
+        Ok(version) => run.report.to.ovs = Some(version),
         Err(error) => run.warn(format!("which version runs now is not known: {error}")),
     }
     Ok(())
@@ -368,20 +360,4 @@ pub(super) fn release_unit(run: &mut Run, unit: &str, until: Instant) -> Result<
     run.host.services.end_hand_over(unit, until)?;
     run.known.unit = None;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_versions_before_3_2_take_tunnels_for_stale() {
-        for old in ["3.1.0", "2.15.2", "3.1.0-2+deb12u1", "", "none"] {
-            assert!(takes_tunnels_for_stale(Some(old)), "{old}");
-        }
-        for new in ["3.2.0", "3.5.0-1~bpo", "4.0", "10.1.2"] {
-            assert!(!takes_tunnels_for_stale(Some(new)), "{new}");
-        }
-        assert!(takes_tunnels_for_stale(None));
-    }
 }

@@ -6,7 +6,7 @@ use anyhow::{anyhow, Context};
 
 use super::standby::{let_others_restart, others_done_for, start_has_not_failed, start_new_daemon};
 use super::switch_prepare::{keep_parked, take_upcalls};
-use super::{reload, Ended, Run, Step, Stop};
+use super::{reload, tunnels, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
 use crate::host::Signal;
@@ -38,6 +38,9 @@ impl Step for SwitchCommit {
             let new = run.new_daemon()?.id;
             run.host.daemons.signal(new, Signal::Continue).context("waking the standby")?;
             run.known.standby_stopped = false;
+        }
+        if run.known.new.is_none() {
+            tunnels::hold_up(run);
         }
         if run.wish.elsewhere {
             let_others_restart(run)?;

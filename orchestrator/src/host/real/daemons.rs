@@ -185,19 +185,19 @@ impl Daemons for RealDaemons {
         readable(&*fd, until).about(format!("process {}", id.pid))
     }
 
+    fn running_version(&self, daemon: &Daemon, until: Instant) -> Result<String> {
+        version_in(daemon, &self.command(daemon, "version", &[], until)?)
+    }
+
     fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions> {
-        let object = format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
-        let unreadable = |text: &str| HostError::new(&object, format!("cannot read a version out of {text:?}"));
-        let text = self.command(daemon, "version", &[], until)?;
-        let running = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
+        let running = self.running_version(daemon, until)?;
         if daemon.contained {
             // What the next container brings is not known before it is there.
             return Ok(Versions { installed: running.clone(), running });
         }
         let program = installed_program(daemon)?;
         let text = command::run_well(&program.to_string_lossy(), &["--version"], None, until)?;
-        let installed = unixctl::parse_version(&text).ok_or_else(|| unreadable(&text))?;
-        Ok(Versions { running, installed })
+        Ok(Versions { installed: version_in(daemon, &text)?, running })
     }
 
     fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
@@ -293,6 +293,13 @@ impl Daemons for RealDaemons {
         let running = self.find_all(model.kind)?;
         PidFile::new(&model.pid_file).remove_stale(|own_pid| running.iter().any(|one| one.own_pid == own_pid))
     }
+}
+
+/// The version in what a daemon or its program says of itself.
+fn version_in(daemon: &Daemon, text: &str) -> Result<String> {
+    let object = || format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
+    unixctl::parse_version(text)
+        .ok_or_else(|| HostError::new(object(), format!("cannot read a version out of {text:?}")))
 }
 
 /// Anybody may run a program of that name in namespaces of his own, where it has whichever number he likes.

@@ -11,7 +11,7 @@ use serde_json::{json, Map, Value};
 
 use super::jsonrpc::Connection;
 use crate::host::{
-    Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result,
+    Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result, SwitchLock,
 };
 
 /// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
@@ -46,6 +46,10 @@ const DATABASE: &str = "Open_vSwitch";
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// The lock of ovs-vswitchd (`bridge_init`, vswitchd/bridge.c).
+const SWITCH_LOCK: &str = "ovs_vswitchd";
+/// How long the answer of a new server is waited for: meanwhile the run stands.
+const LOCK_AGAIN: Duration = Duration::from_millis(200);
 /// How often the watch of the flag looks for one, and how long it waits for its first answer: meanwhile the run stands.
 const WATCH_AGAIN: Duration = Duration::from_millis(200);
 
@@ -238,6 +242,12 @@ impl Database for Ovsdb {
         transact(&mut self.connect(until)?, operations, until)
     }
 
+    fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>> {
+        let mut connection = self.connect(until)?;
+        let ours = lock(&mut connection, until)?;
+        Ok(Box::new(Lock { socket: self.socket.clone(), connection: Some(connection), ours }))
+    }
+
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
         Ok(Box::new(FlagWatch::start(self, until)?))
     }
@@ -297,6 +307,49 @@ fn flag_is(set: bool) -> Value {
     json!({"op": "wait", "timeout": 0, "table": DATABASE, "columns": ["other_config"], "rows": [],
         "where": [["other_config", "includes", ["map", [[FLAG, "true"]]]]],
         "until": if set { "!=" } else { "==" }})
+}
+
+/// A connection that has asked for the lock of ovs-vswitchd. The server gives locks in the order of the requests, and
+/// tells when one's turn has come; the connection's end gives it back.
+struct Lock {
+    socket: PathBuf,
+    connection: Option<Connection>,
+    ours: bool,
+}
+
+impl SwitchLock for Lock {
+    fn is_ours(&mut self) -> bool {
+        if self.look().is_err() {
+            // Its server has gone. The next one has no queue yet.
+            *self = Lock { socket: std::mem::take(&mut self.socket), connection: None, ours: false };
+            let again = Connection::connect(&self.socket).and_then(|mut connection| {
+                self.ours = lock(&mut connection, Instant::now() + LOCK_AGAIN)?;
+                Ok(connection)
+            });
+            self.connection = again.ok();
+        }
+        self.ours
+    }
+}
+
+impl Lock {
+    fn look(&mut self) -> Result<()> {
+        let gone = || HostError::away("database", "no connection");
+        let connection = self.connection.as_mut().ok_or_else(gone)?;
+        while let Some(message) = connection.notification(Instant::now())? {
+            match message["method"].as_str() {
+                Some("locked") => self.ours = true,
+                Some("stolen") => self.ours = false,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Asks for the lock; true where it is ours at once.
+fn lock(connection: &mut Connection, until: Instant) -> Result<bool> {
+    Ok(connection.call("lock", json!([SWITCH_LOCK]), until)?["locked"] == json!(true))
 }
 
 /// A monitor (RFC 7047, 4.1.5) of the one row of table Open_vSwitch.
@@ -626,6 +679,54 @@ mod tests {
         server.join().unwrap();
         let error = database.bump(Instant::now()).unwrap_err();
         assert!(error.away, "{error}");
+    }
+
+    #[test]
+    fn the_lock_is_asked_for_again_where_the_server_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db.sock");
+        let database = Ovsdb::new(&path);
+        let (say, said) = std::sync::mpsc::channel();
+        let (answered, has_answered) = std::sync::mpsc::channel();
+        let server = std::thread::spawn(move || {
+            for turn in [true, false] {
+                let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+                let (mut peer, _) = listener.accept().unwrap();
+                let mut buffer = [0; 4096];
+                let n = std::io::Read::read(&mut peer, &mut buffer).unwrap();
+                let asked: Value = serde_json::from_slice(&buffer[..n]).unwrap();
+                assert_eq!((&asked["method"], &asked["params"]), (&json!("lock"), &json!(["ovs_vswitchd"])));
+                // Of the first server somebody else has it, until he goes.
+                let answer = json!({"id": asked["id"], "error": null, "result": {"locked": !turn}});
+                let ours = json!({"method": "locked", "params": ["ovs_vswitchd"], "id": null});
+                std::io::Write::write_all(&mut peer, answer.to_string().as_bytes()).unwrap();
+                answered.send(()).unwrap();
+                said.recv().unwrap();
+                std::io::Write::write_all(&mut peer, ours.to_string().as_bytes()).unwrap();
+                said.recv().unwrap();
+                drop((listener, peer));
+                std::fs::remove_file(&path).unwrap();
+            }
+        });
+        let mut lock = database.queue_for_switch_lock(Instant::now() + Duration::from_secs(5)).unwrap();
+        let mut look_until = |done: &dyn Fn(bool) -> bool| {
+            let end = Instant::now() + Duration::from_secs(5);
+            while !done(lock.is_ours()) {
+                assert!(Instant::now() < end, "waited too long");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        };
+        has_answered.recv().unwrap();
+        look_until(&|ours| !ours);
+        say.send(()).unwrap();
+        look_until(&|ours| ours);
+        say.send(()).unwrap();
+        // The first server has gone, and the second gives it at once.
+        look_until(&|_| has_answered.try_recv().is_ok());
+        look_until(&|ours| ours);
+        say.send(()).unwrap();
+        say.send(()).unwrap();
+        server.join().unwrap();
     }
 
     #[test]

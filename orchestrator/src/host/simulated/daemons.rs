@@ -101,6 +101,10 @@ impl Daemons for SimDaemons {
         Ok(self.0.wait(until, |world| living(world, id).is_err().then_some(())).is_some())
     }
 
+    fn running_version(&self, daemon: &Daemon, until: Instant) -> Result<String> {
+        self.0.operate("daemons.running_version", Some(until), |world| Ok(version(living(world, daemon.id)?.program)))
+    }
+
     fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions> {
         self.0.operate("daemons.versions", Some(until), |world| {
             let running = version(living(world, daemon.id)?.program);

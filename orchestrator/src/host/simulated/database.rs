@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::world::{bridges, Table, World, POLICY_S};
 use super::Sim;
-use crate::host::{Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result};
+use crate::host::{Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result, SwitchLock};
 
 /// The zone that has a timeout policy.
 const ZONE: u16 = 5;
@@ -107,9 +107,39 @@ impl Database for SimDatabase {
         self.table("database.transact", until, |_| Ok(Vec::new()))
     }
 
+    fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>> {
+        // Given up by whoever dies just then, too.
+        let lock = SimLock(self.0.clone());
+        self.0.operate("database.queue_for_switch_lock", Some(until), |world| match world.server() {
+            Some(_) => {
+                world.lock_queued = true;
+                Ok(())
+            }
+            None => Err(HostError::new("database", "nobody listens on its socket")),
+        })?;
+        Ok(Box::new(lock))
+    }
+
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
         self.table("database.watch_restore_wait", until, |_| Ok(()))?;
         Ok(Box::new(SimWatch(self.0.clone())))
+    }
+}
+
+struct SimLock(Sim);
+
+impl SwitchLock for SimLock {
+    fn is_ours(&mut self) -> bool {
+        // Polled: a fault in every look would be too many.
+        let mut world = self.0.world();
+        world.lock_queued |= world.server().is_some();
+        world.lock_queued && !world.switches().any(|process| process.leads)
+    }
+}
+
+impl Drop for SimLock {
+    fn drop(&mut self) {
+        self.0.world().lock_queued = false;
     }
 }
 

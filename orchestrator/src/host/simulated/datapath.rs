@@ -189,8 +189,14 @@ impl Datapath for SimDatapath {
         })
     }
 
-    fn adopt_tunnels(&mut self, _standby: ProcessId) -> Result<()> {
-        self.sim.operate("datapath.adopt_tunnels", None, |_| Ok(()))
+    fn adopt_tunnels(&mut self, standby: ProcessId) -> Result<()> {
+        self.sim.operate("datapath.adopt_tunnels", None, |world| match world.processes.get_mut(&standby.pid) {
+            Some(process) => {
+                process.watched = true;
+                Ok(())
+            }
+            None => Err(HostError::new("tunnel ports", "the daemon has ended")),
+        })
     }
 
     fn tunnels_adopted(&mut self, _patience: Duration) -> Result<Vec<String>> {

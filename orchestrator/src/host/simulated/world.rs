@@ -12,7 +12,7 @@ use super::disk::Files;
 use super::fault::{Fault, Script};
 use crate::control::{AbortGate, HookCommand};
 use crate::host::datapath::FreezeEvent;
-use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, ProcessId};
+use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, Interface, Port, ProcessId};
 
 /// The unit of the switch.
 pub(super) const SWITCH: &str = "ovs-vswitchd.service";
@@ -112,6 +112,10 @@ pub struct Process {
     pub rules: BTreeMap<String, BridgeRules>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// Its requests for tunnel ports are changed into questions.
+    pub watched: bool,
+    /// It has taken over: its tunnels have their ports.
+    pub has_tunnels: bool,
     /// It is in its unit's cgroup.
     pub in_unit: bool,
     /// The timeout policy of the zone as it has seen it: as OVS 3.3 it makes one when that changes.
@@ -152,6 +156,8 @@ pub struct Kernel {
     pub parked: u64,
     /// The parking sockets of the supervisor that lives.
     pub park: Option<Vec<u32>>,
+    /// The ports of tunnels are there.
+    pub tunnels: bool,
     /// Internal devices have lost their addresses with the module.
     pub bare_devices: bool,
     /// How many timeout policies daemons have made.
@@ -207,6 +213,8 @@ pub struct SwitchUnit {
     pub results: BTreeMap<u64, &'static str>,
     /// The reload under way.
     pub reload: Option<u64>,
+    /// A restart whose command has not ended: the job, and the switch it has started.
+    pub starting: Option<(u64, i32)>,
     /// The drop-in has it start the program that was kept.
     pub prefers_saved: bool,
     /// It has failed, and `Restart=on-failure` starts it then.
@@ -273,6 +281,8 @@ pub struct World {
     pub kernel: Kernel,
     /// The database.
     pub table: Table,
+    /// The run is in the queue for the database's lock, before every switch that does not have it yet.
+    pub lock_queued: bool,
     /// The switch's unit.
     pub switch: SwitchUnit,
     /// A drop-in of the database's unit.
@@ -310,7 +320,10 @@ pub struct World {
 
 /// The bridges of the host: one keeps its rules by itself, one has a controller.
 pub fn bridges() -> Vec<Bridge> {
+    let interfaces = vec![Interface { name: "vx0".into(), kind: "vxlan".into(), ..Interface::default() }];
+    let ports = vec![Port { name: "vx0".into(), interfaces, ..Port::default() }];
     let bridge = |name: &str| Bridge { name: name.to_owned(), fail_mode: "secure".into(), ..Bridge::default() };
+    let bridge = |name: &str| Bridge { ports: ports.clone(), ..bridge(name) };
     let controllers = vec!["tcp:192.0.2.1".to_owned()];
     vec![bridge("br0"), Bridge { connected: controllers.clone(), controllers, ..bridge(WITH_CONTROLLER) }]
 }
@@ -350,6 +363,7 @@ impl World {
             rules: rules(),
             kernel: Kernel::default(),
             table: Table::default(),
+            lock_queued: false,
             switch: SwitchUnit::default(),
             server_drop_in: false,
             pid_names: PidNames::default(),
@@ -433,6 +447,8 @@ impl World {
             addresses: BTreeMap::new(),
             in_unit,
             touched: None,
+            watched: false,
+            has_tunnels: false,
         };
         self.processes.insert(pid, process);
         pid
@@ -444,6 +460,7 @@ impl World {
         if process.kind == DaemonKind::OvsdbServer {
             // Whoever comes back first to the next server has the lock.
             self.processes.values_mut().for_each(|process| process.leads = false);
+            self.lock_queued = false;
             return;
         }
         if asked {
@@ -639,6 +656,7 @@ impl World {
             next = self.switches().map(|process| process.id.pid).find(|other| *other > pid);
         }
         self.live_hook();
+        self.end_start();
         if self.switch.restart.is_some_and(|at| self.time >= at) {
             let job = self.fresh_id();
             self.restart_switch(job);
@@ -671,7 +689,7 @@ impl World {
             return;
         }
         let led = self.processes.values().any(|other| other.leads);
-        if !leads && led {
+        if !leads && (led || self.lock_queued) {
             return;
         }
         let woken = self.table.cur_cfg != self.table.next_cfg;
@@ -686,6 +704,11 @@ impl World {
         let flag = self.table.flag;
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.leads = true;
+        let keeps = std::mem::replace(&mut process.has_tunnels, true) || process.watched;
+        if std::mem::replace(&mut self.kernel.tunnels, true) && !keeps {
+            self.lose("a daemon made its tunnel ports anew", 2);
+        }
+        let Some(process) = self.processes.get_mut(&pid) else { return };
         let touched = process.touched.replace(self.table.touched);
         if touched.is_some_and(|seen| seen != self.table.touched) {
             self.kernel.policies += 1;
@@ -757,6 +780,7 @@ impl World {
     pub fn lose_module(&mut self) {
         self.kernel.established = None;
         self.kernel.recirculating = None;
+        self.kernel.tunnels = false;
         self.kernel.bound.clear();
         self.kernel.bare_devices = true;
     }
@@ -906,7 +930,19 @@ impl World {
         let program = if self.switch.prefers_saved { Program::Saved } else { Program::Installed };
         let pid = self.spawn(DaemonKind::OvsVswitchd, program, true);
         self.pass(Duration::from_millis(100));
-        let up = self.processes.contains_key(&pid);
+        self.switch.starting = Some((job, pid));
+        self.end_start();
+    }
+
+    /// The command that starts the switch ends when the switch has, or waits for nobody of ours.
+    fn end_start(&mut self) {
+        let Some((job, pid)) = self.switch.starting else { return };
+        let process = self.processes.get(&pid);
+        if self.lock_queued && process.is_some_and(|process| !process.leads) {
+            return;
+        }
+        let up = process.is_some();
+        self.switch.starting = None;
         self.switch.main = if up { pid } else { 0 };
         self.switch.state = if up { "active" } else { "failed" }.into();
         self.switch.results.insert(job, if up { "done" } else { "failed" });
