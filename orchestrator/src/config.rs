@@ -123,7 +123,8 @@ pub struct Limits {
     pub switch_prepare_ms: u64,
     /// Switch after it, until the old daemon has ended and the new one answers.
     pub switch_commit_ms: u64,
-    /// The same where somebody else ends the old daemon and starts the new one (docs/containers.md).
+    /// The same where somebody else ends the old daemon and starts the new one (docs/containers.md), or systemd, because
+    /// the unit is being restarted (docs/systemd.md).
     pub elsewhere_ms: u64,
     /// One try of Restore.
     pub restore_ms: u64,
@@ -183,7 +184,7 @@ impl Limits {
         })
     }
 
-    /// From now on a run's, in which somebody else ends the old daemon and starts the new one.
+    /// From now on a run's, in which somebody else starts the new daemon.
     pub fn with_restart_elsewhere(&mut self) {
         self.switch_commit_ms = self.elsewhere_ms;
     }

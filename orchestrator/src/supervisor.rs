@@ -58,7 +58,9 @@ pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
         called_by: args.called_by.clone(),
         elsewhere: args.elsewhere,
     };
-    if wish.elsewhere {
+    // systemd, too, may have ovsdb-server to start before.
+    let by_its_unit = wish.called_by.is_some() && wish.strategy == Strategy::StopStart;
+    if wish.elsewhere || by_its_unit {
         config.limits.with_restart_elsewhere();
     }
     let (code, report) = run_to_the_end(&args.id, wish, config)?;

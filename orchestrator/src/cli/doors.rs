@@ -14,7 +14,7 @@ use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::{complain, complain_of};
 use super::restart::{no_run_now, restart};
-use super::{RestartArgs, SuperviseArgs};
+use super::{connect, RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
 use crate::control::{HookClient, HookCommand, RunLock, LOCK, SOCKET};
 use crate::host::real::Systemd;
@@ -198,6 +198,10 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
 /// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    if let Some(id) = run_that_can_be_undone() {
+        complain(&format!("run {id} is under way: waiting for its end"));
+        wait_until_free();
+    }
     // It may be the run under way that restarts the unit, as its last resort.
     let free = matches!(RunLock::holder(Path::new(LOCK)), Ok(None));
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
@@ -209,6 +213,13 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
             package_s_own(command)
         }
     }
+}
+
+/// The run under way, where it has touched nothing yet that this restart would not take part in. One that has is not
+/// waited for: what systemd is told then is its own doing, because a restart by hand is refused.
+fn run_that_can_be_undone() -> Option<String> {
+    let status = connect().ok()??.status().ok()?;
+    status.can_abort.then_some(status.id)
 }
 
 /// Starts the run; returns when it has ended the old daemon and wants the new one.

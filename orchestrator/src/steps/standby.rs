@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context};
 
+use super::arm::no_other_job;
 use super::{tunnels, Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{Hook, HookCommand, HookEvent};
@@ -123,6 +124,7 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
         limit_s: (run.config.freeze.end().as_secs() + 60),
     };
     services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
+    no_other_job(run)?;
     let job = match called_by_it {
         true => services.job_of(&unit.name, until)?.with_context(|| format!("{} is not being reloaded", unit.name))?,
         false => services.start_job(&unit.name, JobKind::Reload, until).context("asking systemd for a reload")?,
