@@ -62,7 +62,7 @@ impl Custom for Doors {
         graceful("restart", || systemctl(&format!("restart {UNIT}"), "restart", out), outcome)?;
         // As Debian's package does it after an upgrade.
         let also = "ovs-record-hostname.service";
-        let has_it = !shell_lenient(&format!("systemctl list-unit-files --no-legend {also}")).is_empty();
+        let has_it = shell(&format!("systemctl cat {also}")).is_ok();
         let all = format!("--quiet restart {UNIT}.service {}", if has_it { also } else { "" });
         graceful("restart after an upgrade", || systemctl(&all, "restart after an upgrade", out), outcome)?;
         let one = || systemctl("restart ovs-vswitchd", "restart of ovs-vswitchd", out);
