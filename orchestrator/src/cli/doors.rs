@@ -215,8 +215,8 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     }
 }
 
-/// The run under way, where it has touched nothing yet that this restart would not take part in. One that has is not
-/// waited for: what systemd is told then is its own doing, because a restart by hand is refused.
+/// The run under way, while it can be undone. Later systemd refuses a restart by hand, so one that comes all the same is
+/// the run's own, which waits for it.
 fn run_that_can_be_undone() -> Option<String> {
     let status = connect().ok()??.status().ok()?;
     status.can_abort.then_some(status.id)
