@@ -173,7 +173,7 @@ fn graceful_of(
     };
     outcome.check(format!("{name}: others are {}", replaced.join(", ")), each.all(right), json!([before, now]));
     let runs = run::known().into_iter().filter(|id| !known.contains(id)).map(|id| told(&id));
-    let none = |run: &Value| run["reason"] == "nothing to do" || matches!(run["exit_code"].as_u64(), Some(10 | 20));
+    let none = |run: &Value| run["reason"] == "nothing to do" || run["exit_code"] == 10;
     let runs: Vec<_> = runs.filter(|run| !none(run)).collect();
     let done = matches!(runs.as_slice(), [one] if matches!(one["exit_code"].as_u64(), Some(0 | 30)));
     outcome.check(format!("{name}: it was a run, and it is done"), done, runs);
@@ -239,7 +239,6 @@ fn undone(out: &Path, outcome: &mut Outcome) -> Result<()> {
 fn during_a_run(out: &Path, outcome: &mut Outcome) -> Result<()> {
     for (phase, words) in [
         ("check", "restart openvswitch-switch"),
-        ("snapshot", "restart ovs-vswitchd"),
         ("standby", "restart openvswitch-switch"),
         ("settle", "restart ovs-vswitchd"),
         ("handover", "restart openvswitch-switch"),
@@ -256,9 +255,7 @@ fn during_a_run(out: &Path, outcome: &mut Outcome) -> Result<()> {
             let said = door();
             let well = said.starts_with("exit=0") || said.contains("Operation refused");
             // A run that finds a job queued refuses itself; then the restart is one.
-            let refused = phase == "check" && said.contains("first=10");
-            // One that notices later is undone.
-            let first = said.contains("first=0") || refused || phase == "snapshot" && said.contains("first=20");
+            let first = said.contains("first=0") || phase == "check" && said.contains("first=10");
             format!("exit={}\n{said}", u8::from(!(well && first)))
         };
         graceful(&name, both, outcome)?;
