@@ -7,7 +7,8 @@ use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
 use super::standby::{
-    cancel_start, end_daemon, end_unseen_daemon, release_unit, start_new_daemon, wait_job, wait_until_it_listens,
+    cancel_start, end_daemon, end_unseen_daemon, look_for_new_daemon, release_unit, start_new_daemon, wait_job,
+    wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
 use super::{classes, tunnels, Ended, Run, Start, Stop};
@@ -174,12 +175,7 @@ fn start_installed(run: &mut Run) -> Result<(), Stop> {
 fn let_it_have_the_lock(run: &mut Run, job: &mut dyn Job) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.wait_for("the PID file of ovs-vswitchd", |run| {
-        tunnels::keep_place(run);
-        match run.host.daemons.wait_pid_file(&old, run.now()) {
-            Ok(daemon) => run.known.new = Some(daemon),
-            Err(error) if error.timed_out => {}
-            Err(error) => return Err(error.into()),
-        }
+        run.known.new = look_for_new_daemon(run, &old)?;
         // A start that has failed is told by its job.
         Ok(run.known.new.is_some() || job.wait(run.now())?.is_some())
     })?;

@@ -182,18 +182,23 @@ fn wait_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Daemon, Stop> {
     let mut new = None;
     run.wait_for("the PID file of the new ovs-vswitchd", |run| {
         start_has_not_failed(run)?;
-        tunnels::keep_place(run);
         if others_done_for(run).is_some_and(|time| time >= LATE_START) {
             return Err(anyhow!("the command is done, and no ovs-vswitchd has come up; see the container's log").into());
         }
-        match run.host.daemons.wait_pid_file(old, run.now()) {
-            Ok(daemon) => new = Some(daemon),
-            Err(error) if error.timed_out => {}
-            Err(error) => return Err(error.into()),
-        }
+        new = look_for_new_daemon(run, old)?;
         Ok(new.is_some())
     })?;
     Ok(new.context("the new ovs-vswitchd has vanished")?)
+}
+
+/// One look at the PID file, which tells of a daemon that is not `old`; our place before it is kept.
+pub(super) fn look_for_new_daemon(run: &mut Run, old: &Daemon) -> Result<Option<Daemon>, Stop> {
+    tunnels::keep_place(run);
+    match run.host.daemons.wait_pid_file(old, run.now()) {
+        Ok(daemon) => Ok(Some(daemon)),
+        Err(error) if error.timed_out => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(super) fn start_has_not_failed(run: &mut Run) -> Result<(), Stop> {

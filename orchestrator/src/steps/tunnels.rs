@@ -3,10 +3,9 @@
 
 use std::time::Duration;
 
-use dpfreeze::tunnel;
+use dpfreeze::tunnel::is_backer;
 
-use super::{Run, Stop};
-use crate::host::DatabaseFacts;
+use super::{ports, Run, Stop};
 
 /// The lock is ours a moment after the daemon before has ended.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
@@ -16,7 +15,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 pub(super) fn hold_up(run: &mut Run) {
     let takes_for_stale = |version: &Option<String>| takes_tunnels_for_stale(version.as_deref());
     let old_ones = run.wish.elsewhere || takes_for_stale(&run.report.from.ovs) || takes_for_stale(&run.report.to.ovs);
-    if run.wish.reloads_module() || !old_ones || !has_tunnels(&run.known.facts) || run.known.switch_lock.is_some() {
+    let has_tunnels = ports::wanted(&run.known.facts).iter().any(|name| is_backer(name));
+    if run.wish.reloads_module() || !old_ones || !has_tunnels || run.known.switch_lock.is_some() {
         return;
     }
     match run.host.database.queue_for_switch_lock(run.deadline) {
@@ -68,11 +68,6 @@ pub(super) fn takes_tunnels_for_stale(version: Option<&str>) -> bool {
         (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (3, 2),
         _ => true,
     }
-}
-
-fn has_tunnels(facts: &DatabaseFacts) -> bool {
-    let mut interfaces = facts.bridges.iter().flat_map(|bridge| &bridge.ports).flat_map(|port| &port.interfaces);
-    interfaces.any(|interface| tunnel::backer_of(&interface.kind, interface.dst_port.as_deref()).is_some())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use serde_json::{json, Value};
 
+use super::doors::OVS_CTL;
 use super::plain;
 use crate::command::shell_lenient;
 use crate::guest::{self, facts, Live};
@@ -46,8 +47,6 @@ pub fn owned(case: &str, outcome: &mut Outcome) {
     let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
     outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
 }
-
-const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
 
 /// What our package changes about these units, without what systemd tells of the last time.
 pub fn commands(units: &[&str]) -> String {

@@ -14,7 +14,8 @@ use serde_json::json;
 
 use super::{aftermath, plain, tunnel, Custom, Traffic};
 use crate::command::shell_lenient;
-use crate::guest::{self, facts, run, say};
+use crate::guest::probe::Spec;
+use crate::guest::{self, facts, run, say, Live};
 use crate::outcome::{Job, Outcome};
 
 /// See the module.
@@ -74,7 +75,8 @@ impl Custom for Back {
         let installed = fs::canonicalize("/usr/sbin/ovs-vswitchd").context("no ovs-vswitchd is installed")?;
         for case in &CASES {
             say(&format!("back: {}", case.name));
-            self.one(case, &installed, out, outcome).with_context(|| format!("back: {}", case.name))?;
+            let live = guest::start_all(self.probes())?;
+            one(case, live, &installed, out, outcome).with_context(|| format!("back: {}", case.name))?;
         }
         aftermath::no_unit_failed(outcome);
         Ok(())
@@ -89,45 +91,51 @@ impl Back {
         }
     }
 
-    fn one(&self, case: &Case, installed: &Path, out: &Path, outcome: &mut Outcome) -> Result<()> {
-        let live = guest::start_all(if self.tunnel { tunnel::VXLAN.probes() } else { plain::probes() })?;
-        std::thread::sleep(Duration::from_secs(3));
-        let rules = facts::promised(&plain::bridges());
-        let before = facts::daemons("ovs-vswitchd");
-        let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
-        if case.harm == Harm::Objects {
-            replace_object(before.first().map_or(0, |daemon| daemon.pid))?;
+    fn probes(&self) -> Vec<(String, Spec)> {
+        match self.tunnel {
+            true => tunnel::VXLAN.probes(),
+            false => plain::probes(),
         }
-        let known = run::known();
-        let mut client = run::start(case.arguments, &out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
-        let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
-        repair(installed)?;
-        let code = code.inspect_err(|_| {
-            let _ = client.kill();
-            let _ = client.wait();
-        })?;
-        std::thread::sleep(Duration::from_secs(5));
-        let check = |what: &str| format!("{}: {what}", case.name);
-        outcome.check(check("exit code"), code == Some(case.exit), code);
-        let after = facts::daemons("ovs-vswitchd");
-        outcome.check(check("one ovs-vswitchd, another process"), after.len() == 1 && after != before, &after);
-        if let [now] = after.as_slice() {
-            let is_installed = Path::new(&now.executable) == installed;
-            outcome.check(check("runs the right program"), is_installed == (case.exit == 0), &now.executable);
-            let version = shell_lenient(&format!("/proc/{}/exe --version", now.pid));
-            outcome.check(check("the program says its version"), version.contains("Open vSwitch"), version);
-            if case.harm == Harm::Objects {
-                let kept = shell_lenient(&format!("grep -e /program/ /proc/{}/maps | grep -e {OBJECT}", now.pid));
-                outcome.check(check("runs with the object that ran before"), !kept.is_empty(), kept);
-            }
-            let as_before = started_as(now.pid);
-            outcome.check(check("started as before"), as_before == how, json!([how, as_before]));
-        }
-        aftermath::nothing_left(case.name, outcome);
-        aftermath::owned(case.name, outcome);
-        aftermath::as_before(case.name, &rules, outcome);
-        aftermath::finish(case.name, live, false, outcome).map(drop)
     }
+}
+
+fn one(case: &Case, live: Live, installed: &Path, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    std::thread::sleep(Duration::from_secs(3));
+    let rules = facts::promised(&plain::bridges());
+    let before = facts::daemons("ovs-vswitchd");
+    let how = started_as(before.first().map_or(0, |daemon| daemon.pid));
+    if case.harm == Harm::Objects {
+        replace_object(before.first().map_or(0, |daemon| daemon.pid))?;
+    }
+    let known = run::known();
+    let mut client = run::start(case.arguments, &out.join(format!("run-{}", case.name.replace(' ', "-"))))?;
+    let code = harm(case, installed, &known, &before).and_then(|()| Ok(client.wait()?.code()));
+    repair(installed)?;
+    let code = code.inspect_err(|_| {
+        let _ = client.kill();
+        let _ = client.wait();
+    })?;
+    std::thread::sleep(Duration::from_secs(5));
+    let check = |what: &str| format!("{}: {what}", case.name);
+    outcome.check(check("exit code"), code == Some(case.exit), code);
+    let after = facts::daemons("ovs-vswitchd");
+    outcome.check(check("one ovs-vswitchd, another process"), after.len() == 1 && after != before, &after);
+    if let [now] = after.as_slice() {
+        let is_installed = Path::new(&now.executable) == installed;
+        outcome.check(check("runs the right program"), is_installed == (case.exit == 0), &now.executable);
+        let version = shell_lenient(&format!("/proc/{}/exe --version", now.pid));
+        outcome.check(check("the program says its version"), version.contains("Open vSwitch"), version);
+        if case.harm == Harm::Objects {
+            let kept = shell_lenient(&format!("grep -e /program/ /proc/{}/maps | grep -e {OBJECT}", now.pid));
+            outcome.check(check("runs with the object that ran before"), !kept.is_empty(), kept);
+        }
+        let as_before = started_as(now.pid);
+        outcome.check(check("started as before"), as_before == how, json!([how, as_before]));
+    }
+    aftermath::nothing_left(case.name, outcome);
+    aftermath::owned(case.name, outcome);
+    aftermath::as_before(case.name, &rules, outcome);
+    aftermath::finish(case.name, live, false, outcome).map(drop)
 }
 
 fn harm(case: &Case, installed: &Path, known: &[String], before: &[facts::Daemon]) -> Result<()> {

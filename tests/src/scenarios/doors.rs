@@ -29,7 +29,8 @@ const DROP_INS: [(&str, &str); 2] = [
     ),
 ];
 const PATCH: &str = include_str!("../../../patches/ovs-ctl-graceful.patch");
-const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
+/// Of every release here.
+pub const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
 const UNIT: &str = "openvswitch-switch";
 
 impl Custom for Doors {

@@ -321,7 +321,7 @@ impl SwitchLock for Lock {
     fn is_ours(&mut self) -> bool {
         if self.look().is_err() {
             // Its server has gone. The next one has no queue yet.
-            *self = Lock { socket: std::mem::take(&mut self.socket), connection: None, ours: false };
+            self.ours = false;
             let again = Connection::connect(&self.socket).and_then(|mut connection| {
                 self.ours = lock(&mut connection, Instant::now() + LOCK_AGAIN)?;
                 Ok(connection)
