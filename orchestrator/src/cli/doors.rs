@@ -16,11 +16,11 @@ use super::output::{complain, complain_of};
 use super::restart::{no_run_now, restart};
 use super::{connect, RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
-use crate::control::{HookClient, HookCommand, RunLock, LOCK, SOCKET};
+use crate::control::{HookClient, HookCommand, RunLock, Status, LOCK, SOCKET};
 use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
-use crate::machine::ExitCode;
+use crate::machine::{ExitCode, Phase};
 use crate::report::{Report, Strategy};
 
 /// How long a run may take; the unit's TimeoutStopSec= is as long.
@@ -28,6 +28,10 @@ const RUN_LIMIT: Duration = Duration::from_secs(360);
 
 /// That of ovs-vswitchd, which its unit names only while a run is under way.
 const PID_FILE: &str = "/run/openvswitch/ovs-vswitchd.pid";
+
+/// From when the unit is the package's again to the end of Settle.
+const HANDED_OVER: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
@@ -162,17 +166,24 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
 }
 
 /// systemd restarts both daemons with the unit that stands for them (`PartOf=`); where the run replaces them, their jobs,
-/// which wait for us, are taken back before it begins. Where a run is under way already it is waited for.
+/// which wait for us, are taken back before it begins. Where a run is under way already it is waited for; a restart of a
+/// daemon's own unit goes on then, and is a run of its own.
 ///
 /// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
 /// us, as after the upgrade of a package nobody else would start the new daemons.
 fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJob], command: &[OsString]) -> u8 {
     let under_way = RunLock::holder(Path::new(LOCK)).ok().flatten();
-    let restarts = match under_way.is_some() {
+    let restarts = match under_way.is_some() && hands_over() {
         true => waiting_restarts(&unit, jobs, 0),
         false => restarts_of_the_daemons(&unit, jobs),
     };
-    let Some(restarts) = restarts else { return package_s_own(command) };
+    let Some(restarts) = restarts else {
+        if let Some(holder) = under_way {
+            complain(&format!("run {} is under way: waiting for its end", holder.id));
+            wait_until_free();
+        }
+        return package_s_own(command);
+    };
     if let Err(error) = take_back(systemd, &restarts) {
         complain(&format!("cannot take back the restart of the daemons ({error}): not a run of ovs-graceful"));
         restart_as_asked(systemd, &restarts);
@@ -198,7 +209,7 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
 /// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
-    if let Some(id) = run_that_can_be_undone() {
+    if let Some(id) = run_to_wait_for() {
         complain(&format!("run {id} is under way: waiting for its end"));
         wait_until_free();
     }
@@ -215,11 +226,30 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     }
 }
 
-/// The run under way, while it can be undone. Later systemd refuses a restart by hand, so one that comes all the same is
-/// the run's own, which waits for it.
-fn run_that_can_be_undone() -> Option<String> {
-    let status = connect().ok()??.status().ok()?;
-    status.can_abort.then_some(status.id)
+/// The run under way, while it can be undone, and once it has handed over. Between the two systemd refuses a restart by
+/// hand, so one that comes all the same is the run's own, which waits for it.
+fn run_to_wait_for() -> Option<String> {
+    let until = Instant::now() + HANDED_OVER;
+    loop {
+        let status = connect().ok()??.status().ok()?;
+        match phase_under_way(&status) {
+            Some(Phase::Settle) if Instant::now() < until => thread::sleep(LOOK_AGAIN),
+            Some(Phase::Verify) => return Some(status.id),
+            _ => return status.can_abort.then_some(status.id),
+        }
+    }
+}
+
+/// Whether the run under way may have the unit's reload queued, by which systemd takes the new daemon over.
+fn hands_over() -> bool {
+    let status = connect().ok().flatten().and_then(|mut run| run.status().ok());
+    let phase = status.as_ref().and_then(phase_under_way);
+    !phase.is_some_and(|phase| phase < Phase::Standby || phase == Phase::Verify)
+}
+
+/// `None` where it is not going forward.
+fn phase_under_way(status: &Status) -> Option<Phase> {
+    status.phase.filter(|_| status.doing == "doing")
 }
 
 /// Starts the run; returns when it has ended the old daemon and wants the new one.
@@ -267,7 +297,7 @@ fn was_done(run: &str) -> bool {
 fn wait_until_free() {
     let until = Instant::now() + RUN_LIMIT;
     while Instant::now() < until && !matches!(RunLock::holder(Path::new(LOCK)), Ok(None)) {
-        thread::sleep(Duration::from_millis(100));
+        thread::sleep(LOOK_AGAIN);
     }
 }
 

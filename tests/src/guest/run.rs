@@ -38,7 +38,7 @@ pub fn has_begun(id: &str, phase: &str) -> bool {
 
 /// Waits until a run that is not among `known` begins `phase`; returns its id.
 pub fn wait_for(phase: &str, known: &[String]) -> Result<String> {
-    let end = Instant::now() + Duration::from_secs(120);
+    let end = Instant::now() + Duration::from_secs(240);
     while Instant::now() < end {
         if let Some(id) = self::known().into_iter().find(|id| !known.contains(id)) {
             if has_begun(&id, phase) {

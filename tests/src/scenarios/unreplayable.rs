@@ -90,9 +90,9 @@ const INJECTED: [(&str, Injected, u64); 8] = [
 ];
 
 /// So long packets of all kinds are parked once the old daemon is told to end.
-const GATHERING: Duration = Duration::from_millis(100);
-/// Time between two packets of a kind, µs.
-const INTERVAL_US: u64 = network::EACH_NEW_US;
+const GATHERING: Duration = Duration::from_millis(200);
+/// Time between two packets of a kind, µs: each makes flows, and all kinds together are not to keep a slow machine busy.
+const INTERVAL_US: u64 = 2 * network::EACH_NEW_US;
 
 impl Custom for Unreplayable {
     fn name(&self) -> &'static str {
@@ -244,10 +244,19 @@ fn in_the_gap(live: &Live, caller: Caller, injected: &[(&str, Injected, u64)], k
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
     if !injected.is_empty() {
         injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))?;
-        // Before all others, as the probes are: the replay is near.
-        shell("chrt --rr 1 conntrack -D -w 6 2>&1")?;
+        forget_connections(6)?;
     }
     Ok(())
+}
+
+/// Before all others, as the probes are: the replay is near. `conntrack -D` ends where a connection has expired since it
+/// was listed, and begins again then.
+fn forget_connections(zone: u16) -> Result<()> {
+    let delete = format!("chrt --rr 1 conntrack -D -w {zone} >/dev/null 2>&1");
+    let left = format!("[ -z \"$(conntrack -L -w {zone} 2>/dev/null)\" ]");
+    shell(&format!("for i in $(seq 20); do if {delete}; then exit 0; fi; done; {left}"))
+        .with_context(|| format!("connections of zone {zone} are left"))
+        .map(drop)
 }
 
 /// Keeps the flow in use that makes [`ALIAS`] [`SERVER`], from its start until it is ended.
