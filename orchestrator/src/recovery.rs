@@ -30,6 +30,9 @@ use crate::steps::Host;
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
 
+/// What a recovery says of itself in the lock, where a run has its id.
+pub const RECOVERY: &str = "recover";
+
 /// Within what systemd gives an ExecStopPost= (90 s unless it was changed).
 const LIMIT: Duration = Duration::from_secs(80);
 /// How long a daemon may take to end when asked to.
@@ -54,7 +57,7 @@ const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 /// Where the lock cannot be taken or past runs cannot be listed.
 pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<i32> {
     let runs = Runs::default();
-    let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: "recover".to_owned(), pid: std::process::id() });
+    let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: RECOVERY.to_owned(), pid: std::process::id() });
     let _lock = match lock {
         Ok(lock) => lock,
         Err(held @ LockError::Held { .. }) => {

@@ -16,11 +16,12 @@ use super::output::{complain, complain_of};
 use super::restart::{no_run_now, restart};
 use super::{connect, RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
-use crate::control::{HookClient, HookCommand, RunLock, Status, LOCK, SOCKET};
+use crate::control::{Holder, HookClient, HookCommand, RunLock, Status, LOCK, SOCKET};
 use crate::host::real::Systemd;
 use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::{ExitCode, Phase};
+use crate::recovery::RECOVERY;
 use crate::report::{Report, Strategy};
 
 /// How long a run may take; the unit's TimeoutStopSec= is as long.
@@ -173,15 +174,12 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
 /// us, as after the upgrade of a package nobody else would start the new daemons.
 fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJob], command: &[OsString]) -> u8 {
     let under_way = RunLock::holder(Path::new(LOCK)).ok().flatten();
-    let restarts = match under_way.is_some() && hands_over() {
+    let restarts = match under_way.is_some() && status_now().as_ref().is_some_and(hands_over) {
         true => waiting_restarts(&unit, jobs, 0),
         false => restarts_of_the_daemons(&unit, jobs),
     };
     let Some(restarts) = restarts else {
-        if let Some(holder) = under_way {
-            complain(&format!("run {} is under way: waiting for its end", holder.id));
-            wait_until_free();
-        }
+        wait_while(|_, _, _| true);
         return package_s_own(command);
     };
     if let Err(error) = take_back(systemd, &restarts) {
@@ -190,8 +188,8 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
         return package_s_own(command);
     }
     if let Some(holder) = &under_way {
-        complain(&format!("run {} is under way, and replaces the daemons: waiting for its end", holder.id));
-        wait_until_free();
+        complain(&format!("run {} replaces the daemons", holder.id));
+        wait_while(|_, _, _| true);
     }
     // Done by that run, unless files have been replaced since.
     let if_needed = under_way.is_some_and(|holder| was_done(&holder.id));
@@ -209,10 +207,7 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
 /// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
-    if let Some(id) = run_to_wait_for() {
-        complain(&format!("run {id} is under way: waiting for its end"));
-        wait_until_free();
-    }
+    wait_while(ends_without_us);
     // It may be the run under way that restarts the unit, as its last resort.
     let free = matches!(RunLock::holder(Path::new(LOCK)), Ok(None));
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
@@ -226,30 +221,47 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     }
 }
 
-/// The run under way, while it can be undone, and once it has handed over. Between the two systemd refuses a restart by
-/// hand, so one that comes all the same is the run's own, which waits for it.
-fn run_to_wait_for() -> Option<String> {
-    let until = Instant::now() + HANDED_OVER;
-    loop {
-        let status = connect().ok()??.status().ok()?;
-        match phase_under_way(&status) {
-            Some(Phase::Settle) if Instant::now() < until => thread::sleep(LOOK_AGAIN),
-            Some(Phase::Verify) => return Some(status.id),
-            _ => return status.can_abort.then_some(status.id),
+/// Waits for the end of the run under way, as long as `on` says so of what it is doing and of the time that has passed.
+fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) {
+    let begun = Instant::now();
+    let mut told = false;
+    while let (Ok(Some(holder)), true) = (RunLock::holder(Path::new(LOCK)), begun.elapsed() < RUN_LIMIT) {
+        if !on(&holder, status_now().as_ref(), begun.elapsed()) {
+            return;
         }
+        if !std::mem::replace(&mut told, true) {
+            complain(&format!("run {} is under way: waiting for its end", holder.id));
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
+/// Whether the run under way will end while the restart of ovs-vswitchd's unit waits; `None` where it does not answer.
+fn ends_without_us(holder: &Holder, run: Option<&Status>, waited: Duration) -> bool {
+    // Before its first words, or after its last. A recovery may be the one that restarts the unit.
+    let Some(run) = run else { return holder.id != RECOVERY && waited < HANDED_OVER };
+    match (run.doing.as_str(), run.phase) {
+        _ if run.can_abort => true,
+        ("undoing" | "finished", _) | ("doing", Some(Phase::Verify)) => true,
+        // The unit may be the package's again.
+        ("doing", Some(Phase::Settle)) => waited < HANDED_OVER,
+        // systemd refuses a restart by hand now, so this one is the run's own, which waits for it.
+        _ => false,
     }
 }
 
 /// Whether the run under way may have the unit's reload queued, by which systemd takes the new daemon over.
-fn hands_over() -> bool {
-    let status = connect().ok().flatten().and_then(|mut run| run.status().ok());
-    let phase = status.as_ref().and_then(phase_under_way);
-    !phase.is_some_and(|phase| phase < Phase::Standby || phase == Phase::Verify)
+fn hands_over(run: &Status) -> bool {
+    match (run.doing.as_str(), run.phase) {
+        ("starting" | "finished", _) | (_, None) => false,
+        ("doing", Some(phase)) => (Phase::Standby..Phase::Verify).contains(&phase),
+        _ => true,
+    }
 }
 
-/// `None` where it is not going forward.
-fn phase_under_way(status: &Status) -> Option<Phase> {
-    status.phase.filter(|_| status.doing == "doing")
+/// `None` where no run answers.
+fn status_now() -> Option<Status> {
+    connect().ok()??.status().ok()
 }
 
 /// Starts the run; returns when it has ended the old daemon and wants the new one.
@@ -291,14 +303,6 @@ fn doors(config: &Path) -> Result<DoorsConfig, u8> {
 fn was_done(run: &str) -> bool {
     let done = |report: Report| matches!(report.exit_code, ExitCode::Done | ExitCode::Differences);
     Runs::default().report(run).is_ok_and(done)
-}
-
-/// As long as a run may take.
-fn wait_until_free() {
-    let until = Instant::now() + RUN_LIMIT;
-    while Instant::now() < until && !matches!(RunLock::holder(Path::new(LOCK)), Ok(None)) {
-        thread::sleep(LOOK_AGAIN);
-    }
 }
 
 fn well(code: u8) -> u8 {
@@ -392,6 +396,51 @@ mod tests {
         assert_eq!(words, ["/ctl", "start", "--a", "--b=c", "--d=/x y/z", "a$b", "$OPTS", "5$"]);
         let words: Vec<OsString> = words.into_iter().map(OsString::from).collect();
         assert_eq!(of_restart(&words)[1], "restart");
+    }
+
+    fn status(doing: &str, phase: Phase, can_abort: bool) -> Status {
+        let (id, doing) = ("run-1".to_owned(), doing.to_owned());
+        Status {
+            id,
+            pid: 7,
+            phase: Some(phase),
+            doing,
+            elapsed_ms: 0,
+            can_abort,
+            level: None,
+            parked: 0,
+            lease_ms: None,
+        }
+    }
+
+    #[test]
+    fn a_restart_waits_for_a_run_that_does_not_wait_for_it() {
+        let holder = |id: &str| Holder { id: id.to_owned(), pid: 7 };
+        let waits = |run: &Status| ends_without_us(&holder("run-1"), Some(run), HANDED_OVER);
+        assert!(waits(&status("doing", Phase::Arm, true)));
+        assert!(waits(&status("undoing", Phase::Standby, false)));
+        assert!(waits(&status("doing", Phase::Verify, false)));
+        assert!(waits(&status("finished", Phase::Verify, false)));
+        assert!(!waits(&status("doing", Phase::Restore, false)));
+        assert!(!waits(&status("going back", Phase::Settle, false)));
+        let settles = status("doing", Phase::Settle, false);
+        let soon = Duration::from_secs(1);
+        assert!(!waits(&settles) && ends_without_us(&holder("run-1"), Some(&settles), soon));
+        assert!(ends_without_us(&holder("run-1"), None, soon) && !ends_without_us(&holder("run-1"), None, HANDED_OVER));
+        assert!(!ends_without_us(&holder(RECOVERY), None, soon));
+    }
+
+    #[test]
+    fn a_reload_is_queued_from_the_standby_until_the_end_of_settle() {
+        assert!(!hands_over(&status("doing", Phase::Arm, true)) && hands_over(&status("doing", Phase::Standby, true)));
+        assert!(
+            hands_over(&status("doing", Phase::Settle, false)) && !hands_over(&status("doing", Phase::Verify, false))
+        );
+        assert!(
+            hands_over(&status("undoing", Phase::Standby, true))
+                && hands_over(&status("going back", Phase::Restore, false))
+        );
+        assert!(!hands_over(&status("finished", Phase::Verify, false)));
     }
 
     #[test]

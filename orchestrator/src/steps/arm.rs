@@ -9,7 +9,7 @@ use super::{classes, guard, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::Lease;
 use crate::host::real::ovsdb_server::replace;
-use crate::host::DATABASE_UNIT;
+use crate::host::{QueuedJob, DATABASE_UNIT};
 use crate::machine::{Event, Phase};
 use crate::report::Level;
 
@@ -17,6 +17,8 @@ pub(super) struct Arm;
 
 /// How long systemd may take to start ovsdb-server again, and to end what requires it.
 const SERVICES_SETTLE: Duration = Duration::from_secs(15);
+/// How long the ExecStop= of the unit that stands for both daemons may take to take their jobs back.
+const TAKEN_BACK: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 impl Step for Arm {
@@ -74,15 +76,20 @@ fn is_being_restarted(run: &Run, unit: &str, until: Instant) -> bool {
 }
 
 /// Whoever restarts a daemon's own unit just now waits for the end of this run (`cli/doors.rs`), and what the run asks of
-/// systemd would wait for him. Who restarts the unit that stands for both is content with this run.
+/// systemd would wait for him. Who restarts the unit that stands for both is content with this run, and takes the
+/// daemons' jobs back.
 pub(super) fn no_other_job(run: &Run) -> Result<(), Stop> {
     // What comes with the job that has called us, Check has looked at.
     let Some(owner) = run.known.owner.as_deref().filter(|_| run.wish.called_by.is_none()) else { return Ok(()) };
-    let jobs = run.host.services.jobs(run.deadline).unwrap_or_default();
-    match jobs.iter().find(|job| [owner, DATABASE_UNIT].contains(&job.unit.as_str())) {
-        Some(job) => Err(anyhow!("somebody else's {} of {} has begun meanwhile", job.kind, job.unit).into()),
-        None => Ok(()),
+    let until = run.deadline.min(run.now() + TAKEN_BACK);
+    let is_theirs = |job: &QueuedJob| [owner, DATABASE_UNIT].contains(&job.unit.as_str());
+    while let Some(job) = run.host.services.jobs(run.deadline).unwrap_or_default().into_iter().find(is_theirs) {
+        if run.now() >= until {
+            return Err(anyhow!("somebody else's {} of {} has begun meanwhile", job.kind, job.unit).into());
+        }
+        run.host.clock.sleep(LOOK_AGAIN);
     }
+    Ok(())
 }
 
 /// Hazards 17: before any standby, and the old ovs-vswitchd seen back in step before the run goes on.
