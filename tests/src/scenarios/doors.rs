@@ -262,16 +262,13 @@ fn during_a_run(out: &Path, outcome: &mut Outcome) -> Result<()> {
 /// The same where both daemons were started by their own units.
 fn without_the_umbrella(out: &Path, outcome: &mut Outcome) -> Result<()> {
     shell(&format!("systemctl stop {UNIT}"))?;
-    let all_gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
-    wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), all_gone)?;
+    wait_until_gone()?;
     shell("systemctl start ovs-vswitchd")?;
     plain::rules()?;
     network::ping("ns1", "10.9.0.2")?;
-    for (phase, words) in
-        [("check", "restart ovs-vswitchd"), ("snapshot", "restart ovs-vswitchd"), ("verify", "restart ovs-vswitchd")]
-    {
-        let name = format!("{words} in {phase} without the umbrella");
-        in_phase(phase, words, ("ovs-vswitchd", &name), out, outcome)?;
+    for phase in ["check", "snapshot", "verify"] {
+        let name = format!("restart ovs-vswitchd in {phase} without the umbrella");
+        in_phase(phase, "restart ovs-vswitchd", ("ovs-vswitchd", &name), out, outcome)?;
     }
     let active = facts::unit_property(UNIT, "ActiveState");
     outcome.check("the umbrella is as it was", active == "inactive", active);
@@ -283,7 +280,12 @@ fn in_phase(phase: &str, words: &str, (unit, name): (&str, &str), out: &Path, ou
     // A run that finds a job queued refuses itself, one that finds it later is undone; then the restart is one.
     let may_yield = matches!(phase, "check" | "snapshot");
     // On a slow machine a run is over before systemd hears of the restart.
-    let (mut replaced, most) = (facts::DAEMONS.to_vec(), if words.ends_with(UNIT) { 1 } else { 2 });
+    let most = if words.ends_with(UNIT) { ONE_RUN } else { 2 };
+    // Of ovs-vswitchd alone where the run that would have replaced both was undone.
+    let replaced: &[&str] = match may_yield && unit == "ovs-vswitchd" {
+        true => &["ovs-vswitchd"],
+        false => &facts::DAEMONS,
+    };
     let door = || {
         let known = run::known();
         let first = std::thread::spawn(|| shell_lenient("ovs-graceful restart 2>&1; echo first=$?"));
@@ -297,11 +299,7 @@ fn in_phase(phase: &str, words: &str, (unit, name): (&str, &str), out: &Path, ou
         let first = said.contains("first=0") || yielded;
         format!("exit={}\n{said}", u8::from(!(well && first)))
     };
-    // Of ovs-vswitchd alone where the run that would have replaced both was undone.
-    if may_yield && words.ends_with("ovs-vswitchd") && unit == "ovs-vswitchd" {
-        replaced.retain(|daemon| *daemon == "ovs-vswitchd");
-    }
-    graceful_of(&replaced, (unit, most), name, both, outcome)
+    graceful_of(replaced, (unit, most), name, both, outcome)
 }
 
 /// What the report of a run says of its end.
@@ -339,14 +337,18 @@ fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
     shell("ovs-vsctl set bridge br0 stp_enable=false").map(drop)
 }
 
+/// systemctl waits for the unit that it was told, not for those that are stopped with it.
+fn wait_until_gone() -> Result<()> {
+    let all_gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
+    wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), all_gone)
+}
+
 /// Stopped is stopped.
 fn stopped(outcome: &mut Outcome) -> Result<()> {
     say("stopped");
     let known = run::known();
     let said = shell_lenient(&format!("timeout 240 systemctl stop {UNIT} 2>&1; echo exit=$?"));
-    // systemctl waits for this unit alone, not for those that are stopped with it.
-    let all_gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
-    wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), all_gone)?;
+    wait_until_gone()?;
     let now = facts::DAEMONS.map(facts::daemons);
     let gone = said.contains("exit=0") && now.iter().all(Vec::is_empty) && run::known() == known;
     outcome.check("stopped: no daemon lives, and no run", gone, json!([said, now]));
