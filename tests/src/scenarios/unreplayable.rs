@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
 use serde_json::{json, Value};
@@ -18,7 +18,7 @@ use super::network::{self, UNWILDCARD, UNWILDCARD_TTL};
 use super::{controller, Custom, Expect};
 use crate::command::{shell, wait_until};
 use crate::guest::controller::Controller;
-use crate::guest::inject::{inject, Injected};
+use crate::guest::inject::{add_flow, inject, Injected};
 use crate::guest::probe::{Place, Ports, Protocol, Spec};
 use crate::guest::{self, facts, run, say, verdict, Live};
 use crate::outcome::{Job, Outcome, ProbeOutcome};
@@ -234,23 +234,19 @@ fn start(kinds: &[Kind]) -> Result<Live> {
 /// The connections of what is parked in zone 6 are forgotten, packets are injected, and everything but `e` stops.
 fn in_the_gap(live: &Live, caller: Caller, injected: &[(&str, Injected, u64)], known: &[String]) -> Result<()> {
     // Nothing of it is on its way when packets are parked.
-    let id = run::wait_for("switch-prepare", known)?;
+    run::wait_for("switch-prepare", known)?;
     caller.end()?;
-    if !injected.is_empty() {
-        // Until the run has taken the upcalls over, the old daemon's revalidators delete what they do not know.
-        while !run::has_begun(&id, "switch-commit") && !run::report(&id).exists() {
-            add_by_hand()?;
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    }
     run::wait_for("switch-commit", known)?;
+    let begun = Instant::now();
     if !injected.is_empty() {
-        add_by_hand()?;
+        // Not earlier: the old daemon deletes what it does not know, until that is refused. The run reads the flows when
+        // the old daemon has ended.
+        add_flow(BY_HAND)?;
+        injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))?;
     }
-    std::thread::sleep(GATHERING);
+    std::thread::sleep(GATHERING.saturating_sub(begun.elapsed()));
     live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
     if !injected.is_empty() {
-        injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))?;
         forget_connections(6)?;
     }
     Ok(())
@@ -293,18 +289,6 @@ impl Caller {
         self.ended.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow!("the caller panicked"))?
     }
-}
-
-/// A flow that changes what it does not match, for what is injected; it may stand already.
-fn add_by_hand() -> Result<()> {
-    shell(&format!(
-        "said=$(ovs-dpctl add-flow \
-           'recirc_id(0),in_port(0),eth(),eth_type(0x0800),ipv4(dst=10.9.0.99,frag=no)' \
-           'set(ipv4(tos=0x4/0xfc)),recirc({BY_HAND})' 2>&1) && exit 0
-         case $said in *'File exists'*) exit 0;; esac
-         echo \"$said\" >&2; exit 1"
-    ))
-    .map(drop)
 }
 
 /// Takes ctnetlink away: the kernel would load it again for who asks.
