@@ -106,6 +106,11 @@ impl FlowCounts {
         let identity = flow.ufid.map_or_else(|| Identity::Key(flow.key.clone()), Identity::Ufid);
         self.0.get(&identity).copied()
     }
+
+    /// Takes in a `later` look at the same flows.
+    pub fn update(&mut self, later: FlowCounts) {
+        self.0.extend(later.0);
+    }
 }
 
 impl FromIterator<Flow> for FlowCounts {

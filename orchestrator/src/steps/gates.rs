@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context;
+use dpfreeze::ovs::FlowCounts;
 
 use super::{bridges, notes, Ended, Run, Step, Stop};
 use crate::config::Config;
@@ -12,6 +13,9 @@ use crate::host::real::openflow::is_timed;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Gates;
+
+/// A flow that so many dumps lack is gone.
+const LOOKS: u32 = 3;
 
 impl Step for Gates {
     fn limit(&self, config: &Config) -> Duration {
@@ -50,15 +54,23 @@ fn has_every_rule(run: &mut Run) -> Result<bool, Stop> {
     Ok(complete)
 }
 
-/// Before deletions are let go: every flow that should have been kept is there.
+/// Before deletions are let go: every flow that should have been kept is there. The kernel makes its table anew as it
+/// grows, and every ten minutes (`flow_key_insert`, net/openvswitch/flow_table.c): a dump under way then lacks flows.
 fn note_frozen_flows(run: &mut Run) -> Result<(), Stop> {
     if !run.host.datapath.is_armed() {
         return Ok(());
     }
-    let now = run.host.datapath.flow_counts()?;
-    let before = run.known.before.as_ref().and_then(|before| before.datapath(DATAPATH));
-    if let (Some(removed), Some(before)) = (run.host.datapath.removed(), before) {
-        notes::frozen_flows(&mut run.report, DATAPATH, removed, &before.flows, &now);
+    let mut seen = FlowCounts::default();
+    for look in 1..=LOOKS {
+        seen.update(run.host.datapath.flow_counts()?);
+        let before = run.known.before.as_ref().and_then(|before| before.datapath(DATAPATH));
+        let (Some(removed), Some(before)) = (run.host.datapath.removed(), before) else { break };
+        let gone = notes::frozen_flows(&mut run.report, DATAPATH, removed, &before.flows, &seen);
+        match gone {
+            Some(gone) if look == LOOKS => notes::flows_gone(&mut run.report, DATAPATH, gone),
+            Some(_) => {}
+            None => break,
+        }
     }
     run.checkpoint()
 }

@@ -84,26 +84,38 @@ fn overflow(parked: &mut Parked, before: Option<&Snapshot>, stats: &ParkStats) {
 /// So many flows that are gone are in the report, as they were.
 const GONE_TOLD: usize = 4;
 
+/// Flows that should have been kept, and are not.
+pub(super) struct Gone {
+    count: usize,
+    /// The first of them.
+    told: Vec<serde_json::Value>,
+}
+
 /// The flows of datapath `name` while nothing could delete them: those of the dump before the removal that were not
-/// removed on purpose must be there, under their UFID, with a packet count that never fell.
+/// removed on purpose must have been `seen`, under their UFID, with a packet count that never fell. Those that are not.
 pub(super) fn frozen_flows(
     report: &mut Report,
     name: &str,
     removed: &RemovalReport,
     snapshot: &[Flow],
-    now: &FlowCounts,
-) {
-    let Some(entry) = report.datapaths.iter_mut().find(|datapath| datapath.name == name) else { return };
+    seen: &FlowCounts,
+) -> Option<Gone> {
+    let entry = report.datapaths.iter_mut().find(|datapath| datapath.name == name)?;
     let survivors = survivors(removed, snapshot);
-    let kept = kept_flows(survivors.iter().copied(), now);
-    entry.flows_kept = kept as u64;
-    if kept < survivors.len() {
-        let missing = survivors.len() - kept;
-        let gone = survivors.iter().copied().filter(|flow| kept_flows([*flow], now) == 0).take(GONE_TOLD);
-        let told: Vec<_> = gone.filter_map(|flow| serde_json::to_value(flow).ok()).collect();
-        report.details.insert("flows_gone".into(), told.into());
-        report.differences.push(format!("datapath {name}: {missing} kernel flows that should have been kept are gone"));
+    let gone: Vec<&Flow> = survivors.iter().copied().filter(|flow| kept_flows([*flow], seen) == 0).collect();
+    entry.flows_kept = (survivors.len() - gone.len()) as u64;
+    if gone.is_empty() {
+        return None;
     }
+    let told = gone.iter().take(GONE_TOLD).filter_map(|flow| serde_json::to_value(flow).ok()).collect();
+    Some(Gone { count: gone.len(), told })
+}
+
+/// What [`frozen_flows`] found is a difference.
+pub(super) fn flows_gone(report: &mut Report, name: &str, gone: Gone) {
+    let Gone { count, told } = gone;
+    report.details.insert("flows_gone".into(), told.into());
+    report.differences.push(format!("datapath {name}: {count} kernel flows that should have been kept are gone"));
 }
 
 fn survivors<'a>(removed: &'a RemovalReport, snapshot: &[Flow]) -> Vec<&'a Flow> {

@@ -465,6 +465,19 @@ fn a_bridge_that_is_removed_while_its_rules_are_looked_at_is_forgotten() {
     verdict.told();
 }
 
+#[test]
+fn a_dump_that_lacks_flows_is_looked_at_again() {
+    let at = |nth| Place { life: 0, name: "datapath.flow_counts", nth };
+    let looks = |count| play(PLAIN, Script::of((0..count).map(|nth| (at(nth), Fault::TableMadeAnew))));
+    for (count, code) in [(0, ExitCode::Done), (1, ExitCode::Done), (2, ExitCode::Done), (3, ExitCode::Differences)] {
+        let played = looks(count);
+        assert_eq!(played.code(), Some(code), "{}", played.told());
+        let report = played.report.unwrap();
+        assert_eq!(report.datapaths[0].flows_kept, u64::from(count < 3));
+        assert_eq!(report.differences.iter().any(|told| told.contains("should have been kept")), count == 3);
+    }
+}
+
 /// The last operation of its kind before the point of no return.
 fn late(setting: Setting, name: &'static str) -> Place {
     trace(setting, Script::default()).into_iter().rfind(|place| place.name == name).unwrap()

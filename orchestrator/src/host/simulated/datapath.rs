@@ -75,7 +75,10 @@ impl Datapath for SimDatapath {
     }
 
     fn flow_counts(&mut self) -> Result<FlowCounts> {
-        self.sim.operate("datapath.flow_counts", None, |world| Ok(flows(world).into_iter().collect()))
+        self.sim.operate("datapath.flow_counts", None, |world| {
+            let lacking = std::mem::take(&mut world.kernel.table_made_anew);
+            Ok(flows(world).into_iter().filter(|_| !lacking).collect())
+        })
     }
 
     fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>> {

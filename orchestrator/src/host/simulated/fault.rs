@@ -42,6 +42,8 @@ pub enum Fault {
     ThawedByHand,
     /// Just before, the disk becomes full (random schedules do without it: their seeds mean what they meant).
     DiskFull,
+    /// Just before, the kernel begins to make its flow table anew: the next dump lacks flows (for dumps).
+    TableMadeAnew,
 }
 
 impl Fault {

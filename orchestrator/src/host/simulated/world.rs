@@ -162,6 +162,8 @@ pub struct Kernel {
     pub bare_devices: bool,
     /// How many timeout policies daemons have made.
     pub policies: u32,
+    /// The next dump of flows has none.
+    pub table_made_anew: bool,
 }
 
 /// The Open_vSwitch table.
@@ -1049,6 +1051,7 @@ impl World {
                 self.processes.values_mut().for_each(|process| drop(process.rules.remove(WITH_CONTROLLER)));
             }
             Fault::Suspend => self.pass(LONG),
+            Fault::TableMadeAnew => self.kernel.table_made_anew = true,
             _ => {}
         }
         self.live();
