@@ -30,7 +30,8 @@ const RUN_LIMIT: Duration = Duration::from_secs(360);
 /// That of ovs-vswitchd, which its unit names only while a run is under way.
 const PID_FILE: &str = "/run/openvswitch/ovs-vswitchd.pid";
 
-/// From when the unit is the package's again to the end of Settle.
+/// From when the unit is the package's again to the end of Settle; and how long a run may take until it answers, or to
+/// end when it does not any more.
 const HANDED_OVER: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -207,9 +208,8 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
 /// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
-    wait_while(ends_without_us);
     // It may be the run under way that restarts the unit, as its last resort.
-    let free = matches!(RunLock::holder(Path::new(LOCK)), Ok(None));
+    let free = wait_while(ends_without_us);
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
         Ok(Some(())) => 0,
         _ if !main_process().is_some_and(|pid| lives(&pid)) => 0,
@@ -221,30 +221,59 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     }
 }
 
-/// Waits for the end of the run under way, as long as `on` says so of what it is doing and of the time that has passed.
-fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) {
+/// Waits for the end of the run under way, as long as `on` says so of what it is doing and of how long it has been doing
+/// that. True where no run is under way any more.
+fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) -> bool {
     let begun = Instant::now();
+    let mut stays = Stays::default();
     let mut told = false;
-    while let (Ok(Some(holder)), true) = (RunLock::holder(Path::new(LOCK)), begun.elapsed() < RUN_LIMIT) {
-        if !on(&holder, status_now().as_ref(), begun.elapsed()) {
-            return;
+    while begun.elapsed() < RUN_LIMIT {
+        let holder = match RunLock::holder(Path::new(LOCK)) {
+            Ok(Some(holder)) => holder,
+            Ok(None) => return true,
+            Err(_) => return false,
+        };
+        let run = status_now();
+        let doing = run.as_ref().map(|run| (run.doing.clone(), run.phase));
+        if !on(&holder, run.as_ref(), stays.at((holder.id.clone(), doing), Instant::now())) {
+            return false;
         }
         if !std::mem::replace(&mut told, true) {
             complain(&format!("run {} is under way: waiting for its end", holder.id));
         }
         thread::sleep(LOOK_AGAIN);
     }
+    false
 }
 
-/// Whether the run under way will end while the restart of ovs-vswitchd's unit waits; `None` where it does not answer.
-fn ends_without_us(holder: &Holder, run: Option<&Status>, waited: Duration) -> bool {
+/// How long something has been what it is.
+struct Stays<T>(Option<(T, Instant)>);
+
+impl<T> Default for Stays<T> {
+    fn default() -> Self {
+        Stays(None)
+    }
+}
+
+impl<T: PartialEq> Stays<T> {
+    /// It is `this` now.
+    fn at(&mut self, this: T, now: Instant) -> Duration {
+        let since = self.0.take().filter(|(last, _)| *last == this).map_or(now, |(_, since)| since);
+        self.0 = Some((this, since));
+        now.saturating_duration_since(since)
+    }
+}
+
+/// Whether the run under way, which has been where it is for so `long`, will end while the restart of ovs-vswitchd's unit
+/// waits; `None` where it does not answer.
+fn ends_without_us(holder: &Holder, run: Option<&Status>, long: Duration) -> bool {
     // Before its first words, or after its last. A recovery may be the one that restarts the unit.
-    let Some(run) = run else { return holder.id != RECOVERY && waited < HANDED_OVER };
+    let Some(run) = run else { return holder.id != RECOVERY && long < HANDED_OVER };
     match (run.doing.as_str(), run.phase) {
         _ if run.can_abort => true,
         ("undoing" | "finished", _) | ("doing", Some(Phase::Verify)) => true,
         // The unit may be the package's again.
-        ("doing", Some(Phase::Settle)) => waited < HANDED_OVER,
+        ("doing", Some(Phase::Settle)) => long < HANDED_OVER,
         // systemd refuses a restart by hand now, so this one is the run's own, which waits for it.
         _ => false,
     }
@@ -428,6 +457,16 @@ mod tests {
         assert!(!waits(&settles) && ends_without_us(&holder("run-1"), Some(&settles), soon));
         assert!(ends_without_us(&holder("run-1"), None, soon) && !ends_without_us(&holder("run-1"), None, HANDED_OVER));
         assert!(!ends_without_us(&holder(RECOVERY), None, soon));
+    }
+
+    #[test]
+    fn what_is_something_else_now_has_not_been_it_for_long() {
+        let begun = Instant::now();
+        let after = |s| begun + Duration::from_secs(s);
+        let mut stays = Stays::default();
+        let seen = ["arm", "arm", "gone", "gone", "arm"].iter().zip([0, 19, 20, 22, 23]);
+        let long: Vec<u64> = seen.map(|(this, s)| stays.at(this, after(s)).as_secs()).collect();
+        assert_eq!(long, [0, 19, 0, 2, 0]);
     }
 
     #[test]

@@ -4,10 +4,16 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+
+/// Who only asks for the holder has the lock for a moment, too, and is none: so often, so far apart, it is tried again.
+const LOOKS: u32 = 20;
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Who holds the lock.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +57,16 @@ pub struct RunLock {
 impl RunLock {
     /// Takes the lock and writes `holder` into it.
     pub fn acquire(path: &Path, holder: &Holder) -> Result<RunLock, LockError> {
+        let mut looks = 0..LOOKS;
+        loop {
+            match RunLock::try_acquire(path, holder) {
+                Err(LockError::Held { holder: None, .. }) if looks.next().is_some() => thread::sleep(LOOK_AGAIN),
+                done => return done,
+            }
+        }
+    }
+
+    fn try_acquire(path: &Path, holder: &Holder) -> Result<RunLock, LockError> {
         let io_error = |source: io::Error| LockError::Io { path: path.to_path_buf(), source };
         let file = open(path).map_err(io_error)?;
         let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {

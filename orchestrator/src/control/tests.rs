@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -182,6 +183,25 @@ fn garbage_and_endless_lines_only_cost_their_sender_the_connection() {
         assert!(matches!(end, Ok(0)) || end.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
     }
     assert_eq!(run.client().status().unwrap().id, "run-1");
+}
+
+#[test]
+fn who_only_asks_for_the_holder_keeps_nobody_from_the_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lock");
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                let _ = RunLock::holder(&path);
+                std::thread::sleep(Duration::from_micros(10));
+            }
+        });
+        let me = Holder { id: "run-1".into(), pid: 42 };
+        let refused = (0..500).filter(|_| RunLock::acquire(&path, &me).is_err()).count();
+        over.store(true, Ordering::Relaxed);
+        assert_eq!(refused, 0);
+    });
 }
 
 #[test]
