@@ -55,7 +55,8 @@ fn has_every_rule(run: &mut Run) -> Result<bool, Stop> {
 }
 
 /// Before deletions are let go: every flow that should have been kept is there. The kernel makes its table anew as it
-/// grows, and every ten minutes (`flow_key_insert`, net/openvswitch/flow_table.c): a dump under way then lacks flows.
+/// grows, and every ten minutes (`flow_key_insert`, net/openvswitch/flow_table.c): a dump under way may then lack flows,
+/// and cannot always tell while others are being added.
 fn note_frozen_flows(run: &mut Run) -> Result<(), Stop> {
     if !run.host.datapath.is_armed() {
         return Ok(());
