@@ -225,7 +225,7 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
 /// that. True where no run is under way any more.
 fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) -> bool {
     let begun = Instant::now();
-    let mut stays = Stays::default();
+    let mut stays = Stays(None);
     let mut told = false;
     while begun.elapsed() < RUN_LIMIT {
         let holder = match RunLock::holder(Path::new(LOCK)) {
@@ -248,12 +248,6 @@ fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) -> bool {
 
 /// How long something has been what it is.
 struct Stays<T>(Option<(T, Instant)>);
-
-impl<T> Default for Stays<T> {
-    fn default() -> Self {
-        Stays(None)
-    }
-}
 
 impl<T: PartialEq> Stays<T> {
     /// It is `this` now.
@@ -463,7 +457,7 @@ mod tests {
     fn what_is_something_else_now_has_not_been_it_for_long() {
         let begun = Instant::now();
         let after = |s| begun + Duration::from_secs(s);
-        let mut stays = Stays::default();
+        let mut stays = Stays(None);
         let seen = ["arm", "arm", "gone", "gone", "arm"].iter().zip([0, 19, 20, 22, 23]);
         let long: Vec<u64> = seen.map(|(this, s)| stays.at(this, after(s)).as_secs()).collect();
         assert_eq!(long, [0, 19, 0, 2, 0]);

@@ -61,19 +61,25 @@ fn note_frozen_flows(run: &mut Run) -> Result<(), Stop> {
     if !run.host.datapath.is_armed() {
         return Ok(());
     }
-    let mut seen = FlowCounts::default();
-    for look in 1..=LOOKS {
-        seen.update(run.host.datapath.flow_counts()?);
-        let before = run.known.before.as_ref().and_then(|before| before.datapath(DATAPATH));
-        let (Some(removed), Some(before)) = (run.host.datapath.removed(), before) else { break };
-        let gone = notes::frozen_flows(&mut run.report, DATAPATH, removed, &before.flows, &seen);
-        match gone {
-            Some(gone) if look == LOOKS => notes::flows_gone(&mut run.report, DATAPATH, gone),
-            Some(_) => {}
-            None => break,
+    let mut seen = run.host.datapath.flow_counts()?;
+    let mut gone = frozen_flows_gone(run, &seen);
+    for _ in 1..LOOKS {
+        if gone.is_none() {
+            break;
         }
+        seen.update(run.host.datapath.flow_counts()?);
+        gone = frozen_flows_gone(run, &seen);
+    }
+    if let Some(gone) = gone {
+        notes::flows_gone(&mut run.report, DATAPATH, gone);
     }
     run.checkpoint()
+}
+
+fn frozen_flows_gone(run: &mut Run, seen: &FlowCounts) -> Option<notes::Gone> {
+    let before = run.known.before.as_ref()?.datapath(DATAPATH)?;
+    let removed = run.host.datapath.removed()?;
+    notes::frozen_flows(&mut run.report, DATAPATH, removed, &before.flows, seen)
 }
 
 /// The operator's own test. It runs while flow deletions are still refused, with a time limit.

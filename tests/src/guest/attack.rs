@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::netlink::{attribute, datapath, family_id, message, outcome, Socket};
+use super::netlink::{attribute, datapath, family_id, message, outcome, Socket, OVS_FLOW_VERSION};
 
 /// What to try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -21,7 +21,6 @@ const OVS_DP_CMD_SET: u8 = 4;
 const OVS_DP_ATTR_USER_FEATURES: u16 = 5;
 const OVS_DP_ATTR_PER_CPU_PIDS: u16 = 8;
 const OVS_DP_F_DISPATCH_UPCALL_PER_CPU: u32 = 1 << 3;
-const OVS_FLOW_VERSION: u8 = 1;
 const OVS_FLOW_CMD_DEL: u8 = 2;
 
 /// Tries it on the datapath `ovs-system`; the errno that came back, 0 for success.

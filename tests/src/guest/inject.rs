@@ -2,9 +2,11 @@
 //! sends up what no rule of Open vSwitch makes it send up at the moment that is wanted. And a flow for them: ovs-dpctl
 //! would be too slow.
 
+use std::fmt::Display;
+
 use anyhow::{bail, Result};
 
-use super::netlink::{attribute, datapath, family_id, message, outcome, Socket};
+use super::netlink::{attribute, datapath, family_id, message, outcome, Socket, OVS_FLOW_VERSION};
 
 // linux/openvswitch.h
 const OVS_PACKET_VERSION: u8 = 1;
@@ -12,7 +14,6 @@ const OVS_PACKET_CMD_EXECUTE: u8 = 3;
 const OVS_PACKET_ATTR_PACKET: u16 = 1;
 const OVS_PACKET_ATTR_KEY: u16 = 2;
 const OVS_PACKET_ATTR_ACTIONS: u16 = 3;
-const OVS_FLOW_VERSION: u8 = 1;
 const OVS_FLOW_CMD_NEW: u8 = 1;
 const OVS_FLOW_ATTR_KEY: u16 = 1;
 const OVS_FLOW_ATTR_ACTIONS: u16 = 2;
@@ -101,9 +102,14 @@ pub fn add_flow(to: u32) -> Result<()> {
     ];
     let mut socket = Socket::open()?;
     let family = family_id(&mut socket, "ovs_flow")?;
-    match outcome(&mut socket, &message(family, OVS_FLOW_CMD_NEW, OVS_FLOW_VERSION, &body.concat()))? {
+    let bytes = message(family, OVS_FLOW_CMD_NEW, OVS_FLOW_VERSION, &body.concat());
+    accepted(&mut socket, &bytes, "the flow")
+}
+
+fn accepted(socket: &mut Socket, bytes: &[u8], what: impl Display) -> Result<()> {
+    match outcome(socket, bytes)? {
         0 => Ok(()),
-        errno => bail!("the kernel refuses the flow: {}", std::io::Error::from_raw_os_error(errno)),
+        errno => bail!("the kernel refuses {what}: {}", std::io::Error::from_raw_os_error(errno)),
     }
 }
 
@@ -127,11 +133,5 @@ pub fn inject(what: Injected, count: u64) -> Result<()> {
         attribute(OVS_PACKET_ATTR_ACTIONS | NLA_F_NESTED, &what.actions()),
     ];
     let bytes = message(family, OVS_PACKET_CMD_EXECUTE, OVS_PACKET_VERSION, &body.concat());
-    for _ in 0..count {
-        match outcome(&mut socket, &bytes)? {
-            0 => {}
-            errno => bail!("the kernel refuses to execute {what:?}: {}", std::io::Error::from_raw_os_error(errno)),
-        }
-    }
-    Ok(())
+    (0..count).try_for_each(|_| accepted(&mut socket, &bytes, format_args!("to execute {what:?}")))
 }

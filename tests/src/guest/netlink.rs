@@ -10,6 +10,8 @@ const GENL_ID_CTRL: u16 = 16;
 const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
+// linux/openvswitch.h
+pub(super) const OVS_FLOW_VERSION: u8 = 1;
 // linux/netlink.h
 const NLMSG_ERROR: u16 = 2;
 const HEADER: usize = 16;
