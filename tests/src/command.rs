@@ -34,14 +34,23 @@ pub fn capture(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Seconds for a line of shell: below the time that a scenario has, so that what hangs is named instead of the whole VM.
+const SHELL_LIMIT: &str = "1000";
+
+fn limited_shell(options: &str, script: &str) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=10", SHELL_LIMIT, "sh", options, script]);
+    command
+}
+
 /// Runs a line of shell (`sh -ec`) and gives what it printed to stdout.
 pub fn shell(script: &str) -> Result<String> {
-    capture(Command::new("sh").args(["-ec", script]))
+    capture(&mut limited_shell("-ec", script))
 }
 
 /// Runs a line of shell that may fail: stdout and stderr together, failure noted in the text.
 pub fn shell_lenient(script: &str) -> String {
-    match Command::new("sh").args(["-c", script]).stdin(Stdio::null()).output() {
+    match limited_shell("-c", script).stdin(Stdio::null()).output() {
         Ok(Output { status, stdout, stderr }) => {
             let mut text = String::from_utf8_lossy(&stdout).into_owned();
             text.push_str(&String::from_utf8_lossy(&stderr));

@@ -135,22 +135,24 @@ fn parse_flow(line: &str) -> Option<(String, Flow)> {
 pub struct Promised(pub BTreeMap<String, String>);
 
 /// OpenFlow flows, groups, meters of each bridge; datapath ports; conntrack limits and timeout policies.
+///
+/// A daemon that was left half alive accepts and never answers: each question has its limit.
 pub fn promised(bridges: &[String]) -> Promised {
     let mut all = BTreeMap::new();
     for bridge in bridges {
         all.insert(
             format!("flows of {bridge}"),
-            shell_lenient(&format!("ovs-ofctl --no-stats dump-flows {bridge} | sort")),
+            shell_lenient(&format!("timeout 60 ovs-ofctl --no-stats dump-flows {bridge} | sort")),
         );
         for kind in ["groups", "meters"] {
-            let script = format!("ovs-ofctl -O OpenFlow13 dump-{kind} {bridge} | grep -v xid=");
+            let script = format!("timeout 60 ovs-ofctl -O OpenFlow13 dump-{kind} {bridge} | grep -v xid=");
             all.insert(format!("{kind} of {bridge}"), shell_lenient(&script));
         }
     }
-    all.insert("datapath ports".to_owned(), shell_lenient("ovs-dpctl show | grep '^ *port '"));
-    let limits = shell_lenient("ovs-dpctl ct-get-limits | sed 's/,count=[0-9]*//'");
+    all.insert("datapath ports".to_owned(), shell_lenient("timeout 60 ovs-dpctl show | grep '^ *port '"));
+    let limits = shell_lenient("timeout 60 ovs-dpctl ct-get-limits | sed 's/,count=[0-9]*//'");
     all.insert("conntrack limits".to_owned(), limits);
-    all.insert("zone policies".to_owned(), shell_lenient("ovs-vsctl list-zone-tp system 2>&1"));
+    all.insert("zone policies".to_owned(), shell_lenient("timeout 60 ovs-vsctl list-zone-tp system 2>&1"));
     Promised(all)
 }
 

@@ -171,7 +171,7 @@ fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     let log = out.join("stock");
     let script = "/usr/share/openvswitch/scripts/ovs-ctl --system-id=random force-reload-kmod";
     let exit = shell_lenient(&format!("timeout 120 {script} > {} 2>&1; echo exit=$?", log.display()));
-    say(&format!("stock: {}", exit.trim()));
+    say(&format!("stock: {}, {}", exit.trim(), shell_lenient(&format!("tail -n 5 {}", log.display()))));
     std::thread::sleep(Duration::from_secs(8));
     let after = (promised(), devices());
     outcome.note("stock: exit", exit.trim());
