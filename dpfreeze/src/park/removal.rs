@@ -3,19 +3,24 @@
 //! A new daemon knows neither the recirculation ids nor the cookies nor the meter ids of the old one. Flows that use
 //! them go while misses are parked: their packets then miss, and are replayed to the new daemon (hazards 8, 11, 12).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::error::Result;
+use crate::flow_key::uapi::key;
 use crate::flow_key::{self, ActionSummary, Cookie};
+use crate::netlink::attr::Attrs;
 use crate::ovs::{Flow, Ovs};
 
 /// How long to wait for readers in the kernel where membarrier(2) is refused (hazard 12).
 const GRACE_SLEEP: Duration = Duration::from_millis(20);
 /// `MEMBARRIER_CMD_GLOBAL` (include/uapi/linux/membarrier.h): returns after an RCU grace period of every CPU.
 const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+
+/// The Ethernet type that `check_ufid` asks the datapath about.
+const UFID_PROBE: u16 = 0x1234;
 
 /// Why a flow cannot survive. In the order in which reasons are tried: a flow is counted under the first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -61,6 +66,26 @@ pub fn doom_of(flow: &Flow) -> Result<Option<Doom>> {
     } else {
         None
     })
+}
+
+/// The flows of `now` (their indexes) by which a daemon that starts finds out what the datapath can do: those that
+/// appeared without a UFID since `before`, as no flow does that a daemon forwards with, and that for UFIDs itself. Each is
+/// put in, asked for and deleted by its key within a moment, and so is the next one of the same key
+/// (`dpif_probe_feature`, lib/dpif.c). Deleted in between by us, that feature would be missing to the daemon for its
+/// whole life (hazard 6). So they are let alone, and nobody waits for them.
+pub fn feature_probes(before: &[Flow], now: &[Flow]) -> HashSet<usize> {
+    let known: HashSet<&[u8]> = before.iter().filter(|flow| flow.ufid.is_none()).map(|flow| &flow.key[..]).collect();
+    let probes = |flow: &Flow| match flow.ufid {
+        Some(_) => probes_ufid(flow),
+        None => !known.contains(&flow.key[..]),
+    };
+    now.iter().enumerate().filter(|(_, flow)| probes(flow)).map(|(i, _)| i).collect()
+}
+
+/// Whether it is the flow of `check_ufid` (ofproto/ofproto-dpif.c): no actions, for an Ethernet type that nothing has.
+fn probes_ufid(flow: &Flow) -> bool {
+    let ethertype = Attrs(&flow.key).find(key::ETHERTYPE).ok().flatten();
+    flow.actions.is_empty() && ethertype.is_some_and(|attr| attr.payload == UFID_PROBE.to_be_bytes())
 }
 
 /// The flows of `now` (their indexes) that forward nothing and did not stand so in `before`: made by an old daemon
@@ -249,9 +274,10 @@ impl Chosen {
         let start = Instant::now();
         let dump = table.dump()?;
         let dump_time = start.elapsed();
+        let probes = feature_probes(snapshot, &dump);
         let mut doomed: BTreeMap<usize, Doom> = BTreeMap::new();
         let mut malformed = 0;
-        for (i, flow) in dump.iter().enumerate() {
+        for (i, flow) in dump.iter().enumerate().filter(|(i, _)| !probes.contains(i)) {
             match doom_of(flow) {
                 Ok(Some(doom)) => {
                     doomed.insert(i, doom);
@@ -261,7 +287,7 @@ impl Chosen {
             }
         }
         for i in suspicious_since(snapshot, &dump) {
-            if doom_of(&dump[i]).is_ok() {
+            if !probes.contains(&i) && doom_of(&dump[i]).is_ok() {
                 doomed.entry(i).or_insert(Doom::Drop);
             }
         }
@@ -323,7 +349,7 @@ fn delete(table: &mut impl FlowTable, dump: &[Flow], batch: &Batch, report: &mut
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow_key::uapi::{action, cookie, key, SAMPLE_ATTR_ACTIONS, USERSPACE_ATTR_USERDATA};
+    use crate::flow_key::uapi::{action, cookie, SAMPLE_ATTR_ACTIONS, USERSPACE_ATTR_USERDATA};
     use crate::netlink::attr::AttrBuf;
 
     fn flow(id: u8, recirc: u32, build: impl FnOnce(&mut AttrBuf)) -> Flow {
@@ -421,6 +447,20 @@ mod tests {
         let mut t = Recorded { flows: now, ..Recorded::default() };
         let report = removed(&mut t, &table());
         assert_eq!((report.drops, report.removed()), (2, 2));
+    }
+
+    #[test]
+    fn what_a_daemon_probes_the_datapath_with_is_let_alone() {
+        let probe = |id, recirc| Flow { ufid: None, ..flow(id, recirc, |_| {}) };
+        let old = probe(9, 7);
+        let mut named = flow(12, 0, |_| {});
+        named.key = AttrBuf::new().push(key::ETHERTYPE, &[0x12, 0x34]).as_bytes().to_vec();
+        let now = [table(), vec![probe(10, 0), probe(11, 7), old.clone(), named]].concat();
+        let before = [table(), vec![old]].concat();
+        assert_eq!(feature_probes(&before, &now), HashSet::from([8, 9, 11]));
+        let chosen = Chosen::of(&mut Recorded { flows: now, ..Recorded::default() }, &before).unwrap();
+        let indexes: Vec<usize> = chosen.first.iter().chain(&chosen.children).map(|(i, _)| *i).collect();
+        assert_eq!(indexes, [3, 2, 4, 5, 6, 1, 10]);
     }
 
     #[test]

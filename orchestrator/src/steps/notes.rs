@@ -1,10 +1,9 @@
 //! What the steps found out, in the words of the report.
 
-use std::collections::HashSet;
 use std::time::Instant;
 
 use dpfreeze::ovs::{Flow, FlowCounts};
-use dpfreeze::park::{doom_of, suspicious_since, ParkStats, RemovalReport, ReplayReport};
+use dpfreeze::park::{doom_of, feature_probes, suspicious_since, ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
 
 use crate::host::datapath::DATAPATH;
@@ -92,7 +91,7 @@ pub(super) struct Gone {
 }
 
 /// The flows of datapath `name` while nothing could delete them: those of the dump before the removal that were not
-/// removed on purpose must have been `seen`, under their UFID, with a packet count that never fell. Those that are not.
+/// removed on purpose and are no probes must have been `seen`, under their UFID, with a packet count that never fell. Those that are not.
 pub(super) fn frozen_flows(
     report: &mut Report,
     name: &str,
@@ -119,8 +118,9 @@ pub(super) fn flows_gone(report: &mut Report, name: &str, gone: Gone) {
 }
 
 fn survivors<'a>(removed: &'a RemovalReport, snapshot: &[Flow]) -> Vec<&'a Flow> {
-    let suspicious: HashSet<usize> = suspicious_since(snapshot, &removed.dump).into_iter().collect();
-    let survives = |(i, flow): &(usize, &Flow)| !suspicious.contains(i) && !matches!(doom_of(flow), Ok(Some(_)));
+    let mut others = feature_probes(snapshot, &removed.dump);
+    others.extend(suspicious_since(snapshot, &removed.dump));
+    let survives = |(i, flow): &(usize, &Flow)| !others.contains(i) && !matches!(doom_of(flow), Ok(Some(_)));
     removed.dump.iter().enumerate().filter(survives).map(|(_, flow)| flow).collect()
 }
 

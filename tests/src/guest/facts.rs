@@ -156,6 +156,22 @@ pub fn promised(bridges: &[String]) -> Promised {
     Promised(all)
 }
 
+/// What a daemon found that the kernel datapath can do.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Features {
+    /// As the daemon names itself.
+    pub daemon: String,
+    /// `ovs-appctl dpif/show-dp-features`.
+    pub found: String,
+}
+
+/// Asks the daemon, at the first of `bridges`.
+pub fn features(bridges: &[String]) -> Features {
+    let ask = |what: &str| shell_lenient(&format!("timeout 60 ovs-appctl {what} 2>&1"));
+    let found = bridges.first().map(|bridge| ask(&format!("dpif/show-dp-features {bridge}"))).unwrap_or_default();
+    Features { daemon: ask("version"), found }
+}
+
 /// Kinds of connections that the kernel tracks, and how many there are of each: addresses both ways, protocol, zone, and
 /// ports below [`FIRST_VARYING`].
 pub fn connections() -> Result<BTreeMap<String, u64>> {

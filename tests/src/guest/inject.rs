@@ -18,6 +18,7 @@ const OVS_FLOW_CMD_NEW: u8 = 1;
 const OVS_FLOW_ATTR_KEY: u16 = 1;
 const OVS_FLOW_ATTR_ACTIONS: u16 = 2;
 const OVS_FLOW_ATTR_MASK: u16 = 7;
+const OVS_FLOW_ATTR_UFID: u16 = 9;
 const OVS_KEY_ATTR_IN_PORT: u16 = 3;
 const OVS_KEY_ATTR_ETHERNET: u16 = 4;
 const OVS_KEY_ATTR_ETHERTYPE: u16 = 6;
@@ -99,6 +100,8 @@ pub fn add_flow(to: u32) -> Result<()> {
         attribute(OVS_FLOW_ATTR_KEY | NLA_F_NESTED, &key),
         attribute(OVS_FLOW_ATTR_MASK | NLA_F_NESTED, &mask),
         attribute(OVS_FLOW_ATTR_ACTIONS | NLA_F_NESTED, &actions.concat()),
+        // As every flow that a daemon forwards with.
+        attribute(OVS_FLOW_ATTR_UFID, &[9; 16]),
     ];
     let mut socket = Socket::open()?;
     let family = family_id(&mut socket, "ovs_flow")?;

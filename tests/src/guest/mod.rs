@@ -67,6 +67,10 @@ pub struct Evidence {
     pub promised_before: Promised,
     /// The same afterwards.
     pub promised_after: Promised,
+    /// What the old daemon had found out about the datapath.
+    pub features_before: facts::Features,
+    /// What the new one has.
+    pub features_after: facts::Features,
     /// Failed units before.
     pub failed_before: String,
     /// What systemd took for the main process of each of [`facts::DAEMONS`].
@@ -286,6 +290,8 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
         connections_after: BTreeMap::new(),
         promised_before: facts::promised(bridges),
         promised_after: Promised::default(),
+        features_before: facts::features(bridges),
+        features_after: facts::Features::default(),
         failed_before: facts::failed_units(),
         main_pids_before: facts::DAEMONS.map(|name| facts::unit_property(&format!("{name}.service"), "MainPID")).into(),
         flows_earlier: facts::flows(&out.join("flows-earlier"))?,
@@ -305,6 +311,7 @@ fn after(evidence: &mut Evidence, log_from: u64, out: &Path) -> Result<()> {
     evidence.daemons_after = facts::DAEMONS.map(facts::daemons);
     evidence.connections_after = facts::connections()?;
     evidence.promised_after = facts::promised(&evidence.bridges);
+    evidence.features_after = facts::features(&evidence.bridges);
     let log = fs::read(VSWITCHD_LOG).unwrap_or_default();
     let from = usize::try_from(log_from).unwrap_or(0).min(log.len());
     evidence.log = String::from_utf8_lossy(log.get(from..).unwrap_or_default()).into_owned();

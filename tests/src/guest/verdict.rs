@@ -212,8 +212,20 @@ fn connections(evidence: &Evidence, outcome: &mut Outcome) {
     outcome.check("no connection of a new kind", strays.is_empty(), found);
 }
 
+/// A daemon whose probes of the datapath were disturbed does without what it did not find. Another version may look for
+/// other features.
+fn features(evidence: &Evidence, outcome: &mut Outcome) {
+    let (before, after) = (&evidence.features_before, &evidence.features_after);
+    if before.daemon != after.daemon {
+        return;
+    }
+    let same = before.found.contains("Yes") && before.found == after.found;
+    outcome.check("features of the datapath as before", same, json!({ "before": before, "after": after }));
+}
+
 fn state_kept(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
     connections(evidence, outcome);
+    features(evidence, outcome);
     for (name, before) in &evidence.promised_before.0 {
         let after = evidence.promised_after.0.get(name).cloned().unwrap_or_default();
         let same = *before == after;
@@ -334,6 +346,8 @@ mod tests {
             connections_after: kinds,
             promised_before: Promised::default(),
             promised_after: Promised::default(),
+            features_before: facts::Features::default(),
+            features_after: facts::Features::default(),
             failed_before: String::new(),
             main_pids_before: Vec::new(),
             log: String::new(),
