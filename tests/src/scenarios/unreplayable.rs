@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context, Result};
+use nix::sys::signal::{kill, Signal};
 use serde_json::{json, Value};
 
 use super::network::{self, UNWILDCARD, UNWILDCARD_TTL};
@@ -244,16 +245,27 @@ fn in_the_gap(live: &Live, caller: Caller, injected: &[(&str, Injected, u64)], k
         add_flow(BY_HAND)?;
         injected.iter().try_for_each(|(_, what, count)| inject(*what, *count))?;
     }
-    std::thread::sleep(GATHERING.saturating_sub(begun.elapsed()));
-    live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
-    if !injected.is_empty() {
-        forget_connections(6)?;
-    }
-    Ok(())
+    while_the_run_is_stopped(|| {
+        std::thread::sleep(GATHERING.saturating_sub(begun.elapsed()));
+        live.iter().filter(|(name, _)| name != "e").for_each(|(_, probe)| probe.stop_sending());
+        if injected.is_empty() {
+            return Ok(());
+        }
+        forget_connections(6)
+    })
 }
 
-/// Before all others, as the probes are: the replay is near. `conntrack -D` ends where a connection has expired since it
-/// was listed, and begins again then.
+/// On a quick machine the replay would have begun. What comes up meanwhile waits in the run's sockets.
+fn while_the_run_is_stopped(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let supervisor = run::supervisor()?;
+    kill(supervisor, Signal::SIGSTOP)?;
+    let done = work();
+    kill(supervisor, Signal::SIGCONT)?;
+    done
+}
+
+/// Before all others, as the probes are. `conntrack -D` ends where a connection has expired since it was listed, and begins
+/// again then.
 fn forget_connections(zone: u16) -> Result<()> {
     let delete = format!("chrt --rr 1 conntrack -D -w {zone} >/dev/null 2>&1");
     let left = format!("[ -z \"$(conntrack -L -w {zone} 2>/dev/null)\" ]");
