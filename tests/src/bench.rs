@@ -109,7 +109,7 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
         || matches!(scenario, Scenario::Custom(_));
     put_binaries(input.path(), product, scenario.programs())?;
     let packages = match request.action {
-        Action::DoorUpgrade => Packages::OursAndSuite(if request.suite == "bookworm" { "trixie" } else { "bookworm" }),
+        Action::DoorUpgrade => Packages::OursAndNext,
         action if action.is_door() => Packages::Ours,
         Action::Container => containers::IMAGES,
         _ => scenario.packages(),

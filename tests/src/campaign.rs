@@ -111,6 +111,15 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
     passed
 }
 
+/// Scenarios of the matrix that are by hand, where they run besides Debian 12.
+const ELSEWHERE: [(&str, &str); 5] = [
+    ("rpm", "bullseye"),
+    ("rpm", "trixie"),
+    ("upgrade_both", "bullseye"),
+    ("upgrade_chain", "bullseye"),
+    ("bad_upgrade", "trixie"),
+];
+
 /// The doors of the distributions, each with plain rules, conntrack, NAT and a tunnel, in the images of all three suites;
 /// then the scenarios that are run by hand. The names of `only` narrow it down: of scenarios, actions or suites.
 pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
@@ -133,6 +142,10 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     }
     let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
     requests.extend(by_hand.map(|scenario| once(scenario, "bookworm")));
+    for (scenario, suite) in ELSEWHERE {
+        let out = format!("matrix/{scenario}-ours-{suite}");
+        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Ours, suite, Some(out)) });
+    }
     let named = |r: &Request| [r.scenario.as_str(), r.action.name(), &r.suite].map(str::to_owned);
     requests.retain(|request| only.iter().all(|word| named(request).contains(word)));
     if requests.is_empty() {

@@ -20,8 +20,9 @@ pub enum Packages {
     None,
     /// Ours in two versions, [`OLD`] and [`NEW`].
     Ours,
-    /// Ours, and what an upgrade (or downgrade) of Open vSwitch to this suite takes.
-    OursAndSuite(&'static str),
+    /// Ours, and what it takes to go to Open vSwitch of the release after the guest's; of the one before where we know of
+    /// none.
+    OursAndNext,
     /// Ours, and what it takes to go to Open vSwitch of each release that we know of.
     OursAndAll,
     /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
@@ -79,7 +80,7 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
     repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
     match wanted {
         Packages::None | Packages::Ours | Packages::Rpm | Packages::Layers(_) => {}
-        Packages::OursAndSuite(to) => copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?,
+        Packages::OursAndNext => copy_all(&apt(suite, next(suite), &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndAll => {
             for to in ["bullseye", "bookworm", "trixie"] {
                 copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?;
@@ -91,6 +92,13 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
 }
 
 const OPEN_VSWITCH: [&str; 2] = ["openvswitch-switch", "openvswitch-common"];
+
+fn next(suite: &str) -> &'static str {
+    match suite {
+        "bookworm" => "trixie",
+        _ => "bookworm",
+    }
+}
 
 /// For apt in the guest.
 fn index(folder: &Path) -> Result<()> {

@@ -1,4 +1,4 @@
-//! `apt-get` upgrades Open vSwitch of Debian 12 to that of Debian 13 under traffic: with our package installed that is a
+//! `apt-get` upgrades Open vSwitch to that of the next release under traffic: with our package installed that is a
 //! run; and beside it, in a VM of its own, as it is without.
 
 use std::fs;
@@ -36,7 +36,7 @@ enum Way {
 /// `apt-get install openvswitch-switch`.
 pub const ONE: Upgrade = Upgrade {
     name: "upgrade",
-    about: "apt-get install openvswitch-switch from Debian 12's (3.1) to Debian 13's (3.5), our package installed",
+    about: "apt-get install openvswitch-switch of the next release (3.1 to 3.5 on Debian 12), our package installed",
     way: Way::One,
 };
 
@@ -77,7 +77,7 @@ impl Custom for Upgrade {
     fn packages(&self) -> Packages {
         match self.way {
             Way::Chain => Packages::OursAndAll,
-            Way::One | Way::Both | Way::Stock => Packages::OursAndSuite("trixie"),
+            Way::One | Way::Both | Way::Stock => Packages::OursAndNext,
         }
     }
 
@@ -105,12 +105,16 @@ impl Custom for Upgrade {
             Way::Both => "dist-upgrade",
             Way::One | Way::Stock | Way::Chain => "install openvswitch-switch",
         };
-        let from = version();
+        let (from, to) = (version(), candidate()?);
         let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log("apt")));
         doors::graceful(self.name, door, outcome)?;
-        upgraded(&from, outcome);
+        upgraded(&from, &to, outcome);
         let said = fs::read_to_string(log("apt"))?;
-        outcome.check("apt tells what became of it", said.contains("ovs-graceful: ovs-vswitchd is 3.5"), said);
+        outcome.check(
+            "apt tells what became of it",
+            said.contains(&format!("ovs-graceful: ovs-vswitchd is {to}")),
+            said,
+        );
         let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
         // The lab's own restart at the first boot.
         outcome.check("systemd has not stopped ovs-vswitchd again", stops.trim() == "1", &stops);
@@ -170,10 +174,17 @@ fn version() -> String {
     shell_lenient("ovs-appctl -t ovs-vswitchd version | head -1").trim().to_owned()
 }
 
-fn upgraded(from: &str, outcome: &mut Outcome) {
-    let now = version();
-    let went = from.contains(" 3.1.") && now.contains(" 3.5.");
-    outcome.check("from 3.1 to 3.5", went, json!([from, now]));
+/// What apt would install, as ovs-vswitchd tells it.
+fn candidate() -> Result<String> {
+    let version = shell("apt-cache policy openvswitch-switch | sed -n 's/^ *Candidate: //p'")?;
+    let number = version.trim().split(['-', '+']).next().filter(|number| number.contains('.'));
+    number.map(str::to_owned).with_context(|| format!("apt has no openvswitch-switch: {version:?}"))
+}
+
+fn upgraded(from: &str, to: &str, outcome: &mut Outcome) {
+    let (now, new) = (version(), format!(" {to}"));
+    let went = !from.contains(&new) && now.ends_with(&new);
+    outcome.check(format!("to {to}"), went, json!([from, now]));
     let audit =
         shell_lenient("dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev} ${Package}\\n' | grep -v '^ii' || true");
     outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
@@ -183,7 +194,7 @@ fn upgraded(from: &str, outcome: &mut Outcome) {
 /// What it costs otherwise: that it costs something is what makes the other side of the comparison one.
 fn stock(log: &str, outcome: &mut Outcome) -> Result<()> {
     say("upgrading without our package");
-    let from = version();
+    let (from, to) = (version(), candidate()?);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
     let said = shell_lenient(&format!("{APT} install openvswitch-switch > {log} 2>&1; echo exit=$?; cat {log}"));
@@ -191,6 +202,6 @@ fn stock(log: &str, outcome: &mut Outcome) -> Result<()> {
     std::thread::sleep(Duration::from_secs(6));
     let [_, lost] = aftermath::finish("stock", live, true, outcome)?;
     outcome.check("new flows are lost", lost > 0, lost);
-    upgraded(&from, outcome);
+    upgraded(&from, &to, outcome);
     Ok(())
 }
