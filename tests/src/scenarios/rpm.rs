@@ -51,7 +51,7 @@ impl Custom for Rpm {
             let file = out.join(name);
             shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", file.display()))
         };
-        let upgrade = format!("{RPM} -U /lab/packages/openvswitch-3.1.0-2.rpm");
+        let upgrade = format!("{RPM} -U /lab/packages/openvswitch-*-2.rpm");
         doors::graceful_by(UNIT, "rpm -U", || log("rpm-upgrade", &upgrade), outcome)?;
         as_their_user("rpm -U", outcome);
         for word in ["reload", "restart"] {
@@ -84,7 +84,7 @@ fn become_like_rhel() -> Result<()> {
          mkdir -p /etc/openvswitch /var/lib/openvswitch /var/log/openvswitch
          rm -f /etc/openvswitch/* /etc/openvswitch/.conf* /var/lib/openvswitch/*",
     )?;
-    shell(&format!("{RPM} -i /lab/packages/openvswitch-3.1.0-1.rpm 2>&1"))?;
+    shell(&format!("{RPM} -i /lab/packages/openvswitch-*-1.rpm"))?;
     shell("chown -R openvswitch:openvswitch /etc/openvswitch /var/lib/openvswitch /var/log/openvswitch")?;
     shell(&format!("systemctl daemon-reload; systemctl enable -q --now {UNIT} 2>&1"))?;
     wait_for_daemons()
@@ -113,7 +113,7 @@ fn refused(log: &dyn Fn(&str, &str) -> String, outcome: &mut Outcome) -> Result<
     say("refused");
     shell("ovs-vsctl set bridge br0 stp_enable=true")?;
     let before = facts::DAEMONS.map(facts::daemons).map(|all| all.into_iter().map(|one| one.pid).collect::<Vec<_>>());
-    let said = log("refused", &format!("{RPM} -U --oldpackage /lab/packages/openvswitch-3.1.0-1.rpm"));
+    let said = log("refused", &format!("{RPM} -U --oldpackage /lab/packages/openvswitch-*-1.rpm"));
     let now = facts::DAEMONS.map(facts::daemons).map(|all| all.into_iter().map(|one| one.pid).collect::<Vec<_>>());
     outcome.check("refused: the transaction goes on", said.starts_with("exit=0"), &said);
     outcome.check("refused: the daemons of before run on", before == now, json!([before, now]));
