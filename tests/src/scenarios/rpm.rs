@@ -17,8 +17,9 @@ use crate::packages::Packages;
 pub struct Rpm;
 
 const UNIT: &str = "openvswitch";
-/// Debian's rpm wants to be told that it is meant.
-const RPM: &str = "timeout 300 rpm --force-debian --nodeps --nosignature";
+/// Debian's rpm wants to be told that it is meant; that of Debian 13 does not know the word any more.
+const RPM: &str = "timeout 300 rpm $(rpm --force-debian --version >/dev/null 2>&1 && echo --force-debian) \
+                   --nodeps --nosignature";
 
 impl Custom for Rpm {
     fn name(&self) -> &'static str {
