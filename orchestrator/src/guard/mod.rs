@@ -30,7 +30,7 @@ use nix::time::{clock_gettime, ClockId};
 use serde::Serialize;
 
 use crate::control::RUN_DIR;
-use crate::host::{GuardUnits, JobKind, ServiceManager};
+use crate::host::{GuardUnits, ServiceManager};
 use crate::report::write_private_json;
 
 pub use record::{Entry, Record, Terms};
@@ -263,7 +263,7 @@ pub fn start_looks(services: &dyn ServiceManager, terms: Terms) -> anyhow::Resul
 /// Where systemd does not take the job.
 pub fn stop_looks(services: &dyn ServiceManager) -> anyhow::Result<()> {
     if services.is_running() {
-        services.start_job(TIMER, JobKind::Stop, Instant::now() + UNIT_LIMIT)?;
+        services.end_guard(TIMER, Instant::now() + UNIT_LIMIT)?;
     }
     Ok(())
 }

@@ -521,6 +521,8 @@ pub trait ServiceManager: Send + Sync {
     fn keep(&self, descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool>;
     /// Starts a transient timer with its service. One of this name that is active goes on as it is.
     fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()>;
+    /// Ends the timer of [`ServiceManager::start_guard`] and returns at once; where there is none, that is no error.
+    fn end_guard(&self, timer: &str, until: Instant) -> Result<()>;
 }
 
 /// A queued job.

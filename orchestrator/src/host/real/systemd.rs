@@ -401,6 +401,10 @@ impl ServiceManager for Systemd {
             None => Err(HostError::timeout(&units.timer, "starting it")),
         }
     }
+
+    fn end_guard(&self, timer: &str, until: Instant) -> Result<()> {
+        Bus::connect(until)?.path("StopUnit", &(timer, "ignore-dependencies"), until).map(drop)
+    }
 }
 
 /// What a supervisor that has died had [kept](ServiceManager::keep), where systemd has started this process in its

@@ -155,6 +155,10 @@ impl ServiceManager for SimServices {
         self.0.operate("services.start_guard", Some(until), |_| Ok(()))
     }
 
+    fn end_guard(&self, _timer: &str, until: Instant) -> Result<()> {
+        self.0.operate("services.end_guard", Some(until), |_| Ok(()))
+    }
+
     fn start_supervisor(&self, unit: &SupervisorUnit, _until: Instant) -> Result<()> {
         Err(HostError::new(&unit.name, "the tests are the supervisor"))
     }
