@@ -1,4 +1,5 @@
-//! The guard of timeout policies when things go wrong: the timer stopped, the age reached, supervisor and daemons killed.
+//! The guard of timeout policies when things go wrong: the timer stopped, the age reached, our package removed,
+//! supervisor and daemons killed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -30,7 +31,7 @@ impl Custom for CtGuard {
     }
 
     fn about(&self) -> &'static str {
-        "the guard of timeout policies: timer stopped, age reached, supervisor and daemons killed"
+        "the guard of timeout policies: timer stopped, age reached, removed, supervisor and daemons killed"
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -41,6 +42,7 @@ impl Custom for CtGuard {
         timer_stopped(&pairs, out, outcome).context("timer stopped")?;
         age_reached(&pairs, out, outcome).context("age reached")?;
         fs::remove_file("/etc/ovs-graceful/config.toml")?;
+        removed(&pairs, out, outcome).context("removed")?;
         all_killed(&pairs, out, outcome).context("all killed")
     }
 }
@@ -108,6 +110,19 @@ fn age_reached(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()
     outcome.check("age: the guard ends though connections live", ended.is_ok(), guard());
     outcome.check("age: connections live", !timers(UDP.port).is_empty(), timers(UDP.port).len());
     gone("age", &old, outcome);
+    Ok(())
+}
+
+/// Our package is removed, which asks the hook first: what it guards is given back to the daemon.
+fn removed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    shell("conntrack -F 2>&1")?;
+    let old = run("removed", pairs, out, outcome)?;
+    let said = shell_lenient("ovs-graceful hook removed 2>&1; echo exit=$?");
+    outcome.check("removed: nothing to say", said.trim() == "exit=0", said);
+    outcome.check("removed: nothing is guarded", guard().is_null(), guard());
+    let timer = facts::unit_property("ovs-graceful-guard.timer", "ActiveState");
+    outcome.check("removed: the timer has ended", timer == "inactive", timer);
+    gone("removed", &old, outcome);
     Ok(())
 }
 
