@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flow_key::uapi::key;
 use crate::flow_key::{self, ActionSummary, Cookie};
 use crate::netlink::attr::Attrs;
@@ -86,6 +86,38 @@ pub fn feature_probes(before: &[Flow], now: &[Flow]) -> HashSet<usize> {
 fn probes_ufid(flow: &Flow) -> bool {
     let ethertype = Attrs(&flow.key).find(key::ETHERTYPE).ok().flatten();
     flow.actions.is_empty() && ethertype.is_some_and(|attr| attr.payload == UFID_PROBE.to_be_bytes())
+}
+
+/// The flows that a daemon which was killed in the middle of it has left of finding out what the datapath can do: without a
+/// UFID, or that for UFIDs, between addresses that are all zero and from port 0, the datapath's own device, where
+/// nothing comes from. Such a flow need not match the Ethernet type: a daemon that starts while it is there cannot put its
+/// own probes beside it (ENOENT) and goes on, for its whole life, as if the datapath could not recirculate
+/// (`check_support`, ofproto/ofproto-dpif.c; one that is not told to wait for its rules flushes first).
+pub fn left_probes(flows: &[Flow]) -> impl Iterator<Item = &Flow> {
+    flows.iter().filter(|flow| (flow.ufid.is_none() || probes_ufid(flow)) && is_from_nowhere(&flow.key))
+}
+
+fn is_from_nowhere(key: &[u8]) -> bool {
+    let all_zero = |attr| Attrs(key).find(attr).ok().flatten().is_some_and(|attr| attr.payload.iter().all(|b| *b == 0));
+    all_zero(key::ETHERNET) && all_zero(key::IN_PORT)
+}
+
+/// Removes the [`left_probes`] of datapath `ifindex` and returns how many there were. To be called while no daemon starts.
+///
+/// # Errors
+/// The dump failed, or one of them could not be deleted.
+pub fn remove_left_probes(ovs: &mut Ovs, ifindex: u32) -> Result<u64> {
+    let mut table = KernelTable { ovs, ifindex };
+    let dump = table.dump()?;
+    let left: Vec<&Flow> = left_probes(&dump).collect();
+    if left.is_empty() {
+        return Ok(0);
+    }
+    let failed = table.delete(&left)?.into_iter().flatten().find(|errno| *errno != Errno::ENOENT);
+    match failed {
+        Some(errno) => Err(Error::io("deleting what a daemon has left of its feature probes", errno)),
+        None => Ok(left.len() as u64),
+    }
 }
 
 /// The flows of `now` (their indexes) that forward nothing and did not stand so in `before`: made by an old daemon
@@ -461,6 +493,32 @@ mod tests {
         let chosen = Chosen::of(&mut Recorded { flows: now, ..Recorded::default() }, &before).unwrap();
         let indexes: Vec<usize> = chosen.first.iter().chain(&chosen.children).map(|(i, _)| *i).collect();
         assert_eq!(indexes, [3, 2, 4, 5, 6, 1, 10]);
+    }
+
+    #[test]
+    fn what_a_killed_daemon_has_left_of_its_probes_is_found() {
+        let from = |ufid, port, address: [u8; 12], ethertype: Option<u16>| {
+            let mut key = AttrBuf::new();
+            key.push_u32(key::IN_PORT, port).push(key::ETHERNET, &address);
+            if let Some(ethertype) = ethertype {
+                key.push(key::ETHERTYPE, &ethertype.to_be_bytes());
+            }
+            Flow { key: key.as_bytes().to_vec(), ufid, ..Flow::default() }
+        };
+        let (nowhere, somewhere, ufid) = ([0; 12], [2; 12], Some([1; 16]));
+        let left = [
+            from(None, 0, nowhere, None),
+            from(None, 0, nowhere, Some(0x8847)),
+            from(ufid, 0, nowhere, Some(UFID_PROBE)),
+        ];
+        let others = [
+            from(None, 1, nowhere, None),
+            from(None, 0, somewhere, None),
+            from(ufid, 0, nowhere, None),
+            Flow::default(),
+        ];
+        let all = [&others[..], &left[..]].concat();
+        assert_eq!(left_probes(&all).collect::<Vec<_>>(), left.iter().collect::<Vec<_>>());
     }
 
     #[test]

@@ -129,6 +129,9 @@ pub trait Datapath {
     fn read_left_over(&mut self) -> Result<()>;
     /// How much is parked.
     fn park_stats(&self) -> ParkStats;
+    /// Removes what a daemon that was killed while it started has left of its feature probes, and returns how many: the
+    /// next one would take the datapath for one that can do less (hazards 6). To be called while no daemon starts.
+    fn remove_left_probes(&mut self) -> Result<u64>;
     /// Dumps the flows and decides which of them cannot survive; no flow is added while the upcalls are parked, so
     /// the decision stands until [`Datapath::remove_doomed`].
     fn choose_doomed(&mut self) -> Result<()>;

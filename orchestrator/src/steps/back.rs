@@ -7,8 +7,8 @@ use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
 use super::standby::{
-    cancel_start, end_daemon, end_unseen_daemon, look_for_new_daemon, release_unit, start_new_daemon, wait_job,
-    wait_until_it_listens,
+    cancel_start, end_daemon, end_unseen_daemon, look_for_new_daemon, release_unit, remove_left_probes,
+    start_new_daemon, wait_job, wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
 use super::{classes, tunnels, Ended, Run, Start, Stop};
@@ -88,6 +88,8 @@ fn stay(run: &mut Run) -> Result<bool, Stop> {
 fn start_again(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.host.daemons.remove_stale_pid_files(&old)?;
+    // The one that was ended may have been finding out what the datapath can do.
+    remove_left_probes(run);
     if let Some(saved) = run.known.saved.clone() {
         // A unit without a reload under way would not take a daemon for its own that it has not started.
         let started = match (run.known.owner.clone(), &run.known.start) {

@@ -376,6 +376,11 @@ impl Datapath for KernelDatapath {
         self.park.as_ref().map(Park::stats).unwrap_or_default()
     }
 
+    fn remove_left_probes(&mut self) -> Result<u64> {
+        let ifindex = self.dp()?.ifindex;
+        park::remove_left_probes(&mut self.ovs, ifindex).about(DATAPATH)
+    }
+
     fn choose_doomed(&mut self) -> Result<()> {
         let dp = self.dp()?;
         self.chosen = Some(Choice::Made(Chosen::now(&mut self.ovs, dp.ifindex, &self.before).about(DATAPATH)?));

@@ -111,6 +111,12 @@ impl Datapath for SimDatapath {
         self.sim.operate("datapath.withdraw_guard", None, |_| Ok(()))
     }
 
+    fn remove_left_probes(&mut self) -> Result<u64> {
+        self.sim.operate("datapath.remove_left_probes", None, |world| {
+            Ok(u64::from(std::mem::take(&mut world.kernel.left_probe)))
+        })
+    }
+
     fn retake_upcalls(&mut self) -> Result<bool> {
         if !std::mem::take(&mut self.handed_over) {
             return Ok(false);

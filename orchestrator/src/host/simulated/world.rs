@@ -116,6 +116,10 @@ pub struct Process {
     pub watched: bool,
     /// It has taken over: its tunnels have their ports.
     pub has_tunnels: bool,
+    /// It has found out what the datapath can do.
+    pub probed: bool,
+    /// It was told less than that.
+    pub sees_less: bool,
     /// It is in its unit's cgroup.
     pub in_unit: bool,
     /// The timeout policy of the zone as it has seen it: as OVS 3.3 it makes one when that changes.
@@ -162,6 +166,8 @@ pub struct Kernel {
     pub bare_devices: bool,
     /// How many timeout policies daemons have made.
     pub policies: u32,
+    /// A daemon was killed while it found out what the datapath can do.
+    pub left_probe: bool,
     /// The next dump of flows has none.
     pub table_made_anew: bool,
 }
@@ -451,6 +457,8 @@ impl World {
             touched: None,
             watched: false,
             has_tunnels: false,
+            probed: false,
+            sees_less: false,
         };
         self.processes.insert(pid, process);
         pid
@@ -469,6 +477,8 @@ impl World {
             self.pid_names.name = None;
         } else if process.kind == DaemonKind::OvsVswitchd {
             self.killed.push(pid);
+            // At the worst moment: it has not gone on since.
+            self.kernel.left_probe |= process.probed && !process.opened;
         }
         if self.in_hand.is_some_and(|(owner, _)| owner == pid) {
             self.in_hand = None;
@@ -613,6 +623,8 @@ impl World {
         };
         if process.stopped || !process.leads {
             self.lose("given to a daemon that does not work", packets);
+        } else if process.sees_less {
+            self.lose("given to a daemon that takes the datapath for one that can do less", packets);
         } else if process.rules != self.rules {
             self.lose("a daemon without its rules dropped them", packets);
         } else {
@@ -706,6 +718,10 @@ impl World {
         let flag = self.table.flag;
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.leads = true;
+        if !std::mem::replace(&mut process.probed, true) {
+            // One that does not wait for its rules flushes first, which no freeze refuses to a flow by its key.
+            process.sees_less = std::mem::take(&mut self.kernel.left_probe) && flag;
+        }
         let keeps = std::mem::replace(&mut process.has_tunnels, true) || process.watched;
         if std::mem::replace(&mut self.kernel.tunnels, true) && !keeps {
             self.lose("a daemon made its tunnel ports anew", 2);
