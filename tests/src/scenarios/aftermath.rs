@@ -66,6 +66,18 @@ pub fn as_before(case: &str, rules: &facts::Promised, outcome: &mut Outcome) {
     outcome.check(format!("{case}: rules and ports as before"), now == *rules, json!([rules, now]));
 }
 
+/// What a daemon that is killed while it starts leaves of its feature probes: a flow that matches whatever comes from
+/// nowhere, of any Ethernet type (`check_add_mpls`, ofproto/ofproto-dpif.c).
+pub const LEFT_PROBE: &str = "ovs-dpctl add-flow 'in_port(0),eth(src=00:00:00:00:00:00,dst=00:00:00:00:00:00)' drop";
+
+/// Such a flow has misled nobody, and is gone.
+pub fn sees_as_much(case: &str, before: &facts::Features, outcome: &mut Outcome) {
+    let now = facts::features(&plain::bridges());
+    outcome.check(format!("{case}: features of the datapath as before"), now == *before, json!([before, now]));
+    let left = shell_lenient("ovs-dpctl dump-flows | grep 'in_port(0),eth(src=00:00:00:00:00:00,' || true");
+    outcome.check(format!("{case}: no probe of a daemon that was killed is left"), left.trim().is_empty(), left);
+}
+
 /// What no kernel flow is there for passes as well.
 pub fn new_traffic_passes(case: &str, outcome: &mut Outcome) {
     let ping = shell_lenient("ip netns exec ns1 ping -c 3 -i 0.2 -W 2 10.9.0.2");

@@ -7,8 +7,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{kill, Signal};
-use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::ct_policies::{hold_udp, named_by_flows, policies, slack, timers, CtPolicies, UdpPairs, UDP};
@@ -136,10 +134,7 @@ fn all_killed(pairs: &UdpPairs, out: &Path, outcome: &mut Outcome) -> Result<()>
     let old = named_by_flows();
     let known = run::known();
     let mut client = run::start(&[], &out.join("run-killed"))?;
-    let id = killed::kill_in("restore", &known)?;
-    for daemon in facts::daemons("ovs-vswitchd") {
-        let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
-    }
+    let id = killed::kill_all_in("restore", &known)?;
     run::wait_for_recovery(&id)?;
     client.wait()?;
     guest::wait_for_daemons()?;

@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::{aftermath, plain, Custom};
-use crate::command::wait_until;
+use crate::command::{shell, wait_until};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
 
@@ -63,9 +63,13 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
+    let features = facts::features(&plain::bridges());
     let known = run::known();
     let mut client = run::start(&[], &out.join(format!("run-{}", case.phase)))?;
-    let killed = kill_in(case.phase, &known);
+    let killed = match case.daemons_too {
+        true => kill_all_in(case.phase, &known),
+        false => kill_in(case.phase, &known),
+    };
     let id = match killed {
         Ok(id) => id,
         Err(error) => {
@@ -74,11 +78,6 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
             return Err(error);
         }
     };
-    if case.daemons_too {
-        for daemon in facts::daemons("ovs-vswitchd") {
-            let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
-        }
-    }
     let report = run::wait_for_recovery(&id)?;
     client.wait()?;
     run::wait_until_unit_gone(Duration::from_secs(20))?;
@@ -92,8 +91,22 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     aftermath::nothing_left(case.name, outcome);
     aftermath::owned(case.name, outcome);
     aftermath::as_before(case.name, &rules, outcome);
+    aftermath::sees_as_much(case.name, &features, outcome);
     aftermath::new_traffic_passes(case.name, outcome);
     aftermath::finish(case.name, live, false, outcome).map(drop)
+}
+
+/// The same to every ovs-vswitchd, of which one leaves a feature probe, before the supervisor can do anything about it.
+pub(super) fn kill_all_in(phase: &str, known: &[String]) -> Result<String> {
+    let id = run::wait_for(phase, known)?;
+    let supervisor = run::supervisor()?;
+    kill(supervisor, Signal::SIGSTOP)?;
+    for daemon in facts::daemons("ovs-vswitchd") {
+        let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
+    }
+    shell(aftermath::LEFT_PROBE)?;
+    kill(supervisor, Signal::SIGKILL)?;
+    Ok(id)
 }
 
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
