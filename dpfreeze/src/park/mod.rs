@@ -20,8 +20,8 @@ mod undo;
 pub use drain::{drained, DrainWatch};
 pub use plan::{Origins, Replay, Then, Unreplayable};
 pub use removal::{
-    doom_of, feature_probes, grace_period, left_probes, remove_doomed, remove_doomed_from, remove_left_probes,
-    suspicious_since, Chosen, Doom, FlowTable, Grace, RemovalReport,
+    doom_of, feature_probes, grace_period, remove_doomed, remove_doomed_from, remove_left_probes, suspicious_since,
+    Chosen, Doom, FlowTable, Grace, RemovalReport,
 };
 pub use replay::{ReplayInput, ReplayReport};
 pub use socket::{Duplicates, Queue, UpcallSocket};

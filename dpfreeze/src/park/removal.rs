@@ -88,12 +88,9 @@ fn probes_ufid(flow: &Flow) -> bool {
     flow.actions.is_empty() && ethertype.is_some_and(|attr| attr.payload == UFID_PROBE.to_be_bytes())
 }
 
-/// The flows that a daemon which was killed in the middle of it has left of finding out what the datapath can do: without a
-/// UFID, or that for UFIDs, between addresses that are all zero and from port 0, the datapath's own device, where
-/// nothing comes from. Such a flow need not match the Ethernet type: a daemon that starts while it is there cannot put its
-/// own probes beside it (ENOENT) and goes on, for its whole life, as if the datapath could not recirculate
-/// (`check_support`, ofproto/ofproto-dpif.c; one that is not told to wait for its rules flushes first).
-pub fn left_probes(flows: &[Flow]) -> impl Iterator<Item = &Flow> {
+/// Probes as in [`feature_probes`] of a daemon that is no more: between addresses that are all zero and from port 0, the
+/// datapath's own device, where nothing comes from.
+fn left_probes(flows: &[Flow]) -> impl Iterator<Item = &Flow> {
     flows.iter().filter(|flow| (flow.ufid.is_none() || probes_ufid(flow)) && is_from_nowhere(&flow.key))
 }
 
@@ -102,7 +99,11 @@ fn is_from_nowhere(key: &[u8]) -> bool {
     all_zero(key::ETHERNET) && all_zero(key::IN_PORT)
 }
 
-/// Removes the [`left_probes`] of datapath `ifindex` and returns how many there were. To be called while no daemon starts.
+/// Removes from datapath `ifindex` what a daemon that was killed while it found out what the datapath can do has left of
+/// that, and returns how many flows it were. Such a flow need not match the Ethernet type: a daemon that starts while it is
+/// there cannot put its own probes beside it (ENOENT) and goes on, for its whole life, as if the datapath could not
+/// recirculate (`check_support`, ofproto/ofproto-dpif.c; one that is not told to wait for its rules flushes first). To be
+/// called while no daemon starts.
 ///
 /// # Errors
 /// The dump failed, or one of them could not be deleted.

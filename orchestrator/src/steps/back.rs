@@ -7,8 +7,8 @@ use anyhow::{anyhow, Context};
 
 use super::handover::let_it_bind;
 use super::standby::{
-    cancel_start, end_daemon, end_unseen_daemon, look_for_new_daemon, release_unit, remove_left_probes,
-    start_new_daemon, wait_job, wait_until_it_listens,
+    cancel_start, end_daemon, end_unseen_daemon, look_for_new_daemon, release_unit, start_new_daemon, wait_job,
+    wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
 use super::{classes, tunnels, Ended, Run, Start, Stop};
@@ -81,6 +81,18 @@ fn stay(run: &mut Run) -> Result<bool, Stop> {
     cancel_start(run)?;
     run.host.daemons.settle_pid_file(&old)?;
     Ok(true)
+}
+
+/// What a daemon that was killed has left of its feature probes: the next one would take the datapath for one that can do
+/// less, and forward less. To be called while no daemon starts.
+fn remove_left_probes(run: &mut Run) {
+    let datapath = &mut run.host.datapath;
+    if let Err(error) = datapath.remove_left_probes().or_else(|_| datapath.remove_left_probes()) {
+        run.warn(format!(
+            "feature probes of an ovs-vswitchd that was killed may be left: {error}; remedy, where \
+             `ovs-appctl dpif/show-dp-features` lacks a feature now: ovs-graceful restart"
+        ));
+    }
 }
 
 /// The program that ran before, in the cgroup of its unit, whose reload still waits; else the installed one, as its

@@ -4,14 +4,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, Context};
-use dpfreeze::park::left_probes;
-use dpfreeze::snapshot::DatapathSnapshot;
 
 use super::arm::no_other_job;
 use super::{tunnels, Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{Hook, HookCommand, HookEvent};
-use crate::host::datapath::DATAPATH;
 use crate::host::real::procfs::own_program;
 use crate::host::{Daemon, HandOver, Job, JobKind, Signal};
 use crate::machine::{Event, Phase};
@@ -37,10 +34,6 @@ impl Step for Standby {
         run.host.database.set_restore_wait(&run.id, until).context("setting flow-restore-wait")?;
         run.restore_wait = Some(run.host.database.watch_restore_wait(until)?);
         prepare_start(run)?;
-        let flows = |datapath: &DatapathSnapshot| left_probes(&datapath.flows).next().is_some();
-        if run.known.before.as_ref().and_then(|before| before.datapath(DATAPATH)).is_some_and(flows) {
-            remove_left_probes(run);
-        }
         if run.wish.strategy == Strategy::Standby {
             start_new_daemon(run)?;
             let new = run.new_daemon()?.clone();
@@ -73,18 +66,6 @@ impl Step for Standby {
         run.restore_wait = None;
         run.host.database.clear_restore_wait(&run.id, until)?;
         Ok(Event::Done)
-    }
-}
-
-/// What a daemon that was killed has left of its feature probes: the next one would take the datapath for one that can do
-/// less, and forward less. To be called while no daemon starts.
-pub(super) fn remove_left_probes(run: &mut Run) {
-    let datapath = &mut run.host.datapath;
-    if let Err(error) = datapath.remove_left_probes().or_else(|_| datapath.remove_left_probes()) {
-        run.warn(format!(
-            "feature probes of an ovs-vswitchd that was killed may be left: {error}; remedy, where \
-             `ovs-appctl dpif/show-dp-features` lacks a feature now: ovs-graceful restart"
-        ));
     }
 }
 
