@@ -25,7 +25,7 @@ use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, P
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::Host;
+use crate::steps::{remove_left_probes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -601,22 +601,16 @@ impl Recovery {
             self.keep("ending what could not take over", ended);
             let removed = host.daemons.remove_stale_pid_files(old);
             self.keep("PID file", removed);
-            self.remove_left_probes(host);
+            self.report.warnings.extend(remove_left_probes(host));
             host.daemons.start_like(old)?;
             return Ok(host.daemons.wait_pid_file(old, until)?);
         }
         let unit = mark.unit.clone().unwrap_or_else(|| SWITCH_UNIT.to_owned());
         let ended = host.services.end_hand_over(&unit, until);
         self.keep("drop-in", ended);
-        self.remove_left_probes(host);
+        self.report.warnings.extend(remove_left_probes(host));
         job(host, &unit, JobKind::Restart, until)?;
         self.wait_for_another(host, None, until, &format!("{unit} was started, and no ovs-vswitchd runs"))
-    }
-
-    /// What the one that has ended may have left while it found out what the datapath can do.
-    fn remove_left_probes(&mut self, host: &mut Host) {
-        let removed = host.datapath.remove_left_probes().or_else(|_| host.datapath.remove_left_probes());
-        self.keep("feature probes that a daemon has left", removed);
     }
 
     /// The youngest ovs-vswitchd but `old`, as soon as there is one.

@@ -11,7 +11,7 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, tunnels, Ended, Run, Start, Stop};
+use super::{classes, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, Job, JobKind, SavedProgram, Signal};
 use crate::machine::Event;
@@ -84,15 +84,13 @@ fn stay(run: &mut Run) -> Result<bool, Stop> {
 }
 
 /// What a daemon that was killed has left of its feature probes: the next one would take the datapath for one that can do
-/// less, and forward less. To be called while no daemon starts.
-fn remove_left_probes(run: &mut Run) {
-    let datapath = &mut run.host.datapath;
-    if let Err(error) = datapath.remove_left_probes().or_else(|_| datapath.remove_left_probes()) {
-        run.warn(format!(
-            "feature probes of an ovs-vswitchd that was killed may be left: {error}; remedy, where \
-             `ovs-appctl dpif/show-dp-features` lacks a feature now: ovs-graceful restart"
-        ));
-    }
+/// less, and forward less. To be called while no daemon starts. Returns a warning where it may not have worked.
+pub(crate) fn remove_left_probes(host: &mut Host) -> Option<String> {
+    let error = host.datapath.remove_left_probes().or_else(|_| host.datapath.remove_left_probes()).err()?;
+    Some(format!(
+        "feature probes of an ovs-vswitchd that was killed may be left: {error}; remedy, where \
+         `ovs-appctl dpif/show-dp-features BRIDGE` lacks a feature now: ovs-graceful restart"
+    ))
 }
 
 /// The program that ran before, in the cgroup of its unit, whose reload still waits; else the installed one, as its
@@ -101,7 +99,9 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.host.daemons.remove_stale_pid_files(&old)?;
     // The one that was ended may have been finding out what the datapath can do.
-    remove_left_probes(run);
+    if let Some(warning) = remove_left_probes(&mut run.host) {
+        run.warn(warning);
+    }
     if let Some(saved) = run.known.saved.clone() {
         // A unit without a reload under way would not take a daemon for its own that it has not started.
         let started = match (run.known.owner.clone(), &run.known.start) {

@@ -377,8 +377,8 @@ impl Datapath for KernelDatapath {
     }
 
     fn remove_left_probes(&mut self) -> Result<u64> {
-        let ifindex = self.dp()?.ifindex;
-        park::remove_left_probes(&mut self.ovs, ifindex).about(DATAPATH)
+        let Some(dp) = self.ovs.datapath(DATAPATH).about(DATAPATH)? else { return Ok(0) };
+        park::remove_left_probes(&mut self.ovs, dp.ifindex).about(DATAPATH)
     }
 
     fn choose_doomed(&mut self) -> Result<()> {
