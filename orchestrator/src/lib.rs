@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod control;
+pub mod features;
 pub mod guard;
 pub mod host;
 pub mod journal;

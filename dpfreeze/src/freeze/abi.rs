@@ -1,5 +1,7 @@
 //! The values that the BPF program and this library share: see the structures of the same names in `bpf/freeze.bpf.c`.
 
+use std::time::{Duration, Instant};
+
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use crate::error::{Error, Result};
@@ -13,8 +15,9 @@ pub const TIMEOUT_NAME_LEN: usize = 32;
 /// `MAX_PIDS`
 const MAX_PIDS: usize = 4096;
 const CAPTURED_WORDS: usize = 10;
-/// A capture is written within microseconds; a torn read repeats.
-const CAPTURE_READS: u32 = 100;
+/// A capture is written within microseconds of its CPU's time; a torn read repeats.
+const CAPTURE_SETTLES: Duration = Duration::from_secs(1);
+const CAPTURE_AGAIN: Duration = Duration::from_millis(1);
 
 /// `struct config`, word for word.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,21 +125,30 @@ impl RawCaptured {
     }
 }
 
-/// The capture, read until no write fell into the reading.
+/// The capture, read until no write fell into the reading. The writer may have been preempted in the middle of it, with its
+/// CPU where that is a virtual one: tens of milliseconds are nothing unusual then, so it is time that is given, not tries.
 pub fn read_captured(map: &MapHandle) -> Result<Option<RawCaptured>> {
-    for _ in 0..CAPTURE_READS {
-        let first = lookup(map, "captured", 0)?;
-        let second = lookup(map, "captured", 0)?;
+    let read = || lookup(map, "captured", 0);
+    RawCaptured::decode(&settled(read, CAPTURE_SETTLES)?)
+}
+
+/// What `read` returns twice in a row with an even sequence in its first word.
+fn settled(mut read: impl FnMut() -> Result<Vec<u8>>, patience: Duration) -> Result<Vec<u8>> {
+    let until = Instant::now() + patience;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let (first, second) = (read()?, read()?);
         let sequence = first.first_chunk::<8>().map(|bytes| u64::from_ne_bytes(*bytes));
         if first == second && sequence.is_some_and(|n| n % 2 == 0) {
-            return RawCaptured::decode(&first);
+            return Ok(first);
         }
+        if Instant::now() >= until {
+            let (what, why) = (format!("map captured in {PIN_DIR}"), "the standby keeps writing".into());
+            return Err(Error::IncompleteDump { what, tries, why });
+        }
+        std::thread::sleep(CAPTURE_AGAIN);
     }
-    Err(Error::IncompleteDump {
-        what: format!("map captured in {PIN_DIR}"),
-        tries: CAPTURE_READS,
-        why: "the standby keeps writing".into(),
-    })
 }
 
 /// How often the standby's binding was captured.
@@ -190,6 +202,22 @@ mod tests {
         let config = Config { classes: 1, lease_ns: 2, end_ns: 3, netns: 4, armed_ns: 14, ..Config::default() };
         assert_eq!(Config::decode(&config.encode()).unwrap(), config);
         assert!(Config::decode(&config.encode()[8..]).is_err());
+    }
+
+    #[test]
+    fn a_writer_that_is_preempted_is_waited_for() {
+        let since = Instant::now();
+        let word = |sequence: u64| sequence.to_ne_bytes().to_vec();
+        let read = || Ok(word(if since.elapsed() < Duration::from_millis(30) { 1 } else { 2 }));
+        assert_eq!(settled(read, CAPTURE_SETTLES).unwrap(), word(2));
+        let never = settled(|| Ok(word(3)), Duration::from_millis(5));
+        assert!(matches!(never, Err(Error::IncompleteDump { .. })));
+        let mut turn = 0;
+        let changes = || {
+            turn += 2;
+            Ok(word(turn))
+        };
+        assert!(settled(changes, Duration::from_millis(5)).is_err());
     }
 
     fn captured_bytes(wanted: u64, pids: &[u32]) -> Vec<u8> {

@@ -25,12 +25,16 @@ pub fn go_back(run: &mut Run) -> Ended {
     // An abort would bring about the same; who asked before gets it by this.
     let _asked_before = run.control.gate().commit();
     if run.host.datapath.is_armed() {
-        // Whoever comes may bind; what it would flush or delete before it is ready stays.
-        run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
+        // The one that is about to end may be about to bind: what is missed then would be nobody's.
+        run.host.datapath.refuse(classes::switching())?;
     }
     run.host.datapath.tunnels_adopted(Duration::ZERO)?;
     tunnels::hold_up(run);
     end_new_daemon(run)?;
+    if run.host.datapath.is_armed() {
+        // Whoever comes may bind; what it would flush or delete before it is ready stays.
+        run.host.datapath.refuse(classes::switching() - Classes::UPCALL_BIND)?;
+    }
     if stay(run)? {
         run.known.switch_lock = None;
         return Ok(Event::Done);

@@ -9,6 +9,7 @@ use anyhow::anyhow;
 
 use crate::config::Config;
 use crate::control::{Control, Hook, Progress};
+use crate::features::Features;
 use crate::host::clock::Clock;
 use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::module::{Device, KernelModule};
@@ -119,6 +120,8 @@ pub struct Known {
     pub new: Option<Daemon>,
     /// The datapath before.
     pub before: Option<Snapshot>,
+    /// What the old ovs-vswitchd found that the datapath can do.
+    pub features: Features,
     /// OpenFlow rules as they are to be restored.
     pub rules: Vec<BridgeRules>,
     /// Sees changes of the rules since they were read.

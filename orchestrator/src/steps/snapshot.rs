@@ -6,6 +6,7 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot as Kernel;
 
+use super::verify::found_by;
 use super::{notes, Ended, Run, Step};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
@@ -24,6 +25,8 @@ impl Step for Snapshot {
         notes::before(&mut run.report, &before);
         keep_conntrack(run, &before);
         run.known.before = Some(before);
+        let old = run.old()?.clone();
+        run.known.features = found_by(run, &old);
         run.checkpoint()?;
         let bridges = run.known.facts.bridges.clone();
         // First the watch, then the reading: what changes in between is seen.

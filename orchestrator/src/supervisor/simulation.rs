@@ -478,6 +478,16 @@ fn a_dump_that_lacks_flows_is_looked_at_again() {
     }
 }
 
+#[test]
+fn a_daemon_that_sees_less_than_the_one_before_is_told() {
+    let place = Place { life: 0, name: "datapath.arm", nth: 0 };
+    let played = play(PLAIN, Script::of([(place, Fault::ProbeLeft)]));
+    // It is another version: that it has less may be meant so.
+    assert_eq!(played.code(), Some(ExitCode::Done), "{}", played.told());
+    let warnings = played.report.unwrap().warnings;
+    assert!(warnings.iter().any(|told| told.contains("Recirc: Yes, now No")), "{warnings:?}");
+}
+
 /// The last operation of its kind before the point of no return.
 fn late(setting: Setting, name: &'static str) -> Place {
     trace(setting, Script::default()).into_iter().rfind(|place| place.name == name).unwrap()

@@ -39,6 +39,7 @@ mod rule_change;
 mod sampling;
 mod scale;
 mod scale_ct;
+mod sees_less;
 mod selftest;
 mod set_field;
 mod systemd;
@@ -337,6 +338,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&rule_change::RuleChange),
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&new_dies::NewDies),
+    Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&doors::Doors),
     Scenario::Custom(&package::Package),

@@ -44,6 +44,8 @@ pub enum Fault {
     DiskFull,
     /// Just before, the kernel begins to make its flow table anew: the next dump lacks flows (for dumps).
     TableMadeAnew,
+    /// Just before, a flow appears that is in the way of a daemon's feature probes.
+    ProbeLeft,
 }
 
 impl Fault {

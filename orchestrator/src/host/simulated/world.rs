@@ -1068,6 +1068,7 @@ impl World {
             }
             Fault::Suspend => self.pass(LONG),
             Fault::TableMadeAnew => self.kernel.table_made_anew = true,
+            Fault::ProbeLeft => self.kernel.left_probe = true,
             _ => {}
         }
         self.live();
