@@ -145,7 +145,7 @@ pub(super) fn removed() -> u8 {
         complain(&format!("the guard of timeout policies ends by itself only: {error:#}"));
     }
     if let Err(error) = freeze::thaw() {
-        complain(&format!("{error}"));
+        complain(&error.to_string());
     }
     if let Err(error) = guard::release() {
         complain(&format!("{error:#}; timeout policies are guarded for guard.lease_ms at most"));

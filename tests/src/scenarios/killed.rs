@@ -96,19 +96,6 @@ fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
     aftermath::finish(case.name, live, false, outcome).map(drop)
 }
 
-/// The same to every ovs-vswitchd, of which one leaves a feature probe, before the supervisor can do anything about it.
-pub(super) fn kill_all_in(phase: &str, known: &[String]) -> Result<String> {
-    let id = run::wait_for(phase, known)?;
-    let supervisor = run::supervisor()?;
-    kill(supervisor, Signal::SIGSTOP)?;
-    for daemon in facts::daemons("ovs-vswitchd") {
-        let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
-    }
-    shell(aftermath::LEFT_PROBE)?;
-    kill(supervisor, Signal::SIGKILL)?;
-    Ok(id)
-}
-
 /// Kills the supervisor with SIGKILL as soon as the journal of the new run has the intent of `phase`. Returns the
 /// run's id.
 pub(super) fn kill_in(phase: &str, known: &[String]) -> Result<String> {
@@ -120,5 +107,18 @@ pub(super) fn kill_in(phase: &str, known: &[String]) -> Result<String> {
         });
     }
     kill(run::supervisor()?, Signal::SIGKILL)?;
+    Ok(id)
+}
+
+/// The same to every ovs-vswitchd, of which one leaves a feature probe, before the supervisor can do anything about it.
+pub(super) fn kill_all_in(phase: &str, known: &[String]) -> Result<String> {
+    let id = run::wait_for(phase, known)?;
+    let supervisor = run::supervisor()?;
+    kill(supervisor, Signal::SIGSTOP)?;
+    for daemon in facts::daemons("ovs-vswitchd") {
+        let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
+    }
+    shell(aftermath::LEFT_PROBE)?;
+    kill(supervisor, Signal::SIGKILL)?;
     Ok(id)
 }
