@@ -11,7 +11,7 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, tunnels, Ended, Host, Run, Start, Stop};
+use super::{classes, features, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, Job, JobKind, SavedProgram, Signal};
 use crate::machine::Event;
@@ -232,6 +232,10 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
         if let Err(error) = ended {
             run.warn(format!("{error:#}"));
         }
+    }
+    // One that was killed in between, and started by its unit again, may have left what misleads this one.
+    for lost in features::lost(run) {
+        run.warn(format!("{lost}; remedy: ovs-graceful restart"));
     }
     match run.host.daemons.is_alive(new.id) {
         true => Ok(()),

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot as Kernel;
 
-use super::verify::found_by;
+use super::features::found_by;
 use super::{notes, Ended, Run, Step};
 use crate::config::Config;
 use crate::conntrack::Conntrack;

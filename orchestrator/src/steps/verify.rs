@@ -6,15 +6,11 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot;
 
-use super::{bridges, notes, ports, Ended, Run, Step, Stop};
+use super::{bridges, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
-use crate::features::Features;
-use crate::host::{Daemon, DatabaseFacts};
+use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
-
-/// How long ovs-vswitchd may take to answer.
-const ANSWER: Duration = Duration::from_secs(2);
 
 pub(super) struct Verify;
 
@@ -66,27 +62,14 @@ fn compare_conntrack(
     Ok(())
 }
 
-/// What `daemon` found that the datapath can do; nothing where it does not say so in time.
-pub(super) fn found_by(run: &Run, daemon: &Daemon) -> Features {
-    let until = run.deadline.min(run.now() + ANSWER);
-    let Some(bridge) = run.known.facts.bridges.first() else { return Features::default() };
-    let listing = run.host.daemons.command(daemon, "dpif/show-dp-features", &[&bridge.name], until);
-    listing.map(|listing| Features::parse(&listing)).unwrap_or_default()
-}
-
 /// The same version on the same module finds what was found before; another version may know better, another module may
 /// have less.
 fn compare_features(run: &mut Run) {
-    let Some(new) = run.known.new.clone() else { return };
-    let lost = run.known.features.lost(&found_by(run, &new));
     let same = run.report.from.ovs == run.report.to.ovs && !run.wish.reloads_module();
-    for feature in lost {
+    for lost in features::lost(run) {
         match same {
-            true => run.report.differences.push(format!(
-                "ovs-vswitchd found less that the datapath can do than the one before: {feature}; remedy: \
-                 ovs-graceful restart"
-            )),
-            false => run.warn(format!("ovs-vswitchd found less that the datapath can do: {feature}")),
+            true => run.report.differences.push(format!("{lost}; remedy: ovs-graceful restart")),
+            false => run.warn(lost),
         }
     }
 }

@@ -214,7 +214,11 @@ impl Datapath for SimDatapath {
 
     fn captured(&mut self) -> Result<Option<Captured>> {
         // Polled: a fault in every look would be too many.
-        match self.sim.look().kernel.frost.as_ref().filter(|_| self.open) {
+        let world = self.sim.look();
+        if world.kernel.binds_from.is_some_and(|from| world.time < from) {
+            return Err(HostError::new("freeze", "the standby keeps writing"));
+        }
+        match world.kernel.frost.as_ref().filter(|_| self.open) {
             Some(frost) => Ok(frost.captured.clone()),
             None => Err(HostError::new("freeze", "it is not loaded")),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 /// The end of a supervisor, thrown through it.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub enum Fault {
     TableMadeAnew,
     /// Just before, a flow appears that is in the way of a daemon's feature probes.
     ProbeLeft,
+    /// From here on for so long the new ovs-vswitchd is on its way to its binding, of which a capture is half written.
+    BindsLate(Duration),
 }
 
 impl Fault {

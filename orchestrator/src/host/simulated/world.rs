@@ -170,6 +170,8 @@ pub struct Kernel {
     pub left_probe: bool,
     /// The next dump of flows has none.
     pub table_made_anew: bool,
+    /// Nobody binds before, and what is captured until then cannot be read.
+    pub binds_from: Option<Duration>,
 }
 
 /// The Open_vSwitch table.
@@ -746,6 +748,9 @@ impl World {
             return;
         }
         let (wanted, id) = (process.port_ids.clone(), process.id);
+        if self.kernel.binds_from.is_some_and(|from| self.time < from) {
+            return;
+        }
         if self.refused_now().contains(Classes::UPCALL_BIND) && !self.may_bind(id, &wanted) {
             return;
         }
@@ -1069,6 +1074,7 @@ impl World {
             Fault::Suspend => self.pass(LONG),
             Fault::TableMadeAnew => self.kernel.table_made_anew = true,
             Fault::ProbeLeft => self.kernel.left_probe = true,
+            Fault::BindsLate(time) => self.kernel.binds_from = Some(self.time + time),
             _ => {}
         }
         self.live();
