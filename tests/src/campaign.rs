@@ -111,26 +111,45 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
     passed
 }
 
-/// Scenarios of the matrix that are by hand, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 5] = [
+/// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
+const ELSEWHERE: [(&str, &str); 8] = [
+    ("bad_upgrade", "trixie"),
+    ("doors", "bullseye"),
+    ("doors", "trixie"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),
     ("upgrade_both", "bullseye"),
     ("upgrade_chain", "bullseye"),
-    ("bad_upgrade", "trixie"),
+    ("upgrade_stock", "bullseye"),
 ];
 
-/// The doors of the distributions, each with plain rules, conntrack, NAT and a tunnel, in the images of all three suites;
-/// then the scenarios that are run by hand. The names of `only` narrow it down: of scenarios, actions or suites.
+/// What every traffic scenario of the matrix goes through: the doors, and a stock restart beside them.
+const MATRIX_ACTIONS: [Action; 6] = [
+    Action::DoorReload,
+    Action::DoorRestart,
+    Action::DoorRestartSwitch,
+    Action::DoorOvsCtl,
+    Action::DoorUpgrade,
+    Action::StockRestart,
+];
+
+/// The scenarios that are run by hand; then the doors of the distributions, each with plain rules, conntrack, NAT and a
+/// tunnel, in the images of all three suites. The names of `only` narrow it down: of scenarios, actions or suites.
 pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let lock = places::vm_lock()?;
-    let mut requests = Vec::new();
+    // The long ones first, so that no lane has one to itself at the end.
+    let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
+    let mut requests: Vec<Request> = by_hand.map(|scenario| once(scenario, "bookworm")).collect();
+    for (scenario, suite) in ELSEWHERE {
+        let out = format!("matrix/{scenario}-ours-{suite}");
+        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Ours, suite, Some(out)) });
+    }
     for suite in ["bookworm", "trixie", "bullseye"] {
         // OVS 3.5 makes no timeout policy that is set before its first restart, which `conntrack` asks for.
         let tracked = if suite == "trixie" { "ct_policies" } else { "conntrack" };
         for scenario in ["plain", tracked, "nat", "vxlan_ns"] {
-            for action in [Action::DoorReload, Action::DoorRestart, Action::DoorRestartSwitch, Action::DoorUpgrade] {
+            for action in MATRIX_ACTIONS {
                 let out = format!("matrix/{scenario}-{}-{suite}", action.name());
                 requests.push(Request { load: Load::BRIEF, ..request(scenario, action, suite, Some(out)) });
             }
@@ -139,12 +158,6 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     for scenario in ["plain", "conntrack", "nat", "vxlan_ns"] {
         let out = format!("matrix/{scenario}-container-bookworm");
         requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Container, "bookworm", Some(out)) });
-    }
-    let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
-    requests.extend(by_hand.map(|scenario| once(scenario, "bookworm")));
-    for (scenario, suite) in ELSEWHERE {
-        let out = format!("matrix/{scenario}-ours-{suite}");
-        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Ours, suite, Some(out)) });
     }
     let named = |r: &Request| [r.scenario.as_str(), r.action.name(), &r.suite].map(str::to_owned);
     requests.retain(|request| only.iter().all(|word| named(request).contains(word)));

@@ -21,6 +21,8 @@ pub enum Action {
     DoorRestart,
     /// `systemctl restart ovs-vswitchd` with it.
     DoorRestartSwitch,
+    /// `ovs-ctl restart --graceful` of the patched script with it.
+    DoorOvsCtl,
     /// `apt-get install openvswitch-switch` with it: of Debian 13, or in an image of another release, of Debian 12.
     DoorUpgrade,
     /// `ovs-graceful restart --restart-command`: both daemons run in containers, and that of the switch is restarted from an
@@ -40,6 +42,7 @@ impl Action {
             Action::DoorReload => "door-reload",
             Action::DoorRestart => "door-restart",
             Action::DoorRestartSwitch => "door-restart-switch",
+            Action::DoorOvsCtl => "door-ovs-ctl",
             Action::DoorUpgrade => "door-upgrade",
             Action::Container => "container",
             Action::Nothing => "nothing",
@@ -48,8 +51,8 @@ impl Action {
 
     /// Whether our Debian package is installed, and the distribution's own commands lead to a run.
     pub fn is_door(self) -> bool {
-        use Action::{DoorReload, DoorRestart, DoorRestartSwitch, DoorUpgrade};
-        matches!(self, DoorReload | DoorRestart | DoorRestartSwitch | DoorUpgrade)
+        use Action::{DoorOvsCtl, DoorReload, DoorRestart, DoorRestartSwitch, DoorUpgrade};
+        matches!(self, DoorReload | DoorRestart | DoorRestartSwitch | DoorOvsCtl | DoorUpgrade)
     }
 
     /// Whether what only our restart can fulfil is asked of this run.

@@ -144,6 +144,9 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
     if job.action.is_door() {
         doors::install_package(out)?;
     }
+    if job.action == Action::DoorOvsCtl {
+        doors::patch_ovs_ctl()?;
+    }
     if job.action == Action::Container {
         containers::prepare()?;
     }
@@ -350,6 +353,7 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         Action::DoorReload => words("systemctl", &["reload", "openvswitch-switch"]),
         Action::DoorRestart => words("systemctl", &["restart", "openvswitch-switch"]),
         Action::DoorRestartSwitch => words("systemctl", &["restart", "ovs-vswitchd"]),
+        Action::DoorOvsCtl => words("sh", &["-c", &doors::ovs_ctl_command("restart")]),
         Action::DoorUpgrade => words("sh", &["-c", &doors::upgrade_command()]),
         Action::Nothing => words("true", &[]),
         Action::Ours | Action::Container => {

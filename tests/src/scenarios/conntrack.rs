@@ -10,7 +10,7 @@ use super::{Expect, Traffic};
 use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::probe::{Place, Spec};
 use crate::guest::Evidence;
-use crate::outcome::{Action, Outcome};
+use crate::outcome::Outcome;
 
 /// See the module.
 pub struct Conntrack;
@@ -84,9 +84,9 @@ impl Traffic for Conntrack {
         let after = timer();
         let governed = after.is_some_and(|t| (UDP_MULTIPLE - 30..=UDP_MULTIPLE).contains(&t));
         // Stock does not promise it (hazards 30, 31).
-        match evidence.job.action {
-            Action::Ours => outcome.check("the live connection is still under its policy", governed, after),
-            _ => outcome.note("timer after", after),
+        match evidence.job.action.judged_as_ours() {
+            true => outcome.check("the live connection is still under its policy", governed, after),
+            false => outcome.note("timer after", after),
         }
     }
 }

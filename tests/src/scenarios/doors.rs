@@ -76,8 +76,7 @@ impl Custom for Doors {
         undone(out, outcome)?;
         during_a_run(out, outcome)?;
         without_the_umbrella(out, outcome)?;
-        fs::write("/run/lab-patch", PATCH)?;
-        shell(&format!("busybox patch {OVS_CTL} /run/lab-patch"))?;
+        patch_ovs_ctl()?;
         graceful("ovs-ctl", || ovs_ctl("restart", out), outcome)?;
         module(out, outcome)?;
         refused(out, outcome)?;
@@ -105,8 +104,18 @@ fn systemctl(words: &str, name: &str, out: &Path) -> String {
 
 fn ovs_ctl(words: &str, out: &Path) -> String {
     let log = out.join(format!("ovs-ctl-{words}"));
-    let command = format!("timeout 240 {OVS_CTL} --system-id=random {words} --graceful");
-    shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
+    shell_lenient(&format!("{1} > {0} 2>&1; echo exit=$?; cat {0}", log.display(), ovs_ctl_command(words)))
+}
+
+/// Of the patched script.
+pub fn ovs_ctl_command(words: &str) -> String {
+    format!("timeout 240 {OVS_CTL} --system-id=random {words} --graceful")
+}
+
+/// Gives Open vSwitch's own script the option `--graceful`.
+pub fn patch_ovs_ctl() -> Result<()> {
+    fs::write("/run/lab-patch", PATCH)?;
+    shell(&format!("busybox patch {OVS_CTL} /run/lab-patch")).map(drop)
 }
 
 /// Our package, with a gate command as that of [`crate::guest::act`]; its words stay in `out`.
