@@ -78,6 +78,8 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DoorsConfig {
+    /// Any of what follows; false: whatever that says, all is as without us.
+    pub enabled: bool,
     /// `systemctl reload` of the unit that stands for both daemons; false: what the package wrote.
     pub reload: bool,
     /// `systemctl restart` of it, and what a package's upgrade makes of that; false: a plain stop and start.
@@ -89,7 +91,24 @@ pub struct DoorsConfig {
 
 impl Default for DoorsConfig {
     fn default() -> DoorsConfig {
-        DoorsConfig { reload: true, restart: true, upgrade: true }
+        DoorsConfig { enabled: true, reload: true, restart: true, upgrade: true }
+    }
+}
+
+impl DoorsConfig {
+    /// Is `systemctl reload` a run?
+    pub fn reloads(&self) -> bool {
+        self.enabled && self.reload
+    }
+
+    /// Is `systemctl restart`?
+    pub fn restarts(&self) -> bool {
+        self.enabled && self.restart
+    }
+
+    /// Does an upgrade of Open vSwitch's package leave the daemons to a run?
+    pub fn upgrades(&self) -> bool {
+        self.enabled && self.upgrade
     }
 }
 

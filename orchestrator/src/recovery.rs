@@ -21,7 +21,9 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::real::RealClock;
-use crate::host::{BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal, DATABASE_UNIT};
+use crate::host::{
+    BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal, DATABASE_UNIT, SWITCH_UNIT,
+};
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
@@ -45,9 +47,6 @@ const BIND_LIMIT: Duration = Duration::from_secs(3);
 const SHORT: Duration = Duration::from_secs(10);
 /// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
-/// The unit of the switch where the run had not found out another.
-const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 
 /// Finishes or undoes the run that was interrupted, if there is one; with what its supervisor had
 /// [kept](crate::host::ServiceManager::keep), where that is at hand. Returns the exit code: 0 nothing to do, 11 a run

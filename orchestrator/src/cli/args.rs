@@ -168,7 +168,7 @@ pub enum HookCommand {
         command: Vec<OsString>,
     },
     /// ExecReload= of the unit that stands for both daemons, and of that of ovs-vswitchd: a run, or where that is switched
-    /// off (`doors.reload`) the package's own command.
+    /// off (`doors.enabled`, `doors.reload`) the package's own command.
     UnitReload {
         /// The unit.
         unit: String,
@@ -177,7 +177,7 @@ pub enum HookCommand {
         command: Vec<OsString>,
     },
     /// ExecStop= of the unit that stands for both daemons: a run where it is being restarted, else, or where that is
-    /// switched off (`doors.restart`) or refused, the package's own command.
+    /// switched off (`doors.enabled`, `doors.restart`) or refused, the package's own command.
     UnitStop {
         /// The unit.
         unit: String,
@@ -201,7 +201,7 @@ pub enum HookCommand {
     Removed,
     /// The files of Open vSwitch's package have changed: says what became of the daemons.
     Upgraded {
-        /// Replace them first, where they are not those on disk: nobody else does. Switched off by `doors.upgrade`.
+        /// Replace them first, where they are not those on disk: nobody else does. Switched off by `doors.enabled` or `doors.upgrade`.
         #[arg(long)]
         restart: bool,
     },

@@ -42,8 +42,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// or not: the report has them.
 pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
     match doors(config) {
-        Ok(doors) if unit == SWITCH_UNIT => switch_reload(config, unit, doors.reload),
-        Ok(doors) if doors.reload => {
+        Ok(doors) if unit == SWITCH_UNIT => switch_reload(config, unit, doors.reloads()),
+        Ok(doors) if doors.reloads() => {
             well(restart(config, RestartArgs { called_by: Some(unit), ..RestartArgs::default() }))
         }
         Ok(_) => package_s_own(command),
@@ -148,7 +148,7 @@ fn of_restart(start: &[OsString]) -> Vec<OsString> {
 /// ExecStop= of the same unit, and of that of ovs-vswitchd: a run where the unit is being restarted.
 pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     // What cannot be read must not keep anything from being stopped.
-    if !doors(config).is_ok_and(|doors| doors.restart) {
+    if !doors(config).is_ok_and(|doors| doors.restarts()) {
         return package_s_own(command);
     }
     let systemd = Systemd::default();

@@ -71,19 +71,22 @@ fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str)
 }
 
 fn will_be_graceful(config: &Path) -> bool {
+    let Ok(config) = Config::load(config) else { return false };
+    if !(config.doors.upgrades() && config.doors.restarts()) {
+        return false;
+    }
     let kept = Path::new(RUN_DIR).join(ANSWER);
     if let Some(answer) = kept_answer(&kept) {
         return answer;
     }
-    let answer = can_be_graceful(config);
+    let answer = can_be_graceful(&config);
     keep_answer(&kept, answer);
     answer
 }
 
-fn can_be_graceful(config: &Path) -> bool {
-    let Ok(config) = Config::load(config) else { return false };
-    let wanted = config.doors.upgrade && config.doors.restart && Systemd::default().is_running();
-    wanted && supervisor::check(&config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
+fn can_be_graceful(config: &Config) -> bool {
+    Systemd::default().is_running()
+        && supervisor::check(config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
 }
 
 /// Of the files some may be new and some old already, or gone: they are looked at again when the run begins.
@@ -110,7 +113,7 @@ fn keep_answer(path: &Path, answer: bool) {
 pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let find = || daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
-    if restarts && !find().is_empty() && Config::load(config).is_ok_and(|config| config.doors.upgrade) {
+    if restarts && !find().is_empty() && Config::load(config).is_ok_and(|config| config.doors.upgrades()) {
         restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
     }
     let _gone_already = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));

@@ -369,10 +369,18 @@ fn stopped(outcome: &mut Outcome) -> Result<()> {
 /// What the package's `ExecReload=` is.
 const RELOAD: &str = "/usr/share/openvswitch/scripts/ovs-systemd-reload";
 
+/// What Debian's preinst asks before it stops ovs-vswitchd.
+const MAY_STOP: &str = "DPKG_MAINTSCRIPT_PACKAGE=openvswitch-switch DPKG_MAINTSCRIPT_NAME=preinst \
+    ovs-graceful hook policy ovs-vswitchd.service stop 2>&1; echo exit=$?";
+
 fn switched_off(outcome: &mut Outcome) -> Result<()> {
     say("switched off");
-    let off = "[doors]\\nreload = false\\nrestart = false\\n";
+    let forbidden = shell_lenient(MAY_STOP);
+    outcome.check("an upgrade must not stop the daemons", forbidden.trim().ends_with("exit=101"), forbidden);
+    let off = "[doors]\\nenabled = false\\n";
     shell(&format!("mkdir -p /etc/ovs-graceful; printf '{off}' > /etc/ovs-graceful/config.toml"))?;
+    let allowed = shell_lenient(MAY_STOP);
+    outcome.check("switched off: an upgrade may stop the daemons", allowed.trim() == "exit=0", allowed);
     for word in ["reload", "restart"] {
         let (before, known) = (facts::DAEMONS.map(facts::daemons), run::known());
         let said = shell_lenient(&format!("timeout 240 systemctl {word} {UNIT} 2>&1; echo exit=$?"));
