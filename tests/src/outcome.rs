@@ -21,7 +21,7 @@ pub enum Action {
     DoorRestart,
     /// `systemctl restart ovs-vswitchd` with it.
     DoorRestartSwitch,
-    /// `ovs-ctl restart --graceful` of the patched script with it.
+    /// `ovs-ctl restart --graceful` with it, by its own script in the place of Open vSwitch's.
     DoorOvsCtl,
     /// `apt-get install openvswitch-switch` with it: of Debian 13, or in an image of another release, of Debian 12.
     DoorUpgrade,

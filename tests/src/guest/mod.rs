@@ -145,7 +145,7 @@ fn prepare(job: &Job, out: &Path) -> Result<Scenario> {
         doors::install_package(out)?;
     }
     if job.action == Action::DoorOvsCtl {
-        doors::patch_ovs_ctl()?;
+        doors::divert_ovs_ctl()?;
     }
     if job.action == Action::Container {
         containers::prepare()?;

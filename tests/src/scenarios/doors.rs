@@ -107,15 +107,21 @@ fn ovs_ctl(words: &str, out: &Path) -> String {
     shell_lenient(&format!("{1} > {0} 2>&1; echo exit=$?; cat {0}", log.display(), ovs_ctl_command(words)))
 }
 
-/// Of the patched script.
+/// Of a script that has the option.
 pub fn ovs_ctl_command(words: &str) -> String {
     format!("timeout 240 {OVS_CTL} --system-id=random {words} --graceful")
 }
 
 /// Gives Open vSwitch's own script the option `--graceful`.
-pub fn patch_ovs_ctl() -> Result<()> {
+fn patch_ovs_ctl() -> Result<()> {
     fs::write("/run/lab-patch", PATCH)?;
     shell(&format!("busybox patch {OVS_CTL} /run/lab-patch")).map(drop)
+}
+
+/// The script of our package, which has the option, in the place of Open vSwitch's own (docs/ovs-ctl.md).
+pub fn divert_ovs_ctl() -> Result<()> {
+    shell(&format!("dpkg-divert --local --rename --divert {OVS_CTL}.distrib --add {OVS_CTL}"))?;
+    shell(&format!("cp /usr/lib/ovs-graceful/ovs-ctl {OVS_CTL}")).map(drop)
 }
 
 /// Our package, with a gate command as that of [`crate::guest::act`]; its words stay in `out`.
@@ -394,4 +400,41 @@ fn switched_off(outcome: &mut Outcome) -> Result<()> {
     }
     fs::remove_file("/etc/ovs-graceful/config.toml")?;
     network::ping("ns1", "10.9.0.2")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    use super::*;
+
+    /// What `ovs-ctl WORDS` of our package executes.
+    fn executes(words: &[&str]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().join("own").display().to_string();
+        let script = include_str!("../../../patches/ovs-ctl").replace(OVS_CTL, &own);
+        assert!(script.contains(&own));
+        let echo = "#!/bin/sh\necho ${0##*/} $# \"$@\"\n".to_owned();
+        for (name, text) in [("ovs-ctl", &script), ("own", &echo), ("ovs-graceful", &echo)] {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new("sh");
+        let path = format!("{}:/usr/bin:/bin", folder.path().display());
+        let output = command.arg(folder.path().join("ovs-ctl")).args(words).env("PATH", path).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    #[test]
+    fn our_ovs_ctl_is_theirs_but_for_the_option() {
+        assert_eq!(executes(&["restart"]), "own 1 restart");
+        assert_eq!(executes(&["--system-id=random", "restart", "--graceful"]), "ovs-graceful 1 restart");
+        assert_eq!(executes(&["restart", "--graceful", "--no-ovsdb-server"]), "ovs-graceful 2 restart --no-ovsdb");
+        assert_eq!(executes(&["--graceful", "force-reload-kmod"]), "ovs-graceful 2 restart --reload-module");
+        assert_eq!(executes(&["--graceful", "start", "--db-file=a b"]), "own 2 start --db-file=a b");
+        assert_eq!(executes(&["--graceful", "--no-graceful", "restart"]), "own 1 restart");
+        assert_eq!(executes(&[]), "own 0");
+    }
 }
