@@ -163,11 +163,28 @@ fn in_use(out: &Path, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
+/// What stock loses. Its ovs-ctl may start an ovsdb-server that systemd, which sees the old one end, stops at once: then
+/// the module stays, and there is nothing to compare with.
 fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
+    let loaded = reloads();
+    let mut lost = 0;
+    for _ in 0..STOCK_TRIES {
+        lost = stock_once(out, outcome)?;
+        if reloads() > loaded {
+            break;
+        }
+    }
+    outcome.check("stock: the module was reloaded", reloads() > loaded, reloads());
+    Ok(lost)
+}
+
+const STOCK_TRIES: u32 = 3;
+
+fn stock_once(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     say("stock");
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
-    let (before, loaded) = ((promised(), devices()), reloads());
+    let before = (promised(), devices());
     let log = out.join("stock");
     let script = "/usr/share/openvswitch/scripts/ovs-ctl --system-id=random force-reload-kmod";
     let exit = shell_lenient(&format!("timeout 120 {script} > {} 2>&1; echo exit=$?", log.display()));
@@ -176,7 +193,6 @@ fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     let after = (promised(), devices());
     outcome.note("stock: exit", exit.trim());
     outcome.note("stock: not as before", differences(&before, &after));
-    outcome.check("stock: the module was reloaded", reloads() > loaded, reloads());
     let lost = aftermath::finish("stock", live, true, outcome)?.iter().sum();
     // Its daemons are systemd's no longer.
     say("stock: traffic ended");

@@ -15,9 +15,9 @@ use crate::outcome::{Job, Outcome};
 /// See the module.
 pub struct SeesLess;
 
-/// The old daemon's revalidators would delete what they do not know.
-const ASLEEP: &str = "ovs-vsctl set open_vswitch . other_config:max-revalidator=600000";
-const AWAKE: &str = "ovs-vsctl --no-wait remove open_vswitch . other_config max-revalidator";
+/// The old daemon's revalidators would delete what they do not know: they look whenever either time is over.
+const ASLEEP: &str = "ovs-vsctl set open_vswitch . other_config:max-revalidator=600000 other_config:max-idle=600000";
+const AWAKE: &str = "ovs-vsctl --no-wait remove open_vswitch . other_config max-revalidator max-idle";
 
 impl Custom for SeesLess {
     fn name(&self) -> &'static str {
