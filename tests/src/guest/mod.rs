@@ -73,8 +73,6 @@ pub struct Evidence {
     pub features_after: facts::Features,
     /// Failed units before.
     pub failed_before: String,
-    /// What systemd took for the main process of each of [`facts::DAEMONS`].
-    pub main_pids_before: Vec<String>,
     /// What ovs-vswitchd logged since the action's start.
     pub log: String,
     /// Exit code of the action.
@@ -296,7 +294,6 @@ fn before(job: &Job, bridges: &[String], out: &Path) -> Result<Evidence> {
         features_before: facts::features(bridges),
         features_after: facts::Features::default(),
         failed_before: facts::failed_units(),
-        main_pids_before: facts::DAEMONS.map(|name| facts::unit_property(&format!("{name}.service"), "MainPID")).into(),
         flows_earlier: facts::flows(&out.join("flows-earlier"))?,
         flows_before: Flows::new(),
         flows_after: Flows::new(),

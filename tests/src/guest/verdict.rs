@@ -6,6 +6,7 @@ use super::facts::{self, Daemon, Flow};
 use super::Evidence;
 use crate::command::shell_lenient;
 use crate::outcome::{Action, Outcome, ProbeOutcome, UdpOutcome};
+use crate::scenarios::aftermath::main_may_be_unknown;
 use crate::scenarios::Expect;
 
 /// Share of the packets due that a probe must have sent: the rest is TCG being slow, not our business.
@@ -70,19 +71,17 @@ fn daemons(evidence: &Evidence, expect: &Expect, outcome: &mut Outcome) {
             json!({ "exe": new.executable, "dpkg": package.trim() }),
         );
         if expect.in_units && !in_container {
-            let was_known = evidence.main_pids_before.get(i).is_none_or(|main| main != "0");
-            in_its_unit(name, new, was_known, outcome);
+            in_its_unit(name, new, outcome);
         }
     }
 }
 
-/// Debian 11's systemd does not find the main process of units without PIDFile=.
-fn in_its_unit(name: &str, daemon: &Daemon, was_known: bool, outcome: &mut Outcome) {
+fn in_its_unit(name: &str, daemon: &Daemon, outcome: &mut Outcome) {
     let unit = format!("{name}.service");
     let state = facts::unit_property(&unit, "ActiveState");
     let main = facts::unit_property(&unit, "MainPID");
     let cgroup = facts::unit_property(&unit, "ControlGroup");
-    let is_main = main == daemon.pid.to_string() || (main == "0" && !was_known);
+    let is_main = main == daemon.pid.to_string() || (main == "0" && main_may_be_unknown());
     let right = state == "active" && is_main && cgroup == daemon.cgroup;
     let found = json!({ "state": state, "main_pid": main, "control_group": cgroup, "daemon": daemon });
     outcome.check(format!("{unit} owns it"), right, found);
@@ -351,7 +350,6 @@ mod tests {
             features_before: facts::Features::default(),
             features_after: facts::Features::default(),
             failed_before: String::new(),
-            main_pids_before: Vec::new(),
             log: String::new(),
             exit: Some(0),
             report: Some(json!({

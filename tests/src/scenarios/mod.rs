@@ -1,6 +1,6 @@
 //! The scenarios, one file each.
 
-mod aftermath;
+pub mod aftermath;
 mod back;
 mod bad_upgrade;
 mod bond;
