@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::{json, Value};
 
 use super::{aftermath, network, plain, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, wait_until};
 use crate::guest::{facts, say, wait_for_daemons};
 use crate::outcome::{Job, Outcome};
 
@@ -163,28 +163,18 @@ fn in_use(out: &Path, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-/// What stock loses. Its ovs-ctl may start an ovsdb-server that systemd, which sees the old one end, stops at once: then
-/// the module stays, and there is nothing to compare with.
+/// What stock loses, with daemons that are not systemd's: that sees its own end, and stops at once what ovs-ctl has started
+/// in their place.
 fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
-    let loaded = reloads();
-    let mut lost = 0;
-    for _ in 0..STOCK_TRIES {
-        lost = stock_once(out, outcome)?;
-        if reloads() > loaded {
-            break;
-        }
-    }
-    outcome.check("stock: the module was reloaded", reloads() > loaded, reloads());
-    Ok(lost)
-}
-
-const STOCK_TRIES: u32 = 3;
-
-fn stock_once(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     say("stock");
+    shell("systemctl stop openvswitch-switch")?;
+    let gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
+    wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), gone)?;
+    shell("/usr/share/openvswitch/scripts/ovs-ctl --system-id=random start")?;
+    rules()?;
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
-    let before = (promised(), devices());
+    let (before, loaded) = ((promised(), devices()), reloads());
     let log = out.join("stock");
     let script = "/usr/share/openvswitch/scripts/ovs-ctl --system-id=random force-reload-kmod";
     let exit = shell_lenient(&format!("timeout 120 {script} > {} 2>&1; echo exit=$?", log.display()));
@@ -193,6 +183,7 @@ fn stock_once(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     let after = (promised(), devices());
     outcome.note("stock: exit", exit.trim());
     outcome.note("stock: not as before", differences(&before, &after));
+    outcome.check("stock: the module was reloaded", reloads() > loaded, reloads());
     let lost = aftermath::finish("stock", live, true, outcome)?.iter().sum();
     // Its daemons are systemd's no longer.
     say("stock: traffic ended");
@@ -204,6 +195,12 @@ fn stock_once(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     shell_lenient("ovs-vsctl del-port br0 int0; ip route flush table 100; ip address flush dev br0");
     make_devices()?;
     set_limits()?;
+    rules()?;
+    Ok(lost)
+}
+
+/// What a daemon that was started anew has none of.
+fn rules() -> Result<()> {
     shell("ovs-ofctl del-flows br0; ovs-ofctl -O OpenFlow13 del-groups br0; ovs-ofctl -O OpenFlow13 del-meters br0")?;
     network::rules(
         "br0",
@@ -217,8 +214,7 @@ fn stock_once(out: &Path, outcome: &mut Outcome) -> Result<u64> {
         "ovs-ofctl -O OpenFlow13 add-group br0 group_id=7,type=all,bucket=actions=NORMAL
          ovs-ofctl -O OpenFlow13 add-meter br0 meter=3,kbps,band=type=drop,rate=1000000",
     )?;
-    network::ping("ns1", "10.9.0.2")?;
-    Ok(lost)
+    network::ping("ns1", "10.9.0.2")
 }
 
 fn differences(before: &(Value, BTreeMap<String, String>), after: &(Value, BTreeMap<String, String>)) -> Value {
