@@ -138,27 +138,23 @@ const MATRIX_ACTIONS: [Action; 6] = [
 pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let lock = places::vm_lock()?;
+    let cell = |scenario: &str, action: Action, suite: &str| {
+        let out = format!("matrix/{scenario}-{}-{suite}", action.name());
+        Request { load: Load::BRIEF, ..request(scenario, action, suite, Some(out)) }
+    };
     // The long ones first, so that no lane has one to itself at the end.
     let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
     let mut requests: Vec<Request> = by_hand.map(|scenario| once(scenario, "bookworm")).collect();
-    for (scenario, suite) in ELSEWHERE {
-        let out = format!("matrix/{scenario}-ours-{suite}");
-        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Ours, suite, Some(out)) });
-    }
+    requests.extend(ELSEWHERE.iter().map(|(scenario, suite)| cell(scenario, Action::Ours, suite)));
     for suite in ["bookworm", "trixie", "bullseye"] {
         // OVS 3.5 makes no timeout policy that is set before its first restart, which `conntrack` asks for.
         let tracked = if suite == "trixie" { "ct_policies" } else { "conntrack" };
         for scenario in ["plain", tracked, "nat", "vxlan_ns"] {
-            for action in MATRIX_ACTIONS {
-                let out = format!("matrix/{scenario}-{}-{suite}", action.name());
-                requests.push(Request { load: Load::BRIEF, ..request(scenario, action, suite, Some(out)) });
-            }
+            requests.extend(MATRIX_ACTIONS.map(|action| cell(scenario, action, suite)));
         }
     }
-    for scenario in ["plain", "conntrack", "nat", "vxlan_ns"] {
-        let out = format!("matrix/{scenario}-container-bookworm");
-        requests.push(Request { load: Load::BRIEF, ..request(scenario, Action::Container, "bookworm", Some(out)) });
-    }
+    let contained = ["plain", "conntrack", "nat", "vxlan_ns"];
+    requests.extend(contained.map(|scenario| cell(scenario, Action::Container, "bookworm")));
     let named = |r: &Request| [r.scenario.as_str(), r.action.name(), &r.suite].map(str::to_owned);
     requests.retain(|request| only.iter().all(|word| named(request).contains(word)));
     if requests.is_empty() {

@@ -201,7 +201,8 @@ pub enum HookCommand {
     Removed,
     /// The files of Open vSwitch's package have changed: says what became of the daemons.
     Upgraded {
-        /// Replace them first, where they are not those on disk: nobody else does. Switched off by `doors.enabled` or `doors.upgrade`.
+        /// Replace them first, where they are not those on disk: nobody else does. Switched off by `doors.enabled` or
+        /// `doors.upgrade`.
         #[arg(long)]
         restart: bool,
     },

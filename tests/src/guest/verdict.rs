@@ -105,7 +105,7 @@ pub fn probes_sent(outcome: &mut Outcome) {
                 let found = json!({ "sent": udp.sent, "due": udp.due, "errors": udp.send_errors });
                 checks.push((format!("{name} sent all it should"), udp.sent > 0 && share >= SENT_SHARE, found));
             }
-            ProbeOutcome::Tcp(_) if !outcome.action.judged_as_ours() => {}
+            ProbeOutcome::Tcp(_) if outcome.action == Action::StockRestart => {}
             ProbeOutcome::Tcp(tcp) => {
                 let alive = tcp.error.is_none() && tcp.written.iter().all(|w| *w > 0);
                 checks.push((format!("{name} ran to its end"), alive, json!(tcp)));

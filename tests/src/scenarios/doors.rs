@@ -353,7 +353,7 @@ fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
 }
 
 /// systemctl waits for the unit that it was told, not for those that are stopped with it.
-fn wait_until_gone() -> Result<()> {
+pub fn wait_until_gone() -> Result<()> {
     let all_gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
     wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), all_gone)
 }

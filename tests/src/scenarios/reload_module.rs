@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::Result;
 use serde_json::{json, Value};
 
-use super::{aftermath, network, plain, Custom};
-use crate::command::{shell, shell_lenient, wait_until};
+use super::{aftermath, doors, network, plain, Custom};
+use crate::command::{shell, shell_lenient};
 use crate::guest::{facts, say, wait_for_daemons};
 use crate::outcome::{Job, Outcome};
 
@@ -168,8 +168,7 @@ fn in_use(out: &Path, outcome: &mut Outcome) -> Result<()> {
 fn stock(out: &Path, outcome: &mut Outcome) -> Result<u64> {
     say("stock");
     shell("systemctl stop openvswitch-switch")?;
-    let gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
-    wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), gone)?;
+    doors::wait_until_gone()?;
     shell("/usr/share/openvswitch/scripts/ovs-ctl --system-id=random start")?;
     rules()?;
     let live = plain::start_probes()?;
