@@ -3,7 +3,8 @@
 //! The package's preinst stops both daemons and its postinst starts them again; in between, with other packages in the
 //! same upgrade, minutes may pass. Maintainer scripts ask `/usr/sbin/policy-rc.d` before they do so
 //! (deb-systemd-invoke(1p)): where a run will be possible the stop is forbidden, and the restart of the umbrella at the
-//! end is a run by its drop-in ([`super::doors`]).
+//! end is a run by its drop-in ([`super::doors`]). Without systemd postinst has the init script restart them, which is
+//! forbidden likewise, and the run is made when the upgrade has come to its end.
 
 use std::env;
 use std::fs;
@@ -72,7 +73,8 @@ fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str)
 
 fn will_be_graceful(config: &Path) -> bool {
     let Ok(config) = Config::load(config) else { return false };
-    if !(config.doors.upgrades() && config.doors.restarts()) {
+    // Who makes the run: the umbrella's restart, or else we.
+    if !config.doors.upgrades() || booted_with_systemd() && !config.doors.restarts() {
         return false;
     }
     let kept = Path::new(RUN_DIR).join(ANSWER);
@@ -85,8 +87,11 @@ fn will_be_graceful(config: &Path) -> bool {
 }
 
 fn can_be_graceful(config: &Config) -> bool {
+    supervisor::check(config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
+}
+
+fn booted_with_systemd() -> bool {
     Systemd::default().is_running()
-        && supervisor::check(config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
 }
 
 /// Of the files some may be new and some old already, or gone: they are looked at again when the run begins.
@@ -109,14 +114,17 @@ fn keep_answer(path: &Path, answer: bool) {
 }
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
-/// RPM's packages leave the old daemons running: there the run is made here (`restarts`).
+/// RPM's packages leave the old daemons running: there the run is made here (`restarts`), and where we have forbidden an
+/// init script to restart them.
 pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let find = || daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+    let kept = Path::new(RUN_DIR).join(ANSWER);
+    let restarts = restarts || !booted_with_systemd() && kept_answer(&kept) == Some(true);
     if restarts && !find().is_empty() && Config::load(config).is_ok_and(|config| config.doors.upgrades()) {
         restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
     }
-    let _gone_already = fs::remove_file(Path::new(RUN_DIR).join(ANSWER));
+    let _gone_already = fs::remove_file(kept);
     let running = find();
     let [daemon] = running.as_slice() else { return ALLOWED };
     let last = Runs::default().list().ok().and_then(|mut runs| runs.pop()?.report);

@@ -150,6 +150,9 @@ pub trait Daemons: Send + Sync {
     fn is_alive(&self, id: ProcessId) -> bool;
     /// Signals this very process, never a later one with its number. A process that has ended is an error.
     fn signal(&self, id: ProcessId, signal: Signal) -> Result<()>;
+    /// Ends the monitor of a daemon, where it has one, and whatever that has started: it would start another in the place
+    /// of one that crashed. May be done twice.
+    fn end_monitor(&self, daemon: &Daemon, until: Instant) -> Result<()>;
     /// The processes of a cgroup that were started since `ticks` (clock ticks after boot), but for reload hooks of ours.
     fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>>;
     /// Does the daemon's control socket exist?

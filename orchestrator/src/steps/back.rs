@@ -13,7 +13,7 @@ use super::standby::{
 use super::switch_prepare::keep_parked;
 use super::{classes, features, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
-use crate::host::{DaemonKind, Job, JobKind, SavedProgram, Signal};
+use crate::host::{DaemonKind, Job, JobKind, SavedProgram};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
 
@@ -73,12 +73,8 @@ fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
 /// An old daemon that was never told to end goes on; one that was is seen to its end.
 fn stay(run: &mut Run) -> Result<bool, Stop> {
     let old = run.old()?.clone();
-    if !run.host.daemons.is_alive(old.id) {
-        return Ok(false);
-    }
-    if run.known.old_told {
-        run.host.daemons.signal(old.id, Signal::Kill)?;
-        run.host.daemons.wait_end(old.id, run.now() + END)?;
+    if run.known.old_told || !run.host.daemons.is_alive(old.id) {
+        end_daemon(run, &old, run.now() + END)?;
         return Ok(false);
     }
     run.host.datapath.return_upcalls()?;

@@ -75,7 +75,7 @@ pub(super) fn end_daemon(run: &Run, daemon: &Daemon, until: Instant) -> Result<(
         run.host.daemons.signal(daemon.id, Signal::Kill)?;
         run.host.daemons.wait_end(daemon.id, until)?;
     }
-    Ok(())
+    Ok(run.host.daemons.end_monitor(daemon, until)?)
 }
 
 /// Ends a daemon that was being started when the step ended, before its PID file told of it. Left alone it would wait

@@ -208,6 +208,11 @@ fn kind_of_connection(line: &str) -> String {
     words.join(" ")
 }
 
+/// Whether systemd is the first process (sd_booted(3)).
+pub fn systemd_runs() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
 /// One property of a unit (`systemctl show`).
 pub fn unit_property(unit: &str, property: &str) -> String {
     shell_lenient(&format!("systemctl show --value -p {property} {unit}")).trim().to_owned()

@@ -182,10 +182,12 @@ fn versions(outcome: &mut Outcome) {
     }
 }
 
-/// Waits until systemd has started both daemons and the database answers.
+/// Waits until both daemons have been started and the database answers.
 pub fn wait_for_daemons() -> Result<()> {
+    let started = || !facts::systemd_runs() || shell("systemctl is-active -q ovsdb-server ovs-vswitchd").is_ok();
     let ready = || {
-        shell("systemctl is-active -q ovsdb-server ovs-vswitchd && timeout 5 ovs-vsctl show").is_ok()
+        started()
+            && shell("timeout 5 ovs-vsctl show").is_ok()
             && facts::DAEMONS.iter().all(|name| !facts::daemons(name).is_empty())
     };
     wait_until("both OVS daemons run", Duration::from_secs(90), Duration::from_millis(300), ready)
@@ -393,9 +395,14 @@ fn collect_logs(out: &Path) {
         "journalctl -b --no-pager -o short-monotonic",
         "dmesg",
         "cat /var/lib/ovs-graceful/runs/*/report.json 2>/dev/null",
+        "tail -n 1000 /run/ovs-graceful/run.log 2>/dev/null",
     ] {
         let name = script.split([' ', '/']).next().unwrap_or("log");
-        let name = if name == "cat" { "all-reports.json" } else { name };
+        let name = match name {
+            "cat" => "all-reports.json",
+            "tail" => "run.log",
+            name => name,
+        };
         let _ = fs::write(out.join(name), shell_lenient(script));
     }
     let _ = shell(&format!(

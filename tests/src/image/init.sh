@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# init of the lab's initramfs: the virtio disk drivers in the order they need each other, then the real root.
+# init of the lab's initramfs: the virtio disk drivers in the order they need each other, then the real root and
+# its first process, which `init=` may name.
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t devtmpfs dev /dev
 /bin/busybox mount -t sysfs sysfs /sys
@@ -10,6 +11,10 @@ i=0
 while [ ! -b /dev/vda ] && [ $i -lt 200 ]; do /bin/busybox sleep 0.05; i=$((i + 1)); done
 /bin/busybox mount -t ext4 /dev/vda /root
 /bin/busybox mount --move /dev /root/dev
+init=/sbin/init
+for word in $(/bin/busybox cat /proc/cmdline); do
+	case $word in init=*) init=${word#init=} ;; esac
+done
 /bin/busybox umount /proc
 /bin/busybox umount /sys
-exec /bin/busybox switch_root /root /sbin/init
+exec /bin/busybox switch_root /root "$init"

@@ -55,6 +55,9 @@ const MASKED: &[&str] = &[
 const INIT: &str = include_str!("init.sh");
 const SERVICE: &str = include_str!("lab.service");
 const RUN: &str = include_str!("lab-run.sh");
+/// For BusyBox's init in the place of systemd, and what it runs at boot.
+const INITTAB: &str = include_str!("inittab");
+const BOOT: &str = include_str!("lab-boot.sh");
 /// Raise when the way of building changes in a manner that the hashed inputs do not show.
 const RECIPE: u32 = 1;
 
@@ -110,7 +113,8 @@ fn tree_hash(suite: &str, mirror: &str) -> String {
 /// Gives the image of `suite`, building it when the cache has none (about two minutes).
 pub fn ensure(suite: &str) -> Result<Image> {
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
-    let image_hash = hash(&(tree_hash(suite, &mirror).as_str(), INIT, SERVICE, RUN, MASKED, INITRAMFS_MODULES));
+    let image_hash =
+        hash(&(tree_hash(suite, &mirror).as_str(), INIT, SERVICE, RUN, INITTAB, BOOT, MASKED, INITRAMFS_MODULES));
     let cache = places::cache()?;
     let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
     let folder = cache.join(format!("image-{suite}-{image_hash}"));
@@ -202,9 +206,16 @@ fn prepare_tree(tree: &Path) -> Result<()> {
     if wanted.symlink_metadata().is_err() {
         symlink("../lab.service", wanted)?;
     }
-    let script = tree.join("usr/local/sbin/lab-run");
-    fs::write(&script, RUN)?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    for (name, text) in [("lab-run", RUN), ("lab-boot", BOOT)] {
+        let script = tree.join("usr/local/sbin").join(name);
+        fs::write(&script, text)?;
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    }
+    fs::write(tree.join("etc/inittab"), INITTAB)?;
+    let other_init = tree.join("usr/local/sbin/init");
+    if other_init.symlink_metadata().is_err() {
+        symlink("/bin/busybox", other_init)?;
+    }
     for unit in MASKED {
         let path = systemd.join(unit);
         if path.symlink_metadata().is_err() {

@@ -32,8 +32,17 @@ pub fn nothing_left(case: &str, outcome: &mut Outcome) {
     );
 }
 
-/// The unit owns the one ovs-vswitchd that lives.
+/// The unit owns the one ovs-vswitchd that lives; where systemd does not run, its monitor does.
 pub fn owned(case: &str, outcome: &mut Outcome) {
+    match facts::systemd_runs() {
+        true => owned_by_its_unit(case, outcome),
+        false => owned_by_its_monitor(case, outcome),
+    }
+    let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
+    outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
+}
+
+fn owned_by_its_unit(case: &str, outcome: &mut Outcome) {
     let found = facts::daemons("ovs-vswitchd");
     let unit = "ovs-vswitchd.service";
     let state = facts::unit_property(unit, "ActiveState");
@@ -42,8 +51,18 @@ pub fn owned(case: &str, outcome: &mut Outcome) {
     let right = matches!(found.as_slice(), [d] if main == d.pid.to_string() || unknown) && state == "active";
     let value = json!({ "state": state, "main_pid": main, "daemons": found });
     outcome.check(format!("{case}: the unit is active and owns its daemon"), right, value);
-    let by_name = shell_lenient("timeout 20 ovs-appctl -t ovs-vswitchd version");
-    outcome.check(format!("{case}: ovs-appctl by name"), by_name.contains("Open vSwitch"), by_name);
+}
+
+/// One monitor for each daemon, and no other.
+fn owned_by_its_monitor(case: &str, outcome: &mut Outcome) {
+    for name in facts::DAEMONS {
+        let found = facts::daemons(name);
+        let parents = shell_lenient(&format!("ps -o ppid= -p \"$(pgrep -d, -x {name})\""));
+        let monitors = shell_lenient(&format!("pgrep -f '^{name}: monitoring'"));
+        let right = found.len() == 1 && !monitors.trim().is_empty() && parents.trim() == monitors.trim();
+        let value = json!({ "daemons": found, "parents": parents, "monitors": monitors });
+        outcome.check(format!("{case}: {name} is under its monitor"), right, value);
+    }
 }
 
 /// Debian 11's ovs-ctl leaves a process behind that notes the host's name; where systemd itself has run it, and looks while

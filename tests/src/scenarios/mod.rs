@@ -25,6 +25,7 @@ mod nat;
 pub mod network;
 mod new_dies;
 mod no_systemd;
+mod other_init;
 mod package;
 mod park_level;
 mod park_limit;
@@ -342,6 +343,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&doors::Doors),
     Scenario::Custom(&package::Package),
+    Scenario::Custom(&other_init::OtherInit),
     Scenario::Custom(&upgrade::ONE),
     Scenario::Custom(&containers::Containers),
     Scenario::Custom(&bad_upgrade::BadUpgrade),

@@ -105,16 +105,7 @@ impl Custom for Upgrade {
             Way::Both => "dist-upgrade",
             Way::One | Way::Stock | Way::Chain => "install openvswitch-switch",
         };
-        let (from, to) = (version(), candidate()?);
-        let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log("apt")));
-        doors::graceful(self.name, door, outcome)?;
-        upgraded(&from, &to, outcome);
-        let said = fs::read_to_string(log("apt"))?;
-        outcome.check(
-            "apt tells what became of it",
-            said.contains(&format!("ovs-graceful: ovs-vswitchd is {to}")),
-            said,
-        );
+        graceful(self.name, words, &log("apt"), outcome)?;
         let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
         // The lab's own restart at the first boot.
         outcome.check("systemd has not stopped ovs-vswitchd again", stops.trim() == "1", &stops);
@@ -123,6 +114,18 @@ impl Custom for Upgrade {
         outcome.check("our package is of the version that it should be", newer, ours);
         Ok(())
     }
+}
+
+/// `apt-get words`, which upgrades Open vSwitch: a run, and apt says so.
+pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
+    let (from, to) = (version(), candidate()?);
+    let door = || shell_lenient(&format!("{APT} {words} > {log} 2>&1; echo exit=$?; cat {log}"));
+    doors::graceful(name, door, outcome)?;
+    upgraded(&from, &to, outcome);
+    let said = fs::read_to_string(log)?;
+    let told = said.contains(&format!("ovs-graceful: ovs-vswitchd is {to}"));
+    outcome.check("apt tells what became of it", told, said);
+    Ok(())
 }
 
 /// To each release in turn, with what apt has of it.

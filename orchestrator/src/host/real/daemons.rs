@@ -164,6 +164,25 @@ impl Daemons for RealDaemons {
         pidfd_send_signal(&*self.hold(id)?, number).about(format!("process {}: {signal:?}", id.pid))
     }
 
+    fn end_monitor(&self, daemon: &Daemon, until: Instant) -> Result<()> {
+        let Some(monitor) = daemon.monitor.filter(|monitor| self.is_alive(*monitor)) else { return Ok(()) };
+        self.signal(monitor, Signal::Stop)?;
+        let object = format!("monitor of {} (pid {})", daemon.kind.program(), monitor.pid);
+        // Until then it may be starting one.
+        while procfs::stat(monitor.pid).is_ok_and(|stat| stat.state != 'T' && stat.state != 'Z') {
+            pause(until, &object, "waiting until it has stopped")?;
+        }
+        for id in procfs::children(monitor.pid).about(&object)?.into_iter().chain([monitor]) {
+            if self.is_alive(id) {
+                self.signal(id, Signal::Kill)?;
+            }
+            if !self.wait_end(id, until)? {
+                return Err(HostError::timeout(object, format_args!("waiting for the end of process {}", id.pid)));
+            }
+        }
+        Ok(())
+    }
+
     fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>> {
         let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|own| own == cgroup);
         let hook =
@@ -470,6 +489,30 @@ mod tests {
         assert_eq!(log_file(&argv, &[], DaemonKind::OvsVswitchd).unwrap(), Path::new("/var/log/openvswitch/v.log"));
         assert_eq!(option(&words("a --pidfile b"), "--pidfile"), Some(None));
         assert_eq!(option(&words("a --pidfilex=1"), "--pidfile"), None);
+    }
+
+    #[test]
+    fn a_monitor_ends_with_what_it_has_started() {
+        let daemons = RealDaemons::new("/nonexistent/db.sock");
+        let until = Instant::now() + Duration::from_secs(10);
+        // It starts one after the other, as a monitor does whose daemon crashes.
+        let script = "while :; do sleep 30 & wait $!; done";
+        let mut shell = std::process::Command::new("sh").args(["-c", script]).spawn().unwrap();
+        let monitor = procfs::identity(shell.id() as i32).unwrap();
+        let started = loop {
+            match procfs::children(monitor.pid).unwrap().as_slice() {
+                [one] => break *one,
+                _ => std::thread::sleep(LOOK_AGAIN),
+            }
+        };
+        let daemon = Daemon { monitor: None, ..describe(DaemonKind::OvsVswitchd, started).unwrap() };
+        daemons.end_monitor(&daemon, until).unwrap();
+        assert!(daemons.is_alive(started) && daemons.is_alive(monitor));
+        let daemon = Daemon { monitor: Some(monitor), ..daemon };
+        daemons.end_monitor(&daemon, until).unwrap();
+        assert!(!daemons.is_alive(started) && !daemons.is_alive(monitor));
+        daemons.end_monitor(&daemon, until).unwrap();
+        shell.wait().unwrap();
     }
 
     #[test]

@@ -61,6 +61,15 @@ pub fn identity(pid: i32) -> io::Result<ProcessId> {
     Ok(ProcessId { pid, start_time: stat(pid)?.start_time })
 }
 
+/// The processes that `pid` has started and that live.
+pub fn children(pid: i32) -> io::Result<Vec<ProcessId>> {
+    let child = |child: i32| {
+        let stat = stat(child).ok().filter(|stat| stat.parent == pid && stat.state != 'Z')?;
+        Some(ProcessId { pid: child, start_time: stat.start_time })
+    };
+    Ok(pids()?.into_iter().filter_map(child).collect())
+}
+
 /// The executable; the kernel marks one that was replaced or removed.
 pub fn exe(pid: i32) -> io::Result<(PathBuf, bool)> {
     let link = fs::read_link(path(pid, "exe"))?;

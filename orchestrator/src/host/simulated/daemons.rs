@@ -85,6 +85,11 @@ impl Daemons for SimDaemons {
         })
     }
 
+    fn end_monitor(&self, _daemon: &Daemon, until: Instant) -> Result<()> {
+        // Nobody has one here (docs/simulation.md).
+        self.0.operate("daemons.end_monitor", Some(until), |_| Ok(()))
+    }
+
     fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>> {
         self.0.operate("daemons.started_since", None, |world| {
             let inside = world.processes.values().filter(|process| world.describe(process).cgroup == cgroup);
