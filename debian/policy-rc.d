@@ -12,9 +12,12 @@ done
 test -x /usr/sbin/ovs-graceful || exit 0
 # What becomes of the restart is told at the end. Where our package is in the same upgrade, its file triggers may have been
 # satisfied by its own configuration before.
-if test "$DPKG_MAINTSCRIPT_NAME $2" = "postinst restart"; then
+# In parentheses: the init script has no link in this runlevel.
+case "$DPKG_MAINTSCRIPT_NAME $2" in
+"postinst restart" | "postinst (restart)")
 	dpkg-trigger --no-await --by-package=ovs-graceful ovs-graceful-upgraded 2>/dev/null || true
-fi
+	;;
+esac
 /usr/sbin/ovs-graceful hook policy "$1" "$2"
 # What it says by accident is no policy.
 test $? != 101 || exit 101

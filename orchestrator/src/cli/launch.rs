@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
+use nix::sys::signal::SigSet;
 
 use super::SuperviseArgs;
 use crate::control::{Connection, Progress, Subscription, RUN_DIR, SOCKET};
@@ -124,9 +125,15 @@ fn start_session(args: &SuperviseArgs, program: &str) -> anyhow::Result<Child> {
     let mut command = Command::new(program);
     command.args(&args.command_line(program)[1..]).current_dir("/");
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-    // SAFETY: between fork and exec only setsid(2) is called, which is async-signal-safe and allocates nothing.
+    // SAFETY: between fork and exec only setsid(2) and sigprocmask(2) are called, which are async-signal-safe and allocate
+    // nothing.
     unsafe {
-        command.pre_exec(|| Ok(nix::unistd::setsid().map(|_| ())?));
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            // The client blocks what it waits for: the daemons, who inherit it from the supervisor, could not be told to
+            // end.
+            Ok(SigSet::empty().thread_set_mask()?)
+        });
     }
     command.spawn().with_context(|| format!("cannot start the supervisor {program}"))
 }

@@ -137,7 +137,7 @@ fn watch_signals(sender: Sender<Happening>) -> anyhow::Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         set.add(signal);
     }
-    // Threads that are started later inherit it; programs that are started do not (std clears it).
+    // Threads that are started later inherit it, and so do programs: see launch::start_session.
     set.thread_block()?;
     let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC)?;
     thread::spawn(move || {

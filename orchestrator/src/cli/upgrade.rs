@@ -66,7 +66,8 @@ fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str)
     package == PACKAGE
         && match (script, action) {
             ("preinst", "stop") => daemon || unit == HOSTNAME_UNIT,
-            ("postinst", "restart") => daemon || unit == INIT_SCRIPT,
+            // In parentheses: the script has no link in this runlevel.
+            ("postinst", "restart" | "(restart)") => daemon || unit == INIT_SCRIPT,
             _ => false,
         }
 }
@@ -86,19 +87,30 @@ fn will_be_graceful(config: &Path) -> bool {
     answer
 }
 
+/// Where daemons run and it cannot, why not is told.
 fn can_be_graceful(config: &Config) -> bool {
-    supervisor::check(config, Strategy::Standby, false).is_ok_and(|report| none_but_files(&report))
+    let why_not = match supervisor::check(config, Strategy::Standby, false) {
+        Ok(report) => hindrances(&report),
+        Err(error) => vec![format!("{error:#}")],
+    };
+    let daemons = RealDaemons::new(DATABASE_SOCKET);
+    if daemons.find_all(DaemonKind::OvsVswitchd).is_ok_and(|found| !found.is_empty()) {
+        why_not.iter().for_each(|why| complain(&format!("this upgrade stops Open vSwitch as without us: {why}")));
+    }
+    why_not.is_empty()
 }
 
 fn booted_with_systemd() -> bool {
     Systemd::default().is_running()
 }
 
-/// Of the files some may be new and some old already, or gone: they are looked at again when the run begins.
-fn none_but_files(report: &CheckReport) -> bool {
+/// What refuses a run. Of the files some may be new and some old already, or gone: they are looked at again when the run
+/// begins.
+fn hindrances(report: &CheckReport) -> Vec<String> {
     let about_files = ["versions", "old-binary", "tools", "schema"];
     let refused = |finding: &&Finding| finding.severity == Severity::Refused;
-    report.findings.iter().filter(refused).all(|finding| about_files.contains(&finding.name.as_str()))
+    let others = report.findings.iter().filter(refused).filter(|one| !about_files.contains(&one.name.as_str()));
+    others.map(|one| format!("{}: {} (remedy: {})", one.object, one.cause, one.remedy)).collect()
 }
 
 fn kept_answer(path: &Path) -> Option<bool> {
@@ -190,7 +202,7 @@ mod tests {
             assert!(!takes_the_daemons_away("", "", unit, "stop"), "a person stops {unit}");
         }
         assert!(taken("postinst", SWITCH_UNIT, "restart"));
-        assert!(taken("postinst", INIT_SCRIPT, "restart"));
+        assert!(taken("postinst", INIT_SCRIPT, "restart") && taken("postinst", INIT_SCRIPT, "(restart)"));
         assert!(!taken("postinst", "openvswitch-switch.service", "restart"), "this one is the run");
         assert!(!taken("postinst", SWITCH_UNIT, "start"));
         assert!(!taken("prerm", "openvswitch-switch.service", "stop"));
@@ -203,15 +215,15 @@ mod tests {
             severity: Severity::Refused,
             object: "x".into(),
             cause: "y".into(),
-            remedy: String::new(),
+            remedy: "z".into(),
         };
         let report = |names: &[&str]| CheckReport {
             level: crate::report::Level::None,
             findings: names.iter().copied().map(refused).collect(),
         };
-        assert!(none_but_files(&report(&[])));
-        assert!(none_but_files(&report(&["versions", "tools"])));
-        assert!(!none_but_files(&report(&["versions", "dpdk"])));
+        assert!(hindrances(&report(&[])).is_empty());
+        assert!(hindrances(&report(&["versions", "tools"])).is_empty());
+        assert_eq!(hindrances(&report(&["versions", "dpdk"])), ["x: y (remedy: z)"]);
     }
 
     #[test]

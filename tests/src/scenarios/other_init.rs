@@ -51,8 +51,8 @@ impl Custom for OtherInit {
         doors::graceful("ovs-ctl", || doors::ovs_ctl("restart", out), outcome)?;
         doors::module(out, outcome)?;
         monitored(outcome)?;
-        goes_back("the new one crashes", &|| new_crashes(out), outcome)?;
-        goes_back("the old one crashes", &|| old_crashes(out), outcome)?;
+        goes_back("the new one crashes", &|| new_crashes(out), 0, outcome)?;
+        goes_back("the old one crashes", &|| old_crashes(out), IN_HAND, outcome)?;
         for (phase, exit) in [("switch-prepare", 20), ("restore", 21)] {
             cut_off(phase, exit, out, outcome)?;
         }
@@ -75,7 +75,10 @@ fn monitored(outcome: &mut Outcome) -> Result<()> {
     let rules = facts::promised(&plain::bridges());
     let before = facts::daemons("ovs-vswitchd");
     shell(CRASH)?;
-    let other = || matches!(facts::daemons("ovs-vswitchd").as_slice(), [one] if !before.contains(one));
+    let other = || {
+        matches!(facts::daemons("ovs-vswitchd").as_slice(), [one] if !before.contains(one))
+            && shell("timeout 5 ovs-ofctl show br0").is_ok()
+    };
     wait_until("the monitor has started another", Duration::from_secs(60), Duration::from_millis(100), other)?;
     // Its rules went with it, as without us.
     plain::rules()?;
@@ -87,7 +90,7 @@ fn monitored(outcome: &mut Outcome) -> Result<()> {
 }
 
 /// The ovs-vswitchd that forwards crashes in the middle of a run, which goes back; its monitor starts none beside.
-fn goes_back(name: &str, door: &dyn Fn() -> String, outcome: &mut Outcome) -> Result<()> {
+fn goes_back(name: &str, door: &dyn Fn() -> String, most: u64, outcome: &mut Outcome) -> Result<()> {
     say(name);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(2));
@@ -106,8 +109,12 @@ fn goes_back(name: &str, door: &dyn Fn() -> String, outcome: &mut Outcome) -> Re
     aftermath::owned(name, outcome);
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
-    established_passed(name, live, outcome)
+    established_passed(name, live, most, outcome)
 }
+
+/// The monitor starts one of its own the moment that the old one crashes, which nobody has told to leave the flows alone:
+/// what it has in its hands when the run ends it is lost (see new_dies).
+const IN_HAND: u64 = 64;
 
 const CRASH: &str = "kill -SEGV $(pgrep -n -x ovs-vswitchd)";
 
@@ -125,10 +132,10 @@ fn old_crashes(out: &Path) -> String {
     format!("{said}{}", crashing.join().unwrap_or_default())
 }
 
-/// Ends the traffic, of which new flows may have lost something.
-fn established_passed(name: &str, live: Live, outcome: &mut Outcome) -> Result<()> {
+/// Ends the traffic, of which new flows may have lost anything.
+fn established_passed(name: &str, live: Live, most: u64, outcome: &mut Outcome) -> Result<()> {
     let [established, _] = aftermath::finish(name, live, true, outcome)?;
-    outcome.check(format!("{name}: what the kernel had a flow for passed"), established == 0, established);
+    outcome.check(format!("{name}: of established flows at most {most} lost"), established <= most, established);
     Ok(())
 }
 
@@ -161,5 +168,5 @@ fn cut_off(phase: &str, exit: u8, out: &Path, outcome: &mut Outcome) -> Result<(
     aftermath::owned(name, outcome);
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
-    established_passed(name, live, outcome)
+    established_passed(name, live, 0, outcome)
 }

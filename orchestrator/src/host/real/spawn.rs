@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{killpg, Signal};
+use nix::sys::signal::{killpg, SigSet, Signal};
 use nix::unistd::Pid;
 
 use super::container::Root;
@@ -77,6 +77,8 @@ impl Preparation {
         if let Some(root) = &self.root {
             root.enter()?;
         }
+        // Ours may block signals; a daemon that inherits that cannot be told to end.
+        SigSet::empty().thread_set_mask()?;
         // SAFETY: each call takes integers and pointers to values that live through it.
         unsafe {
             for (resource, limit) in &self.limits {
@@ -211,8 +213,9 @@ mod tests {
             own_pid: 1,
             contained: false,
         };
-        let preparation = Preparation::of(&model, None).unwrap();
-        drop(preparation);
+        let mut blocked = SigSet::empty();
+        blocked.add(Signal::SIGTERM);
+        blocked.thread_block().unwrap();
         let mut started = start_like(&model, Path::new("/bin/sleep")).unwrap();
         assert!(started.wait(Instant::now() + Duration::from_secs(1)).unwrap());
         let child = procfs::pids().unwrap().into_iter().find(|p| {
@@ -223,6 +226,8 @@ mod tests {
         assert_eq!(procfs::words(child, "environ").unwrap(), ["A=b=c d"]);
         assert_eq!(procfs::limits(child).unwrap(), limits);
         assert_eq!(procfs::stat(child).unwrap().nice, 7);
+        let status = std::fs::read_to_string(format!("/proc/{child}/status")).unwrap();
+        assert!(status.contains("SigBlk:\t0000000000000000"), "{status}");
         assert_eq!(procfs::number(child, "oom_score_adj").unwrap(), 321);
         assert_eq!((procfs::umask(child).unwrap(), procfs::cwd(child).unwrap()), (0o027, "/usr".into()));
         started.cancel();
