@@ -82,6 +82,11 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
     Ok(report.exit_code.code().into())
 }
 
+/// Is there a flow-restore-wait with our mark? False where the database cannot be asked.
+pub fn is_marked() -> bool {
+    Host::real_database().facts(Instant::now() + SHORT).is_ok_and(|facts| facts.external_ids.contains_key(MARK))
+}
+
 /// Finishes or undoes the run that has no report yet, if there is one: it is over once it has.
 pub(crate) fn recover_interrupted(
     runs: &Runs,

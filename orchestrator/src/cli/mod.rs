@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::control::{AbortAnswer, Connection, Progress, RunLock, LOCK, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
+use crate::recovery;
 use crate::report::Strategy;
 use crate::supervisor;
 use output::{complain, say, say_json};
@@ -142,7 +143,7 @@ fn recover(config: &Path) -> anyhow::Result<i32> {
         return Ok(i32::from(ExitCode::Busy.code()));
     }
     let runs = Runs::default();
-    if runs.interrupted()?.is_none() {
+    if runs.interrupted()?.is_none() && !recovery::is_marked() {
         runs.clear_left_over()?;
         say("nothing to recover");
         return Ok(0);
