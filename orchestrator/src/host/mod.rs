@@ -212,7 +212,7 @@ impl SavedProgram {
 pub trait Starting: Send {
     /// Waits for the starting command to end well (the daemon has detached); false where `until` passes first.
     fn wait(&mut self, until: Instant) -> Result<bool>;
-    /// Ends the starting command; the daemon that it may have started is another matter.
+    /// Ends the starting command, and the daemon that it still waits for; one that has detached is another matter.
     fn cancel(&mut self);
 }
 

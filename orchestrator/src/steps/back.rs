@@ -11,7 +11,7 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, features, tunnels, Ended, Host, Run, Start, Stop};
+use super::{classes, features, notes, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, Job, JobKind, SavedProgram};
 use crate::machine::Event;
@@ -30,6 +30,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     }
     run.host.datapath.tunnels_adopted(Duration::ZERO)?;
     tunnels::hold_up(run);
+    end_monitor_of_the_old(run)?;
     end_new_daemon(run)?;
     if run.host.datapath.is_armed() {
         // Whoever comes may bind; what it would flush or delete before it is ready stays.
@@ -37,6 +38,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     }
     if stay(run)? {
         run.known.switch_lock = None;
+        look_at_rules(run);
         return Ok(Event::Done);
     }
     // Hazards 1: it may have been bound already.
@@ -55,11 +57,28 @@ pub fn go_back(run: &mut Run) -> Ended {
     Ok(Event::Done)
 }
 
+/// There is no Verify on this way, and whoever reads the report asks first whether his rules are there.
+fn look_at_rules(run: &mut Run) {
+    match run.host.openflow.snapshot(&run.known.facts.bridges, run.deadline) {
+        Ok(rules) => notes::rules_after(&mut run.report, &run.known.rules, &rules),
+        Err(error) => run.warn(format!("which OpenFlow rules are there now is not known: {error}")),
+    }
+}
+
 fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::host::HostError> {
     match run.host.database.facts(run.deadline)?.is_on("flow-restore-wait") {
         true => Ok(0),
         false => Err(error),
     }
+}
+
+/// Where the old daemon has crashed its monitor has started another already, which would be taken for the new one.
+fn end_monitor_of_the_old(run: &mut Run) -> Result<(), Stop> {
+    let old = run.old()?.clone();
+    if old.monitor.is_none() || run.host.daemons.is_alive(old.id) {
+        return Ok(());
+    }
+    end_daemon(run, &old, run.now() + END)
 }
 
 fn end_new_daemon(run: &mut Run) -> Result<(), Stop> {
@@ -233,6 +252,7 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
     for lost in features::lost(run) {
         run.warn(format!("{lost}; remedy: ovs-graceful restart"));
     }
+    look_at_rules(run);
     match run.host.daemons.is_alive(new.id) {
         true => Ok(()),
         false => Err(anyhow!("ovs-vswitchd (process {}) has ended", new.id.pid).into()),

@@ -43,6 +43,9 @@ impl Custom for NewDies {
         outcome.check("one ovs-vswitchd, another one", after.len() == 1 && after != before, json!([before, after]));
         let now = facts::promised(&plain::bridges());
         outcome.check("rules and ports as before", now == rules, json!([rules, now]));
+        let bridge = &report["openflow"][0];
+        let told = bridge["flows_before"].as_u64() > Some(0) && bridge["flows_before"] == bridge["flows_after"];
+        outcome.check("the report tells them", told, bridge);
         sees_as_much("back", &features, outcome);
         let lost = facts::counters()?.lost - lost;
         outcome.check("kernel lost 0: somebody was bound at all times", lost == 0, lost);

@@ -166,16 +166,12 @@ impl Daemons for RealDaemons {
 
     fn end_monitor(&self, daemon: &Daemon, until: Instant) -> Result<()> {
         let Some(monitor) = daemon.monitor.filter(|monitor| self.is_alive(*monitor)) else { return Ok(()) };
-        self.signal(monitor, Signal::Stop)?;
         let object = format!("monitor of {} (pid {})", daemon.kind.program(), monitor.pid);
-        // Until then it may be starting one.
-        while procfs::stat(monitor.pid).is_ok_and(|stat| stat.state != 'T' && stat.state != 'Z') {
-            pause(until, &object, "waiting until it has stopped")?;
+        let tree = procfs::stop_tree(monitor, until).about(&object)?;
+        for id in tree.iter().filter(|id| self.is_alive(**id)) {
+            self.signal(*id, Signal::Kill)?;
         }
-        for id in procfs::children(monitor.pid).about(&object)?.into_iter().chain([monitor]) {
-            if self.is_alive(id) {
-                self.signal(id, Signal::Kill)?;
-            }
+        for id in tree {
             if !self.wait_end(id, until)? {
                 return Err(HostError::timeout(object, format_args!("waiting for the end of process {}", id.pid)));
             }

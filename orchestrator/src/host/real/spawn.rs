@@ -8,11 +8,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{killpg, SigSet, Signal};
+use nix::sys::signal::{kill, killpg, SigSet, Signal};
 use nix::unistd::Pid;
 
 use super::container::Root;
 use super::jsonrpc::remaining;
+use super::procfs;
 use crate::host::{Context, Daemon, HostError, Limit, Result, Starting};
 
 /// Names in `/proc/PID/limits` (`lnames` in `fs/proc/base.c`) and the resources behind them.
@@ -34,6 +35,9 @@ const RESOURCES: &[(&str, libc::__rlimit_resource_t)] = &[
     ("Max realtime priority", libc::RLIMIT_RTPRIO),
     ("Max realtime timeout", libc::RLIMIT_RTTIME),
 ];
+
+/// How long processes may take to stop.
+const STOPS: Duration = Duration::from_secs(1);
 
 /// What the child makes of itself before it becomes the daemon; prepared before the fork, because between fork and
 /// exec nothing may allocate.
@@ -173,8 +177,17 @@ impl Starting for Started {
     }
 
     fn cancel(&mut self) {
-        // A daemon that has detached has a session of its own and is not in this group.
-        let _ = killpg(Pid::from_raw(self.child.id() as i32), Signal::SIGKILL);
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
+        // A daemon that is about to detach, and its monitor, have a session of their own; as long as this one waits for
+        // them they are its children.
+        let starter = self.child.id() as i32;
+        let tree = procfs::identity(starter).and_then(|id| procfs::stop_tree(id, Instant::now() + STOPS));
+        for id in tree.unwrap_or_default() {
+            let _has_ended = kill(Pid::from_raw(id.pid), Signal::SIGKILL);
+        }
+        let _ = killpg(Pid::from_raw(starter), Signal::SIGKILL);
         let _ = self.child.wait();
     }
 }
@@ -182,7 +195,6 @@ impl Starting for Started {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::real::procfs;
     use crate::host::{DaemonKind, ProcessId};
 
     #[test]
@@ -232,5 +244,26 @@ mod tests {
         assert_eq!((procfs::umask(child).unwrap(), procfs::cwd(child).unwrap()), (0o027, "/usr".into()));
         started.cancel();
         assert!(procfs::stat(child).is_err());
+
+        let words = ["sh", "-c", "setsid sh -c 'sleep 31 & wait' & wait", "--detach"];
+        let model = Daemon { argv: words.map(str::to_owned).to_vec(), ..model };
+        let mut started = start_like(&model, Path::new("/bin/sh")).unwrap();
+        let sleeper = || {
+            let sleeps = |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words == ["sleep", "31"]);
+            procfs::pids()
+                .unwrap()
+                .into_iter()
+                .find(sleeps)
+                .filter(|pid| procfs::stat(*pid).is_ok_and(|s| s.state != 'Z'))
+        };
+        while sleeper().is_none() {
+            assert!(!started.wait(Instant::now() + Duration::from_millis(10)).unwrap());
+        }
+        started.cancel();
+        let end = Instant::now() + Duration::from_secs(10);
+        while sleeper().is_some() {
+            assert!(Instant::now() < end, "what the command had started lives");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
