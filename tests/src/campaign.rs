@@ -112,7 +112,7 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 8] = [
+const ELSEWHERE: [(&str, &str); 10] = [
     ("bad_upgrade", "trixie"),
     ("doors", "bullseye"),
     ("doors", "trixie"),
@@ -121,6 +121,8 @@ const ELSEWHERE: [(&str, &str); 8] = [
     ("upgrade_both", "bullseye"),
     ("upgrade_chain", "bullseye"),
     ("upgrade_stock", "bullseye"),
+    ("upgrade_within", "bullseye"),
+    ("upgrade_within", "trixie"),
 ];
 
 /// What every traffic scenario of the matrix goes through: the doors, and a stock restart beside them.

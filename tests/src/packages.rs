@@ -23,6 +23,8 @@ pub enum Packages {
     /// Ours, and what it takes to go to Open vSwitch of the release after the guest's; of the one before where we know of
     /// none.
     OursAndNext,
+    /// Ours, and Open vSwitch of the guest's own suite.
+    OursAndSame,
     /// Ours, and what it takes to go to Open vSwitch of each release that we know of.
     OursAndAll,
     /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
@@ -80,6 +82,7 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
     repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
     match wanted {
         Packages::None | Packages::Ours | Packages::Rpm | Packages::Layers(_) => {}
+        Packages::OursAndSame => copy_all(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndNext => copy_all(&apt(suite, next(suite), &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndAll => {
             for to in ["bullseye", "bookworm", "trixie"] {

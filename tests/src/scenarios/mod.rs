@@ -349,6 +349,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&bad_upgrade::BadUpgrade),
     Scenario::Custom(&rpm::Rpm),
     Scenario::Custom(&upgrade::BOTH),
+    Scenario::Custom(&upgrade::WITHIN),
     Scenario::Custom(&upgrade::STOCK),
     Scenario::Custom(&upgrade::CHAIN),
     Scenario::Custom(&killed::Killed),

@@ -29,6 +29,8 @@ enum Way {
     Both,
     /// Without our package.
     Stock,
+    /// To the same version, which to its scripts is an upgrade within the release.
+    Within,
     /// From release to release, up and down and back.
     Chain,
 }
@@ -45,6 +47,13 @@ pub const BOTH: Upgrade = Upgrade {
     name: "upgrade_both",
     about: "apt-get dist-upgrade of Open vSwitch and of our package at once",
     way: Way::Both,
+};
+
+/// Within the release.
+pub const WITHIN: Upgrade = Upgrade {
+    name: "upgrade_within",
+    about: "apt-get --reinstall of Open vSwitch: what its packages' scripts do within a release",
+    way: Way::Within,
 };
 
 /// All releases, one after the other.
@@ -77,6 +86,7 @@ impl Custom for Upgrade {
     fn packages(&self) -> Packages {
         match self.way {
             Way::Chain => Packages::OursAndAll,
+            Way::Within => Packages::OursAndSame,
             Way::One | Way::Both | Way::Stock => Packages::OursAndNext,
         }
     }
@@ -101,9 +111,12 @@ impl Custom for Upgrade {
         if self.way == Way::Chain {
             return chain(out, outcome);
         }
+        if self.way == Way::Within {
+            return within(&log("apt"), outcome);
+        }
         let words = match self.way {
             Way::Both => "dist-upgrade",
-            Way::One | Way::Stock | Way::Chain => "install openvswitch-switch",
+            Way::One | Way::Stock | Way::Chain | Way::Within => "install openvswitch-switch",
         };
         graceful(self.name, words, &log("apt"), outcome)?;
         let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
@@ -125,6 +138,17 @@ pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Re
     let said = fs::read_to_string(log)?;
     let told = said.contains(&format!("ovs-graceful: ovs-vswitchd is {to}"));
     outcome.check("apt tells what became of it", told, said);
+    Ok(())
+}
+
+/// To the version that is there.
+fn within(log: &str, outcome: &mut Outcome) -> Result<()> {
+    let words = "--reinstall install openvswitch-switch openvswitch-common";
+    let door = || shell_lenient(&format!("{APT} {words} > {log} 2>&1; echo exit=$?; cat {log}"));
+    doors::graceful("within the release", door, outcome)?;
+    let said = fs::read_to_string(log)?;
+    outcome.check("apt tells what became of it", said.contains("ovs-graceful: ovs-vswitchd is "), said);
+    sane(outcome);
     Ok(())
 }
 
@@ -188,6 +212,10 @@ fn upgraded(from: &str, to: &str, outcome: &mut Outcome) {
     let (now, new) = (version(), format!(" {to}"));
     let went = !from.contains(&new) && now.ends_with(&new);
     outcome.check(format!("to {to}"), went, json!([from, now]));
+    sane(outcome);
+}
+
+fn sane(outcome: &mut Outcome) {
     let audit =
         shell_lenient("dpkg --audit; dpkg-query -W -f '${db:Status-Abbrev} ${Package}\\n' | grep -v '^ii' || true");
     outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
