@@ -1,5 +1,6 @@
 //! Child processes: every failure names the command, its exit and its last words.
 
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -61,6 +62,11 @@ pub fn shell_lenient(script: &str) -> String {
         }
         Err(error) => format!("[cannot start sh: {error}]\n"),
     }
+}
+
+/// `exit=CODE`, then what a script said, which stays in `log`.
+pub fn shell_logged(script: &str, log: &Path) -> String {
+    shell_lenient(&format!("{script} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
 }
 
 /// Calls `ready` every `step` until it says yes; an error that names `what` after `limit`.

@@ -93,8 +93,8 @@ fn can_be_graceful(config: &Config) -> bool {
         Ok(report) => hindrances(&report),
         Err(error) => vec![format!("{error:#}")],
     };
-    let daemons = RealDaemons::new(DATABASE_SOCKET);
-    if daemons.find_all(DaemonKind::OvsVswitchd).is_ok_and(|found| !found.is_empty()) {
+    let run = || RealDaemons::new(DATABASE_SOCKET).find_all(DaemonKind::OvsVswitchd);
+    if !why_not.is_empty() && run().is_ok_and(|found| !found.is_empty()) {
         why_not.iter().for_each(|why| complain(&format!("this upgrade stops Open vSwitch as without us: {why}")));
     }
     why_not.is_empty()

@@ -391,18 +391,12 @@ fn words(program: &str, args: &[&str]) -> Command {
 }
 
 fn collect_logs(out: &Path) {
-    for script in [
-        "journalctl -b --no-pager -o short-monotonic",
-        "dmesg",
-        "cat /var/lib/ovs-graceful/runs/*/report.json 2>/dev/null",
-        "tail -n 1000 /run/ovs-graceful/run.log 2>/dev/null",
+    for (name, script) in [
+        ("journalctl", "journalctl -b --no-pager -o short-monotonic"),
+        ("dmesg", "dmesg"),
+        ("all-reports.json", "cat /var/lib/ovs-graceful/runs/*/report.json 2>/dev/null"),
+        ("run.log", "tail -n 1000 /run/ovs-graceful/run.log 2>/dev/null"),
     ] {
-        let name = script.split([' ', '/']).next().unwrap_or("log");
-        let name = match name {
-            "cat" => "all-reports.json",
-            "tail" => "run.log",
-            name => name,
-        };
         let _ = fs::write(out.join(name), shell_lenient(script));
     }
     let _ = shell(&format!(

@@ -111,6 +111,14 @@ pub fn new_traffic_passes(case: &str, outcome: &mut Outcome) {
     outcome.check(format!("{case}: new traffic passes"), ping.contains("3 received"), ping);
 }
 
+/// All of these, after whatever was to change nothing.
+pub fn all_is_well(case: &str, rules: &facts::Promised, outcome: &mut Outcome) {
+    nothing_left(case, outcome);
+    owned(case, outcome);
+    as_before(case, rules, outcome);
+    new_traffic_passes(case, outcome);
+}
+
 /// Ends plain's probes; what `e` and `n` lost, which is nothing unless this case may lose something.
 pub fn finish(case: &str, live: Live, may_lose: bool, outcome: &mut Outcome) -> Result<[u64; 2]> {
     let mut all_lost = [0; 2];

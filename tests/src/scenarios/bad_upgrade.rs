@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{aftermath, doors, network, plain, upgrade, Custom};
-use crate::command::shell_lenient;
+use crate::command::{shell_lenient, shell_logged};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
 use crate::packages::{Packages, BAD};
@@ -68,7 +68,7 @@ fn installed() -> String {
 
 fn apt(version: &str, log: &Path) -> String {
     let words = format!("install --allow-downgrades openvswitch-switch={version}");
-    shell_lenient(&format!("{} {words} > {log} 2>&1; echo exit=$?; cat {log}", upgrade::APT, log = log.display()))
+    shell_logged(&format!("{} {words}", upgrade::APT), log)
 }
 
 /// The ovs-vswitchd that forwarded goes on, and apt says why.
@@ -90,10 +90,7 @@ fn stays(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Re
     let codes: Vec<_> = runs.iter().map(|id| doors::told(id)).collect();
     let undone = matches!(codes.as_slice(), [one] if one["exit_code"] == 20);
     outcome.check(format!("{name}: the run was undone"), undone, json!(codes));
-    aftermath::nothing_left(name, outcome);
-    aftermath::owned(name, outcome);
-    aftermath::as_before(name, &rules, outcome);
-    aftermath::new_traffic_passes(name, outcome);
+    aftermath::all_is_well(name, &rules, outcome);
     aftermath::finish(name, live, false, outcome).map(drop)
 }
 

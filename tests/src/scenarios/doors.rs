@@ -10,7 +10,7 @@ use anyhow::Result;
 use serde_json::{json, Value};
 
 use super::{aftermath, network, plain, upgrade, Custom};
-use crate::command::{shell, shell_lenient, wait_until};
+use crate::command::{shell, shell_lenient, shell_logged, wait_until};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
 use crate::packages::OLD;
@@ -104,8 +104,7 @@ fn systemctl(words: &str, name: &str, out: &Path) -> String {
 
 /// Exit code and words of `ovs-ctl words --graceful`.
 pub fn ovs_ctl(words: &str, out: &Path) -> String {
-    let log = out.join(format!("ovs-ctl-{words}"));
-    shell_lenient(&format!("{1} > {0} 2>&1; echo exit=$?; cat {0}", log.display(), ovs_ctl_command(words)))
+    shell_logged(&ovs_ctl_command(words), &out.join(format!("ovs-ctl-{words}")))
 }
 
 /// Of a script that has the option.
@@ -205,10 +204,7 @@ fn graceful_of(
         outcome.check(format!("{name}: {unit} is active"), active == "active", active);
     }
     std::thread::sleep(Duration::from_secs(3));
-    aftermath::nothing_left(name, outcome);
-    aftermath::owned(name, outcome);
-    aftermath::as_before(name, &rules, outcome);
-    aftermath::new_traffic_passes(name, outcome);
+    aftermath::all_is_well(name, &rules, outcome);
     aftermath::finish(name, live, false, outcome).map(drop)
 }
 

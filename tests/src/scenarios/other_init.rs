@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{aftermath, doors, killed, network, plain, upgrade, Custom};
-use crate::command::{shell, shell_lenient, wait_until};
+use crate::command::{shell, shell_lenient, shell_logged, wait_until};
 use crate::guest::{facts, run, say, Live};
 use crate::outcome::{Job, Outcome};
 use crate::packages::Packages;
@@ -65,8 +65,7 @@ impl Custom for OtherInit {
 
 /// Exit code and words of a command.
 fn said(out: &Path, name: &str, command: &str) -> String {
-    let log = out.join(name);
-    shell_lenient(&format!("timeout 240 {command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()))
+    shell_logged(&format!("timeout 240 {command}"), &out.join(name))
 }
 
 /// A daemon that crashes is started again by its monitor, as it was before there had been a run.
@@ -81,10 +80,7 @@ fn monitored(outcome: &mut Outcome) -> Result<()> {
     wait_until("the monitor has started another", Duration::from_secs(60), Duration::from_millis(100), other)?;
     // Its rules went with it, as without us.
     plain::rules()?;
-    aftermath::nothing_left(name, outcome);
-    aftermath::owned(name, outcome);
-    aftermath::as_before(name, &rules, outcome);
-    aftermath::new_traffic_passes(name, outcome);
+    aftermath::all_is_well(name, &rules, outcome);
     Ok(())
 }
 
@@ -104,10 +100,7 @@ fn goes_back(name: &str, door: &dyn Fn() -> String, most: u64, outcome: &mut Out
         now.len() == 1 && now != before,
         json!([before, now]),
     );
-    aftermath::nothing_left(name, outcome);
-    aftermath::owned(name, outcome);
-    aftermath::as_before(name, &rules, outcome);
-    aftermath::new_traffic_passes(name, outcome);
+    aftermath::all_is_well(name, &rules, outcome);
     established_passed(name, live, most, outcome)
 }
 
@@ -166,10 +159,7 @@ fn cut_off(phase: &str, exit: u8, out: &Path, outcome: &mut Outcome) -> Result<(
     let now = facts::daemons("ovs-vswitchd");
     let right = now.len() == 1 && (now == before) == (exit == 20);
     outcome.check(format!("{name}: one ovs-vswitchd, the right one"), right, json!([before, now]));
-    aftermath::nothing_left(name, outcome);
-    aftermath::owned(name, outcome);
-    aftermath::as_before(name, &rules, outcome);
-    aftermath::new_traffic_passes(name, outcome);
+    aftermath::all_is_well(name, &rules, outcome);
     established_passed(name, live, WITHOUT_A_DAEMON, outcome)
 }
 

@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde_json::{json, Value};
 
 use super::{aftermath, doors, network, plain, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, shell_logged};
 use crate::guest::{facts, say, wait_for_daemons};
 use crate::outcome::{Job, Outcome};
 
@@ -121,11 +121,7 @@ fn refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
         say(&format!("refused: {name}"));
         shell(script)?;
         let before = (facts::daemons("ovs-vswitchd"), promised(), devices());
-        let log = out.join(format!("refused-{name}"));
-        let said = shell_lenient(&format!(
-            "ovs-graceful restart --reload-module > {0} 2>&1; echo exit=$?; cat {0}",
-            log.display()
-        ));
+        let said = shell_logged("ovs-graceful restart --reload-module", &out.join(format!("refused-{name}")));
         let told = said.contains("exit=10") && said.contains(words) && said.contains("int0");
         outcome.check(format!("{name}: refused, and said why"), told, &said);
         let after = (facts::daemons("ovs-vswitchd"), promised(), devices());
@@ -148,9 +144,7 @@ fn in_use(out: &Path, outcome: &mut Outcome) -> Result<()> {
     say("in use");
     shell("ip netns add pin; ip netns exec pin ovs-dpctl add-dp lab")?;
     let before = (promised(), devices());
-    let log = out.join("in-use");
-    let command = "timeout 180 ovs-graceful restart --reload-module";
-    let said = shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", log.display()));
+    let said = shell_logged("timeout 180 ovs-graceful restart --reload-module", &out.join("in-use"));
     let told = said.contains("exit=21") && said.contains("see who uses it");
     outcome.check("in use: went back, and said why", told, &said);
     std::thread::sleep(Duration::from_secs(3));

@@ -8,7 +8,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{aftermath, doors, network, plain, upgrade, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, shell_logged};
 use crate::guest::{facts, run, say, wait_for_daemons};
 use crate::outcome::{Job, Outcome};
 use crate::packages::Packages;
@@ -48,10 +48,7 @@ impl Custom for Rpm {
         network::patient_veth()?;
         let stock = units();
         untouched("installation", &format!("{RPM} -i /lab/packages/ovs-graceful-0.1.0-1.rpm"), outcome)?;
-        let log = |name: &str, command: &str| {
-            let file = out.join(name);
-            shell_lenient(&format!("{command} > {0} 2>&1; echo exit=$?; cat {0}", file.display()))
-        };
+        let log = |name: &str, command: &str| shell_logged(command, &out.join(name));
         let upgrade = format!("{RPM} -U /lab/packages/openvswitch-*-2.rpm");
         doors::graceful_by(UNIT, "rpm -U", || log("rpm-upgrade", &upgrade), outcome)?;
         as_their_user("rpm -U", outcome);

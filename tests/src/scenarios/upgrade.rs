@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::{aftermath, doors, network, plain, Custom};
-use crate::command::{shell, shell_lenient};
+use crate::command::{shell, shell_lenient, shell_logged};
 use crate::guest::{facts, say};
 use crate::outcome::{Job, Outcome};
 use crate::packages::{Packages, OLD};
@@ -108,15 +108,11 @@ impl Custom for Upgrade {
             return stock(&log("apt"), outcome);
         }
         install_ours(&log("apt-ours"), outcome)?;
-        if self.way == Way::Chain {
-            return chain(out, outcome);
-        }
-        if self.way == Way::Within {
-            return within(&log("apt"), outcome);
-        }
         let words = match self.way {
+            Way::Chain => return chain(out, outcome),
+            Way::Within => return within(&log("apt"), outcome),
             Way::Both => "dist-upgrade",
-            Way::One | Way::Stock | Way::Chain | Way::Within => "install openvswitch-switch",
+            Way::One | Way::Stock => "install openvswitch-switch",
         };
         graceful(self.name, words, &log("apt"), outcome)?;
         let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
@@ -132,11 +128,19 @@ impl Custom for Upgrade {
 /// `apt-get words`, which upgrades Open vSwitch: a run, and apt says so.
 pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
     let (from, to) = (version(), candidate()?);
-    let door = || shell_lenient(&format!("{APT} {words} > {log} 2>&1; echo exit=$?; cat {log}"));
-    doors::graceful(name, door, outcome)?;
+    doors::graceful(name, || apt(words, log), outcome)?;
     upgraded(&from, &to, outcome);
+    told(&to, log, outcome)
+}
+
+/// Exit code and words of `apt-get words`.
+fn apt(words: &str, log: &str) -> String {
+    shell_logged(&format!("{APT} {words}"), Path::new(log))
+}
+
+fn told(version: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
     let said = fs::read_to_string(log)?;
-    let told = said.contains(&format!("ovs-graceful: ovs-vswitchd is {to}"));
+    let told = said.contains(&format!("ovs-graceful: ovs-vswitchd is {version}"));
     outcome.check("apt tells what became of it", told, said);
     Ok(())
 }
@@ -144,12 +148,9 @@ pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Re
 /// To the version that is there.
 fn within(log: &str, outcome: &mut Outcome) -> Result<()> {
     let words = "--reinstall install openvswitch-switch openvswitch-common";
-    let door = || shell_lenient(&format!("{APT} {words} > {log} 2>&1; echo exit=$?; cat {log}"));
-    doors::graceful("within the release", door, outcome)?;
-    let said = fs::read_to_string(log)?;
-    outcome.check("apt tells what became of it", said.contains("ovs-graceful: ovs-vswitchd is "), said);
+    doors::graceful("within the release", || apt(words, log), outcome)?;
     sane(outcome);
-    Ok(())
+    told(&candidate()?, log, outcome)
 }
 
 /// To each release in turn, with what apt has of it.
@@ -164,10 +165,9 @@ fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
     let back = (1..all.len() - 1).rev();
     for (step, version) in up.chain(back).filter_map(|index| all.get(index)).enumerate() {
         let name = format!("step {}: to {version}", step + 1);
-        let log = out.join(format!("apt-{}", step + 1));
+        let log = out.join(format!("apt-{}", step + 1)).display().to_string();
         let words = format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}");
-        let door = || shell_lenient(&format!("{APT} {words} > {0} 2>&1; echo exit=$?; cat {0}", log.display()));
-        doors::graceful(&name, door, outcome)?;
+        doors::graceful(&name, || apt(&words, &log), outcome)?;
         let number = version.split(['-', '+']).next().unwrap_or_default();
         let now = self::version();
         outcome.check(format!("{name}: that runs"), now.contains(&format!(" {number}")), now);
@@ -189,7 +189,7 @@ pub fn install_ours(log: &str, outcome: &mut Outcome) -> Result<()> {
     say("installing our package");
     let live = plain::start_probes()?;
     let before = facts::DAEMONS.map(facts::daemons);
-    let said = shell_lenient(&format!("{APT} install ovs-graceful={OLD} > {log} 2>&1; echo exit=$?; cat {log}"));
+    let said = apt(&format!("install ovs-graceful={OLD}"), log);
     outcome.check("our package is installed", said.starts_with("exit=0"), &said);
     let now = facts::DAEMONS.map(facts::daemons);
     outcome.check("its installation leaves the daemons alone", before == now, json!([before, now]));
@@ -228,7 +228,7 @@ fn stock(log: &str, outcome: &mut Outcome) -> Result<()> {
     let (from, to) = (version(), candidate()?);
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(3));
-    let said = shell_lenient(&format!("{APT} install openvswitch-switch > {log} 2>&1; echo exit=$?; cat {log}"));
+    let said = apt("install openvswitch-switch", log);
     outcome.check("exit 0", said.starts_with("exit=0"), &said);
     std::thread::sleep(Duration::from_secs(6));
     let [_, lost] = aftermath::finish("stock", live, true, outcome)?;

@@ -17,7 +17,7 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use super::container::{self, Root};
 use super::jsonrpc::{remaining, Connection};
 use super::pid_file::PidFile;
-use super::{command, procfs, program, spawn, unixctl};
+use super::{command, process_tree, procfs, program, spawn, unixctl};
 use crate::host::{
     Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
 };
@@ -167,11 +167,7 @@ impl Daemons for RealDaemons {
     fn end_monitor(&self, daemon: &Daemon, until: Instant) -> Result<()> {
         let Some(monitor) = daemon.monitor.filter(|monitor| self.is_alive(*monitor)) else { return Ok(()) };
         let object = format!("monitor of {} (pid {})", daemon.kind.program(), monitor.pid);
-        let tree = procfs::stop_tree(monitor, until).about(&object)?;
-        for id in tree.iter().filter(|id| self.is_alive(**id)) {
-            self.signal(*id, Signal::Kill)?;
-        }
-        for id in tree {
+        for id in process_tree::end(monitor, until).about(&object)? {
             if !self.wait_end(id, until)? {
                 return Err(HostError::timeout(object, format_args!("waiting for the end of process {}", id.pid)));
             }

@@ -17,6 +17,7 @@ pub mod ovsdb;
 pub mod ovsdb_server;
 pub mod pid_file;
 mod prepared;
+mod process_tree;
 pub mod procfs;
 mod program;
 mod recording;

@@ -6,11 +6,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
-use nix::sys::signal::{kill, Signal};
-use nix::unistd::Pid;
 
 use crate::host::{Limit, ProcessId};
 
@@ -71,24 +68,6 @@ pub fn children(pid: i32) -> io::Result<Vec<ProcessId>> {
         Some(ProcessId { pid: child, start_time: stat.start_time })
     };
     Ok(pids()?.into_iter().filter_map(child).collect())
-}
-
-/// Stops (SIGSTOP) `root` and all that it has started, and those in turn, each before its children are looked for: none can
-/// start another, or see one end and so give its number away. The caller knows that `root` is who he means. Those that do
-/// not stop until `until` are in the list as well.
-pub fn stop_tree(root: ProcessId, until: Instant) -> io::Result<Vec<ProcessId>> {
-    let mut tree = vec![root];
-    let mut next = 0;
-    while let Some(id) = tree.get(next).copied() {
-        let _has_ended = kill(Pid::from_raw(id.pid), Signal::SIGSTOP);
-        let runs = || stat(id.pid).is_ok_and(|stat| !matches!(stat.state, 'T' | 'Z'));
-        while runs() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        tree.extend(children(id.pid)?);
-        next += 1;
-    }
-    Ok(tree)
 }
 
 /// The executable; the kernel marks one that was replaced or removed.

@@ -8,12 +8,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{kill, killpg, SigSet, Signal};
+use nix::sys::signal::{killpg, SigSet, Signal};
 use nix::unistd::Pid;
 
 use super::container::Root;
 use super::jsonrpc::remaining;
-use super::procfs;
+use super::{process_tree, procfs};
 use crate::host::{Context, Daemon, HostError, Limit, Result, Starting};
 
 /// Names in `/proc/PID/limits` (`lnames` in `fs/proc/base.c`) and the resources behind them.
@@ -183,10 +183,7 @@ impl Starting for Started {
         // A daemon that is about to detach, and its monitor, have a session of their own; as long as this one waits for
         // them they are its children.
         let starter = self.child.id() as i32;
-        let tree = procfs::identity(starter).and_then(|id| procfs::stop_tree(id, Instant::now() + STOPS));
-        for id in tree.unwrap_or_default() {
-            let _has_ended = kill(Pid::from_raw(id.pid), Signal::SIGKILL);
-        }
+        let _ = procfs::identity(starter).and_then(|id| process_tree::end(id, Instant::now() + STOPS));
         let _ = killpg(Pid::from_raw(starter), Signal::SIGKILL);
         let _ = self.child.wait();
     }
@@ -197,12 +194,8 @@ mod tests {
     use super::*;
     use crate::host::{DaemonKind, ProcessId};
 
-    #[test]
-    fn a_second_start_looks_like_the_first() {
-        let pid = std::process::id() as i32;
-        let mut limits = procfs::limits(pid).unwrap();
-        limits.iter_mut().filter(|l| l.name == "Max core file size").for_each(|l| l.soft = Some(0));
-        let model = Daemon {
+    fn model() -> Daemon {
+        Daemon {
             kind: DaemonKind::OvsVswitchd,
             id: ProcessId { pid: 1, start_time: 1 },
             exe: "/bin/sleep".into(),
@@ -212,7 +205,7 @@ mod tests {
             cwd: "/usr".into(),
             comm: "sleep".into(),
             nice: 7,
-            limits: limits.clone(),
+            limits: Vec::new(),
             oom_score_adj: 321,
             umask: 0o027,
             uid: nix::unistd::geteuid().as_raw(),
@@ -224,7 +217,15 @@ mod tests {
             log_file: None,
             own_pid: 1,
             contained: false,
-        };
+        }
+    }
+
+    #[test]
+    fn a_second_start_looks_like_the_first() {
+        let pid = std::process::id() as i32;
+        let mut limits = procfs::limits(pid).unwrap();
+        limits.iter_mut().filter(|l| l.name == "Max core file size").for_each(|l| l.soft = Some(0));
+        let model = Daemon { limits: limits.clone(), ..model() };
         let mut blocked = SigSet::empty();
         blocked.add(Signal::SIGTERM);
         blocked.thread_block().unwrap();
@@ -244,9 +245,12 @@ mod tests {
         assert_eq!((procfs::umask(child).unwrap(), procfs::cwd(child).unwrap()), (0o027, "/usr".into()));
         started.cancel();
         assert!(procfs::stat(child).is_err());
+    }
 
+    #[test]
+    fn a_start_that_is_cancelled_ends_with_what_it_waits_for() {
         let words = ["sh", "-c", "setsid sh -c 'sleep 31 & wait' & wait", "--detach"];
-        let model = Daemon { argv: words.map(str::to_owned).to_vec(), ..model };
+        let model = Daemon { argv: words.map(str::to_owned).to_vec(), ..model() };
         let mut started = start_like(&model, Path::new("/bin/sh")).unwrap();
         let sleeper = || {
             let sleeps = |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words == ["sleep", "31"]);
