@@ -225,6 +225,7 @@ impl Recovery {
             self.told(format!("cut off in {}, step `{}` {:?}", last.phase, last.step, last.state));
         }
         if let Some(mark) = mark.as_ref().filter(|mark| mark.boot != self.clock.boot()) {
+            self.begin_as(mark);
             // At boot there may be no datapath yet, and nothing is to be done with it.
             self.report.details.insert("recovery".into(), format!("{:?}", Plan::AfterReboot).into());
             return match (&mark.old, self.after_reboot(database, &entries)) {
@@ -248,6 +249,7 @@ impl Recovery {
             return needs_person("what the run had done cannot be read; nothing is frozen any more".into());
         }
         let mark = mark.unwrap_or_default();
+        self.begin_as(&mark);
         let mut outcome = self.carry_out(&mut host, database, &entries, &mark);
         if outcome.is_err() || !self.errors.is_empty() {
             let first = std::mem::take(&mut self.errors);
@@ -269,6 +271,10 @@ impl Recovery {
                 outcome = self.carry_out(&mut host, database, &entries, &mark);
             }
         }
+        match host.datapath.refused() {
+            Ok(refused) => self.report.refused = refused,
+            Err(error) => self.told(format!("what the freeze refused is not known: {error}")),
+        }
         match outcome {
             Ok(outcome) if !self.errors.is_empty() => {
                 needs_person(format!("{}, but not all of it could be put right: see the warnings", outcome.reason))
@@ -280,6 +286,16 @@ impl Recovery {
             Ok(outcome) => outcome,
             Err(error) => needs_person(format!("{error:#}")),
         }
+    }
+
+    /// The report goes on from what the run had found out before it was cut off.
+    fn begin_as(&mut self, mark: &Mark) {
+        let Some(found) = mark.found.clone() else { return };
+        let report = &mut self.report;
+        report.started_ms = found.started_ms;
+        (report.from, report.to) = (found.from, found.to);
+        (report.level, report.strategy) = (found.level, found.strategy);
+        report.conntrack = found.conntrack;
     }
 
     /// What is in memory goes to the disk, for whoever wants the whole story.

@@ -226,9 +226,20 @@ fn drive(run: &mut Run, mut journal: Recorder, started: Instant) -> Outcome {
     let mut action = run.machine.start();
     loop {
         action = match action {
-            Action::Finish(outcome) => return outcome,
+            Action::Finish(outcome) => {
+                note_refused(run);
+                return outcome;
+            }
             action => advance(run, &mut journal, action, started),
         };
+    }
+}
+
+/// However the run has ended: what the freeze refused is in its report.
+fn note_refused(run: &mut Run) {
+    match run.host.datapath.refused() {
+        Ok(refused) => run.report.refused = refused,
+        Err(error) => run.warn(format!("what the freeze refused is not known: {error}")),
     }
 }
 

@@ -1,46 +1,85 @@
 //! What a freeze is doing, read from its pins by any root process.
 
+use std::fmt;
+
 use libbpf_rs::{MapCore, MapHandle};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::freeze::{abi, process, Classes, Freeze, Hook, ProcessId};
 
-/// How many messages of each class were refused since the arming. A sendmsg counts once, under the class of the first
-/// message in it that is refused; senders without CAP_NET_ADMIN are not counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
-pub struct Refused {
-    pub flow_flush: u64,
-    pub flow_del: u64,
-    pub flow_set: u64,
-    pub dp_del: u64,
-    pub vport_del: u64,
-    pub meter_del: u64,
-    pub ct_timeout_del: u64,
-    pub upcall_bind: u64,
-    /// More than 64 messages in one sendmsg.
-    pub too_many: u64,
+/// Defines [`Refused`] from one table: the field, which is the class's name in reports and commands, and its index in the
+/// BPF program's map `refused` (`enum class` in `bpf/freeze.bpf.c`).
+macro_rules! refused {
+    ($($(#[$doc:meta])* $field:ident = $index:literal,)*) => {
+        /// How many messages of each class were refused since the arming. A sendmsg counts once, under the class of the
+        /// first message in it that is refused; senders without CAP_NET_ADMIN are not counted.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(default)]
+        pub struct Refused {
+            $($(#[$doc])* pub $field: u64,)*
+        }
+
+        impl Refused {
+            /// The index of each class in the map, and its name.
+            #[cfg(test)]
+            const TABLE: &[(u32, &str)] = &[$(($index, stringify!($field)),)*];
+
+            pub(super) fn read(map: &MapHandle) -> Result<Refused> {
+                let count = |class: u32| -> Result<u64> {
+                    let bytes = abi::lookup(map, "refused", class)?;
+                    let [count] = abi::words("refused", &bytes)?;
+                    Ok(count)
+                };
+                Ok(Refused { $($field: count($index)?,)* })
+            }
+
+            /// Each class's name and count, in the order of the BPF program.
+            pub fn by_class(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($field), self.$field),)*]
+            }
+
+            /// These and `others`: a freeze that was armed again counts from 0.
+            pub fn plus(self, others: Refused) -> Refused {
+                Refused { $($field: self.$field.saturating_add(others.$field),)* }
+            }
+        }
+    };
 }
 
-impl Refused {
-    pub(super) fn read(map: &MapHandle) -> Result<Refused> {
-        let count = |class: u32| -> Result<u64> {
-            let bytes = abi::lookup(map, "refused", class)?;
-            let [count] = abi::words("refused", &bytes)?;
-            Ok(count)
-        };
-        Ok(Refused {
-            flow_flush: count(0)?,
-            flow_del: count(1)?,
-            flow_set: count(2)?,
-            dp_del: count(3)?,
-            vport_del: count(4)?,
-            meter_del: count(5)?,
-            ct_timeout_del: count(6)?,
-            upcall_bind: count(7)?,
-            too_many: count(8)?,
-        })
+refused! {
+    /// `OVS_FLOW_CMD_DEL` without a key or UFID.
+    flow_flush = 0,
+    /// `OVS_FLOW_CMD_DEL` of one flow.
+    flow_del = 1,
+    /// `OVS_FLOW_CMD_SET`.
+    flow_set = 2,
+    /// `OVS_DP_CMD_DEL`.
+    dp_del = 3,
+    /// `OVS_VPORT_CMD_DEL`.
+    vport_del = 4,
+    /// `OVS_METER_CMD_DEL`.
+    meter_del = 5,
+    /// `IPCTNL_MSG_TIMEOUT_DELETE`.
+    ct_timeout_del = 6,
+    /// `OVS_DP_CMD_SET` with `PER_CPU_PIDS`, or `OVS_VPORT_CMD_SET` with `UPCALL_PID`.
+    upcall_bind = 7,
+    /// A sendmsg of more messages than the program can look at (64): refused unseen, whatever the classes.
+    too_many = 8,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counted: Vec<String> = self
+            .by_class()
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(class, count)| format!("{class} {count}"))
+            .collect();
+        match counted.is_empty() {
+            true => f.write_str("nothing"),
+            false => f.write_str(&counted.join(", ")),
+        }
     }
 }
 
@@ -118,4 +157,31 @@ fn ifindexes(map: &MapHandle) -> Result<Vec<u32>> {
 fn name(key: &[u8]) -> String {
     let end = key.iter().position(|byte| *byte == 0).unwrap_or(key.len());
     String::from_utf8_lossy(&key[..end]).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_class_has_its_counter_under_its_bit_and_name() {
+        let classes: Vec<(u32, String)> = Classes::all()
+            .iter_names()
+            .map(|(name, class)| (class.bits().trailing_zeros(), name.to_lowercase()))
+            .collect();
+        let (counted, others) = Refused::TABLE.split_at(classes.len());
+        let counted: Vec<(u32, String)> = counted.iter().map(|(index, name)| (*index, (*name).to_owned())).collect();
+        assert_eq!(counted, classes);
+        assert_eq!(others, [(8, "too_many")]);
+    }
+
+    #[test]
+    fn counters_are_told_by_name_and_added() {
+        let refused = Refused { flow_del: 3, too_many: 1, ..Refused::default() };
+        assert_eq!(refused.to_string(), "flow_del 3, too_many 1");
+        assert_eq!(Refused::default().to_string(), "nothing");
+        assert_eq!(refused.plus(refused).flow_del, 6);
+        let old: Refused = serde_json::from_str(r#"{"flow_del":2}"#).unwrap();
+        assert_eq!((old.flow_del, old.too_many), (2, 0), "a report of before has fewer classes");
+    }
 }

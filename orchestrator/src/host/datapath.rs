@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::TimeoutPolicy;
-use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::freeze::{Captured, Classes, Port, Refused};
 use dpfreeze::ovs::{FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::Snapshot;
@@ -38,14 +38,18 @@ pub struct HandedOver {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FreezeEvent {
     /// The deletion of this port was refused; its sender will not try again (hazards 7).
-    VportDelRefused {
-        /// The datapath's number of the port.
-        port_no: u32,
-    },
+    VportDelRefused(Port),
     /// A process other than the standby bound the upcalls (hazards 1).
     BoundByOther {
         /// Its thread group.
         pid: i32,
+    },
+    /// So many messages in one send that the freeze could not look at each: all of them were refused.
+    TooManyMessages {
+        /// The sender's thread group.
+        pid: i32,
+        /// The length of what it sent.
+        bytes: u64,
     },
 }
 
@@ -87,7 +91,7 @@ pub trait Datapath {
     fn tunnels_adopted(&mut self, patience: Duration) -> Result<Vec<String>>;
     /// The binding that the standby asked for, once it has; each port id is proved to be its own.
     fn captured(&mut self) -> Result<Option<Captured>>;
-    /// How often what was refused.
+    /// How often what was refused, by every freeze of this run; also after the [thaw](Datapath::thaw).
     fn refused(&mut self) -> Result<Refused>;
     /// What was seen since the last call.
     fn events(&mut self) -> Result<Vec<FreezeEvent>>;
@@ -153,7 +157,7 @@ pub trait Datapath {
     /// After the end of a daemon that was handed over to: misses are parked again, and what it left unread in its
     /// sockets as well, of which duplicates are held until the thaw (hazards 1). False where there was none.
     fn retake_upcalls(&mut self) -> Result<bool>;
-    /// Deletes those of the ports with these numbers, and of the tunnel ports that the new daemon wanted to delete
+    /// Deletes those of the ports with these numbers or names, and of the tunnel ports that the new daemon wanted to delete
     /// while they were adopted, whose name is not among `wanted`; returns their names.
-    fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>>;
+    fn delete_stale_ports(&mut self, ports: &[Port], wanted: &[String]) -> Result<Vec<String>>;
 }

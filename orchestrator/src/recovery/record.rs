@@ -8,6 +8,7 @@ use crate::host::clock::Clock;
 use crate::host::{BridgeRules, Daemon};
 use crate::journal::{Entry, Journal, Runs};
 use crate::machine::Phase;
+use crate::report::{ConntrackReport, Level, Report, Strategy, Version};
 use crate::steps::Run;
 
 /// All that a recovery must know of the run, besides how far it came.
@@ -25,6 +26,40 @@ pub struct Mark {
     pub old_port_ids: Vec<u32>,
     /// The unit that owns the daemon.
     pub unit: Option<String>,
+    /// What the report of the recovery is to say of the run.
+    #[serde(default)]
+    pub found: Option<Found>,
+}
+
+/// What a run had found out of itself, for the report of its recovery.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Found {
+    /// Start of the run, milliseconds since 1970-01-01 UTC.
+    pub started_ms: u64,
+    /// What ran before.
+    pub from: Version,
+    /// What was installed.
+    pub to: Version,
+    /// What the host could do; `None` where that was not known yet.
+    pub level: Option<Level>,
+    /// How the new daemon was to come to be.
+    pub strategy: Strategy,
+    /// What conntrack was told before, and what is guarded.
+    pub conntrack: ConntrackReport,
+}
+
+impl Found {
+    /// As `report` has it now.
+    fn of(report: &Report) -> Found {
+        Found {
+            started_ms: report.started_ms,
+            from: report.from.clone(),
+            to: report.to.clone(),
+            level: report.level,
+            strategy: report.strategy,
+            conntrack: report.conntrack.clone(),
+        }
+    }
 }
 
 impl Mark {
@@ -94,6 +129,10 @@ impl Recorder {
     }
 
     fn look(&mut self, run: &mut Run) {
+        let found = Found::of(&run.report);
+        if self.mark.found.as_ref() != Some(&found) {
+            self.mark.found = Some(found);
+        }
         if self.mark.old.is_none() {
             if let Some(old) = run.known.old.clone() {
                 self.mark.unit = run.known.owner.clone();

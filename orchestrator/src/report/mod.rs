@@ -18,6 +18,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use atomic_write_file::unix::OpenOptionsExt as _;
+pub use dpfreeze::freeze::Refused;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{ExitCode, Outcome, Phase};
@@ -148,27 +149,6 @@ pub struct DatapathReport {
     pub lost_delta: i64,
     /// The rise of the kernel's `n_missed`.
     pub missed_delta: i64,
-}
-
-/// Netlink messages that the freeze refused, by class.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refused {
-    /// OVS_FLOW_CMD_DEL without a key or UFID.
-    pub flow_flush: u64,
-    /// OVS_FLOW_CMD_DEL of one flow.
-    pub flow_del: u64,
-    /// OVS_FLOW_CMD_SET.
-    pub flow_set: u64,
-    /// OVS_DP_CMD_DEL.
-    pub dp_del: u64,
-    /// OVS_VPORT_CMD_DEL.
-    pub vport_del: u64,
-    /// OVS_METER_CMD_DEL.
-    pub meter_del: u64,
-    /// IPCTNL_MSG_TIMEOUT_DELETE.
-    pub ct_timeout_del: u64,
-    /// OVS_DP_CMD_SET with PER_CPU_PIDS or OVS_VPORT_CMD_SET with UPCALL_PID.
-    pub upcall_bind: u64,
 }
 
 /// What conntrack was told, before against after.

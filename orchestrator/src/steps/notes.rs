@@ -9,7 +9,7 @@ use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snap
 use crate::host::datapath::DATAPATH;
 use crate::host::real::openflow::compare as compare_rules;
 use crate::host::{BridgeRules, LearnReport, RestoredRules};
-use crate::report::{DatapathReport, OpenFlowReport, Parked, Refused, Report};
+use crate::report::{DatapathReport, OpenFlowReport, Parked, Report};
 
 /// The state before, as far as the report wants it.
 pub(super) fn before(report: &mut Report, before: &Snapshot) {
@@ -148,20 +148,6 @@ pub(super) fn after(report: &mut Report, before: &Snapshot, after: &Snapshot, wa
     };
     let wrong = compare(before, after).into_iter().filter(wrong);
     report.differences.extend(wrong.map(|difference| difference.to_string()));
-}
-
-/// The freeze's counters.
-pub(super) fn refused(refused: &dpfreeze::freeze::Refused) -> Refused {
-    Refused {
-        flow_flush: refused.flow_flush,
-        flow_del: refused.flow_del,
-        flow_set: refused.flow_set,
-        dp_del: refused.dp_del,
-        vport_del: refused.vport_del,
-        meter_del: refused.meter_del,
-        ct_timeout_del: refused.ct_timeout_del,
-        upcall_bind: refused.upcall_bind,
-    }
 }
 
 /// OpenFlow rules before.

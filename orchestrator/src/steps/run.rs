@@ -1,7 +1,7 @@
 //! What a run carries from step to step, and how a step waits: never past its limit, never past an event that
 //! changes the plan.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
 use crate::report::{Level, Report, Strategy};
 
+use dpfreeze::freeze::Port;
 use dpfreeze::snapshot::Snapshot;
 
 /// The host of a run.
@@ -147,7 +148,9 @@ pub struct Known {
     /// Internal devices as they were, once they were looked at because the module is to be reloaded.
     pub devices: Option<Vec<Device>>,
     /// Ports whose deletion was refused.
-    pub refused_ports: Vec<u32>,
+    pub refused_ports: Vec<Port>,
+    /// Processes that sent more messages at once than the freeze can look at, and were told of.
+    pub told_of: BTreeSet<i32>,
     /// When the upcalls left the old daemon.
     pub gap_began: Option<Instant>,
     /// The `next_cfg` of the removal of flow-restore-wait.
@@ -334,7 +337,12 @@ impl Run {
     fn freeze_events(&mut self, events: &mut Vec<Event>) -> Result<(), Stop> {
         for event in self.host.datapath.events()? {
             match event {
-                FreezeEvent::VportDelRefused { port_no } => self.known.refused_ports.push(port_no),
+                FreezeEvent::VportDelRefused(port) => self.known.refused_ports.push(port),
+                FreezeEvent::TooManyMessages { pid, bytes } if self.known.told_of.insert(pid) => self.warn(format!(
+                    "process {pid} sent more than 64 netlink messages at once ({bytes} bytes), and the freeze refused all \
+                     of them unseen (EBUSY); if that was no Open vSwitch, repeat what it did"
+                )),
+                FreezeEvent::TooManyMessages { .. } => {}
                 FreezeEvent::BoundByOther { .. } => events.push(Event::BoundByOther),
             }
         }

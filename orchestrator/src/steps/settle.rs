@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::handover::wait_in_step;
 use super::standby::finish_start;
-use super::{classes, guard, notes, ports, Ended, Run, Step, Stop};
+use super::{classes, guard, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -35,7 +35,6 @@ impl Step for Settle {
         repeat_port_deletions(run)?;
         finish_start(run)?;
         guard::widen(run);
-        run.report.refused = notes::refused(&run.host.datapath.refused()?);
         // A freeze that ended by itself is told; afterwards nobody can tell it from one that was lifted.
         run.checkpoint()?;
         run.host.datapath.thaw()?;

@@ -353,6 +353,44 @@ fn a_hook_that_refuses_nothing_is_no_freeze() {
     assert_eq!(played.code(), Some(ExitCode::Done));
 }
 
+/// The operations from the hand-over on: the binding of the new daemon was refused before.
+fn from_the_hand_over_to_the_thaw() -> Vec<Place> {
+    let places = trace(PLAIN, Script::default());
+    let at = |name: &str| places.iter().position(|place| place.name == name).unwrap();
+    places[at("datapath.prepare_hand_over")..at("datapath.thaw")].to_vec()
+}
+
+#[test]
+fn what_the_freeze_refused_is_reported_however_the_run_ends() {
+    let mut verdict = Verdict::default();
+    for place in from_the_hand_over_to_the_thaw() {
+        for fault in [Fault::NewDies, Fault::FlagRemoved, Fault::CrashAfter] {
+            let played = play(PLAIN, Script::of([(place, fault)]));
+            let refused = played.report.as_ref().map(|report| report.refused.upcall_bind);
+            if refused.unwrap_or_default() == 0 {
+                verdict.note("nothing refused", format!("{place:?}: {}", played.told()));
+            }
+        }
+    }
+    verdict.told();
+}
+
+#[test]
+fn the_report_of_a_recovery_says_what_the_run_had_found_out() {
+    let setting = Setting { strategy: Strategy::StopStart, ..PLAIN };
+    let take = Place { life: 0, name: "datapath.take_upcalls", nth: 0 };
+    let mut reports = Vec::new();
+    for setting in [PLAIN, setting] {
+        let played = play(setting, Script::of([(take, Fault::CrashAfter)]));
+        let report = played.report.unwrap();
+        assert_eq!((report.level, report.strategy), (Some(Level::Full), setting.strategy));
+        let versions = (report.from.ovs.as_deref(), report.to.ovs.as_deref());
+        assert_eq!(versions, (Some("3.1.0"), Some("3.1.1")));
+        reports.push(report);
+    }
+    assert!(reports.iter().all(|report| report.exit_code == ExitCode::Undone), "{reports:?}");
+}
+
 /// The machine stands still for longer than the lease lasts, or somebody lifts the freeze, at any operation while the
 /// kernel refuses deletions.
 #[test]

@@ -98,7 +98,7 @@ fn print_state(state: Option<&State>) {
     let alive = if state.exempt_alive { "running" } else { "ended" };
     println!("exempt: process {} ({alive})", state.exempt.tgid);
     println!("datapaths: {:?}; timeout policies: {}", state.ifindexes, state.timeout_names.len());
-    println!("refused: {:?}", state.refused);
+    println!("refused: {}", state.refused);
 }
 
 fn ms(value: u64) -> f64 {

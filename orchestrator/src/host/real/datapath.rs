@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::freeze::{
-    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Refused, Renewal, Scope,
+    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Port, Refused, Renewal,
+    Scope,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::binding::{self, Binding};
@@ -39,7 +40,10 @@ pub struct KernelDatapath {
     before: Arc<Vec<Flow>>,
     chosen: Option<Choice>,
     removed: Option<RemovalReport>,
-    guard_refused: u64,
+    /// What the guard had refused before this run began to use it.
+    guard_refused: Option<u64>,
+    /// What freezes of this run that have been lifted had refused.
+    refused_before: Refused,
     old: Option<ProcessId>,
     drain: Option<DrainWatch>,
     adoption: Option<Adoption>,
@@ -65,7 +69,8 @@ impl KernelDatapath {
             before: Arc::default(),
             chosen: None,
             removed: None,
-            guard_refused: 0,
+            guard_refused: None,
+            refused_before: Refused::default(),
             old: None,
             drain: None,
             adoption: None,
@@ -235,10 +240,12 @@ impl Datapath for KernelDatapath {
     }
 
     fn refused(&mut self) -> Result<Refused> {
-        let Some(freeze) = &self.freeze else { return Ok(Refused::default()) };
-        let mut refused = freeze.refused().about("freeze")?;
+        let now = self.freeze.as_ref().map(|freeze| freeze.refused().about("freeze")).transpose()?;
+        let mut refused = self.refused_before.plus(now.unwrap_or_default());
         // A deletion is refused by whichever of the two programs the kernel asks first.
-        refused.ct_timeout_del += refused_by_guard()?.saturating_sub(self.guard_refused);
+        if let Some(before) = self.guard_refused {
+            refused.ct_timeout_del += refused_by_guard()?.saturating_sub(before);
+        }
         Ok(refused)
     }
 
@@ -249,7 +256,11 @@ impl Datapath for KernelDatapath {
 
     fn thaw(&mut self) -> Result<()> {
         self.bound = None;
-        self.freeze = None;
+        // The counters go with the freeze, also with one that a dead supervisor has left.
+        let freeze = self.freeze.take().or_else(|| Freeze::open().ok().flatten());
+        if let Some(refused) = freeze.and_then(|freeze| freeze.refused().ok()) {
+            self.refused_before = self.refused_before.plus(refused);
+        }
         freeze::thaw().about("freeze")
     }
 
@@ -257,7 +268,7 @@ impl Datapath for KernelDatapath {
         let hook = self.freeze()?.hook();
         let policies = dpfreeze::conntrack::timeout_policies().about("conntrack timeout policies")?;
         let guarded = guard::begin(run, hook, zones, &policies, terms).map_err(guard_error)?;
-        self.guard_refused = refused_by_guard()?;
+        self.guard_refused = Some(refused_by_guard()?);
         Ok(guarded)
     }
 
@@ -267,6 +278,10 @@ impl Datapath for KernelDatapath {
     }
 
     fn withdraw_guard(&mut self, run: &str) -> Result<()> {
+        if let Some(before) = self.guard_refused.take() {
+            // Where it is the last run's, its counter goes with it.
+            self.refused_before.ct_timeout_del += refused_by_guard()?.saturating_sub(before);
+        }
         guard::withdraw(run).map_err(guard_error)
     }
 
@@ -461,11 +476,11 @@ impl Datapath for KernelDatapath {
         Ok(true)
     }
 
-    fn delete_stale_ports(&mut self, port_nos: &[u32], wanted: &[String]) -> Result<Vec<String>> {
+    fn delete_stale_ports(&mut self, ports: &[Port], wanted: &[String]) -> Result<Vec<String>> {
         let dp = self.dp()?;
         let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
         let mut deleted = Vec::new();
-        for vport in vports.iter().filter(|vport| is_stale(vport, port_nos, &self.stale_tunnels, wanted)) {
+        for vport in vports.iter().filter(|vport| is_stale(vport, ports, &self.stale_tunnels, wanted)) {
             let about = || format!("port {}", vport.name);
             self.ovs.vport_del(dp.ifindex, vport.port_no).about(about())?;
             if tunnel::is_backer(&vport.name) {
@@ -479,8 +494,12 @@ impl Datapath for KernelDatapath {
 }
 
 /// Should this port have been deleted by the daemon, and does nobody want it?
-fn is_stale(vport: &Vport, port_nos: &[u32], tunnels: &[String], wanted: &[String]) -> bool {
-    let asked_for = port_nos.contains(&vport.port_no) || tunnels.contains(&vport.name);
+fn is_stale(vport: &Vport, ports: &[Port], tunnels: &[String], wanted: &[String]) -> bool {
+    let is_it = |port: &Port| match port {
+        Port::Number(number) => *number == vport.port_no,
+        Port::Name(name) => *name == vport.name,
+    };
+    let asked_for = ports.iter().any(is_it) || tunnels.contains(&vport.name);
     asked_for && vport.name != DATAPATH && !wanted.contains(&vport.name)
 }
 
@@ -566,9 +585,12 @@ fn number(process: ProcessId) -> Result<u32> {
 
 fn known_event(event: freeze::Event) -> Option<FreezeEvent> {
     match event.kind {
-        EventKind::VportDelRefused(freeze::Port::Number(port_no)) => Some(FreezeEvent::VportDelRefused { port_no }),
+        EventKind::VportDelRefused(port) => Some(FreezeEvent::VportDelRefused(port)),
         EventKind::BoundByOther { .. } => Some(FreezeEvent::BoundByOther { pid: event.sender.tgid as i32 }),
-        _ => None,
+        EventKind::TooManyMessages { bytes } => {
+            Some(FreezeEvent::TooManyMessages { pid: event.sender.tgid as i32, bytes })
+        }
+        EventKind::Captured { .. } | EventKind::Unknown(_) => None,
     }
 }
 
@@ -580,16 +602,31 @@ mod tests {
     fn only_ports_that_were_to_go_and_that_nobody_wants_are_stale() {
         let ports = [(0, DATAPATH), (1, "br0"), (2, "v1"), (3, "v2"), (4, "vxlan_sys_4789"), (5, "genev_sys_6081")];
         let vports = ports.map(|(port_no, name)| Vport { port_no, name: name.into(), ..Vport::default() });
-        let stale = |port_nos: &[u32], tunnels: &[&str], wanted: &[&str]| {
+        let stale = |port_nos: &[u32], names: &[&str], tunnels: &[&str], wanted: &[&str]| {
+            let mut asked: Vec<Port> = port_nos.iter().map(|number| Port::Number(*number)).collect();
+            asked.extend(names.iter().map(|name| Port::Name((*name).to_owned())));
             let [tunnels, wanted] =
                 [tunnels, wanted].map(|names| names.iter().map(|n| n.to_string()).collect::<Vec<_>>());
-            let is_stale = |vport: &&Vport| is_stale(vport, port_nos, &tunnels, &wanted);
+            let is_stale = |vport: &&Vport| is_stale(vport, &asked, &tunnels, &wanted);
             vports.iter().filter(is_stale).map(|vport| vport.port_no).collect::<Vec<_>>()
         };
         let wanted = ["br0", "v2", "vxlan_sys_4789"];
-        assert!(stale(&[], &[], &wanted).is_empty());
-        assert_eq!(stale(&[0, 2, 3], &[], &wanted), [2]);
-        assert_eq!(stale(&[4], &["vxlan_sys_4789", "genev_sys_6081"], &wanted), [5]);
-        assert_eq!(stale(&[2], &["genev_sys_6081"], &wanted), [2, 5]);
+        assert!(stale(&[], &[], &[], &wanted).is_empty());
+        assert_eq!(stale(&[0, 2, 3], &[], &[], &wanted), [2]);
+        assert_eq!(stale(&[4], &[], &["vxlan_sys_4789", "genev_sys_6081"], &wanted), [5]);
+        assert_eq!(stale(&[2], &[], &["genev_sys_6081"], &wanted), [2, 5]);
+        assert_eq!(stale(&[], &[DATAPATH, "v1", "v2", "gone"], &[], &wanted), [2], "refused by name");
+    }
+
+    #[test]
+    fn what_the_freeze_saw_is_passed_on() {
+        let sender = freeze::ProcessId { tgid: 42, start_time: 7 };
+        let known = |kind| known_event(freeze::Event { at: Duration::ZERO, sender, ifindex: 3, kind });
+        for port in [Port::Number(2), Port::Name("v1".into())] {
+            assert_eq!(known(EventKind::VportDelRefused(port.clone())), Some(FreezeEvent::VportDelRefused(port)));
+        }
+        let told = known(EventKind::TooManyMessages { bytes: 9000 });
+        assert_eq!(told, Some(FreezeEvent::TooManyMessages { pid: 42, bytes: 9000 }));
+        assert_eq!(known(EventKind::Unknown(77)), None);
     }
 }

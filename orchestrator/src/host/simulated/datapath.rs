@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
-use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::freeze::{Captured, Classes, Port, Refused};
 use dpfreeze::ovs::Dispatch;
 use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
@@ -27,11 +27,20 @@ pub(super) struct SimDatapath {
     returned_to: Vec<u32>,
     handed_over: bool,
     removed: Option<RemovalReport>,
+    /// What freezes that were lifted had refused.
+    refused_before: Refused,
 }
 
 impl SimDatapath {
     pub(super) fn new(sim: &Sim) -> SimDatapath {
-        SimDatapath { sim: sim.clone(), open: false, returned_to: Vec::new(), handed_over: false, removed: None }
+        SimDatapath {
+            sim: sim.clone(),
+            open: false,
+            returned_to: Vec::new(),
+            handed_over: false,
+            removed: None,
+            refused_before: Refused::default(),
+        }
     }
 
     /// With the freeze that this process has open.
@@ -225,8 +234,8 @@ impl Datapath for SimDatapath {
     }
 
     fn refused(&mut self) -> Result<Refused> {
-        let mut world = self.sim.look();
-        Ok(world.kernel.frost.as_mut().map(|frost| frost.refused).unwrap_or_default())
+        let now = self.sim.look().kernel.frost.as_ref().map(|frost| frost.refused).unwrap_or_default();
+        Ok(self.refused_before.plus(now))
     }
 
     fn events(&mut self) -> Result<Vec<FreezeEvent>> {
@@ -237,10 +246,15 @@ impl Datapath for SimDatapath {
     fn thaw(&mut self) -> Result<()> {
         self.open = false;
         self.handed_over = false;
-        self.sim.operate("datapath.thaw", None, |world| {
-            world.kernel.frost = None;
+        let mut refused = Refused::default();
+        let lifted = self.sim.operate("datapath.thaw", None, |world| {
+            if let Some(frost) = world.kernel.frost.take() {
+                refused = frost.refused;
+            }
             Ok(())
-        })
+        });
+        self.refused_before = self.refused_before.plus(refused);
+        lifted
     }
 
     fn prepare_park(&mut self, old: ProcessId) -> Result<()> {
@@ -393,7 +407,7 @@ impl Datapath for SimDatapath {
         Ok(ReplayReport { replayed, ..ReplayReport::default() })
     }
 
-    fn delete_stale_ports(&mut self, _port_nos: &[u32], _wanted: &[String]) -> Result<Vec<String>> {
+    fn delete_stale_ports(&mut self, _ports: &[Port], _wanted: &[String]) -> Result<Vec<String>> {
         self.sim.operate("datapath.delete_stale_ports", None, |_| Ok(Vec::new()))
     }
 }
