@@ -7,8 +7,9 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use orchestrator::config::Config;
-use orchestrator::host::real::check::{self, CheckOptions};
+use orchestrator::host::real::check;
 use orchestrator::host::real::{openflow, ovsdb_server, procfs, Ovsdb, RealClock, RealDaemons, RealOpenFlow, Systemd};
+use orchestrator::host::surroundings::{CheckOptions, Known};
 use orchestrator::host::{
     Cleared, Daemon, DaemonKind, Daemons, Database, HandOver, JobKind, OpenFlow, Result, ServiceManager, Signal,
     SupervisorUnit,
@@ -130,7 +131,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         tally.take(command, daemons.command(&old, command, &arguments, soon()));
     }
     let folders = [PathBuf::from("/var/lib/probe/bin")];
-    let running = versions.map(|versions| versions.running).unwrap_or_default();
+    let running = versions.as_ref().map(|versions| versions.running.clone()).unwrap_or_default();
     let save = || daemons.save_program(&old, &running, &folders, soon());
     let saved = tally.take("save the program", save());
     tally.check("twice", save().ok() == saved);
@@ -142,7 +143,9 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         state_directory: "/var/lib/ovs-graceful".into(),
         run_directory: "/run/ovs-graceful".into(),
     };
-    for finding in check::findings(&daemons, &database, &systemd, &options, soon()) {
+    let found = Ok(old.clone());
+    let known = Known { vswitchd: Some(&found), versions: versions.as_ref() };
+    for finding in check::findings(&daemons, &systemd, &known, &options, soon()) {
         println!("     {finding}");
         tally.check("finding", finding.severity == Severity::Ok);
     }

@@ -25,7 +25,7 @@ use crate::host::real::{RealDaemons, RealDisk, Systemd};
 use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{CheckReport, Finding, Report, Severity, Strategy};
+use crate::report::{CheckReport, Name, Report, Severity, Strategy};
 use crate::supervisor;
 
 /// The action is allowed (README.policy-rc.d of init-system-helpers).
@@ -107,9 +107,9 @@ fn booted_with_systemd() -> bool {
 /// What refuses a run. Of the files some may be new and some old already, or gone: they are looked at again when the run
 /// begins.
 fn hindrances(report: &CheckReport) -> Vec<String> {
-    let about_files = ["versions", "old-binary", "tools", "schema"];
-    let refused = |finding: &&Finding| finding.severity == Severity::Refused;
-    let others = report.findings.iter().filter(refused).filter(|one| !about_files.contains(&one.name.as_str()));
+    let about_files = [Name::Versions, Name::OldBinary, Name::Tools, Name::Schema];
+    let refused = report.findings.iter().filter(|one| one.severity == Severity::Refused);
+    let others = refused.filter(|one| !about_files.contains(&one.name));
     others.map(|one| format!("{}: {} (remedy: {})", one.object, one.cause, one.remedy)).collect()
 }
 
@@ -191,6 +191,7 @@ fn told(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::report::Findings;
 
     #[test]
     fn what_an_upgrade_does_to_the_daemons_is_told_from_all_else() {
@@ -210,20 +211,14 @@ mod tests {
 
     #[test]
     fn files_that_are_being_replaced_are_no_reason_to_stop_the_daemons() {
-        let refused = |name: &str| Finding {
-            name: name.into(),
-            severity: Severity::Refused,
-            object: "x".into(),
-            cause: "y".into(),
-            remedy: "z".into(),
-        };
-        let report = |names: &[&str]| CheckReport {
-            level: crate::report::Level::None,
-            findings: names.iter().copied().map(refused).collect(),
+        let report = |names: &[Name]| {
+            let mut found = Findings::default();
+            names.iter().for_each(|name| found.refuse(*name, "x", "y", "z"));
+            CheckReport { level: crate::report::Level::None, findings: found.into_inner() }
         };
         assert!(hindrances(&report(&[])).is_empty());
-        assert!(hindrances(&report(&["versions", "tools"])).is_empty());
-        assert_eq!(hindrances(&report(&["versions", "dpdk"])), ["x: y (remedy: z)"]);
+        assert!(hindrances(&report(&[Name::Versions, Name::Tools])).is_empty());
+        assert_eq!(hindrances(&report(&[Name::Versions, Name::Dpdk])), ["x: y (remedy: z)"]);
     }
 
     #[test]

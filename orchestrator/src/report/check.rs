@@ -29,11 +29,113 @@ impl fmt::Display for Severity {
     }
 }
 
+/// Defines [`Name`] with its words, so that [`Name::ALL`] lacks none.
+macro_rules! names {
+    ($($(#[$doc:meta])* $name:ident = $word:literal,)*) => {
+        /// What was looked at. The words are stable: they are read by machines, and docs/operating.md explains each.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Name {
+            $($(#[$doc])* #[serde(rename = $word)] $name,)*
+        }
+
+        impl Name {
+            /// Every name.
+            pub const ALL: &[Name] = &[$(Name::$name),*];
+
+            /// Its word.
+            pub fn word(self) -> &'static str {
+                match self {
+                    $(Name::$name => $word,)*
+                }
+            }
+        }
+    };
+}
+
+names! {
+    /// The user of this process.
+    Root = "root",
+    /// The kernel module.
+    Openvswitch = "openvswitch-module",
+    /// Taking sockets over from another process.
+    PidfdGetfd = "pidfd_getfd",
+    /// BPF, which the freeze needs.
+    Bpf = "bpf",
+    /// The freeze, tried.
+    Canary = "canary",
+    /// Open vSwitch as a whole, where nothing more can be looked at.
+    Host = "host",
+    /// The kernel datapath.
+    Datapath = "datapath",
+    /// How the datapath dispatches upcalls.
+    Dispatch = "dispatch",
+    /// Who the upcalls go to.
+    Upcalls = "upcalls",
+    /// A reload of the kernel module, which was asked for.
+    ReloadModule = "reload-module",
+    /// What a reload of the kernel module would lose.
+    Module = "module",
+    /// Both daemons, each once.
+    OvsRunning = "ovs-running",
+    /// The network namespace of ovs-vswitchd.
+    NetworkNamespace = "network-namespace",
+    /// The container that ovs-vswitchd runs in.
+    Container = "container",
+    /// What runs and what is installed.
+    Versions = "versions",
+    /// The running program, for the way back.
+    OldBinary = "old-binary",
+    /// The package's command line tools.
+    Tools = "tools",
+    /// The database.
+    Database = "database",
+    /// The schema of the database and that of the installed package.
+    Schema = "schema",
+    /// `other_config:flow-restore-wait`.
+    RestoreWaitStuck = "restore-wait-stuck",
+    /// `other_config:hw-offload`.
+    HwOffload = "hw-offload",
+    /// DPDK.
+    Dpdk = "dpdk",
+    /// All bridges together.
+    Bridges = "bridges",
+    /// A bridge of the userspace datapath.
+    NetdevBridge = "netdev-bridge",
+    /// STP and RSTP.
+    SpanningTree = "spanning-tree",
+    /// LACP.
+    Lacp = "lacp",
+    /// BFD.
+    Bfd = "bfd",
+    /// CFM.
+    Cfm = "cfm",
+    /// sFlow, IPFIX and NetFlow.
+    Sampling = "sampling",
+    /// The service manager.
+    Systemd = "systemd",
+    /// A stop of the machine.
+    Shutdown = "shutdown",
+    /// A job that is queued for a unit of Open vSwitch.
+    UnitJob = "unit-job",
+    /// The unit of ovs-vswitchd.
+    Unit = "unit",
+    /// The options of the units.
+    OvsCtlOptions = "ovs-ctl-options",
+    /// Free space.
+    Space = "space",
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.word())
+    }
+}
+
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// What was looked at, in kebab-case; stable: `netdev-bridge`, `hw-offload`, `canary`, …
-    pub name: String,
+    /// What was looked at.
+    pub name: Name,
     /// How much it matters.
     pub severity: Severity,
     /// The object it was found on, for example `bridge br0`.
@@ -51,6 +153,67 @@ impl fmt::Display for Finding {
             return Ok(());
         }
         write!(f, "\n         remedy: {}", self.remedy)
+    }
+}
+
+/// Collects findings. What was found already is not found a second time.
+#[derive(Debug, Default)]
+pub struct Findings(Vec<Finding>);
+
+impl Findings {
+    /// Adds one.
+    pub fn add(&mut self, severity: Severity, name: Name, object: impl ToString, cause: impl ToString, remedy: &str) {
+        let (object, cause, remedy) = (object.to_string(), cause.to_string(), remedy.to_owned());
+        self.push(Finding { name, severity, object, cause, remedy });
+    }
+
+    /// Adds one that was made elsewhere.
+    pub fn push(&mut self, finding: Finding) {
+        if !self.0.contains(&finding) {
+            self.0.push(finding);
+        }
+    }
+
+    /// What is as it should be.
+    pub fn ok(&mut self, name: Name, object: impl ToString, cause: impl ToString) {
+        self.add(Severity::Ok, name, object, cause, "");
+    }
+
+    /// What is outside the promise.
+    pub fn warn(&mut self, name: Name, object: impl ToString, cause: impl ToString, remedy: &str) {
+        self.add(Severity::Warning, name, object, cause, remedy);
+    }
+
+    /// What a run refuses.
+    pub fn refuse(&mut self, name: Name, object: impl ToString, cause: impl ToString, remedy: &str) {
+        self.add(Severity::Refused, name, object, cause, remedy);
+    }
+
+    /// The value; where there is none, its error is what a run refuses.
+    pub fn keep<T, E: fmt::Display>(
+        &mut self,
+        result: Result<T, E>,
+        name: Name,
+        object: impl ToString,
+        remedy: &str,
+    ) -> Option<T> {
+        result.map_err(|error| self.refuse(name, object, error, remedy)).ok()
+    }
+
+    /// Does anything refuse a run?
+    pub fn refuses(&self) -> bool {
+        self.0.iter().any(|finding| finding.severity == Severity::Refused)
+    }
+
+    /// All of them, in the order in which they were found.
+    pub fn into_inner(self) -> Vec<Finding> {
+        self.0
+    }
+}
+
+impl Extend<Finding> for Findings {
+    fn extend<I: IntoIterator<Item = Finding>>(&mut self, findings: I) {
+        findings.into_iter().for_each(|finding| self.push(finding));
     }
 }
 
@@ -84,7 +247,7 @@ impl fmt::Display for CheckReport {
             writeln!(f, "{finding}")?;
         }
         let answer = match self.severity() {
-            Severity::Ok => "a run would lose nothing",
+            Severity::Ok => "nothing known stands in the way",
             Severity::Warning => "a run works; the warnings name what is outside its promise",
             Severity::Refused => "a run would refuse",
         };

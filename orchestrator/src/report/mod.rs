@@ -6,7 +6,7 @@ mod summary;
 #[cfg(test)]
 mod tests;
 
-pub use check::{CheckReport, Finding, Severity};
+pub use check::{CheckReport, Finding, Findings, Name, Severity};
 pub use summary::summary;
 
 use std::collections::BTreeMap;

@@ -118,7 +118,7 @@ fn the_summary_fits_a_screen_and_names_the_numbers() {
 #[test]
 fn a_refusal_makes_check_end_with_10_and_says_what_to_do() {
     let finding = |severity| Finding {
-        name: "hw-offload".into(),
+        name: Name::HwOffload,
         severity,
         object: "Open_vSwitch other_config".into(),
         cause: "hw-offload is on".into(),
@@ -139,4 +139,29 @@ fn a_run_that_was_refused_shows_why_and_no_zeros() {
     report.finish(&Outcome { exit_code: ExitCode::Refused, reason: "check failed; nothing was touched".into() }, 5);
     let text = summary(&report, false);
     assert!(text.contains("userspace") && text.contains("(exit 10)") && !text.contains("replayed"), "{text}");
+}
+
+#[test]
+fn every_finding_is_explained_in_the_table_of_the_docs() {
+    let docs = include_str!("../../../docs/operating.md");
+    let table = docs.split("### Outside the promise").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
+    let names: Vec<&str> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+    let mut explained = names.clone();
+    explained.sort_unstable();
+    explained.dedup();
+    assert_eq!(explained.len(), names.len(), "one is explained twice: {names:?}");
+    let mut all: Vec<&str> = Name::ALL.iter().map(|name| name.word()).collect();
+    all.sort_unstable();
+    assert_eq!(all, explained);
+}
+
+#[test]
+fn what_was_found_is_not_found_twice() {
+    let mut found = Findings::default();
+    for _ in 0..2 {
+        found.refuse(Name::Dpdk, "x", "y", "z");
+        found.ok(Name::Dpdk, "x", "y");
+    }
+    assert_eq!(found.into_inner().len(), 2);
 }

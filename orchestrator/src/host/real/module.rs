@@ -14,7 +14,7 @@ use super::command::{run, run_well};
 use crate::host::datapath::DATAPATH;
 use crate::host::module::{Device, KernelModule};
 use crate::host::{Context, HostError, Result};
-use crate::report::{Finding, Severity};
+use crate::report::{Finding, Findings, Name};
 
 /// The module of this machine.
 #[derive(Debug, Clone, Copy, Default)]
@@ -34,11 +34,9 @@ const DEPRECATED: [&str; 2] = ["base_reachable_time", "retrans_time"];
 
 impl KernelModule for RealModule {
     fn obstacles(&self, now: &Snapshot, until: Instant) -> Result<Vec<Finding>> {
-        let mut found = Vec::new();
-        let mut refuse = |object: String, cause: String, remedy: &str| {
-            let (name, remedy) = ("module".to_owned(), remedy.to_owned());
-            found.push(Finding { name, severity: Severity::Refused, object, cause, remedy });
-        };
+        let mut found = Findings::default();
+        let mut refuse =
+            |object: String, cause: String, remedy: &str| found.refuse(Name::Module, object, cause, remedy);
         if !loaded() {
             refuse(MODULE.into(), "it is part of the kernel, no module".into(), "boot the new kernel");
         }
@@ -70,7 +68,7 @@ impl KernelModule for RealModule {
                 refuse(object, cause, "remove that device for the reload");
             }
         }
-        Ok(found)
+        Ok(found.into_inner())
     }
 
     fn devices(&self, names: &[String], until: Instant) -> Result<Vec<Device>> {

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use dpfreeze::freeze::{environment, Environment};
 
-use super::check::{findings, CheckOptions};
+use super::check::findings;
 use crate::conntrack::connections;
-use crate::host::surroundings::Surroundings;
-use crate::host::{Daemons, Database, ServiceManager};
+use crate::host::surroundings::{CheckOptions, Known, Surroundings};
+use crate::host::{Daemons, ServiceManager};
 use crate::report::Finding;
 
 /// The rest of this machine.
@@ -31,11 +31,11 @@ impl Surroundings for RealSurroundings {
     fn findings(
         &self,
         daemons: &dyn Daemons,
-        database: &dyn Database,
         services: &dyn ServiceManager,
+        known: &Known<'_>,
         options: &CheckOptions,
         until: Instant,
     ) -> Vec<Finding> {
-        findings(daemons, database, services, options, until)
+        findings(daemons, services, known, options, until)
     }
 }

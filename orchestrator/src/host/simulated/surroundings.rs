@@ -6,10 +6,10 @@ use std::time::Instant;
 use dpfreeze::freeze::{Environment, Hook, ModuleState};
 
 use super::Sim;
-use crate::host::real::check::{database_findings, CheckOptions};
-use crate::host::surroundings::Surroundings;
-use crate::host::{Daemons, Database, ServiceManager};
-use crate::report::{Finding, Severity};
+use crate::check::refuse;
+use crate::host::surroundings::{CheckOptions, Known, Surroundings};
+use crate::host::{Daemons, ServiceManager};
+use crate::report::{Finding, Findings, Name};
 
 pub(super) struct SimSurroundings(pub(super) Sim);
 
@@ -38,20 +38,15 @@ impl Surroundings for SimSurroundings {
     fn findings(
         &self,
         _daemons: &dyn Daemons,
-        database: &dyn Database,
         _services: &dyn ServiceManager,
+        known: &Known<'_>,
         _options: &CheckOptions,
-        until: Instant,
+        _until: Instant,
     ) -> Vec<Finding> {
-        match database.facts(until) {
-            Ok(facts) => database_findings(&facts),
-            Err(error) => vec![Finding {
-                name: "database".into(),
-                severity: Severity::Refused,
-                object: error.object,
-                cause: error.cause,
-                remedy: error.remedy,
-            }],
+        let mut found = Findings::default();
+        if let Some(Err(error)) = known.vswitchd {
+            refuse(Name::OvsRunning, error, "", &mut found);
         }
+        found.into_inner()
     }
 }

@@ -1,0 +1,144 @@
+//! What the database alone tells.
+
+use crate::host::{Bridge, DatabaseFacts};
+use crate::report::{Findings, Name};
+
+/// Looks at what the database says of this host.
+pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
+    let mut odd = Findings::default();
+    root(facts, &mut odd);
+    facts.bridges.iter().for_each(|one| bridge(one, &mut odd));
+    let odd = odd.into_inner();
+    if odd.is_empty() {
+        let cause = format!("{} bridges, nothing in them is outside the promise", facts.bridges.len());
+        found.ok(Name::Bridges, "database", cause);
+    }
+    found.extend(odd);
+}
+
+/// The row of table Open_vSwitch.
+fn root(facts: &DatabaseFacts, found: &mut Findings) {
+    if facts.is_on("flow-restore-wait") {
+        found.refuse(
+            Name::RestoreWaitStuck,
+            "other_config:flow-restore-wait",
+            "it is set: ovs-vswitchd would start and forward nothing, even after a reboot",
+            "ovs-graceful recover; or: ovs-vsctl remove open_vswitch . other_config flow-restore-wait",
+        );
+    }
+    if facts.is_on("hw-offload") {
+        found.refuse(
+            Name::HwOffload,
+            "other_config:hw-offload",
+            "flows live in TC filters, which a freeze of the datapath does not reach",
+            "ovs-vsctl remove open_vswitch . other_config hw-offload and restart, or restart without ovs-graceful",
+        );
+    }
+    let dpdk = facts.other_config.get("dpdk-init").is_some_and(|v| v == "true" || v == "try");
+    if dpdk || facts.dpdk_initialized {
+        let remedy = "restart without ovs-graceful";
+        found.refuse(Name::Dpdk, "other_config:dpdk-init", "DPDK starts only after the old daemon has gone", remedy);
+    }
+}
+
+fn bridge(bridge: &Bridge, found: &mut Findings) {
+    let object = format!("bridge {}", bridge.name);
+    if !matches!(bridge.datapath_type.as_str(), "" | "system") {
+        let cause = format!("its datapath ({}) is not the kernel's and ends with the daemon", bridge.datapath_type);
+        found.refuse(Name::NetdevBridge, &object, cause, "restart without ovs-graceful, in a maintenance window");
+    }
+    if bridge.stp || bridge.rstp {
+        let name = if bridge.stp { "STP" } else { "RSTP" };
+        let cause = format!("{name} is on: after a restart its ports listen for about 30 s");
+        found.refuse(Name::SpanningTree, &object, cause, "restart without ovs-graceful, in a maintenance window");
+    }
+    for port in &bridge.ports {
+        let object = format!("{object}, port {}", port.name);
+        if port.lacp.is_some() {
+            found.warn(
+                Name::Lacp,
+                &object,
+                "LACP negotiates anew after the restart",
+                "use LACP fallback or slow timers",
+            );
+        }
+        for interface in &port.interfaces {
+            let object = format!("{object}, interface {}", interface.name);
+            for (on, name, word) in [(interface.bfd, Name::Bfd, "BFD"), (interface.cfm, Name::Cfm, "CFM")] {
+                if on {
+                    let cause = format!("{word} starts again in state Down");
+                    found.warn(name, &object, cause, "pause what acts on it for the time of the run");
+                }
+            }
+        }
+    }
+    for (on, name) in [(bridge.sflow, "sFlow"), (bridge.ipfix, "IPFIX"), (bridge.netflow, "NetFlow")] {
+        if on {
+            let cause = format!("{name} misses packets of the gap; their forwarding does not");
+            found.warn(Name::Sampling, &object, cause, "");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::host::{Interface, Port};
+    use crate::report::{Finding, Severity};
+
+    fn look(facts: &DatabaseFacts) -> Vec<Finding> {
+        let mut found = Findings::default();
+        super::look(facts, &mut found);
+        found.into_inner()
+    }
+
+    fn names(facts: &DatabaseFacts) -> Vec<(Name, Severity)> {
+        look(facts).into_iter().map(|f| (f.name, f.severity)).collect()
+    }
+
+    #[test]
+    fn a_plain_host_is_fine() {
+        let facts =
+            DatabaseFacts { bridges: vec![Bridge { name: "br0".into(), ..Bridge::default() }], ..Default::default() };
+        assert_eq!(names(&facts), [(Name::Bridges, Severity::Ok)]);
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_refused() {
+        let on = |key: &str| DatabaseFacts {
+            other_config: BTreeMap::from([(key.to_owned(), "true".to_owned())]),
+            ..DatabaseFacts::default()
+        };
+        for (key, name) in
+            [("flow-restore-wait", Name::RestoreWaitStuck), ("hw-offload", Name::HwOffload), ("dpdk-init", Name::Dpdk)]
+        {
+            assert_eq!(names(&on(key)), [(name, Severity::Refused)]);
+        }
+        let with = |bridge: Bridge| DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() };
+        let netdev = with(Bridge { datapath_type: "netdev".into(), ..Bridge::default() });
+        assert_eq!(names(&netdev), [(Name::NetdevBridge, Severity::Refused)]);
+        let rstp = with(Bridge { rstp: true, ..Bridge::default() });
+        assert_eq!(names(&rstp), [(Name::SpanningTree, Severity::Refused)]);
+    }
+
+    #[test]
+    fn what_is_outside_the_promise_is_named_by_interface() {
+        let interface = Interface { name: "e0".into(), bfd: true, cfm: true, ..Interface::default() };
+        let port =
+            Port { name: "bond0".into(), lacp: Some("active".into()), interfaces: vec![interface], ..Port::default() };
+        let bridge = Bridge { name: "br0".into(), ports: vec![port], ipfix: true, ..Bridge::default() };
+        let found = look(&DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() });
+        let seen: Vec<_> = found.iter().map(|f| (f.name.word(), f.severity, f.object.as_str())).collect();
+        assert_eq!(
+            seen,
+            [
+                ("lacp", Severity::Warning, "bridge br0, port bond0"),
+                ("bfd", Severity::Warning, "bridge br0, port bond0, interface e0"),
+                ("cfm", Severity::Warning, "bridge br0, port bond0, interface e0"),
+                ("sampling", Severity::Warning, "bridge br0"),
+            ]
+        );
+    }
+}

@@ -1,0 +1,76 @@
+//! The two daemons: does each run once, and where?
+
+use crate::check::refuse;
+use crate::host::real::procfs;
+use crate::host::surroundings::{CheckOptions, Known};
+use crate::host::{Daemon, DaemonKind, Daemons};
+use crate::report::{Findings, Name};
+
+const SWITCH: DaemonKind = DaemonKind::OvsVswitchd;
+const START: &str = "start it: systemctl start openvswitch-switch";
+
+/// The two daemons, if each runs once and the upcalls go to the ovs-vswitchd that runs.
+pub(super) fn running(daemons: &dyn Daemons, known: &Known<'_>, found: &mut Findings) -> Option<(Daemon, Daemon)> {
+    let server = match daemons.find_ovsdb_server() {
+        Ok(server) => Some(server),
+        Err(error) => {
+            let cause = format!("it does not run ({}: {})", error.object, error.cause);
+            found.refuse(Name::OvsRunning, "ovsdb-server", cause, START);
+            None
+        }
+    };
+    let vswitchd = vswitchd(&daemons.find_all(SWITCH).unwrap_or_default(), known, found)?;
+    let server = server?;
+    found.ok(Name::OvsRunning, "Open vSwitch", format!("pid {} and {}", server.id.pid, vswitchd.id.pid));
+    Some((vswitchd, server))
+}
+
+fn vswitchd(all: &[Daemon], known: &Known<'_>, found: &mut Findings) -> Option<Daemon> {
+    match (all, known.vswitchd) {
+        ([one], None | Some(Ok(_))) => return Some(one.clone()),
+        ([_], Some(Err(error))) => refuse(Name::OvsRunning, error, START, found),
+        ([], _) => {
+            match procfs::pids().unwrap_or_default().into_iter().find(|pid| procfs::runs(*pid, SWITCH.program())) {
+                Some(pid) => found.refuse(
+                    Name::OvsRunning,
+                    format!("ovs-vswitchd (pid {pid})"),
+                    "its control socket is not in our /run/openvswitch",
+                    "a container has to share the host's /run/openvswitch (docs/containers.md)",
+                ),
+                None => found.refuse(Name::OvsRunning, SWITCH.program(), "it does not run", START),
+            }
+        }
+        (many, _) => {
+            let pids: Vec<i32> = many.iter().map(|daemon| daemon.id.pid).collect();
+            let remedy = "stop all but the one that forwards; after an interrupted run: ovs-graceful recover";
+            found.refuse(Name::OvsRunning, SWITCH.program(), format!("it runs more than once: {pids:?}"), remedy);
+        }
+    }
+    None
+}
+
+/// The freeze and the sockets are those of our own network namespace.
+pub(super) fn namespaces(vswitchd: &Daemon, found: &mut Findings) {
+    if !procfs::shares(vswitchd.id.pid, "net").unwrap_or(false) {
+        let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
+        let remedy = "run ovs-graceful in the daemon's network namespace (nsenter -n)";
+        found.refuse(Name::NetworkNamespace, object, "it runs in another network namespace", remedy);
+    }
+}
+
+/// A container is not ours to start (docs/containers.md).
+pub(super) fn container(vswitchd: &Daemon, options: &CheckOptions, found: &mut Findings) {
+    let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
+    match (vswitchd.contained, options.elsewhere) {
+        (true, false) => found.refuse(
+            Name::Container,
+            object,
+            "it runs in a container, which has to be restarted by whoever runs it",
+            "ovs-graceful restart --restart-command 'docker restart NAME'",
+        ),
+        (true, true) => {
+            found.ok(Name::Container, object, "it runs in a container; its files are kept for the way back")
+        }
+        (false, _) => {}
+    }
+}

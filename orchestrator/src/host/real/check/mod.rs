@@ -1,0 +1,38 @@
+//! What Check looks at on the host: daemons, programs, units, disks, the new database tool. Nothing is touched.
+
+mod daemons;
+mod disks;
+mod programs;
+mod schema;
+mod services;
+
+use std::time::Instant;
+
+use crate::host::surroundings::{CheckOptions, Known};
+use crate::host::{Daemons, ServiceManager};
+use crate::report::{Finding, Findings, Name};
+
+/// Looks at the host. Where the daemons do not run, that is the only finding.
+pub fn findings(
+    daemons: &dyn Daemons,
+    services: &dyn ServiceManager,
+    known: &Known<'_>,
+    options: &CheckOptions,
+    until: Instant,
+) -> Vec<Finding> {
+    let mut found = Findings::default();
+    let Some((vswitchd, server)) = daemons::running(daemons, known, &mut found) else { return found.into_inner() };
+    programs::tools(until, &mut found);
+    daemons::namespaces(&vswitchd, &mut found);
+    daemons::container(&vswitchd, options, &mut found);
+    programs::versions(daemons, &vswitchd, known.versions, options, until, &mut found);
+    if server.contained || options.elsewhere {
+        let cause = "the container of the new ovsdb-server brings it, and converts the database";
+        found.ok(Name::Schema, "database", cause);
+    } else {
+        schema::look(&server, options, until, &mut found);
+    }
+    services::look(services, &vswitchd, &server, options, until, &mut found);
+    disks::look(options, &mut found);
+    found.into_inner()
+}

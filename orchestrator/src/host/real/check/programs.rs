@@ -1,0 +1,67 @@
+//! The programs that a run works with, and the one that it can go back to.
+
+use std::fs;
+use std::time::Instant;
+
+use crate::host::real::command;
+use crate::host::surroundings::CheckOptions;
+use crate::host::{Daemon, Daemons, Result, Versions};
+use crate::report::{Findings, Name};
+
+/// The programs of the package that a run works with.
+pub(super) fn tools(until: Instant, found: &mut Findings) {
+    for tool in ["ovs-ofctl", "ovsdb-tool"] {
+        if let Err(e) = command::run_well(tool, &["--version"], None, until) {
+            found.refuse(Name::Tools, tool, e.cause, "install the openvswitch package's command line tools");
+        }
+    }
+}
+
+/// What runs and what is installed, and whether a run could go back to what runs: what the run would keep is kept in the
+/// folders that the run would use, tried, and removed.
+pub(super) fn versions(
+    daemons: &dyn Daemons,
+    vswitchd: &Daemon,
+    versions: Option<&Versions>,
+    options: &CheckOptions,
+    until: Instant,
+    found: &mut Findings,
+) {
+    if let Some(Versions { running, installed }) = versions {
+        found.ok(Name::Versions, "ovs-vswitchd", format!("{running} runs, {installed} is installed"));
+    }
+    let running = versions.map(|versions| Ok(versions.running.clone()));
+    let Ok(running) = running.unwrap_or_else(|| daemons.running_version(vswitchd, until)) else { return };
+    let object = vswitchd.exe.display();
+    let error = match try_to_keep(daemons, vswitchd, &running, options, until) {
+        Ok(()) => return found.ok(Name::OldBinary, object, "it can be kept and runs, so there is a way back"),
+        Err(error) => error,
+    };
+    match versions.is_some_and(|versions| versions.running == versions.installed) {
+        true => {
+            let cause = format!("{}: going back would start the installed program, of the same version", error.cause);
+            found.warn(Name::OldBinary, object, cause, &error.remedy);
+        }
+        false => {
+            let cause = format!("{}: there would be no way back to the old version", error.cause);
+            found.refuse(Name::OldBinary, object, cause, &error.remedy);
+        }
+    }
+}
+
+fn try_to_keep(
+    daemons: &dyn Daemons,
+    vswitchd: &Daemon,
+    version: &str,
+    options: &CheckOptions,
+    until: Instant,
+) -> Result<()> {
+    let name = format!("check.{}", std::process::id());
+    let folders = [&options.state_directory, &options.run_directory];
+    let new: Vec<_> = folders.into_iter().filter(|folder| !folder.exists()).collect();
+    let scratch = folders.map(|folder| folder.join(&name));
+    let saved = daemons.save_program(vswitchd, version, &scratch, until);
+    scratch.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
+    new.iter().for_each(|folder| drop(fs::remove_dir(folder)));
+    saved.map(drop)
+}
