@@ -21,6 +21,8 @@ pub const VARIABLE: &str = "OVS_GRACEFUL_CHAOS";
 const STOPPED_S: u32 = 5;
 /// How long a stopped supervisor stays stopped, seconds: longer than the lease of the freeze.
 const SUPERVISOR_STOPPED_S: u32 = 30;
+/// What the fault `script` runs: whatever a test has put there.
+const SCRIPT: &str = "/run/ovs-graceful-chaos";
 /// Nothing hangs longer: tests want to end.
 const LONGEST_HANG: Duration = Duration::from_secs(40);
 
@@ -49,6 +51,13 @@ fn strike(run: &mut Run, phase: Phase, when: &str) -> Result<(), Stop> {
             let until = run.deadline.min(run.now() + LONGEST_HANG);
             run.host.clock.sleep(until.saturating_duration_since(run.now()));
             Ok(())
+        }
+        "script" => {
+            let done = Command::new(SCRIPT).status().with_context(|| format!("cannot run {SCRIPT}"))?;
+            match done.success() {
+                true => Ok(()),
+                false => Err(anyhow!("{SCRIPT}: {done}").into()),
+            }
         }
         other => Ok(signal(run, other)?),
     }

@@ -20,11 +20,11 @@ use crate::outcome::{Job, Outcome};
 pub struct Chaos;
 
 /// The product with the feature `chaos`.
-const PROGRAM: &str = "ovs_graceful_chaos";
+pub const PROGRAM: &str = "ovs_graceful_chaos";
 /// Cases of a sample.
 const SAMPLE: usize = 5;
 /// The steps of a run, in their order.
-const STEPS: [&str; 11] = [
+pub const STEPS: [&str; 11] = [
     "check",
     "snapshot",
     "arm",

@@ -11,6 +11,7 @@ mod controller;
 mod ct_guard;
 mod ct_policies;
 mod ct_zones;
+mod database_disk;
 mod dispatch_modes;
 mod disturbed;
 pub mod doors;
@@ -358,6 +359,8 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&back::Back { tunnel: false }),
     Scenario::Custom(&back::Back { tunnel: true }),
     Scenario::Custom(&disturbed::Disturbed),
+    Scenario::Custom(&database_disk::SAMPLE),
+    Scenario::Custom(&database_disk::WHOLE),
     Scenario::Custom(&reboot::Reboot),
     Scenario::Custom(&reload_module::ReloadModule),
     Scenario::Custom(&chaos::Chaos),
