@@ -20,9 +20,12 @@ use dpfreeze::park::ReplayReport;
 use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
-use crate::host::real::RealClock;
+use crate::host::database_disk;
+use crate::host::real::procfs::own_program;
+use crate::host::real::{RealClock, Systemd};
 use crate::host::{
-    BridgeRules, Cleared, Daemon, DaemonKind, Database, JobKind, ProcessId, Signal, DATABASE_UNIT, SWITCH_UNIT,
+    BridgeRules, Cleared, Daemon, DaemonKind, Database, GuardUnits, JobKind, ProcessId, ServiceManager, Signal,
+    DATABASE_UNIT, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
@@ -43,6 +46,10 @@ const END_LIMIT: Duration = Duration::from_secs(3);
 const READY_LIMIT: Duration = Duration::from_secs(20);
 /// How long a daemon that may bind its upcalls takes to do so.
 const BIND_LIMIT: Duration = Duration::from_secs(3);
+/// How long a daemon that is in step may take to say so, before it is asked once more.
+const IN_STEP_LIMIT: Duration = Duration::from_secs(5);
+/// How long the removal of flow-restore-wait is tried, without which nobody is bound.
+const CLEAR_LIMIT: Duration = Duration::from_secs(30);
 /// How long anything else may take.
 const SHORT: Duration = Duration::from_secs(10);
 /// Between two looks.
@@ -69,12 +76,13 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
     let recovered =
         recover_interrupted(&runs, config, Arc::new(RealClock), database.as_ref(), kept, || Host::real(config))?;
     // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
-    match clear_our_mark(database.as_ref(), Instant::now() + SHORT) {
-        Ok(None) => {}
-        Ok(Some(run)) => println!("flow-restore-wait of run {run} is removed"),
-        Err(error) => println!("flow-restore-wait was not looked at: {error}"),
+    let tidied = tidy_database(database.as_ref(), &RealClock);
+    let well = tidied.is_ok();
+    match tidied {
+        Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
+        Err(error) => println!("{error:#}"),
     }
-    let Some(report) = recovered else { return Ok(0) };
+    let Some(report) = recovered else { return Ok(if well { 0 } else { ExitCode::NeedsPerson.code().into() }) };
     println!("run {} was cut off", report.id);
     for line in report.warnings.iter().chain([&report.reason]) {
         println!("{line}");
@@ -115,14 +123,82 @@ pub(crate) fn recover_interrupted(
     Ok(Some(report))
 }
 
-/// Removes a flow-restore-wait with our mark, whichever run it is of, and returns that. The caller has the run lock.
-pub(crate) fn clear_our_mark(database: &dyn Database, until: Instant) -> anyhow::Result<Option<String>> {
-    let facts = database.facts(until)?;
-    let Some(run) = facts.external_ids.get(MARK) else { return Ok(None) };
-    match database.clear_all(run, until)? {
-        Cleared::Removed { .. } | Cleared::AlreadyGone => Ok(Some(run.clone())),
-        Cleared::NotOurs => Ok(None),
+/// Removes a flow-restore-wait with our mark, whichever run it is of, and what lies beside the database; a database that
+/// is served from memory goes back to its disk. Returns what was done. The caller has the run lock.
+///
+/// # Errors
+/// Where something of it is left: a database that cannot be asked, a disk that cannot be written.
+pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyhow::Result<Vec<String>> {
+    let until = clock.now() + SHORT;
+    let mut told = Vec::new();
+    if let Some(run) = database.facts(until).context("flow-restore-wait was not looked at")?.external_ids.get(MARK) {
+        let mut measures = Vec::new();
+        let cleared = database_disk::write(database, clock, until, &mut measures, || database.clear_all(run, until));
+        told.extend(measures);
+        match cleared.with_context(|| format!("flow-restore-wait of run {run} is not removed"))? {
+            Cleared::Removed { .. } | Cleared::AlreadyGone => {
+                told.push(format!("flow-restore-wait of run {run} is removed"));
+            }
+            Cleared::NotOurs => {}
+        }
     }
+    if database.drop_ballast()? {
+        told.push("the room that was kept beside the database is free again".into());
+    }
+    if database.write_back(until).with_context(database_disk::in_memory)? {
+        told.push("the database is on its disk again".into());
+    }
+    Ok(told)
+}
+
+/// [`tidy_database`] of this host, where it has a database that answers. The lock of runs is taken for it.
+///
+/// # Errors
+/// As there, and where the lock cannot be taken.
+pub fn tidy() -> anyhow::Result<Vec<String>> {
+    let _lock = RunLock::acquire(Path::new(LOCK), &Holder { id: RECOVERY.to_owned(), pid: std::process::id() })?;
+    let database = Host::real_database();
+    match database.drop_ballast() {
+        Err(error) if error.away => Ok(Vec::new()),
+        _ => tidy_database(database.as_ref(), &RealClock),
+    }
+}
+
+/// The timer that looks whether the disk of a database in memory can be written, and its service.
+const DATABASE_TIMER: &str = "ovs-graceful-database.timer";
+const DATABASE_SERVICE: &str = "ovs-graceful-database.service";
+/// From one look to the next.
+const DATABASE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Has the service manager try again and again to bring the database back to its disk. Where there is none, a person does
+/// that (`ovs-graceful recover`).
+pub(crate) fn look_after_database(services: &dyn ServiceManager) -> anyhow::Result<()> {
+    if !services.is_running() {
+        return Ok(());
+    }
+    let units = GuardUnits {
+        timer: DATABASE_TIMER.to_owned(),
+        service: DATABASE_SERVICE.to_owned(),
+        command: vec![own_program()?, "hook".to_owned(), "write-back".to_owned()],
+        interval: DATABASE_INTERVAL,
+        limit: SHORT + SHORT,
+        confined: false,
+    };
+    Ok(services.start_guard(&units, Instant::now() + SHORT)?)
+}
+
+/// `hook write-back`: one try, which ends the timer where there is nothing left to do.
+///
+/// # Errors
+/// Where the database stays in memory, or a run or another recovery is under way.
+pub fn write_back() -> anyhow::Result<()> {
+    let _lock = RunLock::acquire(Path::new(LOCK), &Holder { id: RECOVERY.to_owned(), pid: std::process::id() })?;
+    let database = Host::real_database();
+    if database.write_back(Instant::now() + SHORT).with_context(database_disk::in_memory)? {
+        println!("the database is on its disk again");
+    }
+    database.drop_ballast()?;
+    Ok(Systemd::default().end_guard(DATABASE_TIMER, Instant::now() + SHORT)?)
 }
 
 /// The emergency thaw without a supervisor. Returns the exit code: 0 done, 40 needs a person.
@@ -152,9 +228,7 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     let until = Instant::now() + SHORT;
     let facts = host.database.facts(until)?;
     match facts.external_ids.get(MARK) {
-        Some(run) if host.database.clear_all(run, until)? != Cleared::NotOurs => {
-            println!("thaw: flow-restore-wait of run {run} is removed");
-        }
+        Some(_) => tidy_database(host.database.as_ref(), &RealClock)?.iter().for_each(|line| println!("thaw: {line}")),
         _ if facts.is_on("flow-restore-wait") => {
             bail!(
                 "flow-restore-wait is set and not by us; remedy, if nobody is restoring flows: `ovs-vsctl remove \
@@ -402,7 +476,7 @@ impl Recovery {
         self.keep("guard of timeout policies", withdrawn);
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
-        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
+        let cleared = self.clear(host.database.as_ref(), SHORT);
         self.keep("flow-restore-wait", cleared);
         if !bound_to(host, old.id)? {
             bail!("ovs-vswitchd (process {}) is not bound to the upcalls; remedy: restart it", old.id.pid);
@@ -503,12 +577,12 @@ impl Recovery {
         self.keep("internal devices", put_back);
         let let_go = let_it_bind(host);
         self.keep("freeze", let_go);
-        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
+        let cleared = self.clear(host.database.as_ref(), CLEAR_LIMIT);
         let next_cfg = match self.keep("flow-restore-wait", cleared) {
             Some(Cleared::Removed { next_cfg }) => next_cfg,
-            _ => host.database.bump(self.until(SHORT))?,
+            _ => self.bump(host.database.as_ref())?,
         };
-        host.database.wait_in_step(next_cfg, self.until(READY_LIMIT))?;
+        self.wait_in_step(host.database.as_ref(), next_cfg)?;
         self.bind(host, survivor, captured)?;
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
@@ -683,12 +757,13 @@ impl Recovery {
     fn after_reboot(&mut self, database: &dyn Database, entries: &[Entry]) -> anyhow::Result<Outcome> {
         // The server may be on its way up.
         let waited = self.until(SHORT);
-        let mut cleared = database.clear_all(&self.id, waited);
+        let mut cleared = self.clear(database, SHORT);
         while cleared.is_err() && self.clock.now() < waited {
             self.clock.sleep(LOOK_AGAIN);
-            cleared = database.clear_all(&self.id, waited);
+            cleared = self.clear(database, SHORT);
         }
         cleared.context("flow-restore-wait")?;
+        self.tidy(database);
         let exit_code = if plan::past_no_return(entries) { ExitCode::Back } else { ExitCode::Undone };
         Ok(Outcome { exit_code, reason: "the machine was booted during the run; nothing of it is left".into() })
     }
@@ -697,8 +772,66 @@ impl Recovery {
     fn leave_nothing(&mut self, host: &mut Host) {
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
-        let cleared = host.database.clear_all(&self.id, self.until(SHORT));
+        let cleared = self.clear(host.database.as_ref(), SHORT);
         self.keep("flow-restore-wait", cleared);
+        if self.tidy(host.database.as_ref()) {
+            let looked_after = look_after_database(host.services.as_ref());
+            self.keep(DATABASE_TIMER, looked_after);
+        }
+    }
+
+    /// The flag with its mark, and changed timeout policies, whatever the disk of the database does.
+    fn clear(&mut self, database: &dyn Database, limit: Duration) -> crate::host::Result<Cleared> {
+        let until = self.until(limit);
+        let (id, clock) = (self.id.clone(), self.clock.clone());
+        let told = &mut self.report.warnings;
+        database_disk::write(database, clock.as_ref(), until, told, || database.clear_all(&id, until))
+    }
+
+    /// An ovs-vswitchd that is in step says so by a transaction, and once: where its disk did not take that, it is made to
+    /// say so again.
+    fn wait_in_step(&mut self, database: &dyn Database, next_cfg: i64) -> crate::host::Result<()> {
+        match database.wait_in_step(next_cfg, self.until(IN_STEP_LIMIT)) {
+            Err(error) if error.timed_out => {
+                let next_cfg = self.bump(database)?;
+                database.wait_in_step(next_cfg, self.until(READY_LIMIT))
+            }
+            waited => waited,
+        }
+    }
+
+    fn bump(&mut self, database: &dyn Database) -> crate::host::Result<i64> {
+        let until = self.until(SHORT);
+        let clock = self.clock.clone();
+        let told = &mut self.report.warnings;
+        database_disk::write(database, clock.as_ref(), until, told, || database.bump(until))
+    }
+
+    /// What the run kept beside the database, and a database in memory; true where the disk keeps one of them there.
+    fn tidy(&mut self, database: &dyn Database) -> bool {
+        let mut left = false;
+        match database.drop_ballast() {
+            Err(error) if error.unwritable => {
+                self.told(format!("{error}: it is removed once the disk can be written"));
+                left = true;
+            }
+            dropped => drop(self.keep("room kept beside the database", dropped)),
+        }
+        match database.write_back(self.until(SHORT)) {
+            Ok(false) => left,
+            Ok(true) => {
+                self.told("the database is on its disk again");
+                left
+            }
+            Err(error) if error.unwritable => {
+                self.told(format!("{error}; {}", database_disk::in_memory()));
+                true
+            }
+            Err(error) => {
+                self.errors.push(format!("database in memory: {error}"));
+                true
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What `check` and the phase Check find out about this host. Touches nothing.
 
 mod database;
+mod database_disk;
 
 use std::time::Instant;
 
@@ -56,6 +57,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let facts = keep(host.database.facts(until), Name::Database, "see the log of ovsdb-server", &mut found);
     if let Some(facts) = &facts {
         database::look(facts, &mut found);
+        database_disk::look(host.database.look_at_disk(), &mut found);
     }
     let options = CheckOptions {
         replace_ovsdb: wish.ovsdb,

@@ -214,6 +214,8 @@ pub enum HookCommand {
         #[arg(long = "loop")]
         again: bool,
     },
+    /// One try to bring a database that is served from memory back to its disk.
+    WriteBack,
     /// The process that proves the freeze from outside.
     Canary,
 }

@@ -17,6 +17,7 @@ use crate::guard;
 use crate::host::real::Systemd;
 use crate::journal::Runs;
 use crate::machine::ExitCode;
+use crate::recovery;
 use crate::supervisor;
 
 /// Variables that systemd gives to ExecReload= (systemd.exec(5), `service_spawn()` in src/core/service.c) and that
@@ -56,6 +57,13 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
             Ok(()) => 0,
             Err(error) => {
                 complain(&format!("hook guard: {error:#}"));
+                1
+            }
+        },
+        HookCommand::WriteBack => match recovery::write_back() {
+            Ok(()) => 0,
+            Err(error) => {
+                complain(&format!("hook write-back: {error:#}"));
                 1
             }
         },

@@ -145,7 +145,9 @@ fn recover(config: &Path) -> anyhow::Result<i32> {
     let runs = Runs::default();
     if runs.interrupted()?.is_none() && !recovery::is_marked() {
         runs.clear_left_over()?;
-        say("nothing to recover");
+        let told = recovery::tidy()?;
+        say(if told.is_empty() { "nothing to recover" } else { "no run was cut off" });
+        told.iter().for_each(|line| say(line));
         return Ok(0);
     }
     supervisor::recover(&load(config)?)

@@ -253,6 +253,7 @@ pub fn start_looks(services: &dyn ServiceManager, terms: Terms) -> anyhow::Resul
         interval: terms.interval(),
         // So that after one that hangs another can still renew.
         limit: terms.lease() / 2,
+        confined: true,
     };
     services.start_guard(&units, Instant::now() + UNIT_LIMIT).with_context(|| format!("cannot start {TIMER}"))
 }

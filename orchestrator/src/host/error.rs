@@ -16,6 +16,9 @@ pub struct HostError {
     pub timed_out: bool,
     /// True where the daemon that was asked is not there, or went away before it answered: it may come back.
     pub away: bool,
+    /// True where the database's disk did not take what was to be written: it is full, read-only or failing, and the
+    /// same may succeed later.
+    pub unwritable: bool,
 }
 
 /// The result of the host.
@@ -30,6 +33,7 @@ impl HostError {
             remedy: String::new(),
             timed_out: false,
             away: false,
+            unwritable: false,
         }
     }
 
@@ -41,6 +45,11 @@ impl HostError {
     /// The daemon `object` is not there, or went away.
     pub fn away(object: impl Into<String>, cause: impl Display) -> Self {
         HostError { away: true, ..HostError::new(object, cause) }
+    }
+
+    /// The disk of the database `object` did not take what was to be written.
+    pub fn unwritable(object: impl Into<String>, cause: impl Display) -> Self {
+        HostError { unwritable: true, ..HostError::new(object, cause) }
     }
 
     /// The same error with a remedy.

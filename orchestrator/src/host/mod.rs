@@ -4,6 +4,7 @@
 //! may ask for; [`real`] asks the machine we run on.
 
 pub mod clock;
+pub mod database_disk;
 pub mod datapath;
 pub mod disk;
 pub mod error;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+pub use database_disk::DatabaseDisk;
 pub use error::{Context, HostError, Result};
 pub use zones::CtZone;
 
@@ -329,7 +331,7 @@ pub enum Cleared {
 }
 
 /// The database.
-pub trait Database: Send + Sync {
+pub trait Database: DatabaseDisk + Send + Sync {
     /// Everything Check and the report want to know.
     fn facts(&self, until: Instant) -> Result<DatabaseFacts>;
     /// Sets `other_config:flow-restore-wait=true` and our mark of run `run`, and increments `next_cfg`, in one
@@ -349,6 +351,8 @@ pub trait Database: Send + Sync {
     }
     /// Increments `next_cfg` alone, as `ovs-vsctl` without `--no-wait` would. Returns it.
     fn bump(&self, until: Instant) -> Result<i64>;
+    /// The same, and on return it is on the disk: proves that the database can be written.
+    fn prove_writable(&self, until: Instant) -> Result<()>;
     /// Waits until ovs-vswitchd has carried out `next_cfg`.
     fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()>;
     /// Runs operations (RFC 7047, 5.2) on database Open_vSwitch; any that fails is an error and nothing is done.
@@ -460,6 +464,8 @@ pub struct GuardUnits {
     pub interval: Duration,
     /// How long one look may take.
     pub limit: Duration,
+    /// It is confined to what a look at timeout policies takes.
+    pub confined: bool,
 }
 
 /// A job of the service manager that has not ended.

@@ -89,6 +89,8 @@ names! {
     Tools = "tools",
     /// The database.
     Database = "database",
+    /// The disk of the database.
+    DatabaseDisk = "database-disk",
     /// The schema of the database and that of the installed package.
     Schema = "schema",
     /// `other_config:flow-restore-wait`.

@@ -27,6 +27,8 @@ impl Step for Arm {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
+        // What comes next writes it, and an ovsdb-server whose disk is full or read-only does not start again.
+        run.host.database.prove_writable(run.deadline).context("the disk of the database")?;
         if run.level == Level::Full {
             let lease = Lease { lease: run.lease(), end: run.config.freeze.end() };
             run.host.datapath.arm(classes::armed(), lease).context("arming the freeze")?;

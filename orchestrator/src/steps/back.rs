@@ -1,7 +1,7 @@
 //! Back: the program that ran before, on the database as it is, bound, and the parked packets replayed, after something
 //! went wrong past the point of no return, or the old daemon died before it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
@@ -11,9 +11,9 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, features, notes, tunnels, Ended, Host, Run, Start, Stop};
+use super::{classes, database_disk, features, notes, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
-use crate::host::{DaemonKind, Job, JobKind, SavedProgram};
+use crate::host::{DaemonKind, Database, HostError, Job, JobKind, SavedProgram};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
 
@@ -47,7 +47,10 @@ pub fn go_back(run: &mut Run) -> Ended {
         keep_parked(run)?;
     }
     let until = run.deadline;
-    run.host.database.set_restore_wait(&run.id, until).or_else(|error| already_set(run, error))?;
+    let id = run.id.clone();
+    database_disk::write(run, until, |database| {
+        database.set_restore_wait(&id, until).or_else(|error| already_set(database, error, until))
+    })?;
     start_again(run)?;
     wait_until_it_listens(run)?;
     tunnels::adopt(run)?;
@@ -65,8 +68,8 @@ fn look_at_rules(run: &mut Run) {
     }
 }
 
-fn already_set(run: &Run, error: crate::host::HostError) -> Result<i64, crate::host::HostError> {
-    match run.host.database.facts(run.deadline)?.is_on("flow-restore-wait") {
+fn already_set(database: &dyn Database, error: HostError, until: Instant) -> Result<i64, HostError> {
+    match database.facts(until)?.is_on("flow-restore-wait") {
         true => Ok(0),
         false => Err(error),
     }

@@ -8,13 +8,16 @@ use dpfreeze::freeze::Captured;
 use dpfreeze::ovs::Dispatch;
 
 use super::restore::restore_bridges_with_controllers;
-use super::{classes, notes, Ended, Run, Step, Stop};
+use super::{classes, database_disk, notes, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::DATAPATH;
 use crate::host::Cleared;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Handover;
+
+/// A daemon that is in step says so within this, where nothing is wrong.
+const TELLS_IT: Duration = Duration::from_secs(3);
 
 impl Step for Handover {
     fn limit(&self, config: &Config) -> Duration {
@@ -65,11 +68,16 @@ pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
         remove_doomed(run)?;
     }
     clear_restore_wait(run)?;
+    it_binds(run)
+}
+
+/// It has seen that the flag has gone: waits until it is bound, and gives it what was parked.
+pub(super) fn it_binds(run: &mut Run) -> Result<(), Stop> {
     wait_in_step(run)?;
     let now = run.now();
     notes::gap_ended(&mut run.report, &mut run.known.gap_began, now);
     restore_bridges_with_controllers(run)?;
-    if reloads {
+    if run.wish.reloads_module() {
         return run.checkpoint();
     }
     let (daemon, until) = (run.new_daemon()?.id, run.deadline);
@@ -80,8 +88,8 @@ pub(super) fn let_it_bind(run: &mut Run) -> Result<(), Stop> {
 
 pub(super) fn clear_restore_wait(run: &mut Run) -> Result<(), Stop> {
     run.restore_wait = None;
-    let until = run.deadline;
-    match run.host.database.clear_restore_wait(&run.id, until)? {
+    let (id, until) = (run.id.clone(), run.deadline);
+    match database_disk::write(run, until, |database| database.clear_restore_wait(&id, until))? {
         Cleared::Removed { next_cfg } => run.known.next_cfg = Some(next_cfg),
         Cleared::AlreadyGone => run.warn("somebody else removed flow-restore-wait before us"),
         Cleared::NotOurs => {}
@@ -90,11 +98,23 @@ pub(super) fn clear_restore_wait(run: &mut Run) -> Result<(), Stop> {
 }
 
 pub(super) fn wait_in_step(run: &mut Run) -> Result<(), Stop> {
-    if let Some(next_cfg) = run.known.next_cfg {
-        let until = run.deadline;
-        run.host.database.wait_in_step(next_cfg, until).context("the new ovs-vswitchd without flow-restore-wait")?;
+    let Some(next_cfg) = run.known.next_cfg else { return run.checkpoint() };
+    loop {
+        let until = run.deadline.min(run.now() + TELLS_IT);
+        match run.host.database.wait_in_step(next_cfg, until) {
+            Err(error) if error.timed_out && until < run.deadline => {}
+            ready => {
+                ready.context("the new ovs-vswitchd without flow-restore-wait")?;
+                return run.checkpoint();
+            }
+        }
+        if database_disk::is_in_trouble(run) {
+            // It says so by a transaction, and with the next change only.
+            let until = run.deadline;
+            database_disk::write(run, until, |database| database.bump(until))?;
+        }
+        run.checkpoint()?;
     }
-    run.checkpoint()
 }
 
 fn wait_until_captured(run: &mut Run) -> Result<Captured, Stop> {

@@ -7,6 +7,7 @@ mod back;
 mod bridges;
 mod check;
 mod classes;
+mod database_disk;
 mod features;
 mod gates;
 mod guard;

@@ -6,9 +6,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anyhow::Context;
-
-use super::{Run, Stop};
+use super::{database_disk, Run, Stop};
 use crate::host::zones::PolicyIndex;
 use crate::host::CtZone;
 
@@ -33,7 +31,7 @@ pub(super) fn make(run: &mut Run) -> Result<(), Stop> {
     let numbers: Vec<u16> = missing.iter().map(|zone| zone.zone).collect();
     let until = run.deadline;
     run.known.policies_touched = true;
-    run.host.database.touch_policies(&numbers, until).context("changing timeout policies for a moment")?;
+    database_disk::write(run, until, |database| database.touch_policies(&numbers, until))?;
     let made = wait_for_policies(run, &missing, &old)?;
     let between = names(run)?;
     change_back(run)?;
@@ -51,7 +49,8 @@ pub(super) fn make(run: &mut Run) -> Result<(), Stop> {
 
 fn change_back(run: &mut Run) -> Result<(), Stop> {
     if run.known.policies_touched {
-        run.host.database.clear_touched_policies(run.deadline).context("changing timeout policies back")?;
+        let until = run.deadline;
+        database_disk::write(run, until, |database| database.clear_touched_policies(until))?;
         run.known.policies_touched = false;
     }
     Ok(())

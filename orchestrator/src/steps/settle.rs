@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::handover::wait_in_step;
 use super::standby::finish_start;
-use super::{classes, guard, ports, Ended, Run, Step, Stop};
+use super::{classes, database_disk, guard, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -38,6 +38,7 @@ impl Step for Settle {
         // A freeze that ended by itself is told; afterwards nobody can tell it from one that was lifted.
         run.checkpoint()?;
         run.host.datapath.thaw()?;
+        database_disk::tidy(run);
         Ok(Event::Done)
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, bail, Context};
 
 use super::arm::no_other_job;
-use super::{tunnels, Ended, Run, Start, Step, Stop};
+use super::{database_disk, tunnels, Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{Hook, HookCommand, HookEvent};
 use crate::host::real::procfs::own_program;
@@ -31,6 +31,7 @@ impl Step for Standby {
 
     fn perform(&self, run: &mut Run) -> Ended {
         let until = run.deadline;
+        database_disk::keep_ballast(run)?;
         run.host.database.set_restore_wait(&run.id, until).context("setting flow-restore-wait")?;
         run.restore_wait = Some(run.host.database.watch_restore_wait(until)?);
         prepare_start(run)?;
@@ -64,7 +65,9 @@ impl Step for Standby {
         end_unseen_daemon(run, until)?;
         run.host.daemons.settle_pid_file(&old)?;
         run.restore_wait = None;
-        run.host.database.clear_restore_wait(&run.id, until)?;
+        let id = run.id.clone();
+        database_disk::write(run, until, |database| database.clear_restore_wait(&id, until))?;
+        database_disk::tidy(run);
         Ok(Event::Done)
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::standby::start_has_not_failed;
-use super::{bridges, classes, notes, reload, Ended, Run, Step, Stop};
+use super::{bridges, classes, database_disk, notes, reload, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -23,6 +23,7 @@ impl Step for SwitchPrepare {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
+        database_disk::must_be_well(run)?;
         bridges::look_again(run)?;
         if run.wish.reloads_module() {
             reload::remember(run)?;

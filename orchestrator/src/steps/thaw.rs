@@ -2,10 +2,11 @@
 
 use anyhow::Context;
 
+use super::handover::it_binds;
 use super::standby::{cancel_start, release_unit, wait_job};
-use super::{Ended, Run, Start, Stop};
+use super::{database_disk, Ended, Run, Start, Stop};
 use crate::control::HookCommand;
-use crate::host::Daemon;
+use crate::host::{Cleared, Daemon, HostError};
 use crate::machine::Event;
 
 /// Lifts every freeze. May be done twice.
@@ -13,10 +14,50 @@ pub fn thaw(run: &mut Run) -> Ended {
     super::guard::widen(run);
     run.host.datapath.thaw()?;
     run.restore_wait = None;
-    let until = run.now() + run.config.limits.undo();
-    run.host.database.clear_all(&run.id, until)?;
+    clear(run)?;
+    database_disk::tidy(run);
     let_start_go(run)?;
     Ok(Event::Done)
+}
+
+/// The flag goes. Where the disk of the database does not let it, and the daemon that waits for that is the only one, it is
+/// tried as long as that one lives: what is parked meanwhile stays parked, until it is bound.
+fn clear(run: &mut Run) -> Result<(), Stop> {
+    let mut told = false;
+    let cleared = loop {
+        let until = run.now() + run.config.limits.undo();
+        let id = run.id.clone();
+        match database_disk::write(run, until, |database| database.clear_all(&id, until)) {
+            Err(Stop::Failed { error, .. }) if is_of_disk(&error) && nobody_is_bound(run) => {
+                if !std::mem::replace(&mut told, true) {
+                    run.warn(format!(
+                        "{error:#}: nobody is bound; the upcalls stay parked until flow-restore-wait is gone"
+                    ));
+                }
+            }
+            cleared => break cleared?,
+        }
+    };
+    if let (Cleared::Removed { next_cfg }, true) = (cleared, nobody_is_bound(run)) {
+        run.known.next_cfg = Some(next_cfg);
+        run.deadline = run.now() + run.config.limits.undo();
+        match it_binds(run) {
+            Err(Stop::Failed { error, .. }) => run.warn(format!("{error:#}")),
+            Err(Stop::TimedOut(what)) => run.warn(format!("waited too long for {what}")),
+            bound => bound?,
+        }
+    }
+    Ok(())
+}
+
+fn is_of_disk(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<HostError>().is_some_and(|error| error.unwritable)
+}
+
+/// The upcalls are ours, and only the new daemon is there to take them over.
+fn nobody_is_bound(run: &Run) -> bool {
+    let lives = |daemon: &Option<Daemon>| daemon.as_ref().is_some_and(|one| run.host.daemons.is_alive(one.id));
+    run.known.gap_began.is_some() && lives(&run.known.new) && !lives(&run.known.old)
 }
 
 /// A start that Settle did not come to end: where its daemon lives the service manager is to own it, and the unit goes

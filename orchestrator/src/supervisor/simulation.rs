@@ -11,8 +11,10 @@ use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
-use crate::host::simulated::{Crash, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World};
-use crate::recovery::recover_interrupted;
+use crate::host::simulated::{
+    Crash, DiskState, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World,
+};
+use crate::recovery::{recover_interrupted, tidy_database};
 
 /// How often somebody tries to recover before he gives up.
 const LIVES: u32 = 6;
@@ -24,6 +26,9 @@ struct Played {
     report: Option<Report>,
     /// A supervisor or a recovery was killed.
     crashed: bool,
+    /// Nobody answered misses when the run, and what systemd does after it, was over and the disk of the database had not
+    /// been repaired.
+    unserved_before_repair: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -85,11 +90,15 @@ fn play(setting: Setting, script: Script) -> Played {
     let told = living(run);
     let mut crashed = told.is_none();
     // systemd does this after every supervisor, and at boot.
+    let mut unserved_before_repair = false;
     for life in 0..LIVES {
         sim.world().next_supervisor();
         if life == LIVES / 2 {
-            // Somebody makes room, where there was none.
-            sim.world().files.full = false;
+            unserved_before_repair = !sim.world().is_served();
+            // Somebody makes room, where there was none, or repairs a disk.
+            let mut world = sim.world();
+            world.files.full = false;
+            world.table_disk.state = DiskState::Well;
         }
         // It has the descriptors once: the one after it is no supervisor (`hook stopped`).
         let kept = match std::mem::take(&mut sim.world().kept) {
@@ -100,10 +109,16 @@ fn play(setting: Setting, script: Script) -> Played {
             let host = sim.host();
             let clock = host.clock.clone();
             let database = sim.host().database;
-            recover_interrupted(&runs, &Config::default(), clock, database.as_ref(), kept, || Ok(host))
+            let recovered =
+                recover_interrupted(&runs, &Config::default(), clock.clone(), database.as_ref(), kept, || Ok(host));
+            // `recover` looks whether there is anything of it. What is left of that is the next one's.
+            if sim.world().is_database_untidy() {
+                let _left = tidy_database(database.as_ref(), clock.as_ref());
+            }
+            recovered
         };
         match living(recovery) {
-            Some(Ok(None)) if !sim.world().files.full => break,
+            Some(Ok(None)) if !sim.world().is_disk_in_trouble() => break,
             Some(Ok(None)) => {}
             Some(Ok(Some(_)) | Err(_)) => {}
             None => crashed = true,
@@ -117,7 +132,7 @@ fn play(setting: Setting, script: Script) -> Played {
     drop(world);
     // Where it could not be written, whoever asked for the run has got it.
     let report = runs.list().ok().and_then(|mut all| all.pop()?.report).or(told);
-    Played { sim, report, crashed }
+    Played { sim, report, crashed, unserved_before_repair }
 }
 
 impl Played {
@@ -481,6 +496,66 @@ fn a_disk_that_is_full_from_any_operation_on_cuts_no_run_off() {
             if !matches!(played.code(), Some(ExitCode::Done | ExitCode::Undone | ExitCode::Refused)) {
                 verdict.note("neither done nor undone", format!("{name}: {}", played.told()));
             }
+        }
+    }
+    verdict.told();
+}
+
+/// From any operation on the database's disk is full or read-only, until somebody repairs it after the run: the run ends
+/// by itself, and somebody serves the host before that.
+#[test]
+fn a_disk_of_the_database_that_is_full_or_read_only_from_any_operation_on_leaves_nobody_unbound() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        for place in trace(setting, Script::default()).into_iter().filter(|place| place.life == 0) {
+            for fault in [Fault::DatabaseFull, Fault::DatabaseReadOnly] {
+                let played = play(setting, Script::of([(place, fault)]));
+                let what = format!("{name}: {}", played.told());
+                verdict.judge(&what, &played);
+                if played.unserved_before_repair {
+                    verdict.note("nobody was bound before the disk was repaired", &what);
+                }
+                if matches!(played.code(), Some(ExitCode::NeedsPerson) | None) {
+                    verdict.note("a person is asked for", &what);
+                }
+            }
+        }
+    }
+    verdict.told();
+}
+
+/// The same on the way back, in an undo and in a recovery.
+#[test]
+fn a_disk_of_the_database_in_trouble_keeps_no_undo_no_way_back_and_no_recovery_from_its_end() {
+    let mut verdict = Verdict::default();
+    let faults = [Fault::DatabaseFull, Fault::DatabaseReadOnly];
+    for (name, setting) in settings() {
+        harm_all(&mut verdict, name, setting, &[(late(setting, "openflow.fdb"), Fault::Abort)], 0, &faults);
+        harm_all(&mut verdict, name, setting, &[(late(setting, "openflow.wait_ready"), Fault::NewDies)], 0, &faults);
+        for place in trace(setting, Script::default()).into_iter().filter(|place| place.life == 0).step_by(60) {
+            harm_all(&mut verdict, name, setting, &[(place, Fault::CrashAfter)], 1, &faults);
+        }
+    }
+    verdict.told();
+}
+
+/// Where it cannot be served from memory either, the flag is tried to be removed until it can be.
+#[test]
+fn a_disk_of_the_database_that_nothing_helps_is_told() {
+    let mut verdict = Verdict::default();
+    for place in trace(PLAIN, Script::default()).into_iter().filter(|place| place.life == 0) {
+        let played = play(PLAIN, Script::of([(place, Fault::DatabaseLost)]));
+        let world = played.sim.world();
+        let left: Vec<String> =
+            world.left_over().into_iter().filter(|what| what.contains("flow-restore-wait")).collect();
+        let bound = world.switches().any(|switch| switch.port_ids == world.kernel.bound);
+        drop(world);
+        if !left.is_empty() || !bound {
+            verdict.note(format!("{left:?}, bound: {bound}"), played.told());
+        }
+        let warnings = played.report.as_ref().map(|report| report.warnings.join("\n")).unwrap_or_default();
+        if played.code() == Some(ExitCode::NeedsPerson) && !warnings.contains("cannot be served from memory either") {
+            verdict.note("not told", played.told());
         }
     }
     verdict.told();

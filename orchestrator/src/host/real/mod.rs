@@ -7,6 +7,7 @@ pub mod command;
 mod container;
 mod controllers;
 mod daemons;
+mod database_file;
 mod datapath;
 mod disk;
 mod fdb;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{json, Map, Value};
 
 use super::jsonrpc::Connection;
+use crate::host::database_disk::DISK_REMEDY;
 use crate::host::{
     Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result, SwitchLock,
 };
@@ -222,6 +223,12 @@ impl Database for Ovsdb {
         self.incremented(&results)
     }
 
+    fn prove_writable(&self, until: Instant) -> Result<()> {
+        // RFC 7047, 5.2.7: the answer comes after fsync().
+        let [mutate, _] = Self::increment();
+        self.transact_again(&[mutate, json!({"op": "commit", "durable": true})], until).map(drop)
+    }
+
     fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()> {
         self.ask(until, |connection| {
             let mut monitor = Monitor::start(connection, &["cur_cfg"], until)?;
@@ -293,13 +300,23 @@ fn transact(connection: &mut Connection, operations: Vec<Value>, until: Instant)
     };
     // RFC 7047, 4.1.3: the failed operation holds an error object, those after it null; a commit error comes extra.
     if let Some(failed) = results.iter().find(|r| r.get("error").is_some()) {
-        let text = |key| failed.get(key).and_then(Value::as_str).unwrap_or_default();
-        return Err(HostError::new("database", format!("transaction refused: {} {}", text("error"), text("details"))));
+        return Err(refused(failed));
     }
     if results.len() < count {
         return Err(HostError::new("database", "transact: the answer is too short"));
     }
     Ok(results)
+}
+
+/// What ovsdb-server says of a transaction that it has not carried out. `I/O error` is that of its file
+/// (`ovsdb_io_error`, lib/ovsdb-error.c); it forgets the transaction then, and tries the next one anew (`ovsdb_log_write`).
+fn refused(failed: &Value) -> HostError {
+    let text = |key| failed.get(key).and_then(Value::as_str).unwrap_or_default();
+    let cause = format!("transaction refused: {} {}", text("error"), text("details"));
+    match text("error") {
+        "I/O error" => HostError::unwritable("database", format!("{cause} ({})", text("io-error"))).remedy(DISK_REMEDY),
+        _ => HostError::new("database", cause),
+    }
 }
 
 /// The operation that lets a transaction fail unless the flag is (or is not) `true`.

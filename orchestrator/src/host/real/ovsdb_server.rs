@@ -163,8 +163,36 @@ fn wait_new(daemons: &dyn Daemons, clock: &dyn Clock, old: &Daemon, until: Insta
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::host::{DaemonKind, ProcessId};
+
+    /// A server about which nothing is known.
+    pub fn server() -> Daemon {
+        Daemon {
+            kind: DaemonKind::OvsdbServer,
+            id: ProcessId { pid: 0, start_time: 0 },
+            exe: PathBuf::new(),
+            exe_deleted: false,
+            argv: vec![],
+            environment: vec![],
+            cwd: PathBuf::new(),
+            comm: String::new(),
+            nice: 0,
+            limits: vec![],
+            oom_score_adj: 0,
+            umask: 0,
+            uid: 0,
+            gid: 0,
+            cgroup: String::new(),
+            monitor: None,
+            pid_file: PathBuf::new(),
+            control: PathBuf::new(),
+            log_file: None,
+            own_pid: 0,
+            contained: false,
+        }
+    }
 
     #[test]
     fn destructive_options_are_found_where_they_hide() {

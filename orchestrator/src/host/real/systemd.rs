@@ -580,8 +580,8 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
     let text = |text: &str| Variant::from(text.to_owned());
     let on = || Variant::from(true);
     let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-    let properties = [
-        ("Description", text("ovs-graceful: one look at guarded timeout policies")),
+    let mut properties = vec![
+        ("Description", text("ovs-graceful: one look at what a run has left to be looked after")),
         ("Type", text("oneshot")),
         ("ExecStart", command(&units.command)),
         ("DefaultDependencies", Variant::from(false)),
@@ -590,22 +590,26 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
         ("TimeoutStartUSec", Variant::from(limit)),
         ("StandardOutput", text("journal")),
         ("StandardError", text("journal")),
-        // Nobody is started by it, so it can be confined to what a look takes (systemd/README.md).
-        ("CapabilityBoundingSet", Variant::from(GUARD_CAPABILITIES)),
-        ("NoNewPrivileges", on()),
-        ("ProtectSystem", text("strict")),
-        ("ReadWritePaths", Variant::from(list(&["-/run/ovs-graceful"]))),
-        ("ProtectHome", text("yes")),
-        ("PrivateDevices", on()),
-        ("ProtectControlGroups", on()),
-        ("ProtectKernelModules", on()),
-        ("RestrictAddressFamilies", Variant::from((true, list(&["AF_UNIX", "AF_NETLINK"])))),
-        ("RestrictNamespaces", Variant::from(0u64)),
-        ("RestrictRealtime", on()),
-        ("RestrictSUIDSGID", on()),
-        ("LockPersonality", on()),
-        ("MemoryDenyWriteExecute", on()),
     ];
+    if units.confined {
+        // Nobody is started by it, so it can be confined to what a look takes (systemd/README.md).
+        properties.extend([
+            ("CapabilityBoundingSet", Variant::from(GUARD_CAPABILITIES)),
+            ("NoNewPrivileges", on()),
+            ("ProtectSystem", text("strict")),
+            ("ReadWritePaths", Variant::from(list(&["-/run/ovs-graceful"]))),
+            ("ProtectHome", text("yes")),
+            ("PrivateDevices", on()),
+            ("ProtectControlGroups", on()),
+            ("ProtectKernelModules", on()),
+            ("RestrictAddressFamilies", Variant::from((true, list(&["AF_UNIX", "AF_NETLINK"])))),
+            ("RestrictNamespaces", Variant::from(0u64)),
+            ("RestrictRealtime", on()),
+            ("RestrictSUIDSGID", on()),
+            ("LockPersonality", on()),
+            ("MemoryDenyWriteExecute", on()),
+        ]);
+    }
     properties.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use super::world::{bridges, Table, World, POLICY_S};
+use super::world::{bridges, DiskState, Table, World, POLICY_S};
 use super::Sim;
+use crate::host::database_disk::{DatabaseDisk, DatabaseFile};
 use crate::host::{Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result, SwitchLock};
 
 /// The zone that has a timeout policy.
@@ -25,9 +26,90 @@ impl SimDatabase {
         until: Instant,
         mut effect: impl FnMut(&mut Table) -> Result<T>,
     ) -> Result<T> {
-        self.0.operate(name, Some(until), |world: &mut World| match world.server() {
-            Some(_) => effect(&mut world.table),
-            None => Err(HostError::new("database", "nobody listens on its socket")),
+        self.0.operate(name, Some(until), |world: &mut World| {
+            if world.server().is_none() {
+                return Err(HostError::new("database", "nobody listens on its socket"));
+            }
+            // What changes nothing is not written.
+            let mut changed = world.table.clone();
+            let done = effect(&mut changed)?;
+            if changed != world.table && !world.writable() {
+                return Err(refused());
+            }
+            world.table = changed;
+            Ok(done)
+        })
+    }
+}
+
+fn refused() -> HostError {
+    HostError::unwritable("database", "transaction refused: I/O error (simulated)")
+}
+
+fn disk<T>(
+    sim: &Sim,
+    name: &'static str,
+    until: Option<Instant>,
+    mut effect: impl FnMut(&mut World) -> Result<T>,
+) -> Result<T> {
+    sim.operate(name, until, |world| match world.server() {
+        Some(_) => effect(world),
+        None => Err(HostError::new("ovsdb-server", "it does not run")),
+    })
+}
+
+impl DatabaseDisk for SimDatabase {
+    fn look_at_disk(&self) -> Result<DatabaseFile> {
+        disk(&self.0, "database_disk.look", None, |world| {
+            let free = if world.table_disk.state == DiskState::Full { 0 } else { 1 << 30 };
+            let in_memory = world.table_disk.file.is_some();
+            let file = DatabaseFile { path: "/etc/openvswitch/conf.db".into(), size: 20_000, free, in_memory };
+            match world.table_disk.state {
+                DiskState::ReadOnly => Err(refused()),
+                DiskState::Well | DiskState::Full => Ok(file),
+            }
+        })
+    }
+
+    fn keep_ballast(&self) -> Result<()> {
+        disk(&self.0, "database_disk.keep_ballast", None, |world| match world.table_disk.state {
+            DiskState::Well => {
+                world.table_disk.ballast = true;
+                Ok(())
+            }
+            DiskState::Full | DiskState::ReadOnly => Err(refused()),
+        })
+    }
+
+    fn drop_ballast(&self) -> Result<bool> {
+        disk(&self.0, "database_disk.drop_ballast", None, |world| match world.table_disk.state {
+            DiskState::ReadOnly if world.table_disk.ballast => Err(refused()),
+            DiskState::ReadOnly => Ok(false),
+            state => {
+                let had = std::mem::take(&mut world.table_disk.ballast);
+                if had && state == DiskState::Full {
+                    world.table_disk.state = DiskState::Well;
+                }
+                Ok(had)
+            }
+        })
+    }
+
+    fn serve_from_memory(&self, until: Instant) -> Result<()> {
+        disk(&self.0, "database_disk.serve_from_memory", Some(until), |world| {
+            if world.table_disk.no_memory {
+                return Err(HostError::new("database", "no memory can be put over its folder (simulated)"));
+            }
+            world.table_disk.file.get_or_insert_with(|| world.table.clone());
+            Ok(())
+        })
+    }
+
+    fn write_back(&self, until: Instant) -> Result<bool> {
+        disk(&self.0, "database_disk.write_back", Some(until), |world| match world.table_disk.state {
+            _ if world.table_disk.file.is_none() => Ok(false),
+            DiskState::Well => Ok(world.table_disk.file.take().is_some()),
+            DiskState::Full | DiskState::ReadOnly => Err(refused()),
         })
     }
 }
@@ -94,6 +176,13 @@ impl Database for SimDatabase {
         self.table("database.bump", until, |table| {
             table.next_cfg += 1;
             Ok(table.next_cfg)
+        })
+    }
+
+    fn prove_writable(&self, until: Instant) -> Result<()> {
+        self.table("database_disk.prove_writable", until, |table| {
+            table.next_cfg += 1;
+            Ok(())
         })
     }
 

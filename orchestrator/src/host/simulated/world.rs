@@ -32,6 +32,8 @@ const RESTART: Duration = Duration::from_millis(100);
 pub(super) const POLICY_S: u32 = 78;
 /// The bridge that has a controller.
 const WITH_CONTROLLER: &str = "br1";
+/// How long the disk of the database is in trouble that nothing helps: longer than all limits of a run.
+const LOST_FOR: Duration = Duration::from_secs(1800);
 /// How long the machine is down, and how long the world needs to come to rest.
 const LONG: Duration = Duration::from_secs(400);
 
@@ -174,8 +176,35 @@ pub struct Kernel {
     pub binds_from: Option<Duration>,
 }
 
-/// The Open_vSwitch table.
+/// The disk of the database.
 #[derive(Debug, Clone, Default)]
+pub struct TableDisk {
+    /// Nothing more fits, or nothing can be written at all.
+    pub state: DiskState,
+    /// Room is kept beside the file.
+    pub ballast: bool,
+    /// The server has the database in memory, where it can be written; what the file still says.
+    pub file: Option<Table>,
+    /// It cannot be brought into memory.
+    pub no_memory: bool,
+    /// When somebody has repaired it.
+    pub repaired: Option<Duration>,
+}
+
+/// How it is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum DiskState {
+    /// It can be written.
+    #[default]
+    Well,
+    /// It is full.
+    Full,
+    /// It is read-only.
+    ReadOnly,
+}
+
+/// The Open_vSwitch table.
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Table {
     /// `other_config:flow-restore-wait`
     pub flag: bool,
@@ -291,6 +320,8 @@ pub struct World {
     pub kernel: Kernel,
     /// The database.
     pub table: Table,
+    /// Its disk.
+    pub table_disk: TableDisk,
     /// The run is in the queue for the database's lock, before every switch that does not have it yet.
     pub lock_queued: bool,
     /// The switch's unit.
@@ -373,6 +404,7 @@ impl World {
             rules: rules(),
             kernel: Kernel::default(),
             table: Table::default(),
+            table_disk: TableDisk::default(),
             lock_queued: false,
             switch: SwitchUnit::default(),
             server_drop_in: false,
@@ -571,6 +603,9 @@ impl World {
 
     fn tick(&mut self, time: Duration) {
         self.time += time;
+        if self.table_disk.repaired.is_some_and(|at| self.time >= at) {
+            self.table_disk.state = DiskState::Well;
+        }
         self.live();
         self.traffic(time.as_millis().max(1) as u64);
     }
@@ -717,7 +752,7 @@ impl World {
 
     /// A switch that has the lock.
     fn lead(&mut self, pid: i32) {
-        let flag = self.table.flag;
+        let (flag, writable) = (self.table.flag, self.writable());
         let Some(process) = self.processes.get_mut(&pid) else { return };
         process.leads = true;
         if !std::mem::replace(&mut process.probed, true) {
@@ -733,7 +768,9 @@ impl World {
         if touched.is_some_and(|seen| seen != self.table.touched) {
             self.kernel.policies += 1;
         }
-        self.table.cur_cfg = self.table.next_cfg;
+        if writable {
+            self.table.cur_cfg = self.table.next_cfg;
+        }
         if flag {
             // One that has its datapath open already goes on as it is.
             process.waits = !process.opened;
@@ -971,8 +1008,36 @@ impl World {
         self.switch.results.insert(job, if up { "done" } else { "failed" });
     }
 
+    /// Does a transaction that changes something get through?
+    pub fn writable(&self) -> bool {
+        self.table_disk.state == DiskState::Well || self.table_disk.file.is_some()
+    }
+
+    /// Is there a disk that somebody has to look at?
+    pub fn is_disk_in_trouble(&self) -> bool {
+        self.files.full || self.table_disk.state != DiskState::Well
+    }
+
+    /// Is there a mark, a ballast or a database in memory that somebody has to look after?
+    pub fn is_database_untidy(&self) -> bool {
+        self.table.mark.is_some() || self.table_disk.ballast || self.table_disk.file.is_some()
+    }
+
+    /// Does a switch that lives have the upcalls?
+    pub fn is_served(&self) -> bool {
+        self.reader(&self.kernel.bound).is_some_and(|process| process.leads && !process.stopped)
+    }
+
+    /// A database server starts: it reads the file.
+    fn read_file(&mut self) {
+        if let Some(file) = self.table_disk.file.take() {
+            self.table = file;
+        }
+    }
+
     /// `systemctl restart` of the database server.
     pub fn restart_server(&mut self) {
+        self.read_file();
         let old = self.server().map(|server| server.id.pid);
         let leader = self.processes.values().filter(|process| process.leads).map(|process| process.id.pid).next();
         if let Some(old) = old {
@@ -1033,6 +1098,7 @@ impl World {
         self.server_drop_in = false;
         self.in_hand = None;
         self.files.lose_power();
+        self.read_file();
         self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.units());
     }
 
@@ -1073,6 +1139,13 @@ impl World {
             }
             Fault::Suspend => self.pass(LONG),
             Fault::TableMadeAnew => self.kernel.table_made_anew = true,
+            Fault::DatabaseFull => self.table_disk.state = DiskState::Full,
+            Fault::DatabaseReadOnly => self.table_disk.state = DiskState::ReadOnly,
+            Fault::DatabaseLost => {
+                self.table_disk.state = DiskState::ReadOnly;
+                self.table_disk.no_memory = true;
+                self.table_disk.repaired = Some(self.time + LOST_FOR);
+            }
             Fault::ProbeLeft => self.kernel.left_probe = true,
             Fault::BindsLate(time) => self.kernel.binds_from = Some(self.time + time),
             _ => {}
@@ -1095,6 +1168,8 @@ impl World {
         };
         add(self.table.flag, "flow-restore-wait");
         add(self.table.mark.is_some(), "the mark of the run");
+        add(self.table_disk.ballast, "the room kept beside the database");
+        add(self.table_disk.file.is_some(), "a database in memory");
         add(self.table.touched, "a changed timeout policy");
         add(self.kernel.bare_devices, "devices without addresses");
         add(self.kernel.frost.is_some(), "a freeze");
