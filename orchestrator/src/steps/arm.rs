@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
-use super::{classes, guard, Ended, Host, Run, Step, Stop};
+use super::{classes, database_disk, guard, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::Lease;
 use crate::host::real::ovsdb_server::replace;
@@ -28,6 +28,8 @@ impl Step for Arm {
 
     fn perform(&self, run: &mut Run) -> Ended {
         // What comes next writes it, and an ovsdb-server whose disk is full or read-only does not start again.
+        // The last block of the file may have room for one small transaction.
+        database_disk::must_be_well(run)?;
         run.host.database.prove_writable(run.deadline).context("the disk of the database")?;
         if run.level == Level::Full {
             let lease = Lease { lease: run.lease(), end: run.config.freeze.end() };

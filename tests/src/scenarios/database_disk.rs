@@ -31,11 +31,11 @@ pub const WHOLE: DatabaseDisk = DatabaseDisk { whole: true };
 
 /// What the feature `chaos` runs in the midst of a run (orchestrator/src/chaos.rs).
 const SCRIPT: &str = "/run/ovs-graceful-chaos";
-/// The database's folder becomes a disk of its own. Its image is in memory, so that it is well where others are not.
+/// The database's folder becomes a disk of its own, whose image is in memory.
 const SET_UP: &str = "dir=$(dirname $(readlink -f /etc/openvswitch/conf.db)); echo $dir > /run/lab-database; \
-    systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; \
-    truncate -s 8M /dev/shm/database; mkfs.ext4 -qF -b 1024 /dev/shm/database; mount -o loop /dev/shm/database /mnt; \
-    cp -a $dir/. /mnt; umount /mnt; mount -o loop /dev/shm/database $dir; \
+    systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; image=/dev/shm/database; echo $image > /run/lab-image; \
+    truncate -s 8M $image; mkfs.ext4 -qF -b 1024 $image; mount -o loop $image /mnt; \
+    cp -a $dir/. /mnt; umount /mnt; mount -o loop,errors=remount-ro $image $dir; \
     systemctl start openvswitch-switch; ovs-vsctl show > /dev/null";
 /// To the last byte of the database's last block.
 const FILL: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\n\
@@ -43,15 +43,16 @@ const FILL: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\n\
     for i in $(seq 50); do\n\
       timeout 10 ovs-vsctl --no-wait set open_vswitch . external_ids:lab-fill=$i > /dev/null 2>&1 || exit 0\n\
     done\nexit 1\n";
-/// What a kernel does with a disk that fails, but for one as well that has files open for writing. All others are well
-/// again at once.
-const READ_ONLY: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\necho u > /proc/sysrq-trigger\n\
-    while grep -q ' ext4 rw' /proc/mounts; do sleep 0.02; done\n\
-    for point in $(grep ' ext4 ro' /proc/mounts | cut -d ' ' -f 2); do\n\
-      test $point = $dir || mount -o remount,rw $point || exit 1\n\
-    done\n";
-const HEAL: &str = "dir=$(cat /run/lab-database); mount -o remount,rw $dir; rm -f $dir/fill $dir/rest; \
-    ovs-graceful recover; ovs-vsctl --no-wait remove open_vswitch . external_ids lab-fill";
+/// What ext4 does on an error of its device.
+const READ_ONLY: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\n\
+    echo 1 > /sys/fs/ext4/$(basename $(findmnt -no SOURCE $dir))/trigger_fs_error\n\
+    until grep -q \" $dir ext4 ro\" /proc/mounts; do sleep 0.02; done\n";
+const MAKE_ROOM: &str = "dir=$(cat /run/lab-database); rm -f $dir/fill $dir/rest; ovs-graceful recover; \
+    ovs-vsctl --no-wait remove open_vswitch . external_ids lab-fill";
+/// Another disk with what the first one had. A server that has its file there has to be told.
+const REPAIR: &str = "dir=$(cat /run/lab-database); image=$(cat /run/lab-image); umount -l $dir; cp $image $image+; \
+    e2fsck -fy $image+ > /dev/null; mount -o loop,errors=remount-ro $image+ $dir; echo $image+ > /run/lab-image; rm $image; \
+    ovs-graceful recover; ovs-appctl -t ovsdb-server ovsdb-server/compact Open_vSwitch";
 /// What the file says, not the server.
 const ON_DISK: &str = "cp $(cat /run/lab-database)/conf.db /run/lab-conf.db && ovsdb-tool query /run/lab-conf.db \
     '[\"Open_vSwitch\",{\"op\":\"select\",\"table\":\"Open_vSwitch\",\"where\":[],\"columns\":[\"other_config\",\"external_ids\"]}]'";
@@ -70,9 +71,19 @@ impl Case {
         format!("{}:{when}:{what}", STEPS[self.step])
     }
 
-    /// What the run ends with.
+    /// What the run ends with (docs/database-disk.md).
     fn ends(self) -> &'static [u64] {
-        &[0, 10, 20, 21, 30]
+        let at = |step: &str, after| (STEPS.iter().position(|name| *name == step).unwrap_or(0), after);
+        let place = (self.step, self.after);
+        match self.read_only {
+            _ if place == at("check", false) => &[10],
+            _ if place <= at("switch-prepare", false) => &[20],
+            // Until Handover something has to be written.
+            true if place <= at("handover", false) => &[30],
+            // And once more where the daemon has not said yet that it is in step.
+            true if place <= at("settle", false) => &[0, 30],
+            _ => &[0],
+        }
     }
 }
 
@@ -166,7 +177,7 @@ fn one(case: Case, out: &Path, outcome: &mut Outcome) -> Result<String> {
     shell_lenient("ovs-dpctl del-flows");
     aftermath::new_traffic_passes(&name, outcome);
     // And once it is well.
-    let healed = shell_lenient(HEAL);
+    let healed = shell_lenient(if case.read_only { REPAIR } else { MAKE_ROOM });
     aftermath::nothing_left(&name, outcome);
     let (on_disk, files) = (shell_lenient(ON_DISK), shell_lenient("ls -A $(cat /run/lab-database)"));
     let clean =

@@ -76,8 +76,16 @@ impl Place {
             None => locked(server.id.pid).about(&object)?,
         };
         for (folder, name) in places {
-            let opened = open_folder(server.id.pid, &folder).about(folder.display().to_string())?;
-            found.push(Place { server: server.clone(), folder, opened, name });
+            match open_folder(server.id.pid, &folder) {
+                Ok(opened) => found.push(Place { server: server.clone(), folder, opened, name }),
+                // A folder that has been removed since is none of a file that it has open.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).about(folder.display().to_string()),
+            }
+        }
+        if found.iter().any(|place| place.is_on_disk().unwrap_or(false)) {
+            // Of a file system that was unmounted since, only the lock file is left.
+            found.retain(|place| place.is_on_disk().unwrap_or(false));
         }
         if found.len() > 1 {
             found.retain(|place| place.is_of_switch().unwrap_or(false));
@@ -236,11 +244,15 @@ fn unwritable(object: &str, cause: &str) -> HostError {
     HostError::unwritable(object, cause).remedy(DISK_REMEDY)
 }
 
-/// The folder and name of each database that the process has locked.
+/// The folder and name of each database that the process has locked, and of each file of that name that it has open.
 fn locked(pid: i32) -> io::Result<Vec<(PathBuf, OsString)>> {
     let fds = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
-    let links = fds.filter_map(|entry| fs::read_link(entry.path()).ok());
-    let mut found: Vec<_> = links.filter_map(|link| of_lock_file(&link)).collect();
+    let links: Vec<PathBuf> = fds.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
+    let mut found: Vec<_> = links.iter().filter_map(|link| of_lock_file(link)).collect();
+    let open = links.iter().filter(|link| found.iter().any(|(_, name)| link.file_name() == Some(name)));
+    let open: Vec<_> =
+        open.filter_map(|link| Some((link.parent()?.to_owned(), link.file_name()?.to_owned()))).collect();
+    found.extend(open);
     found.sort();
     found.dedup();
     Ok(found)
