@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use dpfreeze::freeze::Classes;
 
 /// Freeze and look at the kernel datapath of Open vSwitch.
+///
+/// Exit codes: 0 done; 1 `diff` found differences; 2 it could not be done, or wrong usage. All but `diff` needs root.
 #[derive(Parser)]
 #[command(name = "dpfreeze", version)]
 pub struct Cli {
@@ -41,7 +43,11 @@ pub enum Command {
         json: bool,
     },
     /// Show datapaths, ports, flows, meters and timeout policies.
-    Dump,
+    Dump {
+        /// As JSON, as `snapshot` writes it.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write to a file, as JSON, what the kernel knows.
     Snapshot {
         /// The file.

@@ -23,35 +23,71 @@ const DIFFERENT: u8 = 1;
 const TROUBLE: u8 = 2;
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let command = Cli::parse().command;
+    if let Some(missing) = needs_root(&command) {
+        eprintln_or_not(&missing);
+        return ExitCode::from(TROUBLE);
+    }
+    // Held until the end: what it has to say must not panic where nobody reads it any more.
+    let mut out = std::io::stdout().lock();
+    let ended = run(command, &mut out).and_then(|code| Ok(out.flush().map(|()| code)?));
+    match ended {
         Ok(code) => code,
+        // A reader that has read enough.
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("dpfreeze: {error:#}");
+            eprintln_or_not(&format!("{error:#}"));
             ExitCode::from(TROUBLE)
         }
     }
 }
 
-fn run(command: Command) -> anyhow::Result<ExitCode> {
+/// Standard error may be gone as well.
+fn eprintln_or_not(text: &str) {
+    let _ = writeln!(std::io::stderr(), "dpfreeze: {text}");
+}
+
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let is_it = |error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe;
+    let json = |error: &serde_json::Error| error.io_error_kind() == Some(std::io::ErrorKind::BrokenPipe);
+    error.downcast_ref().is_some_and(is_it) || error.downcast_ref().is_some_and(json)
+}
+
+/// All but the comparison of two files asks the kernel what it tells to root alone.
+fn needs_root(command: &Command) -> Option<String> {
+    let uid = nix::unistd::geteuid();
+    let unprivileged = matches!(command, Command::Diff { .. } | Command::Canary | Command::Environment);
+    (!uid.is_root() && !unprivileged)
+        .then(|| format!("this needs root, and runs as uid {uid}; remedy: run it through sudo"))
+}
+
+fn run(command: Command, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     match command {
         Command::Freeze { classes, lease, datapaths, timeout_policies } => {
             let classes = classes.into_iter().map(Classes::from).fold(Classes::empty(), |all, class| all | class);
-            freeze_now(classes, Duration::from_secs(lease), &datapaths, timeout_policies)?;
+            freeze_now(classes, Duration::from_secs(lease), &datapaths, timeout_policies, out)?;
         }
         Command::Thaw => freeze::thaw()?,
-        Command::Status { json: true } => println!("{}", serde_json::to_string_pretty(&freeze::state()?)?),
-        Command::Status { json: false } => print_state(freeze::state()?.as_ref()),
-        Command::Dump => print_dump(&snapshot::capture(&mut Ovs::open()?)?, &mut std::io::stdout().lock())?,
+        Command::Status { json: true } => json(&freeze::state()?, out)?,
+        Command::Status { json: false } => print_state(freeze::state()?.as_ref(), out)?,
+        Command::Dump { json: true } => json(&snapshot::capture(&mut Ovs::open()?)?, out)?,
+        Command::Dump { json: false } => print_dump(&snapshot::capture(&mut Ovs::open()?)?, out)?,
         Command::Snapshot { file } => {
             let mut to = BufWriter::new(File::create(&file).with_context(|| file.display().to_string())?);
-            serde_json::to_writer(&mut to, &snapshot::capture(&mut Ovs::open()?)?)?;
+            serde_json::to_writer(&mut to, &snapshot::capture(&mut Ovs::open()?)?)
+                .with_context(|| file.display().to_string())?;
             to.flush().with_context(|| file.display().to_string())?;
         }
-        Command::Diff { before, after } => return diff(&before, &after),
-        Command::Environment => println!("{}", serde_json::to_string_pretty(&freeze::environment())?),
+        Command::Diff { before, after } => return diff(&before, &after, out),
+        Command::Environment => json(&freeze::environment(), out)?,
         Command::Canary => return Ok(freeze::canary_main()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn json(value: &impl serde::Serialize, out: &mut impl Write) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, value)?;
+    Ok(writeln!(out)?)
 }
 
 fn freeze_now(
@@ -59,6 +95,7 @@ fn freeze_now(
     lease: Duration,
     datapaths: &[String],
     mut timeout_policies: Vec<String>,
+    out: &mut impl Write,
 ) -> anyhow::Result<()> {
     let families = Families::resolve()?;
     let ifindexes = if families.datapath == 0 { Vec::new() } else { chosen(datapaths)? };
@@ -68,8 +105,7 @@ fn freeze_now(
     let scope = Scope::here(&ifindexes, &timeout_policies, families)?;
     let (mut freeze, _) = Freeze::load_proven(&CanaryCommand::own(&["canary"]), families)?;
     freeze.arm(&scope, classes, lease, lease)?;
-    print_state(Some(&freeze.state()?));
-    Ok(())
+    Ok(print_state(Some(&freeze.state()?), out)?)
 }
 
 fn chosen(names: &[String]) -> anyhow::Result<Vec<u32>> {
@@ -86,19 +122,21 @@ fn chosen(names: &[String]) -> anyhow::Result<Vec<u32>> {
         .collect()
 }
 
-fn print_state(state: Option<&State>) {
-    let Some(state) = state else { return println!("nothing is frozen") };
+fn print_state(state: Option<&State>, out: &mut impl Write) -> std::io::Result<()> {
+    let Some(state) = state else { return writeln!(out, "nothing is frozen") };
     if !state.armed {
-        println!("loaded on {}, nothing is frozen (a lease that ran out, or not armed yet)", state.hook);
+        writeln!(out, "loaded on {}, nothing is frozen (a lease that ran out, or not armed yet)", state.hook)?;
     } else {
         let names: Vec<String> = state.classes.iter_names().map(|(name, _)| name.to_lowercase()).collect();
-        println!("frozen: {} (on {})", names.join(", "), state.hook);
-        println!("until: {:.1} s from now, {:.1} s if renewed", ms(state.lease_left_ms), ms(state.end_left_ms));
+        writeln!(out, "frozen: {} (on {})", names.join(", "), state.hook)?;
+        writeln!(out, "until: {:.1} s from now, {:.1} s if renewed", ms(state.lease_left_ms), ms(state.end_left_ms))?;
     }
     let alive = if state.exempt_alive { "running" } else { "ended" };
-    println!("exempt: process {} ({alive})", state.exempt.tgid);
-    println!("datapaths: {:?}; timeout policies: {}", state.ifindexes, state.timeout_names.len());
-    println!("refused: {}", state.refused);
+    writeln!(out, "exempt: process {} ({alive})", state.exempt.tgid)?;
+    let datapaths: Vec<String> = state.ifindexes.iter().map(u32::to_string).collect();
+    let datapaths = if datapaths.is_empty() { "none".to_owned() } else { datapaths.join(", ") };
+    writeln!(out, "datapaths (ifindex): {datapaths}; timeout policies: {}", state.timeout_names.len())?;
+    writeln!(out, "refused: {}", state.refused)
 }
 
 fn ms(value: u64) -> f64 {
@@ -155,14 +193,14 @@ fn print_datapath(snapshot: &DatapathSnapshot, to: &mut impl Write) -> std::io::
     Ok(())
 }
 
-fn diff(before: &Path, after: &Path) -> anyhow::Result<ExitCode> {
+fn diff(before: &Path, after: &Path, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     let read = |path: &Path| -> anyhow::Result<Snapshot> {
         let file = File::open(path).with_context(|| path.display().to_string())?;
         serde_json::from_reader(BufReader::new(file)).with_context(|| path.display().to_string())
     };
     let differences = snapshot::compare(&read(before)?, &read(after)?);
     for difference in &differences {
-        println!("{difference}");
+        writeln!(out, "{difference}")?;
     }
     Ok(if differences.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
 }
