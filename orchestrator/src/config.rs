@@ -15,36 +15,35 @@ use crate::machine::{GatePolicy, Options, Phase};
 /// Where the configuration is.
 pub const PATH: &str = "/etc/ovs-graceful/config.toml";
 
-/// Why a configuration was not taken.
+/// Why a configuration was not taken. Each message is whole: the cause is part of it, and there is no other `source`.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("cannot read the configuration {path}: {source}")]
+    #[error("configuration {path}: {why}; remedy: make it a file that root can read, or leave `--config` out")]
     Read {
         /// The file.
         path: String,
         /// The cause.
-        #[source]
-        source: io::Error,
+        why: io::Error,
     },
     /// It is not TOML, or has an unknown key or a value of the wrong type.
-    #[error("{path}: {source}see config.example.toml for the keys and their units")]
+    #[error("configuration {path}: {why}\nremedy: correct that line; config.example.toml of the source, which the packages \
+             install as {PATH}, has every key with its default and unit")]
     Parse {
         /// The file.
         path: String,
         /// The cause, with line and key.
-        #[source]
-        source: Box<toml::de::Error>,
+        why: String,
     },
     /// A value is out of its bounds.
-    #[error("{path}: {key} {why}")]
+    #[error("configuration {path}: {key} {why}; remedy: correct it, or leave it out (the default is used)")]
     Value {
         /// The file.
         path: String,
         /// The key, for example `freeze.lease_ms`.
         key: &'static str,
         /// What it has to be.
-        why: &'static str,
+        why: String,
     },
 }
 
@@ -383,23 +382,54 @@ impl Default for GuardConfig {
 }
 
 impl Config {
-    /// Reads `path`; a file that is not there is all defaults.
+    /// Reads `path`. Where [`PATH`] is not there all is defaults; another file was named by somebody, and has to be there.
+    ///
+    /// # Errors
+    /// Where it cannot be read, or is no configuration.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
         match std::fs::read_to_string(path) {
             Ok(text) => Config::parse(&text, &path.display().to_string()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Config::default()),
-            Err(source) => Err(ConfigError::Read { path: path.display().to_string(), source }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound && path == Path::new(PATH) => Ok(Config::default()),
+            Err(why) => Err(ConfigError::Read { path: path.display().to_string(), why }),
+        }
+    }
+
+    /// For what must go on whatever the file says: the defaults where it cannot be read, and why.
+    pub fn load_or_default(path: &Path) -> (Config, Option<ConfigError>) {
+        match Config::load(path) {
+            Ok(config) => (config, None),
+            Err(error) => (Config::default(), Some(error)),
         }
     }
 
     /// Parses the text of a configuration; `path` is for the errors.
+    ///
+    /// # Errors
+    /// Where it is no configuration.
     pub fn parse(text: &str, path: &str) -> Result<Config, ConfigError> {
         let config: Config = toml::from_str(text)
-            .map_err(|source| ConfigError::Parse { path: path.to_string(), source: Box::new(source) })?;
+            .map_err(|error| ConfigError::Parse { path: path.to_string(), why: in_words(&error.to_string()) })?;
         match config.out_of_bounds() {
             None => Ok(config),
             Some((key, why)) => Err(ConfigError::Value { path: path.to_string(), key, why }),
         }
+    }
+
+    /// How long a run may take at most: every phase to its limit, every try of Restore, and the longer of both ways back.
+    pub fn longest_run(&self) -> Duration {
+        let limits = &self.limits;
+        let commit = limits.switch_commit_ms.max(limits.elsewhere_ms);
+        let phases: u64 = Phase::ALL
+            .into_iter()
+            .map(|phase| match phase {
+                Phase::SwitchCommit => commit,
+                Phase::Restore => limits.restore_ms.saturating_mul(u64::from(self.restore.retries) + 1),
+                other => limits.of(other).as_millis() as u64,
+            })
+            .fold(0, u64::saturating_add);
+        let undone = Phase::ALL.into_iter().filter(|phase| !phase.past_no_return()).count() as u64;
+        let back = limits.back_ms.max(limits.undo_ms.saturating_mul(undone));
+        Duration::from_millis(phases.saturating_add(back).saturating_add(limits.thaw_ms))
     }
 
     /// What the machine has to know.
@@ -413,52 +443,89 @@ impl Config {
         Terms { interval_ms, lease_ms, max_age_s }
     }
 
-    fn out_of_bounds(&self) -> Option<(&'static str, &'static str)> {
-        const POSITIVE: &str = "has to be greater than 0";
-        let positive = [
-            ("run.keep", u64::from(self.run.keep)),
-            ("limits.check_ms", self.limits.check_ms),
-            ("limits.snapshot_ms", self.limits.snapshot_ms),
-            ("limits.arm_ms", self.limits.arm_ms),
-            ("limits.standby_ms", self.limits.standby_ms),
-            ("limits.switch_prepare_ms", self.limits.switch_prepare_ms),
-            ("limits.switch_commit_ms", self.limits.switch_commit_ms),
-            ("limits.restore_ms", self.limits.restore_ms),
-            ("limits.handover_ms", self.limits.handover_ms),
-            ("limits.gates_ms", self.limits.gates_ms),
-            ("limits.settle_ms", self.limits.settle_ms),
-            ("limits.verify_ms", self.limits.verify_ms),
-            ("limits.undo_ms", self.limits.undo_ms),
-            ("limits.back_ms", self.limits.back_ms),
-            ("limits.thaw_ms", self.limits.thaw_ms),
-            ("freeze.lease_ms", self.freeze.lease_ms),
-            ("park.max_packets", self.park.max_packets),
-            ("park.max_bytes", self.park.max_bytes),
-            ("park.socket_bytes", u64::from(self.park.socket_bytes)),
-            ("restore.flow_limit", u64::from(self.restore.flow_limit)),
-            ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms),
-            ("guard.interval_ms", self.guard.interval_ms),
-            ("guard.max_age_s", self.guard.max_age_s),
-        ];
-        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
-            return Some((key, POSITIVE));
+    /// Every number of the file, with what it may be at least and at most.
+    fn bounds(&self) -> Vec<(&'static str, u64, u64, u64)> {
+        const HOUR: u64 = 3_600_000;
+        let limits = &self.limits;
+        let mut all: Vec<(&'static str, u64, u64, u64)> = [
+            ("limits.check_ms", limits.check_ms),
+            ("limits.snapshot_ms", limits.snapshot_ms),
+            ("limits.arm_ms", limits.arm_ms),
+            ("limits.standby_ms", limits.standby_ms),
+            ("limits.switch_prepare_ms", limits.switch_prepare_ms),
+            ("limits.switch_commit_ms", limits.switch_commit_ms),
+            ("limits.elsewhere_ms", limits.elsewhere_ms),
+            ("limits.restore_ms", limits.restore_ms),
+            ("limits.handover_ms", limits.handover_ms),
+            ("limits.gates_ms", limits.gates_ms),
+            ("limits.settle_ms", limits.settle_ms),
+            ("limits.verify_ms", limits.verify_ms),
+            ("limits.undo_ms", limits.undo_ms),
+            ("limits.back_ms", limits.back_ms),
+            ("limits.thaw_ms", limits.thaw_ms),
+        ]
+        .into_iter()
+        .map(|(key, value)| (key, value, 100, HOUR))
+        .collect();
+        all.extend([
+            ("run.keep", self.run.keep.into(), 1, 10_000),
+            ("freeze.lease_ms", self.freeze.lease_ms, 1_000, HOUR),
+            // A freeze that nothing lifts for an hour is what the absolute end is there to prevent.
+            ("freeze.end_ms", self.freeze.end_ms, 1_000, HOUR),
+            ("park.max_packets", self.park.max_packets, 1, 100_000_000),
+            ("park.max_bytes", self.park.max_bytes, 64 << 10, 1 << 40),
+            // SO_RCVBUFFORCE takes an int and doubles it (sock_setsockopt() in net/core/sock.c).
+            ("park.socket_bytes", self.park.socket_bytes.into(), 64 << 10, 1 << 30),
+            ("switch.drain_poll_ms", self.switch.drain_poll_ms, 1, 1_000),
+            ("switch.kill_after_ms", self.switch.kill_after_ms, 1, HOUR),
+            ("restore.retries", self.restore.retries.into(), 0, 100),
+            ("restore.flow_limit", self.restore.flow_limit.into(), 1, 100_000_000),
+            ("restore.controllers_wait_ms", self.restore.controllers_wait_ms, 0, HOUR),
+            ("settle.revalidations", self.settle.revalidations.into(), 1, 100),
+            ("settle.revalidate_wait_ms", self.settle.revalidate_wait_ms, 100, HOUR),
+            ("guard.interval_ms", self.guard.interval_ms, 100, HOUR),
+            ("guard.lease_ms", self.guard.lease_ms, 300, 24 * HOUR),
+            ("guard.max_age_s", self.guard.max_age_s, 1, 366 * 24 * 3600),
+        ]);
+        all
+    }
+
+    fn out_of_bounds(&self) -> Option<(&'static str, String)> {
+        if let Some((key, value, least, most)) =
+            self.bounds().into_iter().find(|(_, value, least, most)| !(least..=most).contains(&value))
+        {
+            return Some((key, format!("has to be {least} to {most}, and is {value}")));
         }
+        let whole = |key, why: &str| Some((key, why.to_owned()));
         if self.freeze.end_ms < self.freeze.lease_ms {
-            return Some(("freeze.end_ms", "has to be at least freeze.lease_ms"));
+            return whole("freeze.end_ms", "has to be at least freeze.lease_ms");
         }
-        // A freeze that nothing lifts for an hour is what the absolute end is there to prevent.
-        if self.freeze.end_ms > 3_600_000 {
-            return Some(("freeze.end_ms", "has to be at most 3600000 (one hour)"));
+        let frozen = Phase::Arm..=Phase::Gates;
+        let longest = Phase::ALL.into_iter().filter(|phase| frozen.contains(phase)).max_by_key(|p| self.limits.of(*p));
+        if let Some(phase) = longest.filter(|phase| self.limits.of(*phase) > self.freeze.end()) {
+            return Some((
+                "freeze.end_ms",
+                format!("has to be at least the limit of every frozen phase: {phase} has more"),
+            ));
         }
         // One look may come late, and one may fail.
         if self.guard.lease_ms < self.guard.interval_ms.saturating_mul(3) {
-            return Some(("guard.lease_ms", "has to be at least three times guard.interval_ms"));
+            return whole("guard.lease_ms", "has to be at least three times guard.interval_ms");
         }
         if self.switch.kill_after_ms >= self.limits.switch_commit_ms {
-            return Some(("switch.kill_after_ms", "has to be less than limits.switch_commit_ms"));
+            return whole("switch.kill_after_ms", "has to be less than limits.switch_commit_ms");
         }
         None
     }
+}
+
+/// What the parser says of a file, without the names that types have in Rust.
+fn in_words(error: &str) -> String {
+    let numbers = ["u64", "u32"].map(|kind| format!("expected {kind}"));
+    let words = numbers.iter().fold(error.trim_end().to_owned(), |text, kind| {
+        text.replace(kind, "expected a whole number, without a unit and without quotes")
+    });
+    words.replace("expected struct ", "expected a section `[…]` like ")
 }
 
 #[cfg(test)]
@@ -483,10 +550,42 @@ mod tests {
 
     #[test]
     fn no_file_is_all_defaults_and_one_key_changes_only_itself() {
-        assert_eq!(Config::load(Path::new("/nonexistent/config.toml")).unwrap(), Config::default());
+        // Of the usual place; no machine that runs this test has one.
+        if !Path::new(PATH).exists() {
+            assert_eq!(Config::load(Path::new(PATH)).unwrap(), Config::default());
+        }
         let config = Config::parse("[park]\nmax_packets = 9\n", "x").unwrap();
         let expected = ParkConfig { max_packets: 9, ..ParkConfig::default() };
         assert_eq!(config, Config { park: expected, ..Config::default() });
+    }
+
+    #[test]
+    fn a_file_that_was_named_has_to_be_there() {
+        let path = Path::new("/nonexistent/config.toml");
+        let error = Config::load(path).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent/config.toml"), "{error}");
+        let (config, why) = Config::load_or_default(path);
+        assert!(config == Config::default() && why.is_some());
+    }
+
+    #[test]
+    fn an_error_is_told_once_and_in_words() {
+        let error = Config::parse("[freeze]\nlease_ms = \"20 s\"\n", "/etc/x.toml").unwrap_err();
+        let text = format!("{:#}", anyhow::Error::new(error));
+        assert!(text.contains("whole number") && !text.contains("u64"), "{text}");
+        assert_eq!(text.matches("lease_ms").count(), 1, "{text}");
+        let error = Config::load(Path::new("/proc/self")).unwrap_err();
+        let text = format!("{:#}", anyhow::Error::new(error));
+        assert_eq!(text.matches("os error").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn a_run_takes_no_longer_than_all_its_limits() {
+        // 60 s of each but switch (10 + 60 elsewhere), restore (3 times) and settle (90); five undos of 30 s are longer
+        // than the way back; 10 s of thaw.
+        assert_eq!(Config::default().longest_run(), Duration::from_secs(760 + 150 + 10));
+        let config = Config::parse("[limits]\nsettle_ms = 91000\nback_ms = 200000\n", "x").unwrap();
+        assert_eq!(config.longest_run(), Duration::from_secs(761 + 200 + 10));
     }
 
     #[test]
@@ -512,6 +611,15 @@ mod tests {
             ("[limits]\nrestore_ms = 0\n", "limits.restore_ms"),
             ("[switch]\nkill_after_ms = 15000\n", "switch.kill_after_ms"),
             ("[guard]\nlease_ms = 29999\n", "guard.lease_ms"),
+            ("[limits]\nelsewhere_ms = 0\n", "limits.elsewhere_ms"),
+            ("[limits]\ncheck_ms = 1\n", "limits.check_ms"),
+            ("[limits]\nstandby_ms = 300001\n", "freeze.end_ms"),
+            ("[settle]\nrevalidations = 0\n", "settle.revalidations"),
+            ("[settle]\nrevalidations = 1000000\n", "settle.revalidations"),
+            ("[switch]\ndrain_poll_ms = 99999999\n", "switch.drain_poll_ms"),
+            ("[restore]\nretries = 4000000000\n", "restore.retries"),
+            ("[park]\nsocket_bytes = 1\n", "park.socket_bytes"),
+            ("[park]\nmax_bytes = 1\n", "park.max_bytes"),
             ("[guard]\nmax_age_s = 0\n", "guard.max_age_s"),
         ] {
             let error = Config::parse(text, "x").unwrap_err().to_string();

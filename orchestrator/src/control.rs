@@ -26,7 +26,7 @@ mod tests;
 pub use client::{Connection, HookClient, HookReporter, Subscription};
 pub use gate::{AbortGate, TooLate};
 pub use lock::{Holder, LockError, RunLock};
-pub use protocol::{AbortAnswer, HookCommand, HookEvent, Progress, Status};
+pub use protocol::{AbortAnswer, HookCommand, HookEvent, Progress, Status, Vitals};
 pub use server::{HookLink, Server};
 
 use std::io;
@@ -47,6 +47,8 @@ pub trait Control: Send {
     fn gate(&self) -> &AbortGate;
     /// Tells everybody who listens. Never blocks.
     fn tell(&self, progress: &Progress);
+    /// What `status` answers beyond what was [told](Control::tell). Never blocks.
+    fn update(&self, vitals: &Vitals);
     /// Waits for a `hook reload` to connect; `None` where `until` passes first.
     fn wait_hook(&self, until: Instant) -> Option<Box<dyn Hook>>;
     /// Stops listening once all is told, after `patience` at the latest.
@@ -68,6 +70,10 @@ impl Control for Server {
 
     fn tell(&self, progress: &Progress) {
         Server::tell(self, progress);
+    }
+
+    fn update(&self, vitals: &Vitals) {
+        Server::update(self, vitals);
     }
 
     fn wait_hook(&self, until: Instant) -> Option<Box<dyn Hook>> {

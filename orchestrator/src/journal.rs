@@ -6,6 +6,7 @@
 //!     report.json                      once the run is over
 //! /run/ovs-graceful/journal.<id>       records written between Switch and Handover
 //! /run/ovs-graceful/report.<id>.json   where the disk could not take the report, until it can
+//! /run/ovs-graceful/needs-person       the id of a run that ended with 40, until the host is well again
 //! ```
 //!
 //! Every step is journalled before it is done. Each record is synced to disk before the step goes on, except between
@@ -491,15 +492,14 @@ impl Runs {
         let _may_not_be_there = self.files.remove_folder(&self.folder(id));
     }
 
-    /// Makes the folder of a new run, mode 0700, and removes the oldest beyond `keep`, never one without a report
-    /// (it may have to be recovered).
+    /// Makes the folder of a new run, mode 0700; what is too much of past runs goes ([`Runs::retain`]).
     pub fn create(&self, id: &str, keep: u32) -> anyhow::Result<PathBuf> {
         ensure!(is_id(id), "`{id}` is no run id: letters, digits, `-` and `_`, at most 64");
         let folder = self.folder(id);
         for dir in [&folder, &self.run] {
             self.files.make_folder(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
-        self.retain(keep, id);
+        self.retain(keep);
         Ok(folder)
     }
 
@@ -531,17 +531,76 @@ impl Runs {
         self.report_files(id).iter().any(|path| self.files.exists(path))
     }
 
-    /// Old reports are not worth failing a run for: what cannot be removed stays.
-    fn retain(&self, keep: u32, current: &str) {
+    /// Removes past runs: of those that touched something the oldest beyond `keep`, but never the last one that ended
+    /// with 21, with 30 or with 40; of those that touched nothing all but the last. Never one without a report (it may
+    /// have to be recovered). Old reports are not worth failing a run for: what cannot be removed stays.
+    pub fn retain(&self, keep: u32) {
         let Ok(ids) = self.ids() else { return };
-        let over: Vec<&String> = ids.iter().filter(|id| *id != current && self.is_over(id)).collect();
-        let excess = (over.len() + 1).saturating_sub(keep as usize);
-        for id in over.into_iter().take(excess) {
+        let over: Vec<(&String, Option<Report>)> =
+            ids.iter().filter(|id| self.is_over(id)).map(|id| (id, self.report(id).ok())).collect();
+        for id in superfluous(&over, keep as usize) {
             if let Err(e) = self.files.remove_folder(&self.folder(id)) {
                 tracing::warn!(id, "an old run cannot be removed: {e}");
             }
         }
     }
+
+    fn needs_person_file(&self) -> PathBuf {
+        self.run.join("needs-person")
+    }
+
+    /// The run that ended with 40 and left the host in a state that only a person can judge, until one has, another run
+    /// has replaced the daemons, or the machine was booted.
+    ///
+    /// # Errors
+    /// Where that cannot be read.
+    pub fn needs_person(&self) -> anyhow::Result<Option<String>> {
+        let path = self.needs_person_file();
+        let Some(text) = read(self.files.as_ref(), &path)? else { return Ok(None) };
+        Ok(Some(String::from_utf8_lossy(&text).trim().to_owned()).filter(|id| is_id(id)))
+    }
+
+    /// Notes how run `id` ended: with 40 a person is needed until a run ends well. One that was undone, and one that
+    /// touched nothing, change nothing about that.
+    pub fn note_end(&self, report: &Report) {
+        let path = self.needs_person_file();
+        let noted = match report.exit_code {
+            ExitCode::NeedsPerson => self.files.replace(&path, report.id.as_bytes()),
+            ExitCode::Refused | ExitCode::Busy | ExitCode::Undone => Ok(()),
+            ExitCode::Done | ExitCode::Back | ExitCode::Differences if report.touched_nothing() => Ok(()),
+            ExitCode::Done | ExitCode::Back | ExitCode::Differences => self.well_again(),
+        };
+        if let Err(error) = noted {
+            tracing::warn!("{}: {error}: `ovs-graceful status` will not tell of this run as it should", path.display());
+        }
+    }
+
+    /// The host has been found well after a run that ended with 40.
+    ///
+    /// # Errors
+    /// Where that cannot be noted.
+    pub fn well_again(&self) -> io::Result<()> {
+        let path = self.needs_person_file();
+        match self.files.exists(&path) {
+            true => self.files.remove(&path),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Those of `over` (oldest first) that [`Runs::retain`] removes. One whose report cannot be read counts as one that
+/// touched something.
+fn superfluous<'a>(over: &[(&'a String, Option<Report>)], keep: usize) -> Vec<&'a String> {
+    let touched_nothing = |report: &Option<Report>| report.as_ref().is_some_and(Report::touched_nothing);
+    let (empty, real): (Vec<_>, Vec<_>) = over.iter().partition(|(_, report)| touched_nothing(report));
+    let last_with = |code: ExitCode| {
+        let with = |report: &Option<Report>| report.as_ref().is_some_and(|report| report.exit_code == code);
+        real.iter().rev().find(|(_, report)| with(report)).map(|(id, _)| *id)
+    };
+    let spared = [ExitCode::Back, ExitCode::Differences, ExitCode::NeedsPerson].map(last_with);
+    let beyond = real.iter().take(real.len().saturating_sub(keep)).map(|(id, _)| *id);
+    let old_empty = empty.iter().take(empty.len().saturating_sub(1)).map(|(id, _)| *id);
+    beyond.filter(|id| !spared.contains(&Some(*id))).chain(old_empty).collect()
 }
 
 /// The id of a run that starts now: sortable, and unique on this host.
@@ -726,8 +785,82 @@ mod tests {
         assert!(runs.entries("run-2").unwrap().is_empty());
     }
 
+    /// Of a run that replaced the daemons.
     fn report(runs: &Runs, id: &str) {
-        runs.keep_report(id, &mut Report::new(id, RunStrategy::Standby, 0)).unwrap();
+        report_with(runs, id, ExitCode::Done, &["check", "verify"]);
+    }
+
+    fn report_with(runs: &Runs, id: &str, exit_code: ExitCode, phases: &[&str]) {
+        let mut report = Report::new(id, RunStrategy::Standby, 0);
+        phases.iter().for_each(|phase| report.phase_named(phase, 0, 1));
+        report.finish(&crate::machine::Outcome { exit_code, reason: "told".into() }, 2);
+        runs.keep_report(id, &mut report).unwrap();
+        runs.note_end(&report);
+    }
+
+    #[test]
+    fn refused_and_empty_runs_never_push_out_a_real_report() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = Runs::at(&dir.path().join("state"), &dir.path().join("run"));
+        let one = |id: &str, exit_code, phases: &[&str]| {
+            runs.create(id, 2).unwrap();
+            report_with(&runs, id, exit_code, phases);
+            runs.retain(2);
+        };
+        one("run-01", ExitCode::Done, &["check", "verify"]);
+        for n in 2..9 {
+            one(&format!("run-{n:02}"), ExitCode::Refused, &["check"]);
+        }
+        one("run-09", ExitCode::Done, &["check"]);
+        assert_eq!(runs.ids().unwrap(), ["run-01", "run-09"]);
+        one("run-10", ExitCode::Undone, &["check", "snapshot"]);
+        assert_eq!(
+            runs.ids().unwrap(),
+            ["run-01", "run-09", "run-10"],
+            "two that touched something, and one that did not"
+        );
+        one("run-11", ExitCode::Done, &["check", "verify"]);
+        assert_eq!(runs.ids().unwrap(), ["run-09", "run-10", "run-11"]);
+    }
+
+    #[test]
+    fn the_last_run_that_did_not_end_well_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = Runs::at(&dir.path().join("state"), &dir.path().join("run"));
+        let codes = [ExitCode::NeedsPerson, ExitCode::NeedsPerson, ExitCode::Back, ExitCode::Differences];
+        for (n, code) in codes.into_iter().chain([ExitCode::Done; 5]).enumerate() {
+            let id = format!("run-{n}");
+            runs.create(&id, 2).unwrap();
+            report_with(&runs, &id, code, &["check", "verify"]);
+            runs.retain(2);
+        }
+        assert_eq!(runs.ids().unwrap(), ["run-1", "run-2", "run-3", "run-7", "run-8"]);
+    }
+
+    #[test]
+    fn a_run_that_needs_a_person_is_remembered_until_one_ends_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = Runs::at(&dir.path().join("state"), &dir.path().join("run"));
+        let all = ["check", "verify"];
+        let mut number = 0;
+        let mut ended = |exit_code, phases: &[&str]| {
+            number += 1;
+            let id = format!("run-{number}");
+            runs.create(&id, 20).unwrap();
+            report_with(&runs, &id, exit_code, phases);
+            runs.needs_person().unwrap()
+        };
+        assert_eq!(ended(ExitCode::Done, &all), None);
+        assert_eq!(ended(ExitCode::NeedsPerson, &all).as_deref(), Some("run-2"));
+        for code in [ExitCode::Refused, ExitCode::Undone] {
+            assert_eq!(ended(code, &all).as_deref(), Some("run-2"), "{code:?}");
+        }
+        assert_eq!(ended(ExitCode::Done, &["check"]).as_deref(), Some("run-2"), "nothing to do is no cure");
+        assert_eq!(ended(ExitCode::Differences, &all), None);
+        assert_eq!(ended(ExitCode::NeedsPerson, &all).as_deref(), Some("run-7"));
+        runs.well_again().unwrap();
+        runs.well_again().unwrap();
+        assert_eq!(runs.needs_person().unwrap(), None);
     }
 
     #[test]
@@ -741,6 +874,7 @@ mod tests {
             assert_eq!(std::fs::metadata(folder).unwrap().permissions().mode() & 0o777, 0o700);
             if n != 1 {
                 report(&runs, &id);
+                runs.retain(3);
             }
         }
         assert_eq!(runs.ids().unwrap(), ["run-1", "run-3", "run-4", "run-5"]);

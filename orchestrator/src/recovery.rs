@@ -80,14 +80,55 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
     let well = tidied.is_ok();
     match tidied {
         Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
-        Err(error) => println!("{error:#}"),
+        Err(error) => eprintln!("{error:#}"),
     }
     let Some(report) = recovered else { return Ok(if well { 0 } else { ExitCode::NeedsPerson.code().into() }) };
     println!("run {} was cut off", report.id);
+    let needs_person = report.exit_code == ExitCode::NeedsPerson;
     for line in report.warnings.iter().chain([&report.reason]) {
-        println!("{line}");
+        match needs_person {
+            true => eprintln!("{line}"),
+            false => println!("{line}"),
+        }
     }
     Ok(report.exit_code.code().into())
+}
+
+/// Why the host is not well, where no run is under way and none was cut off: something is frozen, flow-restore-wait is
+/// set, or no single ovs-vswitchd is bound to the upcalls. Each with its remedy; touches nothing.
+pub fn what_is_wrong(config: &Config) -> Vec<String> {
+    let mut wrong = Vec::new();
+    match freeze::state() {
+        Ok(state) if state.as_ref().is_some_and(|state| state.armed) => {
+            wrong.push("something is frozen without a run; remedy: `ovs-graceful thaw`".to_owned());
+        }
+        Ok(_) => {}
+        Err(error) => wrong.push(format!("what is frozen is not known: {error}")),
+    }
+    match Host::real_database().facts(Instant::now() + SHORT) {
+        Ok(facts) if facts.is_on("flow-restore-wait") => wrong.push(
+            "flow-restore-wait is set, and not by us; remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . \
+             other_config flow-restore-wait`"
+                .to_owned(),
+        ),
+        Ok(_) => {}
+        Err(error) => wrong.push(format!("the database does not answer: {error}")),
+    }
+    if let Err(error) = bound_daemon(config) {
+        wrong.push(format!("{error:#}; remedy: start Open vSwitch again (`systemctl restart openvswitch-switch`)"));
+    }
+    wrong
+}
+
+/// The one ovs-vswitchd that the upcalls go to.
+fn bound_daemon(config: &Config) -> anyhow::Result<Daemon> {
+    let mut host = Host::real(config)?;
+    let bound = host.datapath.upcall_port_ids()?;
+    let daemon = host.daemons.find_vswitchd(&bound)?;
+    match host.daemons.find_all(DaemonKind::OvsVswitchd)?.len() {
+        0 | 1 => Ok(daemon),
+        several => bail!("{several} ovs-vswitchd run, and one may"),
+    }
 }
 
 /// Is there a flow-restore-wait with our mark? False where the database cannot be asked.
@@ -116,6 +157,7 @@ pub(crate) fn recover_interrupted(
     report.warnings.extend(recovery.errors);
     report.finish(&outcome, duration.as_millis() as u64);
     runs.keep_report(&id, &mut report)?;
+    runs.note_end(&report);
     runs.clear_memory(&id);
     if report.exit_code == ExitCode::Undone {
         runs.drop_program(&id);
@@ -215,6 +257,10 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     freeze::thaw()?;
     crate::guard::release()?;
     println!("thaw: nothing is frozen any more, and no timeout policy guarded");
+    if holder.is_none() && freeze::Families::resolve()?.datapath == 0 {
+        println!("thaw: the kernel has no Open vSwitch datapath: nothing is bound to it");
+        return Ok(0);
+    }
     if let Some(holder) = holder {
         bail!(
             "the supervisor of run {} (process {}) lives and does not answer; remedy: `kill -KILL {}`, and `ovs-graceful \
@@ -244,7 +290,7 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
 }
 
 /// The key of `external_ids` that says whose flow-restore-wait it is.
-const MARK: &str = "ovs-graceful-run";
+pub const MARK: &str = "ovs-graceful-run";
 
 /// A recovery under way.
 struct Recovery {

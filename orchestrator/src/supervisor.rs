@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod simulation;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -44,10 +44,10 @@ mod chaos {
 /// # Errors
 /// Only where the run could not even begin (lock, socket); what happens later is in the report.
 pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
-    let mut config = Config::load(&args.config)?;
-    if let Some(code) = take_up(&args.id, &config)? {
+    if let Some(code) = take_up(&args.id, &args.config)? {
         return Ok(code);
     }
+    let mut config = Config::load(&args.config)?;
     let gate_command =
         args.gate_command.clone().or_else(|| Some(config.gates.command.clone())).filter(|command| !command.is_empty());
     let wish = Wish {
@@ -63,16 +63,13 @@ pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
     if wish.elsewhere || by_its_unit {
         config.limits.with_restart_elsewhere();
     }
-    let (code, report) = run_to_the_end(&args.id, wish, config)?;
-    if let (Some(path), Some(report)) = (&args.report, report) {
-        report.write(path)?;
-    }
+    let code = run_to_the_end(&args.id, wish, config, args.report)?;
     Ok(code.code().into())
 }
 
 /// systemd has started this process in place of a supervisor of this run that died: what that left is finished or
 /// undone. `None` where the run has not begun.
-fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
+fn take_up(id: &str, config: &Path) -> anyhow::Result<Option<i32>> {
     let runs = Runs::default();
     if !runs.ids()?.iter().any(|begun| begun == id) {
         return Ok(None);
@@ -81,7 +78,10 @@ fn take_up(id: &str, config: &Config) -> anyhow::Result<Option<i32>> {
         return Ok(Some(runs.report(id)?.exit_code.code().into()));
     }
     protect_from_paging_and_oom();
-    recovery::recover(config, inherited()).map(Some)
+    // What is parked does not wait for a key to be spelt right.
+    let (config, error) = Config::load_or_default(config);
+    error.iter().for_each(|error| tracing::warn!("{error}: taking the defaults"));
+    recovery::recover(&config, inherited()).map(Some)
 }
 
 /// Looks at the host; touches nothing.
@@ -114,13 +114,13 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     recovery::thaw(config)
 }
 
-fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitCode, Option<Report>)> {
+fn run_to_the_end(id: &str, wish: Wish, config: Config, copy_to: Option<PathBuf>) -> anyhow::Result<ExitCode> {
     let lock = RunLock::acquire(Path::new(LOCK), &Holder { id: id.to_owned(), pid: std::process::id() });
     let _lock = match lock {
         Ok(lock) => lock,
         Err(held @ LockError::Held { .. }) => {
             eprintln!("{held}");
-            return Ok((ExitCode::Busy, None));
+            return Ok(ExitCode::Busy);
         }
         Err(error) => return Err(error.into()),
     };
@@ -130,12 +130,12 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config) -> anyhow::Result<(ExitC
         id: id.to_owned(),
         wish,
         config,
+        copy_to,
         runs: Runs::default(),
         control: Box::new(control),
         clock: Arc::new(RealClock),
     };
-    let (code, report) = whole_run(from, Host::real);
-    Ok((code, Some(report)))
+    Ok(whole_run(from, Host::real).0)
 }
 
 /// What a run begins with.
@@ -143,6 +143,8 @@ struct Beginning {
     id: String,
     wish: Wish,
     config: Config,
+    /// Where the report goes besides the run's folder.
+    copy_to: Option<PathBuf>,
     runs: Runs,
     control: Box<dyn Control>,
     clock: Arc<dyn Clock>,
@@ -150,7 +152,8 @@ struct Beginning {
 
 /// The run, from opening its journal to telling its end.
 fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>) -> (ExitCode, Report) {
-    let Beginning { id, wish, config, runs, control, clock } = from;
+    let Beginning { id, wish, config, copy_to, runs, control, clock } = from;
+    let config_keep = config.run.keep;
     let started = clock.now();
     let mut report = Report::new(&id, wish.strategy, unix_ms());
     let ready = open_journal(&runs, &id, &config, clock.as_ref()).and_then(|journal| Ok((journal, host(&config)?)));
@@ -167,7 +170,10 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
         }
     };
     report.finish(&outcome, clock.now().saturating_duration_since(started).as_millis() as u64);
+    copy(copy_to.as_deref(), &mut report);
     keep(&runs, &id, &mut report);
+    runs.note_end(&report);
+    runs.retain(config_keep);
     if outcome.exit_code != ExitCode::NeedsPerson {
         runs.clear_memory(&id);
     }
@@ -361,6 +367,14 @@ fn because(run: &mut Run, event: Event) -> Action {
     match run.checkpoint() {
         Err(Stop::CutOff(action)) => action,
         Ok(()) | Err(Stop::Failed { .. } | Stop::TimedOut(_)) => run.machine.on(event),
+    }
+}
+
+/// The copy that was asked for: where it cannot be written the run has ended as it has, and says so.
+fn copy(to: Option<&Path>, report: &mut Report) {
+    if let Some(Err(error)) = to.map(|to| report.write(to)) {
+        tracing::warn!("{error:#}");
+        report.warnings.push(format!("{error:#}; remedy: `ovs-graceful runs show {} --json`", report.id));
     }
 }
 

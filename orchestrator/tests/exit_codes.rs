@@ -50,20 +50,23 @@ fn help_and_version_end_with_0_and_help_tells_the_exit_codes() {
     let help = ovs_graceful(&["--help"]).output().unwrap();
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     assert_eq!(code(&help), 0);
-    for part in ["check", "restart", "status", "abort", "recover", "thaw", "runs", "40 needs a person"] {
+    for part in ["check", "restart", "status", "abort", "recover", "thaw", "runs", "wait", "40 needs a person"] {
         assert!(text.contains(part), "{part} missing in {text}");
     }
     assert_eq!(code(&ovs_graceful(&["--version"]).output().unwrap()), 0);
 }
 
 #[test]
-fn without_root_every_command_refuses_with_10_and_says_what_to_do() {
-    let everything: [&[&str]; 11] = [
+fn without_root_every_command_ends_with_1_and_says_what_to_do() {
+    let everything: [&[&str]; 14] = [
         &["check"],
         &["check", "--json"],
         &["restart"],
         &["restart", "--plan"],
         &["status"],
+        &["status", "--json"],
+        &["wait"],
+        &["runs", "--json"],
         &["abort"],
         &["recover"],
         &["thaw"],
@@ -92,10 +95,20 @@ fn without_root_every_command_refuses_with_10_and_says_what_to_do() {
                 ended => break ended.unwrap(),
             }
         };
-        assert_eq!(code(&output), 10, "{words:?}: {}", stderr(&output));
+        assert_eq!(code(&output), 1, "{words:?}: {}", stderr(&output));
         assert!(stderr(&output).contains("needs root") && stderr(&output).contains("remedy"), "{words:?}");
-        assert!(output.stdout.is_empty(), "{words:?}");
+        match words.contains(&"--json") {
+            true => assert_eq!(error(&output).0, 1, "{words:?}"),
+            false => assert!(output.stdout.is_empty(), "{words:?}"),
+        }
     }
+}
+
+/// The error that a command with `--json` has printed: exit code and message.
+fn error(output: &Output) -> (u64, String) {
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let error = &answer["error"];
+    (error["exit_code"].as_u64().unwrap_or_default(), error["message"].as_str().unwrap_or_default().to_owned())
 }
 
 /// The rest needs root, as a run does, and no run under way.
@@ -104,23 +117,73 @@ fn as_root(words: &[&str]) -> Option<Output> {
 }
 
 #[test]
-fn a_bad_configuration_refuses_with_10_and_names_the_key() {
+fn a_bad_configuration_ends_with_2_and_names_the_key_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.toml");
     std::fs::write(&path, "[freeze]\nleese_ms = 1\n").unwrap();
     let path = path.to_str().unwrap();
     for words in [&["restart"][..], &["restart", "--plan"], &["check"]] {
         let Some(output) = as_root(&[&["--config", path], words].concat()) else { return };
-        assert_eq!(code(&output), 10, "{words:?}: {}", stderr(&output));
-        assert!(stderr(&output).contains("leese_ms") && stderr(&output).contains(path), "{}", stderr(&output));
+        assert_eq!(code(&output), 2, "{words:?}: {}", stderr(&output));
+        let text = stderr(&output);
+        assert!(text.contains(path) && text.matches("unknown field `leese_ms`").count() == 1, "{text}");
+    }
+    let Some(output) = as_root(&["--config", path, "check", "--json"]) else { return };
+    let (code, message) = error(&output);
+    assert!(code == 2 && message.contains("leese_ms"), "{code} {message}");
+    // It may be the reason why somebody asks.
+    let Some(output) = as_root(&["--config", path, "status"]) else { return };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("leese_ms") && text.contains("plain ones"), "{text}");
+}
+
+#[test]
+fn a_configuration_that_was_named_and_is_not_there_ends_with_2() {
+    for words in [&["check"][..], &["restart", "--plan"], &["restart"]] {
+        let Some(output) = as_root(&[&["--config", "/nonexistent/c.toml"], words].concat()) else { return };
+        assert_eq!(code(&output), 2, "{words:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("/nonexistent/c.toml"), "{}", stderr(&output));
     }
 }
 
 #[test]
-fn nothing_to_abort_and_no_such_run_refuse_with_10() {
-    for words in [&["abort"][..], &["runs", "show", "no-such-run"]] {
+fn check_says_where_its_configuration_is_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    std::fs::write(&path, "").unwrap();
+    let path = path.to_str().unwrap();
+    let Some(output) = as_root(&["--config", path, "check"]) else { return };
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.starts_with(&format!("configuration: {path}\n")), "{text}");
+}
+
+#[test]
+fn what_a_command_could_not_do_ends_with_1() {
+    for words in [&["abort"][..], &["runs", "show", "no-such-run"], &["wait", "no-such-run"], &["wait"]] {
         let Some(output) = as_root(words) else { return };
-        assert_eq!(code(&output), 10, "{words:?}: {}", stderr(&output));
+        assert_eq!(code(&output), 1, "{words:?}: {}", stderr(&output));
+    }
+    let Some(output) = as_root(&["runs", "show", "no-such-run", "--json"]) else { return };
+    assert!(error(&output).1.contains("no-such-run"), "{output:?}");
+    let Some(output) = as_root(&["restart", "--report", "/nonexistent/report.json"]) else { return };
+    assert_eq!(code(&output), 1, "{}", stderr(&output));
+    assert!(stderr(&output).contains("/nonexistent/report.json"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_answer_that_cannot_be_written_ends_with_1_and_a_closed_pipe_is_none() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    for words in [&["runs"][..], &["status"], &["status", "--json"]] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = ovs_graceful(words).stdout(full).output().unwrap();
+        assert_eq!(code(&output), 1, "{words:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains("could not be written"), "{words:?}: {}", stderr(&output));
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = ovs_graceful(words).stdout(writer).output().unwrap();
+        assert_eq!(code(&output), 0, "{words:?}: {}", stderr(&output));
     }
 }
 
@@ -129,9 +192,11 @@ fn status_answers_where_nothing_is_there() {
     let Some(output) = as_root(&["status", "--json"]) else { return };
     assert_eq!(code(&output), 0, "{}", stderr(&output));
     let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    for key in ["run", "lock", "interrupted", "freeze", "flow_restore_wait", "unknown"] {
+    let keys = ["run", "lock", "interrupted", "needs_person", "last_run", "freeze", "flow_restore_wait", "daemons"];
+    for key in keys.into_iter().chain(["configuration", "unknown"]) {
         assert!(answer.get(key).is_some(), "{key} missing in {answer}");
     }
+    assert_eq!((&answer["schema"], &answer["exit_code"]), (&1.into(), &0.into()));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 
 use crate::journal::new_id;
@@ -10,9 +11,10 @@ use crate::report::Strategy;
 
 /// Replaces the running Open vSwitch daemons of this host without losing a packet.
 ///
-/// Exit codes: 0 done; 2 usage; 10 refused, nothing touched; 11 another run holds the lock; 20 failed or aborted before
-/// the point of no return, undone; 21 failed after it, back on the old version; 30 done, with differences; 40 needs a
-/// person.
+/// Exit codes: 0 done; 1 the command could not do it (no root, no such run, no run to abort); 2 wrong usage, or a
+/// configuration that cannot be read; 10 refused, nothing touched; 11 a run is under way; 12 the client detached, the run
+/// goes on (`ovs-graceful wait`); 20 failed or aborted before the point of no return, undone; 21 failed after it, back on
+/// the old version; 30 done, with differences; 40 needs a person.
 #[derive(Debug, Parser)]
 #[command(name = "ovs-graceful", version)]
 pub struct Cli {
@@ -35,7 +37,11 @@ pub enum Command {
     },
     /// Replace the daemons.
     Restart(RestartArgs),
-    /// Is a run under way, is anything frozen, parked or guarded, until when?
+    /// Is all well? What a run is doing, how the last one ended, what is frozen or guarded, whether a restart is needed.
+    ///
+    /// Exit codes, for monitoring: 0 quiet; 11 a run is under way; 40 needs a person: a run was cut off, the last one ended
+    /// with 40 and nothing has put the host right since, or flow-restore-wait is set without a run; 1 that could not be
+    /// found out.
     Status {
         /// Print the answer as JSON.
         #[arg(long)]
@@ -43,7 +49,17 @@ pub enum Command {
     },
     /// Undo the run under way, if it still can be undone.
     Abort,
-    /// Finish or undo an interrupted run.
+    /// Wait for a run, and end with its exit code.
+    ///
+    /// Without ID for the one that is under way. Ctrl-C ends the waiting (12) and leaves the run alone.
+    Wait {
+        /// The run's id; one that is over is answered at once.
+        id: Option<String>,
+        /// Print the report as JSON instead of the summary.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Finish or undo an interrupted run; after one that ended with 40, look whether the host is well again.
     Recover,
     /// Emergency: bind the running daemon, replay, lift every freeze now.
     Thaw,
@@ -77,11 +93,11 @@ pub struct RestartArgs {
     /// Say what would be done; touch nothing.
     #[arg(long)]
     pub plan: bool,
-    /// Do nothing where the running daemons are those on disk.
+    /// Do nothing where the running daemons, and the shared libraries they use, are those on disk.
     #[arg(long)]
     pub if_needed: bool,
     /// `standby`: the new ovs-vswitchd starts beside the old one; `stop-start`: after its end.
-    #[arg(long, default_value_t = Strategy::Standby)]
+    #[arg(long, default_value_t = Strategy::Standby, value_parser = strategies())]
     pub strategy: Strategy,
     /// Take the kernel module out and put it in again in between, after an upgrade of it. Its flows cannot survive that;
     /// ports, OpenFlow rules, devices with their addresses, conntrack's limits and policies do.
@@ -106,6 +122,36 @@ pub struct RestartArgs {
     /// The unit whose reload or restart this is.
     #[arg(skip)]
     pub called_by: Option<String>,
+}
+
+/// The strategies by name, so that a shell can complete them.
+fn strategies() -> impl TypedValueParser<Value = Strategy> {
+    PossibleValuesParser::new(Strategy::ALL.map(Strategy::name)).try_map(|name| name.parse::<Strategy>())
+}
+
+impl Command {
+    /// Was the answer asked for as JSON?
+    pub fn wants_json(&self) -> bool {
+        match self {
+            Command::Check { json } | Command::Status { json } | Command::Wait { json, .. } => *json,
+            Command::Restart(args) => args.json,
+            Command::Runs { json, command: None } => *json,
+            Command::Runs { json, command: Some(RunsCommand::Show { json: inner, .. }) } => *json || *inner,
+            Command::Ct { command: CtCommand::Show { json } | CtCommand::Diff { json, .. } } => *json,
+            Command::Ct { command: CtCommand::Restore { .. } } => false,
+            Command::Abort | Command::Recover | Command::Thaw | Command::Hook { .. } => false,
+        }
+    }
+
+    /// Does it only answer? Then it has failed where its answer could not be written.
+    pub fn only_answers(&self) -> bool {
+        match self {
+            Command::Check { .. } | Command::Status { .. } | Command::Runs { .. } => true,
+            Command::Ct { command } => !matches!(command, CtCommand::Restore { .. }),
+            Command::Restart(args) => args.plan,
+            Command::Wait { .. } | Command::Abort | Command::Recover | Command::Thaw | Command::Hook { .. } => false,
+        }
+    }
 }
 
 impl RestartArgs {

@@ -10,11 +10,12 @@ use anyhow::{bail, Context};
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
+use super::ended::answered;
 use super::hook::report_on;
 use super::launch::{launch, Launched};
 use super::output::{complain, complain_of, say};
-use super::restart::{follow_to_the_end, no_run_now, wait_for_report};
-use super::{answered, SuperviseArgs};
+use super::restart::{follow_to_the_end, no_run_now, wait_for_report, Follow};
+use super::SuperviseArgs;
 use crate::control::{Connection, HookClient, HookCommand, Progress, Subscription, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
@@ -22,7 +23,7 @@ use crate::report::{summary, Report, Strategy};
 
 /// `hook container-stop`: 0 once everything is parked; then the caller ends the old container and starts the new one.
 pub(super) fn stop(config: &Path) -> u8 {
-    if let Some(code) = no_run_now(config) {
+    if let Some(code) = no_run_now(config, false) {
         return code;
     }
     match wait_until_parked(config) {
@@ -60,19 +61,19 @@ fn wait_until_parked(config: &Path) -> anyhow::Result<u8> {
 /// `hook container-started`: the exit code of the run that is under way, or of the last one.
 pub(super) fn started() -> u8 {
     match under_way() {
-        Ok(Some((id, events))) => follow_to_the_end(&id, events),
+        Ok(Some((id, events))) => follow_to_the_end(&id, events, Follow::default()),
         Ok(None) => match last_report() {
             Ok(report) => {
                 say(summary(&report, false).trim_end());
                 report.exit_code.code()
             }
-            Err(error) => answered(Err(error)),
+            Err(error) => answered(false, Err(error)),
         },
-        Err(error) => answered(Err(error)),
+        Err(error) => answered(false, Err(error)),
     }
 }
 
-fn under_way() -> anyhow::Result<Option<(String, Subscription)>> {
+pub(super) fn under_way() -> anyhow::Result<Option<(String, Subscription)>> {
     let Some(connection) = Connection::open(Path::new(SOCKET))? else { return Ok(None) };
     let mut events = connection.subscribe()?;
     match events.next_event()? {

@@ -10,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 
+use super::ended::{FAILED, USAGE};
 use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::{complain, complain_of};
+use super::patience;
 use super::restart::{no_run_now, restart};
 use super::{connect, RestartArgs, SuperviseArgs};
 use crate::config::{Config, DoorsConfig};
@@ -23,9 +25,6 @@ use crate::journal::Runs;
 use crate::machine::{ExitCode, Phase};
 use crate::recovery::RECOVERY;
 use crate::report::{Report, Strategy};
-
-/// How long a run may take; the unit's TimeoutStopSec= is as long.
-const RUN_LIMIT: Duration = Duration::from_secs(360);
 
 /// That of ovs-vswitchd, which its unit names only while a run is under way.
 const PID_FILE: &str = "/run/openvswitch/ovs-vswitchd.pid";
@@ -41,6 +40,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 /// ExecReload= of the unit that stands for both daemons. A reload that was done is one that went well, with differences
 /// or not: the report has them.
 pub(super) fn unit_reload(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    patience::ask(longest_run(config));
     match doors(config) {
         Ok(doors) if unit == SWITCH_UNIT => switch_reload(config, unit, doors.reloads()),
         Ok(doors) if doors.reloads() => {
@@ -58,7 +58,7 @@ fn switch_reload(config: &Path, unit: String, graceful: bool) -> u8 {
         Ok(start) => start,
         Err(error) => {
             complain(&format!("{error:#}"));
-            return ExitCode::Refused.code();
+            return FAILED;
         }
     };
     if !graceful {
@@ -74,7 +74,7 @@ fn switch_reload(config: &Path, unit: String, graceful: bool) -> u8 {
 }
 
 fn reload_in_a_run(config: &Path, unit: String, start: &[OsString]) -> anyhow::Result<u8> {
-    if let Some(code) = no_run_now(config) {
+    if let Some(code) = no_run_now(config, false) {
         return Ok(code);
     }
     let args = from_its_unit(config, unit, Strategy::Standby);
@@ -160,6 +160,9 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
         }
     };
     let restarts = jobs.iter().any(|job| job.unit == unit && job.kind == "restart" && job.running);
+    if restarts {
+        patience::ask(longest_run(config));
+    }
     match restarts {
         true if unit == SWITCH_UNIT => switch_stop(config, unit, command),
         true => umbrella_stop(config, unit, &systemd, &jobs, command),
@@ -180,7 +183,7 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
         false => restarts_of_the_daemons(&unit, jobs),
     };
     let Some(restarts) = restarts else {
-        wait_while(|_, _, _| true);
+        wait_while(longest_run(config), |_, _, _| true);
         return package_s_own(command);
     };
     if let Err(error) = take_back(systemd, &restarts) {
@@ -190,13 +193,13 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
     }
     if let Some(holder) = &under_way {
         complain(&format!("run {} replaces the daemons", holder.id));
-        wait_while(|_, _, _| true);
+        wait_while(longest_run(config), |_, _, _| true);
     }
     // Done by that run, unless files have been replaced since.
     let if_needed = under_way.is_some_and(|holder| was_done(&holder.id));
     let args = RestartArgs { if_needed, called_by: Some(unit), ..RestartArgs::default() };
     let code = restart(config, args);
-    if code == ExitCode::Refused.code() {
+    if [ExitCode::Refused.code(), FAILED, USAGE].contains(&code) {
         complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
         restart_as_asked(systemd, &restarts);
         return package_s_own(command);
@@ -209,7 +212,7 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     // It may be the run under way that restarts the unit, as its last resort.
-    let free = wait_while(ends_without_us);
+    let free = wait_while(longest_run(config), ends_without_us);
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
         Ok(Some(())) => 0,
         _ if !main_process().is_some_and(|pid| lives(&pid)) => 0,
@@ -221,13 +224,13 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     }
 }
 
-/// Waits for the end of the run under way, as long as `on` says so of what it is doing and of how long it has been doing
+/// Waits for the end of the run under way, for `limit` at most and as long as `on` says so of what it is doing and of how long it has been doing
 /// that. True where no run is under way any more.
-fn wait_while(on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) -> bool {
+fn wait_while(limit: Duration, on: impl Fn(&Holder, Option<&Status>, Duration) -> bool) -> bool {
     let begun = Instant::now();
     let mut stays = Stays(None);
     let mut told = false;
-    while begun.elapsed() < RUN_LIMIT {
+    while begun.elapsed() < limit {
         let holder = match RunLock::holder(Path::new(LOCK)) {
             Ok(Some(holder)) => holder,
             Ok(None) => return true,
@@ -315,10 +318,15 @@ fn how_it_ended(id: &str) -> String {
     }
 }
 
+/// Until when a run has ended in any case.
+fn longest_run(config: &Path) -> Duration {
+    Config::load_or_default(config).0.longest_run()
+}
+
 fn doors(config: &Path) -> Result<DoorsConfig, u8> {
     let loaded = Config::load(config).map_err(|error| {
         complain(&format!("{error}"));
-        ExitCode::Refused.code()
+        USAGE
     })?;
     Ok(loaded.doors)
 }
@@ -423,17 +431,7 @@ mod tests {
 
     fn status(doing: &str, phase: Phase, can_abort: bool) -> Status {
         let (id, doing) = ("run-1".to_owned(), doing.to_owned());
-        Status {
-            id,
-            pid: 7,
-            phase: Some(phase),
-            doing,
-            elapsed_ms: 0,
-            can_abort,
-            level: None,
-            parked: 0,
-            lease_ms: None,
-        }
+        Status { id, pid: 7, phase: Some(phase), doing, can_abort, ..Status::default() }
     }
 
     #[test]

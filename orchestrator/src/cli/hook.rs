@@ -81,7 +81,7 @@ fn stopped(config: &Path) -> u8 {
     if died && interrupted.is_some_and(|id| runs.note_restart(&id)) {
         return 0;
     }
-    super::recover_and_tell(config)
+    super::recover_and_tell(config, false)
 }
 
 fn supervise_exit(result: anyhow::Result<i32>) -> u8 {

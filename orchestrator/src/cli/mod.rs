@@ -4,16 +4,19 @@ mod args;
 mod containers;
 mod ct;
 mod doors;
+mod ended;
 mod hook;
 mod launch;
 mod log;
 mod output;
+mod patience;
 mod plan;
 mod progress;
 mod restart;
 mod runs;
 mod status;
 mod upgrade;
+mod wait;
 
 pub use args::{Cli, Command, CtCommand, HookCommand, RestartArgs, RunsCommand, SuperviseArgs};
 
@@ -23,33 +26,49 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::config::Config;
-use crate::control::{AbortAnswer, Connection, Progress, RunLock, LOCK, SOCKET};
+use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, LOCK, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::recovery;
 use crate::report::Strategy;
 use crate::supervisor;
+use ended::{answered, fail, FAILED};
 use output::{complain, say, say_json};
 
 /// Does what the command line says and returns what the process exits with.
 pub fn run(cli: Cli) -> u8 {
+    let json = cli.command.wants_json();
     if let Some(missing) = needs_root(&cli.command) {
-        complain(&missing);
-        return ExitCode::Refused.code();
+        return fail(json, FAILED, &missing);
     }
+    let only_answers = cli.command.only_answers();
+    let code = execute(cli, json);
+    match output::lost().filter(|_| only_answers) {
+        Some(why) => {
+            complain(&why);
+            if code == ExitCode::Done.code() {
+                FAILED
+            } else {
+                code
+            }
+        }
+        None => code,
+    }
+}
+
+fn execute(cli: Cli, json: bool) -> u8 {
     let config = cli.config;
     match cli.command {
-        Command::Check { json } => answered(check(&config, json)),
+        Command::Check { .. } => answered(json, check(&config, json)),
         Command::Restart(args) => restart::restart(&config, args),
-        Command::Status { json } => answered(status::status(json)),
-        Command::Abort => answered(abort()),
-        Command::Recover => recover_and_tell(&config),
+        Command::Status { .. } => status::status(&config, json),
+        Command::Wait { id, .. } => wait::wait(id, json),
+        Command::Abort => answered(json, abort()),
+        Command::Recover => recover_and_tell(&config, true),
         Command::Thaw => needs_person(thaw(&config)),
-        Command::Runs { command: None, json } => answered(runs::list(json)),
-        Command::Runs { command: Some(RunsCommand::Show { id, json: inner }), json } => {
-            answered(runs::show(&id, json || inner))
-        }
-        Command::Ct { command } => answered(ct::ct(command)),
+        Command::Runs { command: None, .. } => answered(json, runs::list(json)),
+        Command::Runs { command: Some(RunsCommand::Show { id, .. }), .. } => answered(json, runs::show(&id, json)),
+        Command::Ct { command } => answered(json, ct::ct(command)),
         Command::Hook { command } => hook::hook(&config, command),
     }
 }
@@ -67,15 +86,13 @@ fn load(config: &Path) -> anyhow::Result<Config> {
     Ok(Config::load(config)?)
 }
 
-/// A command that touches nothing: what fails in it is a refusal.
-fn answered(result: anyhow::Result<ExitCode>) -> u8 {
-    match result {
-        Ok(code) => code.code(),
-        Err(error) => {
-            complain(&format!("{error:#}"));
-            ExitCode::Refused.code()
-        }
+/// The configuration of a command that must go on whatever the file says.
+fn load_in_an_emergency(config: &Path) -> Config {
+    let (config, error) = Config::load_or_default(config);
+    if let Some(error) = error {
+        complain(&format!("{error}: taking the defaults"));
     }
+    config
 }
 
 /// A command that repairs: what fails in it needs a person.
@@ -98,15 +115,31 @@ fn exit_code(code: i32) -> u8 {
 fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
     // What is found in the middle of another run says nothing. Who may not look at the lock is told so by the check.
     if let Ok(Some(holder)) = RunLock::holder(Path::new(LOCK)) {
-        complain(&restart::busy(&holder));
-        return Ok(ExitCode::Busy);
+        return Ok(exit_code_of_busy(json, &holder));
     }
-    let report = supervisor::check(&load(config)?, Strategy::Standby, false)?;
+    let loaded = load(config)?;
+    let report = supervisor::check(&loaded, Strategy::Standby, false)?;
     match json {
         true => say_json(&report),
-        false => say(report.to_string().trim_end()),
+        false => {
+            say(&configuration_line(config));
+            say(report.to_string().trim_end());
+        }
     }
     Ok(report.exit_code())
+}
+
+fn exit_code_of_busy(json: bool, holder: &Holder) -> ExitCode {
+    fail(json, ExitCode::Busy.code(), &restart::busy(holder));
+    ExitCode::Busy
+}
+
+/// Which file the configuration is from.
+fn configuration_line(config: &Path) -> String {
+    match config.exists() {
+        true => format!("configuration: {}", config.display()),
+        false => format!("configuration: all defaults ({} is not there)", config.display()),
+    }
 }
 
 fn abort() -> anyhow::Result<ExitCode> {
@@ -132,34 +165,53 @@ fn abort() -> anyhow::Result<ExitCode> {
     anyhow::bail!("the supervisor went before it told the end of the run; look with `ovs-graceful status`")
 }
 
-fn recover_and_tell(config: &Path) -> u8 {
-    needs_person(recover(config))
+fn recover_and_tell(config: &Path, by_hand: bool) -> u8 {
+    needs_person(recover(config, by_hand))
 }
 
-/// Also what systemd runs after every supervisor, so that nothing to do has to be cheap and 0.
-fn recover(config: &Path) -> anyhow::Result<i32> {
+/// Also what systemd runs after every supervisor, so that nothing to do has to be cheap and 0. Only a person who types it
+/// (`by_hand`) is asking whether the host is well again.
+fn recover(config: &Path, by_hand: bool) -> anyhow::Result<i32> {
     if let Some(holder) = RunLock::holder(Path::new(LOCK))? {
         complain(&format!("run {} (process {}) is under way: nothing to recover", holder.id, holder.pid));
         return Ok(i32::from(ExitCode::Busy.code()));
     }
     let runs = Runs::default();
-    if runs.interrupted()?.is_none() && !recovery::is_marked() {
-        runs.clear_left_over()?;
-        let told = recovery::tidy()?;
-        say(if told.is_empty() { "nothing to recover" } else { "no run was cut off" });
-        told.iter().for_each(|line| say(line));
+    if runs.interrupted()?.is_some() || recovery::is_marked() {
+        return supervisor::recover(&load_in_an_emergency(config));
+    }
+    runs.clear_left_over()?;
+    let told = recovery::tidy()?;
+    told.iter().for_each(|line| say(line));
+    match runs.needs_person()?.filter(|_| by_hand) {
+        Some(id) => look_after(&id, &runs, &load_in_an_emergency(config)),
+        None => {
+            say(if told.is_empty() { "nothing to recover" } else { "no run was cut off" });
+            Ok(0)
+        }
+    }
+}
+
+/// The last run ended with 40, and left nothing to recover: is the host well?
+fn look_after(id: &str, runs: &Runs, config: &Config) -> anyhow::Result<i32> {
+    let reason = runs.report(id).map_or_else(|_| "its report is gone".to_owned(), |report| report.reason);
+    say(&format!("run {id} ended with exit 40: {reason}; see `ovs-graceful runs show {id}`"));
+    let wrong = recovery::what_is_wrong(config);
+    if wrong.is_empty() {
+        runs.well_again()?;
+        say(
+            "the host is well now: one ovs-vswitchd is bound to the upcalls, nothing is frozen, flow-restore-wait is not \
+             set; `ovs-graceful status` ends with 0 again",
+        );
         return Ok(0);
     }
-    supervisor::recover(&load(config)?)
+    wrong.iter().for_each(|what| complain(what));
+    Ok(ExitCode::NeedsPerson.code().into())
 }
 
 /// A supervisor that lives does it; one that hangs is not waited for.
 fn thaw(config: &Path) -> anyhow::Result<i32> {
-    // An emergency does not stop for a misspelt key.
-    let config = load(config).unwrap_or_else(|error| {
-        complain(&format!("{error:#}; taking the defaults"));
-        Config::default()
-    });
+    let config = load_in_an_emergency(config);
     match connect().and_then(|run| run.map(|mut run| Ok(run.thaw()?)).transpose()) {
         Ok(None) => {}
         Ok(Some(())) if thawed(config.limits.thaw()) => {

@@ -2,18 +2,21 @@
 
 use std::io::{self, IsTerminal};
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
+use atomic_write_file::AtomicWriteFile;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::ended::{answered, fail, DETACHED};
 use super::launch::{launch, Launched};
 use super::output::{complain, say, say_json};
 use super::plan::{in_words, plan};
 use super::progress::Display;
-use super::{answered, containers, load, RestartArgs, SuperviseArgs};
+use super::{containers, load, RestartArgs, SuperviseArgs};
 use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, Subscription, LOCK, SOCKET};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
@@ -21,6 +24,9 @@ use crate::report::{summary, Report};
 
 /// How long a supervisor that has closed its socket may take to write its report.
 const REPORT_LIMIT: Duration = Duration::from_secs(5);
+
+/// How often is looked how far the phase under way is.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a supervisor may take to end once it has told the end of the run.
 const GONE_LIMIT: Duration = Duration::from_secs(5);
@@ -37,30 +43,42 @@ enum Happening {
 /// Replaces the daemons, or says what that would be; returns the exit code.
 pub fn restart(config: &Path, args: RestartArgs) -> u8 {
     if args.plan {
-        return answered(print_plan(config, &args));
+        return answered(args.json, print_plan(config, &args));
     }
-    if let Some(code) = no_run_now(config) {
+    if let Some(code) = no_run_now(config, args.json) {
         return code;
     }
-    match supervise_args(config, &args) {
+    let ready = supervise_args(config, &args).and_then(|supervise| {
+        args.report.as_deref().map_or(Ok(()), can_be_written)?;
+        Ok(supervise)
+    });
+    match ready {
         Ok(supervise) => follow_new_run(&supervise, &args),
-        Err(error) => answered(Err(error)),
+        Err(error) => answered(args.json, Err(error)),
     }
 }
 
+/// Can the report be written there? The folder is tried as the report itself will be written; an older report stays.
+fn can_be_written(report: &Path) -> anyhow::Result<()> {
+    let tried = AtomicWriteFile::open(report).and_then(AtomicWriteFile::discard);
+    tried.with_context(|| {
+        format!(
+            "the report {} cannot be written; remedy: name a file in a folder that root can write to",
+            report.display()
+        )
+    })
+}
+
 /// Why no run can begin, told: the exit code.
-pub(super) fn no_run_now(config: &Path) -> Option<u8> {
+pub(super) fn no_run_now(config: &Path, json: bool) -> Option<u8> {
     // The supervisor reads it again; a misspelt key should not cost a unit that fails.
     if let Err(error) = load(config) {
-        return Some(answered(Err(error)));
+        return Some(answered(json, Err(error)));
     }
     match RunLock::holder(Path::new(LOCK)) {
         Ok(None) => None,
-        Ok(Some(holder)) => {
-            complain(&busy(&holder));
-            Some(ExitCode::Busy.code())
-        }
-        Err(error) => Some(answered(Err(error.into()))),
+        Ok(Some(holder)) => Some(fail(json, ExitCode::Busy.code(), &busy(&holder))),
+        Err(error) => Some(answered(json, Err(error.into()))),
     }
 }
 
@@ -105,10 +123,10 @@ fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {
     let (sender, happenings) = mpsc::channel();
     // Before the supervisor is started, so that Ctrl-C from now on reaches it as a wish and never kills us half-way.
     if let Err(error) = watch_signals(sender.clone()) {
-        return answered(Err(error));
+        return answered(args.json, Err(error));
     }
     match launch(supervise) {
-        Ok(Launched::Over(report)) => end(&report, args),
+        Ok(Launched::Over(report)) => end(&report, args.json),
         Ok(Launched::Running(events)) => {
             if let Some(command) = args.restart_command.clone() {
                 if let Err(error) = containers::stand_by(command) {
@@ -116,17 +134,14 @@ fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {
                 }
             }
             thread::spawn(move || forward(events, &sender));
-            follow(Path::new(SOCKET), &supervise.id, args, &happenings)
+            let follow_it = Follow { json: args.json, only_waits: false };
+            follow(Path::new(SOCKET), &supervise.id, follow_it, &happenings)
         }
         Err(error) => {
-            complain(&format!("{error:#}"));
             // The lock tells whether it was another run that kept ours from starting.
             let busy = matches!(RunLock::holder(Path::new(LOCK)), Ok(Some(holder)) if holder.id != supervise.id);
-            if busy {
-                ExitCode::Busy.code()
-            } else {
-                ExitCode::Undone.code()
-            }
+            let code = if busy { ExitCode::Busy } else { ExitCode::Undone };
+            fail(args.json, code.code(), &format!("{error:#}"))
         }
     }
 }
@@ -150,14 +165,23 @@ fn watch_signals(sender: Sender<Happening>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How a run is followed.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Follow {
+    /// Its report is printed as JSON.
+    pub(super) json: bool,
+    /// Ctrl-C is the end of the following, and nothing to the run.
+    pub(super) only_waits: bool,
+}
+
 /// Follows a run that is under way to its end.
-pub(super) fn follow_to_the_end(id: &str, events: Subscription) -> u8 {
+pub(super) fn follow_to_the_end(id: &str, events: Subscription, how: Follow) -> u8 {
     let (sender, happenings) = mpsc::channel();
     if let Err(error) = watch_signals(sender.clone()) {
-        return answered(Err(error));
+        return answered(how.json, Err(error));
     }
     thread::spawn(move || forward(events, &sender));
-    follow(Path::new(SOCKET), id, &RestartArgs::default(), &happenings)
+    follow(Path::new(SOCKET), id, how, &happenings)
 }
 
 fn forward(mut events: Subscription, sender: &Sender<Happening>) {
@@ -169,31 +193,47 @@ fn forward(mut events: Subscription, sender: &Sender<Happening>) {
     let _ = sender.send(Happening::Closed);
 }
 
-fn follow(socket: &Path, id: &str, args: &RestartArgs, happenings: &Receiver<Happening>) -> u8 {
+fn follow(socket: &Path, id: &str, how: Follow, happenings: &Receiver<Happening>) -> u8 {
     let mut display = Display::new();
     display.print(&format!("run {id}"));
-    while let Ok(happening) = happenings.recv() {
-        match happening {
-            Happening::Progress(progress) => {
+    loop {
+        match happenings.recv_timeout(LOOK_AGAIN) {
+            Ok(Happening::Progress(progress)) => {
                 display.show(&progress);
                 if let Progress::Finished { report, .. } = *progress {
                     display.clear();
-                    let code = end(&report, args);
+                    let code = end(&report, how.json);
                     wait_until_gone(id, happenings);
                     return code;
                 }
             }
-            Happening::Interrupted => {
-                if let Some(code) = interrupt(socket, &display) {
+            Ok(Happening::Interrupted) if how.only_waits => {
+                display.print(&format!("not waited for any more; {}", come_back(id)));
+                display.clear();
+                return DETACHED;
+            }
+            Ok(Happening::Interrupted) => {
+                if let Some(code) = interrupt(socket, id, &display) {
                     display.clear();
                     return code;
                 }
             }
-            Happening::Closed => break,
+            // One that does not answer is nothing to complain of here: its events say how it goes on.
+            Err(RecvTimeoutError::Timeout) => {
+                if let Ok(Some(Ok(status))) = Connection::open(socket).map(|run| run.map(|mut run| run.status())) {
+                    display.wait(&status);
+                }
+            }
+            Ok(Happening::Closed) | Err(RecvTimeoutError::Disconnected) => break,
         }
     }
     display.clear();
-    orphaned(id, args)
+    orphaned(id, how.json)
+}
+
+/// For whoever stops following a run.
+fn come_back(id: &str) -> String {
+    format!("the run goes on: see `ovs-graceful status`, or come back with `ovs-graceful wait {id}`")
 }
 
 /// The lock goes with the supervisor: whoever starts the next run right after us should not find it held.
@@ -213,7 +253,7 @@ fn wait_until_gone(id: &str, happenings: &Receiver<Happening>) {
 }
 
 /// Before the point of no return Ctrl-C undoes the run, and we stay to see it; after it we detach.
-fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
+fn interrupt(socket: &Path, id: &str, display: &Display) -> Option<u8> {
     let answer = match Connection::open(socket) {
         // The end of the run is on its way to us.
         Ok(None) => return None,
@@ -226,26 +266,27 @@ fn interrupt(socket: &Path, display: &Display) -> Option<u8> {
             None
         }
         Ok(AbortAnswer::Refused { why }) => {
-            display.print(&format!("not aborted: {why}. Detached; the run goes on: see `ovs-graceful status`."));
-            Some(ExitCode::NeedsPerson.code())
+            display.print(&format!("not aborted: {why}. Detached; {}", come_back(id)));
+            Some(DETACHED)
         }
         // Its end is on its way to us.
         Ok(AbortAnswer::Over) => None,
         Err(error) => {
-            display.print(&format!("the supervisor does not answer ({error}); detached: see `ovs-graceful status`."));
-            Some(ExitCode::NeedsPerson.code())
+            display.print(&format!("the supervisor does not answer ({error}). Detached; {}", come_back(id)));
+            Some(DETACHED)
         }
     }
 }
 
 /// The connection broke before the end was told.
-fn orphaned(id: &str, args: &RestartArgs) -> u8 {
+fn orphaned(id: &str, json: bool) -> u8 {
     match wait_for_report(id) {
-        Some(report) => end(&report, args),
-        None => {
-            complain(&format!("the supervisor of run {id} went without a report; remedy: `ovs-graceful recover`"));
-            ExitCode::NeedsPerson.code()
-        }
+        Some(report) => end(&report, json),
+        None => fail(
+            json,
+            ExitCode::NeedsPerson.code(),
+            &format!("the supervisor of run {id} went without a report; remedy: `ovs-graceful recover`"),
+        ),
     }
 }
 
@@ -262,8 +303,9 @@ pub(super) fn wait_for_report(id: &str) -> Option<Report> {
     None
 }
 
-fn end(report: &Report, args: &RestartArgs) -> u8 {
-    match args.json {
+/// Tells how a run ended; returns its exit code.
+pub(super) fn end(report: &Report, json: bool) -> u8 {
+    match json {
         true => say_json(report),
         false => say(summary(report, io::stdout().is_terminal()).trim_end()),
     }
@@ -272,6 +314,7 @@ fn end(report: &Report, args: &RestartArgs) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ended::{code_of, FAILED};
     use super::*;
     use crate::control::Server;
     use crate::machine::{Outcome, Phase};
@@ -297,8 +340,8 @@ mod tests {
         Run { _dir: dir, socket, server, sender, happenings }
     }
 
-    fn args() -> RestartArgs {
-        RestartArgs::default()
+    fn how() -> Follow {
+        Follow::default()
     }
 
     fn finished(exit_code: ExitCode) -> Progress {
@@ -314,7 +357,7 @@ mod tests {
             run.server.tell(&Progress::PhaseBegun { phase: Phase::Check, at_ms: 0 });
             run.server.tell(&finished(code));
             run.server.close(Duration::from_secs(5));
-            assert_eq!(follow(&run.socket, "run-1", &args(), &run.happenings), code.code());
+            assert_eq!(follow(&run.socket, "run-1", how(), &run.happenings), code.code());
         }
     }
 
@@ -322,7 +365,7 @@ mod tests {
     fn ctrl_c_before_the_point_of_no_return_undoes_the_run_and_stays_to_see_it() {
         let Run { _dir, socket, server, sender, happenings } = run();
         sender.send(Happening::Interrupted).unwrap();
-        let client = thread::spawn(move || follow(&socket, "run-1", &args(), &happenings));
+        let client = thread::spawn(move || follow(&socket, "run-1", how(), &happenings));
         let until = Instant::now() + Duration::from_secs(10);
         while !server.gate().abort_requested() {
             assert!(Instant::now() < until, "no request to abort came");
@@ -339,14 +382,14 @@ mod tests {
         let run = run();
         run.sender.send(Happening::Interrupted).unwrap();
         run.server.gate().request_abort().unwrap();
-        run.server.update_status(|status| status.doing = "finished".into());
+        run.server.tell(&finished(ExitCode::Undone));
         let (sender, happenings) = mpsc::channel();
         sender.send(Happening::Interrupted).unwrap();
         if let Progress::Finished { report, exit_code } = finished(ExitCode::Undone) {
             sender.send(Happening::Progress(Box::new(Progress::Finished { report, exit_code }))).unwrap();
         }
         drop(sender);
-        assert_eq!(follow(&run.socket, "run-1", &args(), &happenings), 20);
+        assert_eq!(follow(&run.socket, "run-1", how(), &happenings), 20);
     }
 
     #[test]
@@ -354,7 +397,28 @@ mod tests {
         let run = run();
         run.server.gate().commit().unwrap();
         run.sender.send(Happening::Interrupted).unwrap();
-        assert_eq!(follow(&run.socket, "run-1", &args(), &run.happenings), 40);
+        assert_eq!(follow(&run.socket, "run-1", how(), &run.happenings), 12);
         assert!(!run.server.gate().abort_requested());
+    }
+
+    #[test]
+    fn ctrl_c_of_one_who_only_waits_leaves_the_run_alone() {
+        let run = run();
+        run.sender.send(Happening::Interrupted).unwrap();
+        let how = Follow { only_waits: true, ..how() };
+        assert_eq!(follow(&run.socket, "run-1", how, &run.happenings), 12);
+        assert!(!run.server.gate().abort_requested());
+    }
+
+    #[test]
+    fn a_report_that_cannot_be_written_is_told_before_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = can_be_written(&dir.path().join("none/report.json")).unwrap_err();
+        assert!(format!("{error:#}").contains("none/report.json") && code_of(&error) == FAILED, "{error:#}");
+        let path = dir.path().join("report.json");
+        std::fs::write(&path, "older").unwrap();
+        can_be_written(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "older");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

@@ -1,66 +1,176 @@
-//! `status`: what is going on, from the supervisor's socket, the freeze's pins and the database. Touches nothing.
+//! `status`: what is going on, how the last run ended and whether a person is needed, from the supervisor's socket, the
+//! lock, past runs, the freeze's pins, the daemons and the database. Touches nothing.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use dpfreeze::freeze;
 use serde::Serialize;
 
 use super::connect;
+use super::ended::FAILED;
 use super::output::{say, say_json};
+use crate::config::Config;
 use crate::control::{Holder, RunLock, Status, LOCK};
 use crate::guard;
 use crate::host::real::assemble::DATABASE_SOCKET;
-use crate::host::real::Ovsdb;
-use crate::host::Database;
+use crate::host::real::{Ovsdb, RealDaemons};
+use crate::host::{Daemon, DaemonKind, Daemons, Database};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
+use crate::recovery::MARK;
+use crate::report::Report;
+
+/// The schema of [`Answer`]: keys may be added, never renamed or removed.
+const SCHEMA: u32 = 1;
 
 /// How long the database may take to answer.
 const DATABASE_LIMIT: Duration = Duration::from_secs(3);
 
+/// How long a daemon may take to say its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(3);
+
 /// The answer of `status`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 struct Answer {
+    /// Always [`SCHEMA`].
+    schema: u32,
+    /// What the command exits with.
+    exit_code: u8,
     /// The run under way, as its supervisor says.
     run: Option<Status>,
     /// Who holds the run lock.
     lock: Option<Holder>,
     /// A run that was cut off and has to be recovered.
     interrupted: Option<String>,
+    /// A run that ended with 40, since when nothing has put the host right.
+    needs_person: Option<String>,
+    /// The last run that has a report.
+    last_run: Option<LastRun>,
     /// The freeze, as its pins say.
     freeze: Option<freeze::State>,
     /// The timeout policies that are guarded for live connections, run or no run.
     guard: Option<guard::Status>,
     /// Whether flow-restore-wait is set; `null` where the database does not answer.
     flow_restore_wait: Option<bool>,
+    /// The run whose mark is on that flag, or was left without it.
+    flow_restore_wait_of: Option<String>,
+    /// The daemons that run; none while a run is under way.
+    daemons: Vec<RunningDaemon>,
+    /// The configuration.
+    configuration: Configuration,
     /// What could not be found out.
     unknown: Vec<String>,
+    /// Of that, what the exit code depends on.
+    #[serde(skip)]
+    undecided: bool,
 }
 
-/// Prints what is going on.
-pub fn status(json: bool) -> anyhow::Result<ExitCode> {
-    let answer = ask();
+/// How the last run ended.
+#[derive(Debug, Clone, Serialize)]
+struct LastRun {
+    id: String,
+    exit_code: u8,
+    result: String,
+    reason: String,
+    /// Milliseconds since 1970-01-01 UTC.
+    ended_ms: u64,
+}
+
+impl LastRun {
+    fn of(report: &Report) -> LastRun {
+        LastRun {
+            id: report.id.clone(),
+            exit_code: report.exit_code.code(),
+            result: report.result.clone(),
+            reason: report.reason.clone(),
+            ended_ms: report.started_ms.saturating_add(report.duration_ms),
+        }
+    }
+}
+
+/// A daemon, against what a start now would give.
+#[derive(Debug, Clone, Serialize)]
+struct RunningDaemon {
+    program: &'static str,
+    pid: i32,
+    running: Option<String>,
+    installed: Option<String>,
+    /// The files that it runs and that were replaced or removed since it started.
+    replaced: Vec<String>,
+    restart_needed: bool,
+}
+
+/// Where the configuration is from, and what is wrong with it.
+#[derive(Debug, Clone, Default, Serialize)]
+struct Configuration {
+    file: String,
+    /// `null` where it is well.
+    error: Option<String>,
+}
+
+/// Prints what is going on; returns the exit code.
+pub fn status(config: &Path, json: bool) -> u8 {
+    let mut answer = ask(config);
+    answer.exit_code = exit_code(&answer);
     match json {
         true => say_json(&answer),
-        false => say(in_words(&answer).trim_end()),
+        false => say(in_words(&answer, now_ms()).trim_end()),
     }
-    Ok(ExitCode::Done)
+    answer.exit_code
 }
 
-fn ask() -> Answer {
+/// For monitoring: 0 quiet, 11 a run is under way, 40 needs a person, 1 that could not be found out.
+fn exit_code(answer: &Answer) -> u8 {
+    let stuck = answer.flow_restore_wait == Some(true);
+    match answer.run.is_some() || answer.lock.is_some() {
+        true => ExitCode::Busy.code(),
+        false if answer.interrupted.is_some() || answer.needs_person.is_some() || stuck => ExitCode::NeedsPerson.code(),
+        false if answer.undecided => FAILED,
+        false => ExitCode::Done.code(),
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
+}
+
+fn ask(config: &Path) -> Answer {
     let mut unknown = Vec::new();
-    let run = known(&mut unknown, connect().and_then(|run| run.map(|mut run| Ok(run.status()?)).transpose()));
+    let runs = Runs::default();
     let lock = known(&mut unknown, RunLock::holder(Path::new(LOCK)));
-    let interrupted = match lock.is_some() {
-        true => None,
-        false => known(&mut unknown, Runs::default().interrupted()),
-    };
+    let run = known(&mut unknown, connect().and_then(|run| run.map(|mut run| Ok(run.status()?)).transpose()));
+    let quiet = lock.is_none() && run.is_none();
+    let interrupted = if quiet { known(&mut unknown, runs.interrupted()) } else { None };
+    let needs_person = known(&mut unknown, runs.needs_person());
+    let last_run = known(&mut unknown, last_run(&runs));
+    let undecided = !unknown.is_empty();
     let freeze = known(&mut unknown, freeze::state());
     let guard = known(&mut unknown, guard::status());
     let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
-    let flow_restore_wait = known(&mut unknown, facts.map(|facts| Some(facts.is_on("flow-restore-wait"))));
-    Answer { run, lock, interrupted, freeze, guard, flow_restore_wait, unknown }
+    let facts = known(&mut unknown, facts.map(Some));
+    let flow_restore_wait = facts.as_ref().map(|facts| facts.is_on("flow-restore-wait"));
+    let flow_restore_wait_of = facts.and_then(|facts| facts.external_ids.get(MARK).cloned());
+    let daemons = if quiet { daemons(&mut unknown) } else { Vec::new() };
+    let error = Config::load(config).err().map(|error| error.to_string());
+    let configuration = Configuration { file: config.display().to_string(), error };
+    Answer {
+        schema: SCHEMA,
+        run,
+        lock,
+        interrupted,
+        needs_person,
+        last_run,
+        freeze,
+        guard,
+        flow_restore_wait,
+        flow_restore_wait_of,
+        daemons,
+        configuration,
+        unknown,
+        undecided,
+        ..Answer::default()
+    }
 }
 
 fn known<T, E: Into<anyhow::Error>>(unknown: &mut Vec<String>, asked: Result<Option<T>, E>) -> Option<T> {
@@ -70,37 +180,115 @@ fn known<T, E: Into<anyhow::Error>>(unknown: &mut Vec<String>, asked: Result<Opt
     })
 }
 
-fn in_words(answer: &Answer) -> String {
+/// The last run that has a report; one that touched nothing counts where there is no other.
+fn last_run(runs: &Runs) -> anyhow::Result<Option<LastRun>> {
+    let reports: Vec<Report> = runs.list()?.into_iter().filter_map(|run| run.report).collect();
+    let real = reports.iter().rev().find(|report| !report.touched_nothing());
+    Ok(real.or(reports.last()).map(LastRun::of))
+}
+
+fn daemons(unknown: &mut Vec<String>) -> Vec<RunningDaemon> {
+    let daemons = RealDaemons::new(DATABASE_SOCKET);
+    let mut found = Vec::new();
+    for kind in [DaemonKind::OvsVswitchd, DaemonKind::OvsdbServer] {
+        for daemon in known(unknown, daemons.find_all(kind).map(Some)).unwrap_or_default() {
+            found.push(running(&daemons, &daemon, unknown));
+        }
+    }
+    found
+}
+
+fn running(daemons: &RealDaemons, daemon: &Daemon, unknown: &mut Vec<String>) -> RunningDaemon {
+    let versions = known(unknown, daemons.versions(daemon, Instant::now() + VERSION_LIMIT).map(Some));
+    let replaced = known(unknown, daemons.replaced(daemon).map(Some)).unwrap_or_default();
+    let other = versions.as_ref().is_some_and(|versions| versions.running != versions.installed);
+    RunningDaemon {
+        program: daemon.kind.program(),
+        pid: daemon.id.pid,
+        restart_needed: other || daemon.exe_deleted || !replaced.is_empty(),
+        running: versions.as_ref().map(|versions| versions.running.clone()),
+        installed: versions.map(|versions| versions.installed),
+        replaced,
+    }
+}
+
+fn in_words(answer: &Answer, now_ms: u64) -> String {
     let mut lines = vec![run_line(answer)];
     lines.extend(answer.interrupted.as_ref().map(|id| format!("run {id} was cut off; remedy: `ovs-graceful recover`")));
+    lines.extend(answer.last_run.as_ref().map(|last| last_line(last, now_ms)));
+    lines.extend(answer.needs_person.as_ref().map(|id| {
+        format!("run {id} needs a person; remedy: `ovs-graceful recover` looks whether the host is well again")
+    }));
     lines.push(freeze_line(answer.freeze.as_ref()));
     lines.extend(answer.guard.as_ref().map(guard_lines));
-    lines.push(match answer.flow_restore_wait {
-        Some(true) if answer.lock.is_none() => {
-            "flow-restore-wait is SET and no run is under way: ovs-vswitchd answers no misses; if nobody else set it, \
-             remedy: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`"
-                .to_string()
-        }
-        Some(true) => "flow-restore-wait is set".to_string(),
-        Some(false) => "flow-restore-wait is not set".to_string(),
-        None => "flow-restore-wait: unknown".to_string(),
-    });
+    lines.push(flag_line(answer));
+    lines.extend(answer.daemons.iter().map(daemon_line));
+    lines.extend(answer.configuration.error.as_ref().map(|error| {
+        format!("{error}\nuntil then upgrades and restarts of Open vSwitch are the plain ones, which lose packets")
+    }));
     lines.extend(answer.unknown.iter().map(|why| format!("unknown: {why}")));
     lines.join("\n")
 }
 
+fn last_line(last: &LastRun, now_ms: u64) -> String {
+    let LastRun { id, exit_code, result, reason, ended_ms } = last;
+    let ago = ago(now_ms.saturating_sub(*ended_ms) / 1000);
+    format!("last run {id}: {result} (exit {exit_code}), {ago}: {reason}; see `ovs-graceful runs show {id}`")
+}
+
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s ago"),
+        120..=7_199 => format!("{} min ago", seconds / 60),
+        7_200..=172_799 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86_400),
+    }
+}
+
+fn daemon_line(daemon: &RunningDaemon) -> String {
+    let version = |known: &Option<String>| known.clone().unwrap_or_else(|| "of an unknown version".to_owned());
+    let mut line = format!("{} {} (process {})", daemon.program, version(&daemon.running), daemon.pid);
+    if !daemon.restart_needed {
+        return line;
+    }
+    let mut why = Vec::new();
+    if let Some(installed) = daemon.installed.as_ref().filter(|installed| Some(*installed) != daemon.running.as_ref()) {
+        why.push(format!("{installed} is installed"));
+    }
+    if let Some(first) = daemon.replaced.first() {
+        let more = match daemon.replaced.len() - 1 {
+            0 => String::new(),
+            more => format!(" and {more} more files"),
+        };
+        why.push(format!("{first}{more} replaced since its start"));
+    } else if why.is_empty() {
+        why.push("its program was replaced since its start".to_owned());
+    }
+    line.push_str(&format!(": restart needed: {}; remedy: `ovs-graceful restart --if-needed`", why.join(", ")));
+    line
+}
+
+fn flag_line(answer: &Answer) -> String {
+    let under_way = answer.lock.is_some() || answer.run.is_some();
+    match (answer.flow_restore_wait, &answer.flow_restore_wait_of) {
+        (Some(true), _) if under_way => "flow-restore-wait is set".to_string(),
+        (Some(true), Some(run)) => format!(
+            "flow-restore-wait is SET by run {run}, which is over: ovs-vswitchd answers no misses; \
+             remedy: `ovs-graceful recover`"
+        ),
+        (Some(true), None) => {
+            "flow-restore-wait is SET and no run is under way: ovs-vswitchd answers no misses; if nobody else set it, \
+             remedy: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`"
+                .to_string()
+        }
+        (Some(false), _) => "flow-restore-wait is not set".to_string(),
+        (None, _) => "flow-restore-wait: unknown".to_string(),
+    }
+}
+
 fn run_line(answer: &Answer) -> String {
     match (&answer.run, &answer.lock) {
-        (Some(run), _) => {
-            let phase = run.phase.map_or_else(String::new, |phase| format!(" {phase}"));
-            let abort = match (run.can_abort, run.doing.as_str()) {
-                (_, "finished") => "its report is being delivered",
-                (true, _) => "can be aborted",
-                (false, _) => "past the point of no return, or being undone",
-            };
-            let seconds = run.elapsed_ms as f64 / 1000.0;
-            format!("run {}: {}{phase}, {seconds:.1} s, {} packets parked; {abort}", run.id, run.doing, run.parked)
-        }
+        (Some(run), _) => run_lines(run),
         (None, Some(holder)) => {
             format!("run {} (process {}) holds the lock and does not listen", holder.id, holder.pid)
         }
@@ -108,15 +296,46 @@ fn run_line(answer: &Answer) -> String {
     }
 }
 
+fn run_lines(run: &Status) -> String {
+    let seconds = |ms: u64| ms as f64 / 1000.0;
+    let phase = run.phase.map_or_else(String::new, |phase| format!(" {phase}"));
+    let since = run.phase_ms.map_or_else(String::new, |ms| format!(" for {:.1} s", seconds(ms)));
+    let limit = run.limit_ms.map_or_else(String::new, |ms| format!(" of at most {} s", ms.div_ceil(1000)));
+    let where_to = match run.doing.as_str() {
+        "finished" => "its report is being delivered",
+        "undoing" => "it is being undone",
+        "going back" => "it is going back to the old version",
+        _ if run.can_abort => "it can be aborted",
+        _ if run.committed => "it is past the point of no return",
+        _ => "it was asked to abort, and will be undone",
+    };
+    let level = run.level.map_or_else(|| "not known yet".to_owned(), |level| level.to_string());
+    let mut text = format!(
+        "run {}: {}{phase}{since}{limit}, {:.1} s in all; {where_to}\n  level {level}; {} packets parked now, {} at most, \
+         {} found no room",
+        run.id,
+        run.doing,
+        seconds(run.elapsed_ms),
+        run.parked,
+        run.most_parked,
+        run.overflowed
+    );
+    if let Some(lease) = run.lease_ms {
+        text.push_str(&format!("; the freeze ends by itself in {:.1} s unless renewed", seconds(lease)));
+    }
+    text
+}
+
 fn freeze_line(freeze: Option<&freeze::State>) -> String {
     match freeze {
         None => "nothing is frozen".to_string(),
         Some(state) if !state.armed => "nothing is frozen (the program is loaded, its lease is over)".to_string(),
         Some(state) => format!(
-            "frozen for {:.1} s more, {:.0} s at most: {}",
+            "frozen for {:.1} s more, {:.0} s at most: {}; refused so far: {}",
             state.lease_left_ms as f64 / 1000.0,
             state.end_left_ms as f64 / 1000.0,
-            state.classes.iter_names().map(|(name, _)| name.to_lowercase()).collect::<Vec<_>>().join(", ")
+            state.classes.iter_names().map(|(name, _)| name.to_lowercase()).collect::<Vec<_>>().join(", "),
+            state.refused
         ),
     }
 }
@@ -149,20 +368,108 @@ mod tests {
     use super::*;
 
     fn quiet() -> Answer {
-        Answer {
-            run: None,
-            lock: None,
-            interrupted: None,
-            freeze: None,
-            guard: None,
-            flow_restore_wait: Some(false),
-            unknown: vec![],
-        }
+        Answer { flow_restore_wait: Some(false), ..Answer::default() }
     }
+
+    /// A minute after 1970.
+    const NOW: u64 = 60_000;
 
     #[test]
     fn a_quiet_host_is_said_to_be_quiet() {
-        assert_eq!(in_words(&quiet()), "no run is under way\nnothing is frozen\nflow-restore-wait is not set");
+        let text = in_words(&quiet(), NOW);
+        assert_eq!(text, "no run is under way\nnothing is frozen\nflow-restore-wait is not set");
+        assert_eq!(exit_code(&quiet()), 0);
+    }
+
+    fn last(exit_code: ExitCode) -> LastRun {
+        let (id, result) = ("run-7".to_owned(), exit_code.result().to_owned());
+        LastRun { id, exit_code: exit_code.code(), result, reason: "why".into(), ended_ms: 15_000 }
+    }
+
+    #[test]
+    fn the_last_run_is_told_and_one_that_needs_a_person_is_an_exit_code() {
+        let answer = Answer { last_run: Some(last(ExitCode::NeedsPerson)), ..quiet() };
+        let text = in_words(&answer, NOW);
+        let line = "last run run-7: needs-person (exit 40), 45 s ago: why; see `ovs-graceful runs show run-7`";
+        assert!(text.contains(line), "{text}");
+        assert_eq!(exit_code(&answer), 0, "somebody has looked after it");
+        let answer = Answer { needs_person: Some("run-7".into()), ..answer };
+        assert!(in_words(&answer, NOW).contains("`ovs-graceful recover`"));
+        assert_eq!(exit_code(&answer), 40);
+    }
+
+    #[test]
+    fn what_needs_a_person_is_40_but_not_during_a_run() {
+        let lock = Some(Holder { id: "run-8".into(), pid: 1 });
+        let all = [
+            Answer { interrupted: Some("run-7".into()), ..quiet() },
+            Answer { flow_restore_wait: Some(true), ..quiet() },
+            Answer { needs_person: Some("run-7".into()), ..quiet() },
+        ];
+        for answer in all {
+            assert_eq!(exit_code(&answer), 40, "{answer:?}");
+            assert_eq!(exit_code(&Answer { lock: lock.clone(), ..answer }), 11);
+        }
+        assert_eq!(exit_code(&Answer { undecided: true, ..quiet() }), 1);
+    }
+
+    #[test]
+    fn a_run_says_what_is_parked_and_whether_it_is_undone_or_past_return() {
+        use crate::machine::Phase;
+        use crate::report::Level;
+        let status = Status {
+            id: "run-8".into(),
+            phase: Some(Phase::Restore),
+            doing: "doing".into(),
+            committed: true,
+            phase_ms: Some(1_500),
+            limit_ms: Some(60_000),
+            elapsed_ms: 9_000,
+            level: Some(Level::Full),
+            parked: 7,
+            most_parked: 9,
+            overflowed: 2,
+            lease_ms: Some(78_000),
+            ..Status::default()
+        };
+        let text = run_lines(&status);
+        let parts = [
+            "doing restore for 1.5 s of at most 60 s, 9.0 s in all; it is past the point of no return",
+            "level full; 7 packets parked now, 9 at most, 2 found no room; the freeze ends by itself in 78.0 s",
+        ];
+        parts.iter().for_each(|part| assert!(text.contains(part), "{part}: {text}"));
+        let undoing = run_lines(&Status { doing: "undoing".into(), committed: false, ..status.clone() });
+        assert!(undoing.contains("it is being undone") && !undoing.contains("no return"), "{undoing}");
+        let asked = run_lines(&Status { committed: false, ..status.clone() });
+        assert!(asked.contains("asked to abort"), "{asked}");
+        let open = run_lines(&Status { committed: false, can_abort: true, ..status });
+        assert!(open.contains("it can be aborted"), "{open}");
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_the_installed_one_needs_a_restart() {
+        let daemon = RunningDaemon {
+            program: "ovs-vswitchd",
+            pid: 7,
+            running: Some("3.1.0".into()),
+            installed: Some("3.1.0".into()),
+            replaced: vec![],
+            restart_needed: false,
+        };
+        assert_eq!(daemon_line(&daemon), "ovs-vswitchd 3.1.0 (process 7)");
+        let replaced = vec!["/usr/lib/libssl.so.3".into(), "/usr/lib/libcrypto.so.3".into()];
+        let text = daemon_line(&RunningDaemon { replaced, restart_needed: true, ..daemon.clone() });
+        assert!(text.contains("restart needed: /usr/lib/libssl.so.3 and 1 more files replaced"), "{text}");
+        let text = daemon_line(&RunningDaemon { installed: Some("3.5.0".into()), restart_needed: true, ..daemon });
+        assert!(text.contains("restart needed: 3.5.0 is installed; remedy: `ovs-graceful restart --if"), "{text}");
+    }
+
+    #[test]
+    fn a_configuration_that_cannot_be_read_says_what_follows() {
+        let error = Config::parse("[park]\nmax_packet = 9\n", "/etc/x.toml").unwrap_err().to_string();
+        let configuration = Configuration { file: "/etc/x.toml".into(), error: Some(error) };
+        let text = in_words(&Answer { configuration, ..quiet() }, NOW);
+        assert!(text.contains("max_packet") && text.contains("/etc/x.toml") && text.contains("plain ones"), "{text}");
     }
 
     #[test]
@@ -171,21 +478,24 @@ mod tests {
             guard::PolicyStatus { policy: "ovs_tp_1_udp4".into(), zones: [5, 6].into(), connections: 7, age_s: 90 };
         let guard =
             guard::Status { policies: vec![policy], refused: 3, lease_left_ms: 50_000, end_left_ms: 80_000_000 };
-        let text = in_words(&Answer { guard: Some(guard.clone()), ..quiet() });
+        let text = in_words(&Answer { guard: Some(guard.clone()), ..quiet() }, NOW);
         for part in ["50 s", "80000 s", "3 deletions", "ovs_tp_1_udp4 (zone 5, 6): 7 connections left, for 90 s"] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        let text = in_words(&Answer { guard: Some(guard::Status { lease_left_ms: 0, ..guard }), ..quiet() });
+        let text = in_words(&Answer { guard: Some(guard::Status { lease_left_ms: 0, ..guard }), ..quiet() }, NOW);
         assert!(text.contains("lease is over"), "{text}");
     }
 
     #[test]
     fn a_flag_that_is_stuck_and_a_run_that_was_cut_off_come_with_their_remedies() {
         let answer = Answer { flow_restore_wait: Some(true), interrupted: Some("run-7".into()), ..quiet() };
-        let text = in_words(&answer);
+        let text = in_words(&answer, NOW);
         assert!(text.contains("run-7") && text.contains("recover") && text.contains("ovs-vsctl remove"), "{text}");
         let holder = Holder { id: "run-8".into(), pid: 1 };
-        let text = in_words(&Answer { flow_restore_wait: Some(true), lock: Some(holder), ..quiet() });
+        let text = in_words(&Answer { flow_restore_wait: Some(true), lock: Some(holder), ..quiet() }, NOW);
         assert!(!text.contains("remedy"), "{text}");
+        let ours = Answer { flow_restore_wait: Some(true), flow_restore_wait_of: Some("run-7".into()), ..quiet() };
+        let text = in_words(&ours, NOW);
+        assert!(text.contains("`ovs-graceful recover`") && !text.contains("ovs-vsctl"), "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! The messages of the socket.
 
 use std::io::{self, BufRead, Read, Write};
+use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -96,7 +97,8 @@ pub enum Progress {
 }
 
 /// What the run is doing.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Status {
     /// The run's id.
     pub id: String,
@@ -110,12 +112,39 @@ pub struct Status {
     pub elapsed_ms: u64,
     /// True while `abort` would undo it.
     pub can_abort: bool,
+    /// True from the point of no return on.
+    pub committed: bool,
+    /// Milliseconds since the phase under way (or its undo, or the way back) began.
+    pub phase_ms: Option<u64>,
+    /// How long that may take at most, in milliseconds.
+    pub limit_ms: Option<u64>,
     /// What the host can do, once Check has said so.
     pub level: Option<Level>,
     /// Packets parked now.
     pub parked: u64,
+    /// The most that were parked at once.
+    pub most_parked: u64,
+    /// Packets that found no room and are lost.
+    pub overflowed: u64,
     /// Milliseconds until the freeze ends by itself; `None` where nothing is frozen.
     pub lease_ms: Option<u64>,
+}
+
+/// What changes while a phase is under way, as the run knows it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Vitals {
+    /// What the host can do, once Check has said so.
+    pub level: Option<Level>,
+    /// Packets parked now.
+    pub parked: u64,
+    /// The most that were parked at once.
+    pub most_parked: u64,
+    /// Packets that found no room and are lost.
+    pub overflowed: u64,
+    /// When the freeze ends by itself; `None` where nothing is frozen.
+    pub frozen_until: Option<Instant>,
+    /// When the step under way must have ended.
+    pub deadline: Option<Instant>,
 }
 
 /// What became of a request to abort.

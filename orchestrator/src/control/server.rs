@@ -15,7 +15,9 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
 use super::protocol::REQUEST_LINE;
-use super::protocol::{read_line, to_line, write_line, HookCommand, HookEvent, Progress, Reply, Request, Status};
+use super::protocol::{
+    read_line, to_line, write_line, HookCommand, HookEvent, Progress, Reply, Request, Status, Vitals,
+};
 use super::AbortGate;
 
 /// So many clients at a time; more are turned away.
@@ -48,9 +50,18 @@ struct Shared {
     started: Instant,
     gate: AbortGate,
     stop: AtomicBool,
-    status: Mutex<Status>,
+    status: Mutex<Known>,
     audience: Mutex<Audience>,
     new_hooks: Sender<HookLink>,
+}
+
+/// What `status` is answered from.
+struct Known {
+    /// What was told; the rest is filled in when somebody asks.
+    status: Status,
+    /// When what is being done began.
+    began: Instant,
+    vitals: Vitals,
 }
 
 #[derive(Default)]
@@ -94,17 +105,15 @@ impl Server {
             pid: std::process::id(),
             phase: None,
             doing: "starting".to_string(),
-            elapsed_ms: 0,
             can_abort: true,
-            level: None,
-            parked: 0,
-            lease_ms: None,
+            ..Status::default()
         };
+        let known = Known { status, began: Instant::now(), vitals: Vitals::default() };
         let shared = Arc::new(Shared {
             started: Instant::now(),
             gate: AbortGate::new(),
             stop: AtomicBool::new(false),
-            status: Mutex::new(status),
+            status: Mutex::new(known),
             audience: Mutex::default(),
             new_hooks,
         });
@@ -133,9 +142,9 @@ impl Server {
         audience.subscribers.retain(|subscriber| subscriber.try_send(Arc::clone(&line)).is_ok());
     }
 
-    /// Changes what `status` answers beyond what [`Server::tell`] says: level, parked packets, lease.
-    pub fn update_status(&self, change: impl FnOnce(&mut Status)) {
-        change(&mut lock(&self.shared.status));
+    /// What `status` answers beyond what [`Server::tell`] says: level, parked packets, lease, time limit.
+    pub fn update(&self, vitals: &Vitals) {
+        lock(&self.shared.status).vitals = *vitals;
     }
 
     /// Waits for a `hook reload` to connect; `None` where `until` passes first. Hooks come in the order in which
@@ -182,31 +191,48 @@ impl Drop for Server {
 
 impl Shared {
     fn status(&self) -> Status {
-        let mut status = lock(&self.status).clone();
-        status.elapsed_ms = self.started.elapsed().as_millis() as u64;
-        status.can_abort = !self.gate.committed() && !self.gate.abort_requested();
-        status
+        let known = lock(&self.status);
+        let vitals = known.vitals;
+        let milliseconds = |duration: Duration| duration.as_millis() as u64;
+        // What is left over from the phase before says nothing about this one.
+        let limit = vitals.deadline.and_then(|deadline| deadline.checked_duration_since(known.began));
+        let left = vitals.frozen_until.map(|until| until.saturating_duration_since(Instant::now()));
+        Status {
+            elapsed_ms: milliseconds(self.started.elapsed()),
+            can_abort: !self.gate.committed() && !self.gate.abort_requested(),
+            committed: self.gate.committed(),
+            phase_ms: known.status.phase.map(|_| milliseconds(known.began.elapsed())),
+            limit_ms: limit.map(milliseconds),
+            level: vitals.level,
+            parked: vitals.parked,
+            most_parked: vitals.most_parked,
+            overflowed: vitals.overflowed,
+            lease_ms: left.map(milliseconds),
+            ..known.status.clone()
+        }
     }
 
     fn note_status(&self, progress: &Progress) {
-        let mut status = lock(&self.status);
+        let mut known = lock(&self.status);
         let (phase, doing) = match progress {
             Progress::PhaseBegun { phase, .. } => (Some(*phase), "doing"),
             Progress::Undoing { phase } => (Some(*phase), "undoing"),
-            Progress::GoingBack { .. } => (status.phase, "going back"),
-            Progress::Finished { .. } => (status.phase, "finished"),
+            Progress::GoingBack { .. } => (known.status.phase, "going back"),
+            Progress::Finished { .. } => (known.status.phase, "finished"),
             Progress::Hello { .. }
             | Progress::PhaseEnded { .. }
             | Progress::PointOfNoReturn
             | Progress::Note { .. }
             | Progress::Warning { .. } => return,
         };
-        status.phase = phase;
-        status.doing = doing.to_string();
+        known.status.phase = phase;
+        known.status.doing = doing.to_string();
+        known.began = Instant::now();
+        known.vitals.deadline = None;
     }
 
     fn abort(&self) -> Reply {
-        if lock(&self.status).doing == "finished" {
+        if lock(&self.status).status.doing == "finished" {
             return Reply::Over;
         }
         match self.gate.request_abort() {

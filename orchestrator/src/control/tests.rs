@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::machine::Phase;
-use crate::report::{Report, Strategy};
+use crate::report::{Level, Report, Strategy};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(5)
@@ -99,11 +99,37 @@ fn a_subscriber_that_does_not_read_does_not_hold_the_run_up() {
 fn status_says_the_phase_and_whether_abort_is_possible() {
     let run = run();
     run.server.tell(&Progress::PhaseBegun { phase: Phase::Arm, at_ms: 3 });
-    run.server.update_status(|status| status.parked = 7);
+    run.server.update(&Vitals { parked: 7, ..Vitals::default() });
     let status = run.client().status().unwrap();
     assert_eq!((status.phase, status.parked, status.can_abort), (Some(Phase::Arm), 7, true));
+    assert!(!status.committed);
     run.server.gate().commit().unwrap();
-    assert!(!run.client().status().unwrap().can_abort);
+    let status = run.client().status().unwrap();
+    assert!(!status.can_abort && status.committed);
+}
+
+#[test]
+fn status_says_what_is_parked_and_how_long_freeze_and_phase_may_last() {
+    let run = run();
+    let status = run.client().status().unwrap();
+    assert_eq!((status.phase_ms, status.limit_ms, status.lease_ms, status.level), (None, None, None, None));
+    run.server.tell(&Progress::PhaseBegun { phase: Phase::Restore, at_ms: 3 });
+    let now = Instant::now();
+    run.server.update(&Vitals {
+        level: Some(Level::Full),
+        parked: 7,
+        most_parked: 9,
+        overflowed: 2,
+        frozen_until: Some(now + Duration::from_secs(80)),
+        deadline: Some(now + Duration::from_secs(60)),
+    });
+    let status = run.client().status().unwrap();
+    assert_eq!((status.parked, status.most_parked, status.overflowed), (7, 9, 2));
+    assert_eq!(status.level, Some(Level::Full));
+    let near = |value: Option<u64>, seconds: u64| value.is_some_and(|ms| ms.abs_diff(seconds * 1000) < 20_000);
+    assert!(near(status.lease_ms, 80) && near(status.limit_ms, 60) && near(status.phase_ms, 0), "{status:?}");
+    run.server.tell(&Progress::Undoing { phase: Phase::Restore });
+    assert_eq!(run.client().status().unwrap().limit_ms, None, "the limit of the phase is not that of its undo");
 }
 
 #[test]

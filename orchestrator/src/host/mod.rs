@@ -184,6 +184,9 @@ pub trait Daemons: Send + Sync {
     /// As [`Daemons::start_like`] with the program that [`Daemons::save_program`] kept: the way back. The process is
     /// put into the cgroup of `model`, so that its unit goes on owning it.
     fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>>;
+    /// The files that the daemon runs and that a package has replaced or removed since it started: its executable and
+    /// shared objects, the C library's as well. None of a daemon in a container, whose files are not this host's.
+    fn replaced(&self, daemon: &Daemon) -> Result<Vec<String>>;
     /// Keeps the program of a running daemon, which says it is `version`, and those of its shared objects that a
     /// package has replaced since, in the first of `folders` from which it runs (`--version`). May be run twice.
     fn save_program(&self, daemon: &Daemon, version: &str, folders: &[PathBuf], until: Instant)

@@ -64,11 +64,21 @@ pub enum Strategy {
 
 impl fmt::Display for Strategy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+        f.pad(self.name())
+    }
+}
+
+impl Strategy {
+    /// Every strategy.
+    pub const ALL: [Strategy; 3] = [Strategy::Standby, Strategy::StopStart, Strategy::ReloadModule];
+
+    /// As it is typed and reported.
+    pub fn name(self) -> &'static str {
+        match self {
             Strategy::Standby => "standby",
             Strategy::StopStart => "stop-start",
             Strategy::ReloadModule => "reload-module",
-        })
+        }
     }
 }
 
@@ -76,8 +86,7 @@ impl FromStr for Strategy {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Strategy, String> {
-        let all = [Strategy::Standby, Strategy::StopStart, Strategy::ReloadModule];
-        let known = all.into_iter().find(|known| known.to_string() == text);
+        let known = Strategy::ALL.into_iter().find(|known| known.name() == text);
         known.ok_or_else(|| format!("`{text}` is neither `standby` nor `stop-start` nor `reload-module`"))
     }
 }
@@ -288,6 +297,15 @@ impl Report {
         self.exit_code = outcome.exit_code;
         self.reason = outcome.reason.clone();
         self.duration_ms = duration_ms;
+    }
+
+    /// True of a run that was refused, or that had nothing to do: nothing was touched, and nobody will ask for it.
+    pub fn touched_nothing(&self) -> bool {
+        match self.exit_code {
+            ExitCode::Refused | ExitCode::Busy => true,
+            ExitCode::Done => self.phases.iter().all(|phase| phase.name == Phase::Check.name()),
+            ExitCode::Undone | ExitCode::Back | ExitCode::Differences | ExitCode::NeedsPerson => false,
+        }
     }
 
     /// Writes the report to `path`, readable by its owner only: the old file or the whole new one, never half of it.

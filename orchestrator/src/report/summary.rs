@@ -25,7 +25,10 @@ pub fn summary(report: &Report, colour: bool) -> String {
         }
         list(&mut out, "differences", &report.differences);
     }
-    list(&mut out, "warnings", &report.warnings);
+    // The error that ended a run is a warning as well; where it is the reason it has been said.
+    let said = |warning: &&String| !report.reason.contains(warning.as_str());
+    let warnings: Vec<String> = report.warnings.iter().filter(said).cloned().collect();
+    list(&mut out, "warnings", &warnings);
     out
 }
 
@@ -45,10 +48,14 @@ fn headline(out: &mut String, report: &Report, colour: bool) {
     };
     let result = report.result.style(style);
     let _ = writeln!(out, "run {}: {result} (exit {}): {}", report.id, report.exit_code.code(), report.reason);
+    // What a run that was refused has not found out is not worth a line.
     let version = |known: &Option<String>| known.clone().unwrap_or_else(|| "unknown".to_string());
-    let level = report.level.map_or_else(|| "unknown".to_string(), |level| level.to_string());
-    line(out, "versions", &format!("{} → {}", version(&report.from.ovs), version(&report.to.ovs)));
-    line(out, "level", &format!("{level}, strategy {}", report.strategy));
+    if report.from.ovs.is_some() || report.to.ovs.is_some() {
+        line(out, "versions", &format!("{} → {}", version(&report.from.ovs), version(&report.to.ovs)));
+    }
+    if let Some(level) = report.level {
+        line(out, "level", &format!("{level}, strategy {}", report.strategy));
+    }
 }
 
 fn numbers(out: &mut String, report: &Report) {

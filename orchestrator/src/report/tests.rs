@@ -139,6 +139,9 @@ fn a_run_that_was_refused_shows_why_and_no_zeros() {
     report.finish(&Outcome { exit_code: ExitCode::Refused, reason: "check failed; nothing was touched".into() }, 5);
     let text = summary(&report, false);
     assert!(text.contains("userspace") && text.contains("(exit 10)") && !text.contains("replayed"), "{text}");
+    assert!(!text.contains("unknown"), "what was not found out is not worth a line: {text}");
+    report.reason = format!("{}; nothing was touched", report.warnings[0]);
+    assert_eq!(summary(&report, false).matches("userspace").count(), 1, "said once");
 }
 
 #[test]

@@ -34,6 +34,7 @@ impl Step for Arm {
         if run.level == Level::Full {
             let lease = Lease { lease: run.lease(), end: run.config.freeze.end() };
             run.host.datapath.arm(classes::armed(), lease).context("arming the freeze")?;
+            run.known.freeze_end = Some(run.now() + run.config.freeze.end());
             guard::begin(run);
             run.checkpoint()?;
         }

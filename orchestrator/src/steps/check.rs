@@ -34,9 +34,15 @@ impl Step for Check {
             return Err(anyhow::anyhow!("{}", refused.join("\n")).into());
         }
         take_in(run, checked)?;
-        match run.wish.if_needed && !is_needed(run) {
-            true => Ok(Event::NothingToDo),
-            false => Ok(Event::Done),
+        if !run.wish.if_needed {
+            return Ok(Event::Done);
+        }
+        match needed_because(run)? {
+            Some(why) => {
+                run.note(format!("needed: {why}"));
+                Ok(Event::Done)
+            }
+            None => Ok(Event::NothingToDo),
         }
     }
 }
@@ -72,7 +78,29 @@ fn keep_program(run: &mut Run, old: &Daemon) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Another version is installed, or the running program's file has been replaced.
-fn is_needed(run: &Run) -> bool {
-    run.report.from != run.report.to || run.known.old.as_ref().is_some_and(|old| old.exe_deleted)
+/// Why a daemon that the run would replace is not the one that a start now would give: another version is installed, or
+/// a file whose code it runs has been replaced.
+fn needed_because(run: &mut Run) -> Result<Option<String>, Stop> {
+    if run.report.from != run.report.to {
+        let version = |known: &Option<String>| known.clone().unwrap_or_else(|| "an unknown version".to_owned());
+        let (from, to) = (version(&run.report.from.ovs), version(&run.report.to.ovs));
+        return Ok(Some(format!("ovs-vswitchd {from} runs, and {to} is installed")));
+    }
+    let mut daemons = vec![run.old()?.clone()];
+    if run.wish.ovsdb {
+        daemons.push(run.host.daemons.find_ovsdb_server()?);
+    }
+    for daemon in daemons {
+        let replaced = run.host.daemons.replaced(&daemon)?;
+        let first = replaced.first().cloned().or_else(|| daemon.exe_deleted.then(|| daemon.exe.display().to_string()));
+        if let Some(file) = first {
+            return Ok(Some(format!(
+                "{} (process {}) runs {file}, which was replaced",
+                daemon.kind.program(),
+                daemon.id.pid
+            )));
+        }
+        run.checkpoint()?;
+    }
+    Ok(None)
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 
 use crate::config::Config;
-use crate::control::{Control, Hook, Progress};
+use crate::control::{Control, Hook, Progress, Vitals};
 use crate::features::Features;
 use crate::host::clock::Clock;
 use crate::host::datapath::{Datapath, FreezeEvent};
@@ -151,6 +151,8 @@ pub struct Known {
     pub refused_ports: Vec<Port>,
     /// Processes that sent more messages at once than the freeze can look at, and were told of.
     pub told_of: BTreeSet<i32>,
+    /// When nothing is refused any more, whatever renews.
+    pub freeze_end: Option<Instant>,
     /// When the upcalls left the old daemon.
     pub gap_began: Option<Instant>,
     /// The `next_cfg` of the removal of flow-restore-wait.
@@ -263,10 +265,26 @@ impl Run {
     /// An error cuts the step off: its time is up, or the machine wants something else.
     pub fn checkpoint(&mut self) -> Result<(), Stop> {
         self.looked = self.now();
+        self.tell_vitals();
         for event in self.happened()? {
             self.tell_machine(event)?;
         }
         Ok(())
+    }
+
+    /// For `status` and for who follows the run.
+    fn tell_vitals(&self) {
+        let parked = self.host.datapath.park_stats();
+        let lease = self.host.datapath.is_armed().then(|| self.now() + self.lease());
+        let frozen_until = lease.map(|lease| self.known.freeze_end.map_or(lease, |end| end.min(lease)));
+        self.control.update(&Vitals {
+            level: self.report.level,
+            parked: parked.waiting,
+            most_parked: parked.most_waiting,
+            overflowed: parked.overflowed + parked.socket_drops,
+            frozen_until,
+            deadline: Some(self.deadline),
+        });
     }
 
     /// Tells the machine of an event, and cuts the step off where that changes the plan.

@@ -124,7 +124,7 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
         unit: unit.name.clone(),
         pid_file: old.pid_file.clone(),
         hook: [own_program()?.as_str(), "hook", "reload", "--"].map(str::to_owned).to_vec(),
-        limit_s: (run.config.freeze.end().as_secs() + 60),
+        limit_s: run.config.longest_run().as_secs() + 60,
     };
     services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
     no_other_job(run)?;

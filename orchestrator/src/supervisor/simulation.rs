@@ -81,6 +81,7 @@ fn play(setting: Setting, script: Script) -> Played {
                 elsewhere: setting.variant.containers,
             },
             config: Config::default(),
+            copy_to: None,
             runs: runs.clone(),
             control: Box::new(SimControl::new(&sim)),
             clock: host.clock.clone(),
@@ -156,7 +157,8 @@ impl Played {
         if world.variant.containers && world.switches().next().is_none() && code == Some(ExitCode::NeedsPerson) {
             // Only a person can start the container, and nobody is there who could take what was parked.
             world.kernel.parked = 0;
-            return world.left_over().into_iter().map(|what| format!("left over: {what}")).collect();
+            let left = world.left_over().into_iter().filter(|what| !what.ends_with("/needs-person"));
+            return left.map(|what| format!("left over: {what}")).collect();
         }
         let mut left = world.left_over();
         // What a person may want to look at stays.

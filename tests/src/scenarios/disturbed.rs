@@ -151,7 +151,7 @@ const CASES: &[Case] = &[
         exit: 20,
         ..BASE
     },
-    Case { name: "Ctrl-C twice in Restore", phase: "restore", what: What::Signals(Signal::SIGINT), client: 40, ..BASE },
+    Case { name: "Ctrl-C twice in Restore", phase: "restore", what: What::Signals(Signal::SIGINT), client: 12, ..BASE },
     Case { name: "lost terminal", phase: "standby", what: What::Signals(Signal::SIGHUP), ..BASE },
     Case {
         name: "a second run",

@@ -18,7 +18,8 @@ use crate::packages::OLD;
 /// See the module.
 pub struct Doors;
 
-const DROP_INS: [(&str, &str); 2] = [
+/// What our package installs for the units, by folder.
+pub const DROP_INS: [(&str, &str); 2] = [
     (
         "/usr/lib/systemd/system/openvswitch-switch.service.d",
         include_str!("../../../systemd/openvswitch-switch.service.d/50-ovs-graceful.conf"),

@@ -45,6 +45,7 @@ mod sees_less;
 mod selftest;
 mod set_field;
 mod systemd;
+mod told;
 mod tunnel;
 mod two_zones;
 mod unprivileged;
@@ -342,6 +343,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
+    Scenario::Custom(&told::Told),
     Scenario::Custom(&doors::Doors),
     Scenario::Custom(&package::Package),
     Scenario::Custom(&other_init::OtherInit),

@@ -286,6 +286,14 @@ impl Daemons for RealDaemons {
         spawn::start_like(&model, &saved.program)
     }
 
+    fn replaced(&self, daemon: &Daemon) -> Result<Vec<String>> {
+        self.hold(daemon.id)?;
+        match daemon.contained {
+            true => Ok(Vec::new()),
+            false => program::replaced(daemon.id.pid).about(daemon.exe.display().to_string()),
+        }
+    }
+
     fn save_program(
         &self,
         daemon: &Daemon,

@@ -130,25 +130,56 @@ fn is_version(program: &str, text: &str, version: &str) -> Result<()> {
     }
 }
 
-/// The shared objects that the process has mapped and that are no longer what their names stand for: how to reach
-/// each, and its name.
+/// The shared objects that the process has mapped and that are no longer what their names stand for, but for those of the
+/// C library: how to reach each, and its name.
 fn replaced_objects(pid: i32) -> io::Result<Vec<(PathBuf, String)>> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let exe = identity(Path::new(&format!("/proc/{pid}/exe")))?;
     let mut found: Vec<(PathBuf, String)> = Vec::new();
-    for (range, path) in maps.lines().filter_map(executable_mapping) {
-        let mapped = PathBuf::from(format!("/proc/{pid}/map_files/{range}"));
-        let Some(name) = Path::new(path).file_name().and_then(|name| name.to_str()) else { continue };
+    for Mapped { file, path } in mapped_code(pid)? {
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
         let of_the_c_library = C_LIBRARY.iter().any(|prefix| name.starts_with(prefix));
         if of_the_c_library || found.iter().any(|(_, known)| known == name) {
             continue;
         }
-        let is = identity(&mapped)?;
-        if is != exe && identity(Path::new(path)).ok() != Some(is) {
-            found.push((mapped, name.to_owned()));
+        if identity(&file)? != exe && is_replaced(&file, &path)? {
+            found.push((file, name.to_owned()));
         }
     }
     Ok(found)
+}
+
+/// The files whose code the process has mapped, its executable among them, that are no longer what their names stand for.
+pub(super) fn replaced(pid: i32) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for Mapped { file, path } in mapped_code(pid)? {
+        let name = path.display().to_string();
+        if !found.contains(&name) && is_replaced(&file, &path)? {
+            found.push(name);
+        }
+    }
+    Ok(found)
+}
+
+/// Code of a file that a process has mapped.
+struct Mapped {
+    /// The very file, through /proc.
+    file: PathBuf,
+    /// What its name was.
+    path: PathBuf,
+}
+
+fn mapped_code(pid: i32) -> io::Result<Vec<Mapped>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let mapped = maps.lines().filter_map(executable_mapping);
+    // Memory that was made executable is no file of a package (memfd_create(2), shmem).
+    let of_a_file = mapped.filter(|(_, path)| !path.starts_with("/memfd:") && !path.starts_with("/dev/"));
+    Ok(of_a_file
+        .map(|(range, path)| Mapped { file: format!("/proc/{pid}/map_files/{range}").into(), path: path.into() })
+        .collect())
+}
+
+fn is_replaced(file: &Path, path: &Path) -> io::Result<bool> {
+    Ok(identity(path).ok() != Some(identity(file)?))
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
@@ -262,5 +293,28 @@ mod tests {
         }
         let found = replaced_objects(std::process::id() as i32).unwrap();
         assert!(found.is_empty(), "{found:?}");
+        let found = replaced(std::process::id() as i32).unwrap();
+        // The test's own program may be built anew beside it.
+        assert!(found.iter().all(|path| path.contains("/deps/")), "{found:?}");
+    }
+
+    #[test]
+    fn a_file_that_was_replaced_under_a_running_process_is_named() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("ovs-vswitchd");
+        fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = start(&program);
+        let pid = child.id() as i32;
+        assert!(replaced(pid).unwrap().is_empty());
+        fs::copy("/bin/sleep", directory.path().join("new")).unwrap();
+        fs::rename(directory.path().join("new"), &program).unwrap();
+        assert_eq!(replaced(pid).unwrap(), [program.display().to_string()]);
+        fs::remove_file(&program).unwrap();
+        assert_eq!(replaced(pid).unwrap(), [program.display().to_string()]);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::world::Patience;
 use super::Sim;
-use crate::control::{AbortGate, Control, Hook, HookCommand, HookEvent, Progress};
+use crate::control::{AbortGate, Control, Hook, HookCommand, HookEvent, Progress, Vitals};
 
 /// See the module.
 pub struct SimControl {
@@ -36,6 +36,8 @@ impl Control for SimControl {
             world.lost_before_no_return.get_or_insert(lost);
         }
     }
+
+    fn update(&self, _vitals: &Vitals) {}
 
     fn wait_hook(&self, until: Instant) -> Option<Box<dyn Hook>> {
         let id = self.sim.wait(until, |world| world.switch.hook.as_ref().filter(|hook| !hook.orphan).map(|h| h.id))?;

@@ -215,6 +215,10 @@ impl Daemons for SimDaemons {
         self.start("daemons.start_saved", Program::Saved, in_unit)
     }
 
+    fn replaced(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+        self.0.operate("daemons.replaced", None, |_| Ok(Vec::new()))
+    }
+
     fn save_program(
         &self,
         daemon: &Daemon,
