@@ -73,11 +73,21 @@ fn while_parked(out: &Path, outcome: &mut Outcome) -> Result<()> {
     std::thread::sleep(Duration::from_secs(2));
     let known = run::known();
     let old = switch()?;
-    let mut client = run::start(&[], &out.join("run-parked"))?;
+    let config = out.join("patient.toml");
+    fs::write(&config, "[limits]\nswitch_prepare_ms = 60000\n")?;
+    let mut client = Command::new("ovs-graceful")
+        .args(["restart", "--no-ovsdb", "--config"])
+        .arg(&config)
+        .stdin(std::process::Stdio::null())
+        .stdout(fs::File::create(out.join("run-parked"))?)
+        .stderr(fs::File::create(out.join("run-parked-errors"))?)
+        .spawn()?;
     let id = run::wait_for("standby", &known)?;
+    let (patience, every) = (Duration::from_secs(60), Duration::from_millis(20));
+    wait_until("a second daemon", patience, every, || facts::daemons("ovs-vswitchd").len() > 1)?;
     kill(old, Signal::SIGSTOP)?;
     let mut seen = Value::Null;
-    let (patience, every) = (Duration::from_secs(40), Duration::from_millis(50));
+    let (patience, every) = (Duration::from_secs(90), Duration::from_millis(50));
     let parked = wait_until("packets to be parked", patience, every, || match status() {
         Ok((Some(11), status)) if status["run"]["parked"].as_u64() > Some(3) => {
             seen = status;
@@ -249,6 +259,8 @@ fn needs_person(out: &Path, outcome: &mut Outcome) -> Result<()> {
     let id = run::wait_for("restore", &known)?;
     let supervisor = run::supervisor()?;
     kill(supervisor, Signal::SIGSTOP)?;
+    let flush = attack::attempt(attack::Attack::Flush);
+    outcome.check("a flush is refused", flush.as_ref().ok() == Some(&libc::EBUSY), format!("{flush:?}"));
     shell("chmod a-x /usr/sbin/ovs-vswitchd")?;
     for daemon in facts::daemons("ovs-vswitchd") {
         let _ended_by_itself = kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL);
@@ -262,7 +274,7 @@ fn needs_person(out: &Path, outcome: &mut Outcome) -> Result<()> {
     outcome.check("the recovery needs a person", report["exit_code"] == 40, &report);
     let found = report["level"] == "full" && report["from"]["ovs"].is_string() && report["strategy"] == "standby";
     outcome.check("its report says what the run had found out", found, &report);
-    let refused = report["refused"]["upcall_bind"].as_u64() >= Some(1);
+    let refused = report["refused"]["flow_flush"].as_u64() >= Some(1);
     outcome.check("and what was refused", refused, &report["refused"]);
     let (code, told) = status()?;
     let last = told["needs_person"] == id.as_str() && told["last_run"]["exit_code"] == 40;
