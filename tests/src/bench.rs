@@ -135,6 +135,7 @@ pub fn rounds(request: &Request, rounds: usize, _lock: &VmLock) -> Result<Vec<(O
         input: input.path(),
         output: &out,
         kernel_args: scenario.kernel_args(),
+        cpus: scenario.cpus(),
         reboots: scenario.reboots(),
         limit: more + LIMIT + RUN_LIMIT * scenario.runs(&job.extra_args)?,
     };

@@ -112,10 +112,11 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 11] = [
+const ELSEWHERE: [(&str, &str); 12] = [
     ("bad_upgrade", "trixie"),
     ("doors", "bullseye"),
     ("doors", "trixie"),
+    ("many_ports", "bullseye"),
     ("other_init", "bullseye"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),

@@ -27,6 +27,8 @@ const OUTPUT_BYTES: u64 = 512 << 20;
 pub const MACHINE: &str = "-machine q35 -accel tcg,thread=multi \
     -cpu qemu64,+rdrand,+rdseed,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+cx16,+fsgsbase,+bmi1,+bmi2,+invtsc \
     -smp 2 -m 2048 -display none -monitor none -no-reboot -nic none";
+/// The CPUs of [`MACHINE`], in qemu's words.
+pub const CPUS: &str = "2";
 /// The kernel's command line.
 pub const KERNEL_ARGS: &str = "console=ttyS0 root=/dev/vda rw quiet panic=-1 tsc=reliable mitigations=off";
 
@@ -41,6 +43,8 @@ pub struct Boot<'a> {
     pub output: &'a Path,
     /// More words for the kernel's command line; with any the machine boots.
     pub kernel_args: &'a str,
+    /// Its CPUs in the words of qemu's `-smp`; with others than [`CPUS`] the machine boots.
+    pub cpus: &'a str,
     /// Whether the guest may boot again; else a reset is the end.
     pub reboots: bool,
     /// When to give up.
@@ -102,8 +106,8 @@ fn boot_once(job: &Boot) -> Result<Ran> {
     run(Command::new("tar").arg("cf").arg(&input).arg("-C").arg(job.input).arg("."))?;
     empty_disks(&input, &output)?;
     let console = job.output.join("console");
-    let warm = match job.kernel_args {
-        "" => warm::ensure(job.image, &qemu)?,
+    let warm = match (job.kernel_args, job.cpus) {
+        ("", CPUS) => warm::ensure(job.image, &qemu)?,
         _ => None,
     };
     let started = Instant::now();
@@ -130,9 +134,15 @@ pub fn empty_disks(input: &Path, output: &Path) -> Result<()> {
 
 /// qemu with the lab's machine and these disks.
 pub fn machine(image: &Image, reboots: bool, disk: &str, input: &Path, output: &Path, console: &Path) -> Command {
+    machine_with(CPUS, image, reboots, disk, [input, output, console])
+}
+
+/// [`machine`] with these CPUs; the files are input, output and console.
+fn machine_with(cpus: &str, image: &Image, reboots: bool, disk: &str, [input, output, console]: [&Path; 3]) -> Command {
     let drive = |path: &Path, extra: &str| format!("file={},if=virtio,format=raw,{extra}", path.display());
     let mut command = Command::new(QEMU);
-    command.args(MACHINE.split(' ').filter(|word| !reboots || *word != "-no-reboot"));
+    let machine = MACHINE.replace(&format!("-smp {CPUS}"), &format!("-smp {cpus}"));
+    command.args(machine.split(' ').filter(|word| !reboots || *word != "-no-reboot"));
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.arg("-kernel").arg(&image.kernel).arg("-initrd").arg(&image.initrd);
     command.arg("-drive").arg(disk);
@@ -148,7 +158,7 @@ pub fn machine(image: &Image, reboots: bool, disk: &str, input: &Path, output: &
 fn start(job: &Boot, warm: Option<&Warm>, input: &Path, output: &Path, console: &Path) -> Result<Child> {
     let disk = warm.map_or(&job.image.disk, |warm| &warm.disk);
     let disk = format!("file={},if=virtio,format=raw,snapshot=on,cache=unsafe", disk.display());
-    let mut command = machine(job.image, job.reboots, &disk, input, output, console);
+    let mut command = machine_with(job.cpus, job.image, job.reboots, &disk, [input, output, console]);
     command.arg("-append").arg(format!("{KERNEL_ARGS} {}", job.kernel_args).trim());
     if let Some(warm) = warm {
         command.arg("-incoming").arg(warm.incoming());

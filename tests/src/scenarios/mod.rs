@@ -20,7 +20,9 @@ mod killed;
 mod large;
 mod learn;
 mod local_port;
+mod many;
 mod meanwhile;
+mod memory_limit;
 mod mirror;
 mod nat;
 pub mod network;
@@ -61,6 +63,7 @@ use crate::guest::probe::Spec;
 use crate::guest::Evidence;
 use crate::outcome::{Job, Outcome};
 use crate::packages::Packages;
+use crate::vm;
 
 /// What our restart has to fulfil in a scenario, beyond what holds everywhere.
 #[derive(Debug, Clone)]
@@ -104,6 +107,14 @@ pub trait Traffic: Sync {
     /// More words for the kernel's command line.
     fn kernel_args(&self) -> &'static str {
         ""
+    }
+    /// The CPUs of its machine, in the words of qemu's `-smp`.
+    fn cpus(&self) -> &'static str {
+        vm::CPUS
+    }
+    /// Whether `tests/all` leaves it out: it takes long, and is part of `tests/matrix`.
+    fn by_hand(&self) -> bool {
+        false
     }
     /// More arguments for `ovs-graceful restart`.
     fn extra_args(&self) -> &'static [&'static str] {
@@ -281,7 +292,7 @@ impl Scenario {
     /// Whether `tests/all` leaves it out.
     pub fn by_hand(self) -> bool {
         match self {
-            Scenario::Traffic(_) => false,
+            Scenario::Traffic(s) => s.by_hand(),
             Scenario::Custom(s) => s.by_hand(),
         }
     }
@@ -299,6 +310,14 @@ impl Scenario {
         match self {
             Scenario::Traffic(s) => s.kernel_args(),
             Scenario::Custom(s) => s.kernel_args(),
+        }
+    }
+
+    /// The CPUs of its machine, in the words of qemu's `-smp`.
+    pub fn cpus(self) -> &'static str {
+        match self {
+            Scenario::Traffic(s) => s.cpus(),
+            Scenario::Custom(_) => vm::CPUS,
         }
     }
 }
@@ -332,6 +351,10 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&dispatch_modes::UP),
     Scenario::Traffic(&scale::Scale),
     Scenario::Traffic(&scale_ct::ScaleCt),
+    Scenario::Traffic(&many::CPUS),
+    Scenario::Traffic(&many::PORTS),
+    Scenario::Traffic(&many::BRIDGES),
+    Scenario::Traffic(&many::METERS),
     Scenario::Traffic(&park_limit::NEWEST),
     Scenario::Traffic(&park_limit::OLDEST),
     Scenario::Traffic(&park_level::ParkLevel),
@@ -367,6 +390,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&reload_module::ReloadModule),
     Scenario::Custom(&chaos::Chaos),
     Scenario::Custom(&refusals::Refusals),
+    Scenario::Custom(&memory_limit::MemoryLimit),
     Scenario::Custom(&unprivileged::Unprivileged),
     Scenario::Custom(&selftest::SelfTest),
 ];
