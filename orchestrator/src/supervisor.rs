@@ -14,6 +14,7 @@ use crate::cli::SuperviseArgs;
 use crate::config::Config;
 use crate::control::{Control, Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
 use crate::host::clock::Clock;
+use crate::host::real::limits::raise_descriptors;
 use crate::host::real::systemd::inherited;
 use crate::host::real::RealClock;
 use crate::journal::{Runs, STATE_DIR};
@@ -44,6 +45,7 @@ mod chaos {
 /// # Errors
 /// Only where the run could not even begin (lock, socket); what happens later is in the report.
 pub fn supervise(args: SuperviseArgs) -> anyhow::Result<i32> {
+    raise_descriptors();
     if let Some(code) = take_up(&args.id, &args.config)? {
         return Ok(code);
     }
@@ -103,6 +105,7 @@ pub fn check(config: &Config, strategy: Strategy, elsewhere: bool) -> anyhow::Re
 /// # Errors
 /// As [`recovery::recover`].
 pub fn recover(config: &Config) -> anyhow::Result<i32> {
+    raise_descriptors();
     recovery::recover(config, Vec::new())
 }
 
@@ -111,6 +114,7 @@ pub fn recover(config: &Config) -> anyhow::Result<i32> {
 /// # Errors
 /// As [`recovery::thaw`].
 pub fn thaw(config: &Config) -> anyhow::Result<i32> {
+    raise_descriptors();
     recovery::thaw(config)
 }
 

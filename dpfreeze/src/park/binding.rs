@@ -1,9 +1,15 @@
 //! Who the upcalls of a datapath go to, in either mode of dispatch (hazard 16).
 
+use std::collections::HashSet;
+
 use nix::errno::Errno;
 
 use crate::error::{Error, Result};
 use crate::ovs::{Datapath, Dispatch, Features, Ovs, Vport};
+
+/// As many port ids as a port gets: the kernel's answer has them all, and an answer that does not fit into a page is a
+/// BUG of the kernel (`ovs_vport_cmd_set`, net/openvswitch/datapath.c).
+const MOST_PER_PORT: usize = 256;
 
 /// Who the upcalls went to, to be put back.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -103,9 +109,9 @@ pub fn dispatch_per_vport(ovs: &mut Ovs, datapath: &Datapath) -> Result<()> {
 
 /// Are all of these ports bound, and to none but these port ids?
 pub fn ports_are_bound_to(vports: &[Vport], port_ids: &[u32]) -> bool {
-    let is_bound = |vport: &Vport| {
-        !vport.upcall_pids.is_empty() && vport.upcall_pids.iter().all(|pid| *pid != 0 && port_ids.contains(pid))
-    };
+    let port_ids: HashSet<u32> = port_ids.iter().copied().filter(|pid| *pid != 0).collect();
+    let is_bound =
+        |vport: &Vport| !vport.upcall_pids.is_empty() && vport.upcall_pids.iter().all(|pid| port_ids.contains(pid));
     !vports.is_empty() && vports.iter().all(is_bound)
 }
 
@@ -115,6 +121,7 @@ pub fn port_ids_of(vports: &[Vport]) -> Vec<u32> {
 }
 
 fn bind_ports(ovs: &mut Ovs, ifindex: u32, port_ids: &[u32]) -> Result<()> {
+    let port_ids = port_ids.get(..MOST_PER_PORT).unwrap_or(port_ids);
     for vport in ovs.vports(ifindex)? {
         bind_port(ovs, ifindex, vport.port_no, port_ids)?;
     }

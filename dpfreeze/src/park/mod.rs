@@ -28,7 +28,7 @@ pub use socket::{Duplicates, Queue, UpcallSocket};
 pub use store::{ParkLimits, ParkStats, WhenFull};
 pub use undo::Undone;
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -42,12 +42,16 @@ const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 /// As many CPUs as port ids are given to the datapath (hazard 2).
 const MOST_CPUS: usize = 4096;
 
-/// Names of kept descriptors ([`Park::keep`]).
+/// Names of kept descriptors ([`Park::keep`]). Those of sockets are short: systemd gives all names to the next process in
+/// one variable of its environment, which the kernel bounds (`MAX_ARG_STRLEN`, 128 KiB).
 const KEPT_MEMORY: &str = "park-memory";
 const KEPT_ADOPTED_MEMORY: &str = "park-adopted-memory";
 const KEPT_RECEIVER: &str = "park-receiver";
-const KEPT_SOCKET: &str = "park-socket-";
-const KEPT_ADOPTED_SOCKET: &str = "park-adopted-socket-";
+const KEPT_SOCKET: &str = "own";
+const KEPT_ADOPTED_SOCKET: &str = "old";
+
+/// As many descriptors as a park may have [kept](Park::keep): their names take half of what the kernel allows.
+pub const MOST_KEPT: usize = 16_384;
 
 /// Sockets for upcalls, a thread that reads them, and the memory they are read into.
 #[derive(Debug)]
@@ -57,8 +61,8 @@ pub struct Park {
     own: Vec<Arc<UpcallSocket>>,
     adopted: Vec<Adopted>,
     lanes: Vec<replay::Lane>,
-    /// The memory of the reading thread's [`receiver::Receiver`].
-    in_hand: OwnedFd,
+    /// Duplicates of the memory, by name, for [`Park::keep`].
+    memory: Vec<(&'static str, OwnedFd)>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -90,10 +94,14 @@ impl Park {
     ) -> Result<Self> {
         let shared = Arc::new(reader::Shared::new(store, Families::resolve()?.packet)?);
         shared.take_up(&receiver);
-        let in_hand = receiver
-            .fd()
-            .try_clone_to_owned()
-            .map_err(|e| Error::io("duplicate the memfd of packets on their way", e))?;
+        let mut memory = vec![(KEPT_RECEIVER, duplicate(KEPT_RECEIVER, receiver.fd())?)];
+        {
+            let store = shared.store();
+            memory.push((KEPT_MEMORY, duplicate(KEPT_MEMORY, store.own_ring().fd())?));
+            if let Some(ring) = store.adopted_ring() {
+                memory.push((KEPT_ADOPTED_MEMORY, duplicate(KEPT_ADOPTED_MEMORY, ring.fd())?));
+            }
+        }
         let own: Vec<Arc<UpcallSocket>> = own.into_iter().map(Arc::new).collect();
         for socket in &own {
             shared.read_from(store::Queue::Own, Arc::clone(socket))?;
@@ -104,7 +112,7 @@ impl Park {
             .name("park-reader".into())
             .spawn(move || thread.run(receiver))
             .map_err(|e| Error::io("start the thread that reads parked packets", e))?;
-        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, in_hand, reader: Some(reader) })
+        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, memory, reader: Some(reader) })
     }
 
     /// The port ids to bind the datapath's upcalls to, by CPU.
@@ -129,16 +137,29 @@ impl Park {
     pub fn adopt_duplicates(&mut self, found: Duplicates) -> Result<Vec<u32>> {
         found.raise_buffers(self.limits.socket_bytes)?;
         // Now, so that whoever keeps our descriptors need not do it again in the gap.
-        self.shared.store().expect_adopted()?;
+        self.expect_adopted()?;
+        let known: HashSet<u32> = self.adopted.iter().map(|known| known.socket.port_id()).collect();
         let mut adopted = Vec::new();
         for socket in found.into_sockets() {
             adopted.push(socket.port_id());
-            if !self.adopted.iter().any(|known| known.socket.port_id() == socket.port_id()) {
+            if !known.contains(&socket.port_id()) {
                 let drops_before = socket.queue()?.drops;
                 self.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });
             }
         }
         Ok(adopted)
+    }
+
+    fn expect_adopted(&mut self) -> Result<()> {
+        let mut store = self.shared.store();
+        store.expect_adopted()?;
+        match store.adopted_ring() {
+            Some(ring) if !self.memory.iter().any(|(name, _)| *name == KEPT_ADOPTED_MEMORY) => {
+                self.memory.push((KEPT_ADOPTED_MEMORY, duplicate(KEPT_ADOPTED_MEMORY, ring.fd())?));
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Packets unread in the adopted sockets, by memory: bytes taken.
@@ -190,29 +211,14 @@ impl Park {
         replay::replay(&self.shared, &mut self.lanes, input)
     }
 
-    /// Duplicates of everything that has to outlive a crash of this process, with names, to be kept where a crash does
-    /// not reach (systemd's file descriptor store, with FDPOLL=0: a readable socket is no reason to drop it).
-    ///
-    /// # Errors
-    /// No descriptor is free.
-    pub fn keep(&self) -> Result<Vec<(String, OwnedFd)>> {
-        let copy = |name: String, fd: BorrowedFd<'_>| match fd.try_clone_to_owned() {
-            Ok(copy) => Ok((name, copy)),
-            Err(e) => Err(Error::io(format!("duplicate {name}"), e)),
-        };
-        let store = self.shared.store();
-        let mut kept =
-            vec![copy(KEPT_MEMORY.into(), store.own_ring().fd())?, copy(KEPT_RECEIVER.into(), self.in_hand.as_fd())?];
-        if let Some(ring) = store.adopted_ring() {
-            kept.push(copy(KEPT_ADOPTED_MEMORY.into(), ring.fd())?);
-        }
-        for (i, socket) in self.own.iter().enumerate() {
-            kept.push(copy(format!("{KEPT_SOCKET}{i}"), socket.as_fd())?);
-        }
-        for (i, adopted) in self.adopted.iter().enumerate() {
-            kept.push(copy(format!("{KEPT_ADOPTED_SOCKET}{i}"), adopted.socket.as_fd())?);
-        }
-        Ok(kept)
+    /// Everything that has to outlive a crash of this process, with names, to be kept where a crash does not reach
+    /// (systemd's file descriptor store, with FDPOLL=0: a readable socket is no reason to drop it). Those of one name
+    /// follow each other.
+    pub fn keep(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+        let memory = self.memory.iter().map(|(name, fd)| (*name, fd.as_fd()));
+        let own = self.own.iter().map(|socket| (KEPT_SOCKET, socket.as_fd()));
+        let adopted = self.adopted.iter().map(|adopted| (KEPT_ADOPTED_SOCKET, adopted.socket.as_fd()));
+        memory.chain(own).chain(adopted).collect()
     }
 
     /// Goes on with what [`Park::keep`] gave before a crash. Packets that were on their way to the datapath at the
@@ -226,7 +232,7 @@ impl Park {
         let mut memory = None;
         let mut adopted_memory = None;
         let mut in_hand = None;
-        let mut own = BTreeMap::new();
+        let mut own = Vec::new();
         let mut adopted = Vec::new();
         for (name, fd) in kept {
             if name == KEPT_MEMORY {
@@ -235,9 +241,9 @@ impl Park {
                 adopted_memory = Some(fd);
             } else if name == KEPT_RECEIVER {
                 in_hand = Some(fd);
-            } else if let Some(i) = name.strip_prefix(KEPT_SOCKET).and_then(|i| i.parse::<usize>().ok()) {
-                own.insert(i, UpcallSocket::from_fd(fd)?);
-            } else if name.starts_with(KEPT_ADOPTED_SOCKET) {
+            } else if name == KEPT_SOCKET {
+                own.push(UpcallSocket::from_fd(fd)?);
+            } else if name == KEPT_ADOPTED_SOCKET {
                 adopted.push(UpcallSocket::from_fd(fd)?);
             }
         }
@@ -245,7 +251,7 @@ impl Park {
         let store = store::Store::reopen(limits, memory, adopted_memory)?;
         // A version before kept none.
         let receiver = in_hand.map_or_else(receiver::Receiver::new, receiver::Receiver::reopen)?;
-        let mut park = Self::start(limits, store, own.into_values().collect(), receiver)?;
+        let mut park = Self::start(limits, store, own, receiver)?;
         for socket in adopted {
             let drops_before = socket.queue()?.drops;
             park.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });
@@ -264,7 +270,15 @@ impl Drop for Park {
     }
 }
 
-fn possible_cpus() -> Result<usize> {
+fn duplicate(name: &str, fd: BorrowedFd<'_>) -> Result<OwnedFd> {
+    fd.try_clone_to_owned().map_err(|e| Error::io(format!("duplicate {name}"), e))
+}
+
+/// So many CPUs the kernel may ever have: [`Park::open`] takes a socket for each.
+///
+/// # Errors
+/// sysfs cannot be read.
+pub fn possible_cpus() -> Result<usize> {
     let text = fs::read_to_string(POSSIBLE_CPUS).map_err(|e| Error::io(POSSIBLE_CPUS, e))?;
     highest_cpu(&text)
         .map(|highest| (highest + 1).min(MOST_CPUS))

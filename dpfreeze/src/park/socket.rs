@@ -1,11 +1,12 @@
 //! Upcall sockets: our own, and duplicates of those of a daemon.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::sys::resource::{getrlimit, Resource};
 use nix::sys::socket::{self, AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType};
 
 use crate::error::{Error, Result};
@@ -49,7 +50,12 @@ impl UpcallSocket {
     /// # Errors
     /// The socket cannot be made or bound, or its buffer not raised: that takes `CAP_NET_ADMIN`.
     pub fn open(buffer: usize) -> Result<Self> {
-        let fail = |step: &'static str| move |errno: Errno| Error::io(format!("upcall socket: {step}"), errno);
+        let fail = |step: &'static str| {
+            move |errno: Errno| match errno {
+                Errno::EMFILE => too_many(format!("upcall socket: {step}")),
+                errno => Error::io(format!("upcall socket: {step}"), errno),
+            }
+        };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let protocol = SockProtocol::NetlinkGeneric;
         let fd = socket::socket(AddressFamily::Netlink, SockType::Raw, flags, protocol).map_err(fail("socket"))?;
@@ -137,29 +143,35 @@ impl Duplicates {
     pub fn of(pid: u32, port_ids: &[u32]) -> Result<Self> {
         let what = || format!("sockets of process {pid}");
         let process = open_process(pid)?;
+        // Thousands of ports may have a socket each.
+        let place: HashMap<u32, usize> = port_ids.iter().enumerate().rev().map(|(i, port_id)| (*port_id, i)).collect();
         let wanted: HashMap<u64, u32> = table::read_of(pid)?
             .into_iter()
-            .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32 && port_ids.contains(&row.port_id))
+            .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32 && place.contains_key(&row.port_id))
             .map(|row| (row.inode, row.port_id))
             .collect();
         let mut sockets: Vec<UpcallSocket> = Vec::new();
+        let mut found = HashSet::new();
         let folder = format!("/proc/{pid}/fd");
         for entry in fs::read_dir(&folder).map_err(|e| Error::io(what(), e))? {
             let entry = entry.map_err(|e| Error::io(what(), e))?;
             let Some(port_id) = socket_inode(&entry).and_then(|inode| wanted.get(&inode)).copied() else { continue };
             let Some(number) = entry.file_name().to_str().and_then(|s| s.parse().ok()) else { continue };
             // The same socket may be open twice, and a descriptor may be closed between the two looks.
-            if sockets.iter().any(|s| s.port_id == port_id) {
+            if found.contains(&port_id) {
                 continue;
             }
             match duplicate(&process, number) {
-                Ok(fd) => sockets.push(UpcallSocket { fd, port_id }),
+                Ok(fd) => {
+                    sockets.push(UpcallSocket { fd, port_id });
+                    found.insert(port_id);
+                }
                 Err(Errno::EBADF) => {}
                 Err(errno) => return Err(refused(pid, errno)),
             }
         }
         sockets.retain(UpcallSocket::is_what_it_should_be);
-        sockets.sort_by_key(|s| port_ids.iter().position(|p| *p == s.port_id));
+        sockets.sort_by_key(|s| place.get(&s.port_id).copied());
         Ok(Duplicates { sockets })
     }
 
@@ -243,7 +255,18 @@ fn refused(pid: u32, errno: Errno) -> Error {
         Errno::ENOSYS => {
             Error::Unsupported { what, why: "the kernel is older than 5.6".into(), remedy: "use a newer kernel".into() }
         }
+        Errno::EMFILE => too_many(what),
         other => Error::io(what, io::Error::from(other)),
+    }
+}
+
+/// This process has as many descriptors as it may have.
+fn too_many(what: String) -> Error {
+    let most = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    Error::Unsupported {
+        what,
+        why: format!("this process may have {most} descriptors, and has them"),
+        remedy: "raise its limit of open files (`ulimit -n`, LimitNOFILE=), and fs.nr_open where that is lower".into(),
     }
 }
 

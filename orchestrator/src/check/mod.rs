@@ -3,6 +3,7 @@
 mod database;
 mod database_disk;
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use dpfreeze::freeze::{Environment, Fact};
@@ -12,7 +13,7 @@ use crate::host::real::RealSurroundings;
 use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
-use crate::report::{CheckReport, Findings, Level, Name, Severity};
+use crate::report::{CheckReport, Findings, Level, Name, Severity, Strategy};
 use crate::steps::{Host, Wish};
 
 /// What was found, for the report and for the steps that follow.
@@ -63,6 +64,9 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
         replace_ovsdb: wish.ovsdb,
         called_by: wish.called_by.clone(),
         elsewhere: wish.elsewhere,
+        beside: wish.strategy == Strategy::Standby && !wish.elsewhere && !wish.reloads_module(),
+        upcall_sockets: upcall_sockets(host),
+        bridges: facts.as_ref().map_or(0, |facts| facts.bridges.len()),
         state_directory: STATE_DIR.into(),
         run_directory: RUN_DIR.into(),
     };
@@ -98,6 +102,12 @@ fn find_vswitchd(
         found.refuse(Name::Dispatch, "kernel datapath", cause, remedy);
     }
     Some(host.daemons.find_vswitchd(&ids))
+}
+
+/// Each once: several CPUs, or ports, may share one.
+fn upcall_sockets(host: &mut Host) -> usize {
+    let ids = host.datapath.upcall_port_ids().unwrap_or_default();
+    ids.into_iter().filter(|id| *id != 0).collect::<BTreeSet<_>>().len()
 }
 
 /// A port id of 0 takes no upcalls.

@@ -16,7 +16,7 @@ pub mod surroundings;
 pub mod zones;
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -528,9 +528,9 @@ pub trait ServiceManager: Send + Sync {
     /// Starts the supervisor as a transient unit and waits until its program has been executed.
     fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()>;
     /// Has these descriptors outlive this process, until the unit of the supervisor has ended for good: a supervisor
-    /// that is started in place of a dead one gets them ([`SupervisorUnit`]). On return they are safe. False where
-    /// nobody would keep them (no systemd).
-    fn keep(&self, descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool>;
+    /// that is started in place of a dead one gets them ([`SupervisorUnit`]). Those of one name follow each other. On
+    /// return they are safe. False where nobody would keep them (no systemd).
+    fn keep(&self, descriptors: &[(&str, BorrowedFd<'_>)], until: Instant) -> Result<bool>;
     /// Starts a transient timer with its service. One of this name that is active goes on as it is.
     fn start_guard(&self, units: &GuardUnits, until: Instant) -> Result<()>;
     /// Ends the timer of [`ServiceManager::start_guard`] and returns at once; where there is none, that is no error.
@@ -655,5 +655,5 @@ pub trait RuleWatch: Send {
     fn changed(&mut self, until: Instant) -> Result<std::collections::BTreeSet<String>>;
     /// TLV map, meters and groups of a bridge as of now, through the connection that is open already; the flows of the
     /// answer are empty. `None` where it cannot, as with versions before OpenFlow 1.3.
-    fn small_tables(&mut self, bridge: &str, until: Instant) -> Option<BridgeRules>;
+    fn small_tables(&mut self, bridge: &str) -> Option<BridgeRules>;
 }

@@ -18,6 +18,12 @@ pub struct CheckOptions {
     pub called_by: Option<String>,
     /// Somebody else ends the old ovs-vswitchd and starts the new one.
     pub elsewhere: bool,
+    /// The new ovs-vswitchd is started beside the old one.
+    pub beside: bool,
+    /// So many sockets the datapath's upcalls go to.
+    pub upcall_sockets: usize,
+    /// So many bridges there are.
+    pub bridges: usize,
     /// Where snapshots and old binaries are kept, usually `/var/lib/ovs-graceful`.
     pub state_directory: PathBuf,
     /// Where journal and socket live, usually `/run/ovs-graceful`.

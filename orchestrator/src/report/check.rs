@@ -125,6 +125,12 @@ names! {
     OvsCtlOptions = "ovs-ctl-options",
     /// Free space.
     Space = "space",
+    /// Open files of the supervisor.
+    Descriptors = "descriptors",
+    /// Memory of the unit and of the host, for a second ovs-vswitchd.
+    Memory = "memory",
+    /// Tasks of the unit, for the same.
+    Tasks = "tasks",
 }
 
 impl fmt::Display for Name {

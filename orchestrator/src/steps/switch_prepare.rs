@@ -85,8 +85,8 @@ fn let_it_catch_up(run: &mut Run) -> Result<(), Stop> {
 /// A supervisor that dies does not take along what it has parked. Where nobody keeps it, it does.
 pub(super) fn keep_parked(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline.min(run.now() + KEEP_LIMIT);
-    let kept = run.host.datapath.kept()?;
-    if let Err(error) = run.host.services.keep(kept, until) {
+    let kept = run.host.services.keep(&run.host.datapath.kept(), until);
+    if let Err(error) = kept {
         run.warn(format!("{error}: what is parked would be lost with the supervisor"));
     }
     run.checkpoint()

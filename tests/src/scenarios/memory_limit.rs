@@ -54,7 +54,8 @@ fn one(property: &str, file: &str, out: &Path, outcome: &mut Outcome) -> Result<
     let check = |what: &str| format!("{property}: {what}");
     let rules = facts::promised(&plain::bridges());
     let live = plain::start_probes()?;
-    let current: u64 = facts::unit_property("ovs-vswitchd.service", "MemoryCurrent").parse().context("MemoryCurrent")?;
+    let current: u64 =
+        facts::unit_property("ovs-vswitchd.service", "MemoryCurrent").parse().context("MemoryCurrent")?;
     let limit = current / 100 * PERCENT;
     shell(&format!("systemctl set-property --runtime ovs-vswitchd.service {property}={limit}"))?;
     let in_force = shell(&format!("cat /sys/fs/cgroup/system.slice/ovs-vswitchd.service/memory.{file}"))?;
@@ -79,7 +80,8 @@ fn one(property: &str, file: &str, out: &Path, outcome: &mut Outcome) -> Result<
     let (code, said) = restart("done")?;
     outcome.check(check("done after the remedy"), code == Some(0), &said);
     outcome.check(check("another daemon"), facts::daemons("ovs-vswitchd") != daemons, &said);
-    let events = shell_lenient("cat /sys/fs/cgroup/system.slice/ovs-vswitchd.service/memory.events; dmesg | grep -i oom");
+    let events =
+        shell_lenient("cat /sys/fs/cgroup/system.slice/ovs-vswitchd.service/memory.events; dmesg | grep -i oom");
     let quiet = events.contains("oom_kill 0") && !events.contains("Killed process");
     outcome.check(check("nobody was killed for memory"), quiet, events);
     std::thread::sleep(Duration::from_secs(2));

@@ -1,7 +1,7 @@
 //! The kernel datapath of this machine, through dpfreeze.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -292,6 +292,7 @@ impl Datapath for KernelDatapath {
         let mut park = Park::open(self.limits).about("parking sockets")?;
         let pid = number(old)?;
         let adopted = park.adopt(pid, &port_ids).about("upcall sockets of the old ovs-vswitchd")?;
+        let adopted: HashSet<u32> = adopted.into_iter().collect();
         if let Some(stray) = port_ids.iter().find(|id| **id != 0 && !adopted.contains(id)) {
             return Err(HostError::new(
                 "upcall sockets of the old ovs-vswitchd",
@@ -350,8 +351,8 @@ impl Datapath for KernelDatapath {
         }
     }
 
-    fn kept(&self) -> Result<Vec<(String, OwnedFd)>> {
-        self.park.as_ref().map_or(Ok(Vec::new()), Park::keep).about("parking sockets")
+    fn kept(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+        self.park.as_ref().map(Park::keep).unwrap_or_default()
     }
 
     fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()> {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::jsonrpc::remaining;
+use super::parallel::side_by_side;
 use super::prepared::Prepared;
 use super::rule_watch::Watch;
 use super::{command, controllers, fdb, unixctl};
@@ -170,7 +171,7 @@ impl OpenFlow for RealOpenFlow {
         let changed = watch.changed(until)?;
         let mut work = Vec::new();
         for bridge in bridges {
-            let small = watch.small_tables(&bridge.name, until);
+            let small = watch.small_tables(&bridge.name);
             let known = before.iter().find(|rules| rules.bridge == bridge.name && !changed.contains(&bridge.name));
             work.push((bridge, known.map(|rules| rules.flows.clone()), small));
         }
@@ -250,18 +251,6 @@ impl OpenFlow for RealOpenFlow {
             }
         });
     }
-}
-
-/// Runs `work` on every item in a thread of its own; the first error in order counts.
-pub(super) fn side_by_side<I: Sync, O: Send>(items: &[I], work: impl Fn(&I) -> Result<O> + Sync) -> Result<Vec<O>> {
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = items.iter().map(|item| scope.spawn(move || work(item))).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<O>>| {
-            thread.join().unwrap_or_else(|_| Err(HostError::new("ovs-ofctl", "a thread of ours panicked")))
-        };
-        threads.into_iter().map(join).collect()
-    })
 }
 
 /// The version in the first line of a reply, such as `OFPST_DESC reply (OF1.4) (xid=0x2):`; 1.0 is not named.
@@ -469,12 +458,5 @@ mod tests {
         let seen: Vec<_> = differences.iter().map(|d| (d.rule.as_str(), d.missing, d.timed)).collect();
         assert_eq!(seen, [("a", true, false), ("c", false, false), ("idle_timeout=3 b", true, true)]);
         assert_eq!(compare(&[rules(&["a"])], &[]).len(), 1);
-    }
-
-    #[test]
-    fn all_items_are_worked_on_and_errors_come_out() {
-        assert_eq!(side_by_side(&[1, 2, 3], |n| Ok(n * 2)).unwrap(), [2, 4, 6]);
-        let error = side_by_side(&[1, 2], |n| if *n == 2 { Err(HostError::new("x", "y")) } else { Ok(()) });
-        assert_eq!(error.unwrap_err().object, "x");
     }
 }

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::time::Instant;
 
-use super::openflow::{has_bundles, side_by_side, RealOpenFlow};
+use super::openflow::{has_bundles, RealOpenFlow};
+use super::parallel::side_by_side;
 use super::recording::Recording;
 use crate::host::{BridgeRules, PreparedRestore, RestoredRules, Result};
 

@@ -3,21 +3,28 @@
 
 use std::collections::BTreeSet;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Stdio};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use serde_json::json;
 
 use super::jsonrpc::remaining;
 use super::openflow::{
     parse_groups, parse_meters, parse_tlv_map, version_number, RealOpenFlow, ANY_VERSION, LOOK_AGAIN, OVS_OFCTL,
 };
+use super::parallel::STACK;
 use super::{command, unixctl};
-use crate::host::{Bridge, BridgeRules, Result, RuleWatch};
+use crate::host::{Bridge, BridgeRules, Context, Result, RuleWatch};
 
 /// More text than this is not kept: the bridge then counts as changed.
 const TEXT_MAX: usize = 32 << 20;
-/// A monitor that an older daemon refuses waits for ever (ovs-ofctl 3.1 and ovs-vswitchd 2.15: "bad flags 0xffff").
+/// A monitor that an older daemon refuses waits for ever (ovs-ofctl 3.1 and ovs-vswitchd 2.15: "bad flags 0xffff"). So long
+/// is waited for the first, and after each for the next: hundreds of them take longer.
 const ESTABLISHED_WITHIN: Duration = Duration::from_secs(10);
 /// What the monitor prints when a barrier has come back.
 const BARRIER: &str = "OFPT_BARRIER_REPLY";
@@ -28,22 +35,38 @@ pub struct Watch(Vec<Watcher>);
 impl Watch {
     /// Starts one for each bridge and waits until they are established, or have failed.
     pub fn start(openflow: &RealOpenFlow, bridges: &[Bridge], until: Instant) -> Result<Self> {
-        let watchers = bridges.iter().map(|bridge| Watcher::start(openflow, bridge));
-        let mut watch = Watch(watchers.collect::<Result<_>>()?);
-        let until = until.min(Instant::now() + ESTABLISHED_WITHIN);
-        watch.0.iter_mut().for_each(|watcher| watcher.establish(until));
+        let mut watch = Watch(Vec::new());
+        let mut pipes = Vec::new();
+        for bridge in bridges {
+            let (watcher, pipe) = Watcher::start(openflow, bridge)?;
+            pipes.extend(pipe.map(|pipe| Pipe { pipe, printed: watcher.printed.clone(), rest: Vec::new() }));
+            watch.0.push(watcher);
+        }
+        let thread = std::thread::Builder::new().name("rules".into()).stack_size(STACK);
+        thread.spawn(move || follow_all(pipes)).about(OVS_OFCTL)?;
+        let mut last = Instant::now();
+        for watcher in &mut watch.0 {
+            if watcher.establish(until.min(last + ESTABLISHED_WITHIN)) {
+                last = Instant::now();
+            }
+        }
         Ok(watch)
     }
 }
 
 impl RuleWatch for Watch {
     fn changed(&mut self, until: Instant) -> Result<BTreeSet<String>> {
-        let changed = self.0.iter_mut().filter_map(|watcher| watcher.changed(until).then(|| watcher.bridge.clone()));
-        Ok(changed.collect())
+        // First all are asked, then the answers are waited for: each takes a turn of the daemon's main loop.
+        let asked: Vec<bool> = self.0.iter_mut().map(|watcher| watcher.ask(until)).collect();
+        let answers = self.0.iter_mut().zip(asked).filter_map(|(watcher, asked)| {
+            let unchanged = asked && watcher.answered(until) && !watcher.text().changed;
+            (!unchanged).then(|| watcher.bridge.clone())
+        });
+        Ok(answers.collect())
     }
 
-    fn small_tables(&mut self, bridge: &str, until: Instant) -> Option<BridgeRules> {
-        self.0.iter_mut().find(|watcher| watcher.bridge == bridge)?.small_tables(until)
+    fn small_tables(&mut self, bridge: &str) -> Option<BridgeRules> {
+        self.0.iter().find(|watcher| watcher.bridge == bridge)?.small_tables()
     }
 }
 
@@ -52,6 +75,13 @@ impl RuleWatch for Watch {
 struct Printed {
     text: Mutex<Text>,
     more: Condvar,
+}
+
+impl Printed {
+    fn end(&self) {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
+        self.more.notify_all();
+    }
 }
 
 #[derive(Default)]
@@ -79,31 +109,37 @@ struct Watcher {
     control: PathBuf,
     printed: Arc<Printed>,
     barriers: usize,
+    /// Where in the text the answers to the last [`Watcher::ask`] begin, if it asked for tables.
+    answers_at: Option<usize>,
 }
 
 impl Watcher {
-    fn start(openflow: &RealOpenFlow, bridge: &Bridge) -> Result<Self> {
+    fn start(openflow: &RealOpenFlow, bridge: &Bridge) -> Result<(Self, Option<ChildStderr>)> {
         let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
         let target = openflow.target(&bridge.name);
         let words = ["--no-names", "-O", &versions, "monitor", &target, "watch:!initial"];
         let mut child = command::start(OVS_OFCTL, &words, Stdio::null())?;
         drop(child.stdout.take());
-        let printed = Arc::new(Printed::default());
-        if let Some(pipe) = child.stderr.take() {
-            let printed = printed.clone();
-            std::thread::spawn(move || follow(pipe, &printed));
-        }
+        let pipe = child.stderr.take();
         let control = openflow.run_directory().join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
-        Ok(Watcher { bridge: bridge.name.clone(), child, control, printed, barriers: 0 })
+        let (bridge, printed) = (bridge.name.clone(), Arc::default());
+        Ok((Watcher { bridge, child, control, printed, barriers: 0, answers_at: None }, pipe))
     }
 
     /// It is established once a barrier has passed; one that cannot watch has ended by then, or is ended, and counts as
     /// changed.
-    fn establish(&mut self, until: Instant) {
-        while !self.barrier(until) && matches!(self.child.try_wait(), Ok(None)) {
-            let Some(left) = remaining(until) else { return self.end() };
+    fn establish(&mut self, until: Instant) -> bool {
+        while !(self.ask(until) && self.answered(until)) {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return false;
+            }
+            let Some(left) = remaining(until) else {
+                self.end();
+                return false;
+            };
             std::thread::sleep(left.min(LOOK_AGAIN));
         }
+        true
     }
 
     fn end(&mut self) {
@@ -112,17 +148,25 @@ impl Watcher {
         let _ = std::fs::remove_file(&self.control);
     }
 
-    fn command(&self, command: &str, arguments: &[&str], until: Instant) -> bool {
-        Path::new(&self.control).exists() && unixctl::command(&self.control, command, arguments, until).is_ok()
+    fn text(&self) -> MutexGuard<'_, Text> {
+        self.printed.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When it returns true, all that came before is in `printed`.
-    fn barrier(&mut self, until: Instant) -> bool {
-        if !self.command("ofctl/barrier", &[], until) {
-            return false;
-        }
-        self.barriers += 1;
-        let mut text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Sends the requests for the small tables, where the connection's version has them all, and a barrier behind them.
+    fn ask(&mut self, until: Instant) -> bool {
+        let requests = self.protocol().and_then(requests);
+        let from = self.text().text.len();
+        let mut commands: Vec<_> = requests.iter().map(|requests| ("ofctl/send", json!(requests))).collect();
+        commands.push(("ofctl/barrier", json!([])));
+        self.answers_at = requests.is_some().then_some(from);
+        let asked = Path::new(&self.control).exists() && unixctl::commands(&self.control, &commands, until).is_ok();
+        self.barriers += usize::from(asked);
+        asked
+    }
+
+    /// When it returns true, all that came before what was [asked](Self::ask) last is in `printed`, and the answers to it.
+    fn answered(&mut self, until: Instant) -> bool {
+        let mut text = self.text();
         while text.barriers < self.barriers && !text.ended {
             let Some(left) = remaining(until) else { return false };
             text = self.printed.more.wait_timeout(text, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -130,20 +174,11 @@ impl Watcher {
         !text.ended
     }
 
-    fn changed(&mut self, until: Instant) -> bool {
-        !self.barrier(until) || self.printed.text.lock().unwrap_or_else(PoisonError::into_inner).changed
-    }
-
-    fn small_tables(&mut self, until: Instant) -> Option<BridgeRules> {
+    /// What the last question was answered, if it was.
+    fn small_tables(&self) -> Option<BridgeRules> {
         let number = self.protocol()?;
-        let from = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner).text.len();
-        let requests = requests(number)?;
-        let words: Vec<&str> = requests.iter().map(String::as_str).collect();
-        if !self.command("ofctl/send", &words, until) || !self.barrier(until) {
-            return None;
-        }
-        let text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
-        let answers = text.text.get(from..)?;
+        let text = self.text();
+        let answers = text.text.get(self.answers_at?..).filter(|_| text.barriers >= self.barriers && !text.ended)?;
         // All three must have been answered, and none with an error.
         let answered = ["OFPST_GROUP_DESC reply", "OFPST_METER_CONFIG reply", "NXT_TLV_TABLE_REPLY"];
         if answers.contains("OFPT_ERROR") || !answered.iter().all(|reply| answers.contains(reply)) {
@@ -161,7 +196,7 @@ impl Watcher {
 
     /// The version of the connection, as its barriers were printed: `OFPT_BARRIER_REPLY (OF1.5) (xid=...):`.
     fn protocol(&self) -> Option<u32> {
-        let text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = self.text();
         let (_, rest) = text.text.split_once(BARRIER)?;
         let minor = rest.strip_prefix(" (OF1.")?.split(')').next()?;
         Some(version_number(&format!("OpenFlow1{minor}"))).filter(|number| *number >= 13)
@@ -174,26 +209,48 @@ impl Drop for Watcher {
     }
 }
 
-/// Reads the child's text until it ends, by whole lines.
-fn follow(mut pipe: ChildStderr, printed: &Printed) {
-    let mut rest = Vec::new();
-    let mut chunk = [0; 65536];
-    loop {
-        let n = match pipe.read(&mut chunk) {
+/// What a child prints on.
+struct Pipe {
+    pipe: ChildStderr,
+    printed: Arc<Printed>,
+    /// The beginning of a line.
+    rest: Vec<u8>,
+}
+
+/// Reads what all of them print, until all have ended: a thread for each of hundreds would take memory.
+fn follow_all(mut pipes: Vec<Pipe>) {
+    let mut chunk = vec![0; 65536];
+    while !pipes.is_empty() {
+        let mut looked: Vec<PollFd<'_>> =
+            pipes.iter().map(|pipe| PollFd::new(pipe.pipe.as_fd(), PollFlags::POLLIN)).collect();
+        match poll(&mut looked, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => {
+                tracing::error!("watching rules: {errno}");
+                return pipes.iter().for_each(|pipe| pipe.printed.end());
+            }
+        }
+        let mut ready = looked.iter().map(|fd| fd.any().unwrap_or(false)).collect::<Vec<_>>().into_iter();
+        pipes.retain_mut(|pipe| !ready.next().unwrap_or(false) || pipe.read(&mut chunk));
+    }
+}
+
+impl Pipe {
+    /// Reads once and takes in whole lines; false at the end.
+    fn read(&mut self, chunk: &mut [u8]) -> bool {
+        let n = match self.pipe.read(chunk) {
             Ok(n) => n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return true,
             Err(_) => 0,
         };
-        rest.extend_from_slice(&chunk[..n]);
-        let whole = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        let lines: Vec<u8> = rest.drain(..whole).collect();
-        let mut text = printed.text.lock().unwrap_or_else(PoisonError::into_inner);
+        self.rest.extend_from_slice(chunk.get(..n).unwrap_or_default());
+        let whole = self.rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let lines: Vec<u8> = self.rest.drain(..whole).collect();
+        let mut text = self.printed.text.lock().unwrap_or_else(PoisonError::into_inner);
         text.take(&String::from_utf8_lossy(&lines));
         text.ended |= n == 0;
-        printed.more.notify_all();
-        if n == 0 {
-            return;
-        }
+        self.printed.more.notify_all();
+        n > 0
     }
 }
 

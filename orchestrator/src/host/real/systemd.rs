@@ -8,11 +8,12 @@
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Instant;
 
+use dpfreeze::park::MOST_KEPT;
 use nix::fcntl::OFlag;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use sd_notify::NotifyState;
@@ -20,6 +21,7 @@ use tokio::runtime::Runtime;
 use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, OwnedVariant, Variant};
 
 use super::jsonrpc::remaining;
+use super::limits::MOST_DESCRIPTORS;
 use crate::host::{
     Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, SavedProgram, ServiceManager,
     SupervisorUnit, Unit, DATABASE_UNIT, SWITCH_UNIT, UNITS,
@@ -370,15 +372,18 @@ impl ServiceManager for Systemd {
         }
     }
 
-    fn keep(&self, descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool> {
+    fn keep(&self, descriptors: &[(&str, BorrowedFd<'_>)], until: Instant) -> Result<bool> {
         if !self.is_running() || std::env::var_os("NOTIFY_SOCKET").is_none() {
             return Ok(false);
         }
         let about = "systemd's file descriptor store";
-        for (name, descriptor) in &descriptors {
+        for (name, some) in in_messages(descriptors) {
+            if remaining(until).is_none() {
+                return Err(HostError::timeout(about, "giving it what is to be kept"));
+            }
             // A socket that is readable is none that systemd should drop.
             let message = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
-            sd_notify::notify_with_fds(&message, &[descriptor.as_fd()]).about(about)?;
+            sd_notify::notify_with_fds(&message, &some).about(about)?;
         }
         barrier(until).about(about)?;
         Ok(true)
@@ -413,6 +418,16 @@ pub fn inherited() -> Vec<(String, OwnedFd)> {
     let Ok(listed) = sd_notify::listen_fds_with_names() else { return Vec::new() };
     // SAFETY: systemd has given these descriptors to this process, and nobody else in it has taken them.
     listed.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect()
+}
+
+/// `SCM_MAX_FD` (include/net/scm.h): as many descriptors go with one message.
+const MOST_IN_MESSAGE: usize = 253;
+
+/// What goes with one message each: as many as one takes, of one name.
+fn in_messages<'a>(descriptors: &[(&'a str, BorrowedFd<'a>)]) -> Vec<(&'a str, Vec<BorrowedFd<'a>>)> {
+    let of_one_name = descriptors.chunk_by(|a, b| a.0 == b.0);
+    let messages = of_one_name.flat_map(|group| group.chunks(MOST_IN_MESSAGE));
+    messages.filter_map(|some| Some((some.first()?.0, some.iter().map(|(_, fd)| *fd).collect()))).collect()
 }
 
 /// Waits until systemd has read everything that we have told it: it closes what came with the barrier
@@ -617,9 +632,6 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
 const GUARD_CAPABILITIES: u64 = 1 << 12 | 1 << 39;
 
 /// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
-/// Two sockets for each CPU that a datapath can have, and two memories.
-const MOST_DESCRIPTORS: u32 = 2 * 4096 + 2;
-
 fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>)> {
     let environment: Vec<String> = unit.environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
     let text = |text: &str| Variant::from(text.to_owned());
@@ -633,12 +645,13 @@ fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>
         ("OOMScoreAdjust", Variant::from(-1000i32)),
         ("Nice", Variant::from(unit.nice)),
         ("LimitMEMLOCK", Variant::from(u64::MAX)),
+        ("LimitNOFILE", Variant::from(MOST_DESCRIPTORS)),
         // One that dies comes back with what it had parked, and undoes or finishes its run.
         ("Restart", text("on-failure")),
         ("RestartUSec", Variant::from(0u64)),
         ("SuccessExitStatus", Variant::from((unit.ends_with.clone(), Vec::<i32>::new()))),
         ("NotifyAccess", text("main")),
-        ("FileDescriptorStoreMax", Variant::from(MOST_DESCRIPTORS)),
+        ("FileDescriptorStoreMax", Variant::from(u32::try_from(MOST_KEPT).unwrap_or(u32::MAX))),
         // What it has started (ovs-ofctl, a gate command) has to end with it; daemons live in units of their own.
         ("KillMode", text("mixed")),
         ("StandardOutput", text("journal")),
@@ -654,6 +667,33 @@ fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_message_has_more_descriptors_than_it_takes_or_of_two_names() {
+        let file = fs::File::open("/dev/null").unwrap();
+        let named = |name, n| vec![(name, file.as_fd()); n];
+        let all = [named("memory", 1), named("own", 600), named("old", 253)].concat();
+        let sent: Vec<_> = in_messages(&all).into_iter().map(|(name, some)| (name, some.len())).collect();
+        assert_eq!(sent, [("memory", 1), ("own", 253), ("own", 253), ("own", 94), ("old", 253)]);
+        assert!(in_messages(&[]).is_empty());
+    }
+
+    #[test]
+    fn the_supervisor_may_have_as_many_descriptors_as_a_large_host_takes() {
+        let unit = SupervisorUnit {
+            name: "u".into(),
+            description: String::new(),
+            command: vec!["/bin/true".into()],
+            stop_post: Vec::new(),
+            ends_with: Vec::new(),
+            environment: Vec::new(),
+            nice: 0,
+        };
+        let properties: HashMap<String, Variant<'_>> = supervisor_properties(&unit).into_iter().collect();
+        assert_eq!(properties["LimitNOFILE"], Variant::from(524_288u64));
+        assert_eq!(properties["LimitMEMLOCK"], Variant::from(u64::MAX));
+        assert_eq!(properties["FileDescriptorStoreMax"], Variant::from(16_384u32));
+    }
 
     #[test]
     fn the_drop_in_keeps_what_systemd_is_to_expand_and_nothing_else() {

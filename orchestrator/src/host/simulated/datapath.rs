@@ -1,7 +1,7 @@
 //! The kernel's datapath of the simulated host, as one supervisor has it open.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
@@ -314,8 +314,8 @@ impl Datapath for SimDatapath {
         Ok(())
     }
 
-    fn kept(&self) -> Result<Vec<(String, OwnedFd)>> {
-        Ok(Vec::new())
+    fn kept(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+        Vec::new()
     }
 
     fn take_up_park(&mut self, _kept: Vec<(String, OwnedFd)>) -> Result<()> {

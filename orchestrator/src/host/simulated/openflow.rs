@@ -151,7 +151,7 @@ impl RuleWatch for SimRuleWatch {
         Ok(BTreeSet::new())
     }
 
-    fn small_tables(&mut self, _bridge: &str, _until: Instant) -> Option<BridgeRules> {
+    fn small_tables(&mut self, _bridge: &str) -> Option<BridgeRules> {
         None
     }
 }

@@ -1,6 +1,6 @@
 //! The service manager of the simulated host.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use super::world::{WorldHook, SERVER, SWITCH};
@@ -144,7 +144,7 @@ impl ServiceManager for SimServices {
         Ok(Box::new(SimJob { sim: self.0.clone(), id }))
     }
 
-    fn keep(&self, _descriptors: Vec<(String, OwnedFd)>, until: Instant) -> Result<bool> {
+    fn keep(&self, _descriptors: &[(&str, BorrowedFd<'_>)], until: Instant) -> Result<bool> {
         self.0.operate("services.keep", Some(until), |world| {
             world.kept = world.variant.systemd;
             Ok(world.kept)

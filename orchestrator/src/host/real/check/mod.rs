@@ -8,6 +8,7 @@ mod services;
 
 use std::time::Instant;
 
+use super::limits;
 use crate::host::surroundings::{CheckOptions, Known};
 use crate::host::{Daemons, ServiceManager};
 use crate::report::{Finding, Findings, Name};
@@ -34,5 +35,6 @@ pub fn findings(
     }
     services::look(services, &vswitchd, &server, options, until, &mut found);
     disks::look(options, &mut found);
+    limits::look(&vswitchd, options, &mut found);
     found.into_inner()
 }
