@@ -30,8 +30,10 @@ impl Step for Snapshot {
         run.checkpoint()?;
         let bridges = run.known.facts.bridges.clone();
         // First the watch, then the reading: what changes in between is seen.
-        run.known.rule_watch = Some(run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?);
-        run.known.rules = run.host.openflow.snapshot(&bridges, until).context("OpenFlow rules")?;
+        let mut watch = run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?;
+        // Through the connections that the watch has, as far as they can: hundreds of bridges would take a minute.
+        run.known.rules = run.host.openflow.refresh(&bridges, &[], watch.as_mut(), until).context("OpenFlow rules")?;
+        run.known.rule_watch = Some(watch);
         notes::rules_before(&mut run.report, &run.known.rules);
         run.checkpoint()?;
         Ok(Event::Done)

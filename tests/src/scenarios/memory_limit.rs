@@ -1,5 +1,6 @@
-//! A memory limit of ovs-vswitchd's unit, which the standby lives in as well: too low for two daemons it is refused, and
-//! the remedy, typed as it is printed, makes a run of it. Nobody is killed for memory.
+//! Limits that are too low for a run are refused, and the remedy, typed as it is printed, makes the finding go away: those
+//! of memory and tasks of ovs-vswitchd's unit, which the standby lives in as well, and that of open files. Under a memory
+//! limit raised so a run is done, and nobody is killed for memory.
 
 use std::path::Path;
 use std::time::Duration;
@@ -45,9 +46,42 @@ impl Custom for MemoryLimit {
             say(&format!("memory_limit: {property}"));
             one(property, file, out, outcome).with_context(|| format!("memory_limit: {property}"))?;
         }
+        if job.extra_args.is_empty() {
+            let tasks = "systemctl set-property --runtime ovs-vswitchd.service \
+                         TasksMax=$(($(systemctl show --value -p TasksCurrent ovs-vswitchd.service) + 2))";
+            let no_limit = "systemctl set-property --runtime ovs-vswitchd.service TasksMax=infinity";
+            only_checked("tasks", tasks, "systemctl set-property", no_limit, outcome)?;
+            only_checked(
+                "descriptors",
+                "sysctl -qw fs.nr_open=128",
+                "sysctl -w",
+                "sysctl -qw fs.nr_open=1048576",
+                outcome,
+            )?;
+        }
         aftermath::no_unit_failed(outcome);
         Ok(())
     }
+}
+
+/// What begins with `word` in the remedies of `ovs-graceful check`, and all that was said.
+fn remedy(word: &str) -> (String, String) {
+    let looked = shell_lenient("ovs-graceful check");
+    let command = looked.split(word).nth(1).map(|rest| rest.split([';', '\n', ')']).next().unwrap_or_default());
+    (command.map(|rest| format!("{word}{rest}")).unwrap_or_default(), looked)
+}
+
+/// `ovs-graceful check` refuses with finding `name`, and no more once its remedy was typed.
+fn only_checked(name: &str, prepare: &str, word: &str, restore: &str, outcome: &mut Outcome) -> Result<()> {
+    say(&format!("memory_limit: {name}"));
+    shell(prepare)?;
+    let (command, said) = remedy(word);
+    let refused = shell_lenient("ovs-graceful check --json >/dev/null; echo $?");
+    outcome.check(format!("{name}: refused"), refused.trim() == "10" && said.contains(name), &said);
+    shell(&command).with_context(|| format!("{name}: {said}"))?;
+    let after = shell_lenient("ovs-graceful check; echo exit $?");
+    outcome.check(format!("{name}: the remedy helps"), after.contains("exit 0"), format!("{command}: {after}"));
+    shell(restore).map(drop)
 }
 
 fn one(property: &str, file: &str, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -71,11 +105,9 @@ fn one(property: &str, file: &str, out: &Path, outcome: &mut Outcome) -> Result<
     outcome.check(check("refused"), code == Some(10), &said);
     outcome.check(check("the same daemon"), facts::daemons("ovs-vswitchd") == daemons, &said);
     outcome.check(check("names the property"), said.contains(property), &said);
-    let looked = shell_lenient("ovs-graceful check");
-    let remedy = looked.split("systemctl set-property ").nth(1).unwrap_or_default();
-    let remedy = remedy.split([';', '\n', ')']).next().unwrap_or_default();
-    outcome.check(check("check prints a command"), remedy.contains(&format!("{property}=")), &looked);
-    shell(&format!("systemctl set-property {remedy}"))?;
+    let (command, looked) = remedy("systemctl set-property");
+    outcome.check(check("check prints a command"), command.contains(&format!("{property}=")), &looked);
+    shell(&command)?;
 
     let (code, said) = restart("done")?;
     outcome.check(check("done after the remedy"), code == Some(0), &said);

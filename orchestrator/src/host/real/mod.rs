@@ -13,6 +13,7 @@ mod disk;
 mod fdb;
 pub mod jsonrpc;
 pub mod limits;
+mod meters;
 mod module;
 pub mod openflow;
 pub mod ovsdb;

@@ -10,7 +10,7 @@ use super::jsonrpc::remaining;
 use super::parallel::side_by_side;
 use super::prepared::Prepared;
 use super::rule_watch::Watch;
-use super::{command, controllers, fdb, unixctl};
+use super::{command, controllers, fdb, meters, unixctl};
 use crate::host::{
     Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
     RuleDifference, RuleWatch,
@@ -19,6 +19,8 @@ use crate::host::{
 pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
 /// All versions there are; the bridge takes the highest that it speaks.
 pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
+/// So many bridges are read table by table, with a process for each.
+const FEW_BRIDGES: usize = 32;
 /// Between two looks at a daemon that starts.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(3);
 
@@ -110,7 +112,8 @@ impl RealOpenFlow {
 
     /// What no bundle takes, and what the flows need before them.
     pub(super) fn restore_small(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
-        for meter in &rules.meters {
+        let at_once = !rules.meters.is_empty() && self.meters_at_once(rules, until);
+        for meter in rules.meters.iter().filter(|_| !at_once) {
             // It is there already when this is the second time: then it is made what it should be.
             if self.ofctl(&rules.protocol, &["add-meter", target, meter], None, until).is_err() {
                 self.ofctl(&rules.protocol, &["mod-meter", target, meter], None, until)?;
@@ -131,6 +134,14 @@ impl RealOpenFlow {
         }
     }
 
+    /// All meters over one connection; what that does not take is said by ovs-ofctl, one meter after the other.
+    fn meters_at_once(&self, rules: &BridgeRules, until: Instant) -> bool {
+        meters::put(&self.socket(&rules.bridge), rules, until).unwrap_or_else(|error| {
+            tracing::warn!(%error, "meters are not given all at once");
+            false
+        })
+    }
+
     /// For versions without bundles.
     fn restore_singly(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
         if version_number(&rules.protocol) >= 11 {
@@ -145,7 +156,12 @@ impl RealOpenFlow {
 
 impl OpenFlow for RealOpenFlow {
     fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
-        side_by_side(bridges, |bridge| self.read(bridge, None, until))
+        if bridges.len() <= FEW_BRIDGES {
+            return side_by_side(bridges, |bridge| self.read(bridge, None, until));
+        }
+        // Two processes for each of hundreds instead of five.
+        let mut watch = Watch::start(self, bridges, until)?;
+        self.refresh(bridges, &[], &mut watch, until)
     }
 
     fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>> {
