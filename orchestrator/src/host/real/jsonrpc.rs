@@ -118,11 +118,23 @@ impl Connection {
     /// Makes all `calls` (method, parameters) before the first answer is waited for. Keep the list short: what is sent
     /// has to fit into the socket.
     pub fn call_many(&mut self, calls: &[(&str, Value)], until: Instant) -> Result<Vec<Result<Value>>> {
+        let first = self.ask_many(calls, until)?;
+        self.answers(calls, first, until)
+    }
+
+    /// The first half of [`Connection::call_many`]: waits for no answer, and returns what [`Connection::answers`] wants to
+    /// know.
+    pub fn ask_many(&mut self, calls: &[(&str, Value)], until: Instant) -> Result<u64> {
         let first = self.next_id;
         for (method, params) in calls {
             self.send(&json!({"method": method, "params": params, "id": self.next_id}), until)?;
             self.next_id += 1;
         }
+        Ok(first)
+    }
+
+    /// The answers to `calls`, which [`Connection::ask_many`] has sent as `first` and so on.
+    pub fn answers(&mut self, calls: &[(&str, Value)], first: u64, until: Instant) -> Result<Vec<Result<Value>>> {
         calls.iter().zip(first..).map(|((method, _), id)| self.answer(method, id, until)).collect()
     }
 

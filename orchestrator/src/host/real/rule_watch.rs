@@ -18,6 +18,7 @@ use super::openflow::{
     parse_groups, parse_meters, parse_tlv_map, version_number, RealOpenFlow, ANY_VERSION, LOOK_AGAIN, OVS_OFCTL,
 };
 use super::parallel::STACK;
+use super::unixctl::Asked;
 use super::{command, unixctl};
 use crate::host::{Bridge, BridgeRules, Context, Result, RuleWatch};
 
@@ -59,7 +60,8 @@ impl RuleWatch for Watch {
         // First all are asked, then the answers are waited for: each takes a turn of the daemon's main loop.
         let asked: Vec<bool> = self.0.iter_mut().map(|watcher| watcher.ask(until)).collect();
         let answers = self.0.iter_mut().zip(asked).filter_map(|(watcher, asked)| {
-            let unchanged = asked && watcher.answered(until) && !watcher.text().changed;
+            watcher.complete = asked && watcher.answered(until);
+            let unchanged = watcher.complete && !watcher.text().changed;
             (!unchanged).then(|| watcher.bridge.clone())
         });
         Ok(answers.collect())
@@ -109,6 +111,10 @@ struct Watcher {
     control: PathBuf,
     printed: Arc<Printed>,
     barriers: usize,
+    /// What its control socket was asked and has not answered: a barrier is answered when the bridge has.
+    asked: Option<Asked>,
+    /// The last question was answered.
+    complete: bool,
     /// Where in the text the answers to the last [`Watcher::ask`] begin, if it asked for tables.
     answers_at: Option<usize>,
 }
@@ -123,7 +129,10 @@ impl Watcher {
         let pipe = child.stderr.take();
         let control = openflow.run_directory().join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
         let (bridge, printed) = (bridge.name.clone(), Arc::default());
-        Ok((Watcher { bridge, child, control, printed, barriers: 0, answers_at: None }, pipe))
+        Ok((
+            Watcher { bridge, child, control, printed, barriers: 0, asked: None, complete: false, answers_at: None },
+            pipe,
+        ))
     }
 
     /// It is established once a barrier has passed; one that cannot watch has ended by then, or is ended, and counts as
@@ -159,13 +168,19 @@ impl Watcher {
         let mut commands: Vec<_> = requests.iter().map(|requests| ("ofctl/send", json!(requests))).collect();
         commands.push(("ofctl/barrier", json!([])));
         self.answers_at = requests.is_some().then_some(from);
-        let asked = Path::new(&self.control).exists() && unixctl::commands(&self.control, &commands, until).is_ok();
-        self.barriers += usize::from(asked);
-        asked
+        let exists = Path::new(&self.control).exists();
+        self.asked = exists.then(|| unixctl::ask(&self.control, commands, until).ok()).flatten();
+        self.asked.is_some()
     }
 
     /// When it returns true, all that came before what was [asked](Self::ask) last is in `printed`, and the answers to it.
     fn answered(&mut self, until: Instant) -> bool {
+        let Some(asked) = self.asked.take() else { return false };
+        let Ok(answers) = asked.wait(until) else { return false };
+        self.barriers += usize::from(answers.last().is_some_and(Result::is_ok));
+        if answers.iter().any(Result::is_err) {
+            return false;
+        }
         let mut text = self.text();
         while text.barriers < self.barriers && !text.ended {
             let Some(left) = remaining(until) else { return false };
@@ -176,9 +191,9 @@ impl Watcher {
 
     /// What the last question was answered, if it was.
     fn small_tables(&self) -> Option<BridgeRules> {
-        let number = self.protocol()?;
+        let number = self.protocol().filter(|_| self.complete)?;
         let text = self.text();
-        let answers = text.text.get(self.answers_at?..).filter(|_| text.barriers >= self.barriers && !text.ended)?;
+        let answers = text.text.get(self.answers_at?..)?;
         // All three must have been answered, and none with an error.
         let answered = ["OFPST_GROUP_DESC reply", "OFPST_METER_CONFIG reply", "NXT_TLV_TABLE_REPLY"];
         if answers.contains("OFPT_ERROR") || !answered.iter().all(|reply| answers.contains(reply)) {

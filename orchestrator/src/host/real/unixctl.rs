@@ -23,6 +23,27 @@ pub fn commands(socket: &Path, commands: &[(&str, Value)], until: Instant) -> Re
     commands.iter().zip(answers).map(|((command, _), answer)| text(socket, command, answer?)).collect()
 }
 
+/// Commands that were sent and not yet answered.
+pub struct Asked {
+    connection: Connection,
+    commands: Vec<(&'static str, Value)>,
+    first: u64,
+}
+
+/// As [`commands`], without waiting for the answers: many daemons can be asked before the first has answered.
+pub fn ask(socket: &Path, commands: Vec<(&'static str, Value)>, until: Instant) -> Result<Asked> {
+    let mut connection = Connection::connect(socket)?;
+    let first = connection.ask_many(&commands, until)?;
+    Ok(Asked { connection, commands, first })
+}
+
+impl Asked {
+    /// Waits until all are done; the answer to each, in order.
+    pub fn wait(mut self, until: Instant) -> Result<Vec<Result<Value>>> {
+        self.connection.answers(&self.commands, self.first, until)
+    }
+}
+
 fn text(socket: &Path, command: &str, answer: Value) -> Result<String> {
     match answer {
         Value::String(text) => Ok(text),
