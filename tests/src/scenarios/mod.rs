@@ -28,6 +28,7 @@ mod nat;
 pub mod network;
 mod new_dies;
 mod no_systemd;
+mod odd_rules;
 mod other_init;
 mod package;
 mod park_level;
@@ -362,6 +363,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&no_systemd::NoSystemd),
     Scenario::Custom(&unreplayable::Unreplayable),
     Scenario::Custom(&rule_change::RuleChange),
+    Scenario::Custom(&odd_rules::OddRules),
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),

@@ -1,0 +1,287 @@
+//! Rules that cannot be put back as OpenFlow's highest version tells them: they cost nothing but themselves. Before the
+//! point of no return the run ends undone, and names them; after it, and on the way back, all others are in place.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+use serde_json::{json, Value};
+
+use super::{aftermath, network, plain, Custom};
+use crate::command::{shell, shell_lenient};
+use crate::guest::{facts, run, say};
+use crate::outcome::{Job, Outcome};
+
+/// See the module.
+pub struct OddRules;
+
+struct Case {
+    name: &'static str,
+    /// Makes the rules.
+    prepare: &'static str,
+    /// The phase in which something happens.
+    phase: &'static str,
+    what: What,
+    exit: i32,
+    /// Must be in what the report says: of the reason, the warnings, or the differences.
+    named: &'static [&'static str],
+    /// `ovs-graceful check` says the same beforehand, and ends with 10.
+    checked: bool,
+    /// Rules, in the words of `dump-flows`, that are gone afterwards; all others are there.
+    gone: &'static [&'static str],
+    /// Takes the rules away again.
+    tidy: &'static str,
+}
+
+enum What {
+    Nothing,
+    Shell(&'static str),
+    /// The new ovs-vswitchd is killed.
+    NewDies,
+    /// The supervisor is killed.
+    SupervisorDies,
+}
+
+const BASE: Case = Case {
+    name: "",
+    prepare: "true",
+    phase: "",
+    what: What::Nothing,
+    exit: 20,
+    named: &[],
+    checked: false,
+    gone: &[],
+    tidy: "ovs-ofctl del-flows br0 cookie=0x777/-1",
+};
+
+const STRIP: &str = "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,in_port=77,actions=strip_vlan,output:2'";
+/// A table that holds more than it may: the daemon that has the rules keeps them, another does not take all of them.
+const FULL: &str =
+    "for i in 1 2 3 4; do ovs-ofctl add-flow br0 \"cookie=0x777,table=5,priority=$i,actions=output:$i\"; done; \
+                    ovs-vsctl -- --id=@ft create Flow_Table flow_limit=3 overflow_policy=refuse \
+                                 -- set bridge br0 flow_tables:5=@ft";
+const UNLIMIT: &str = "ovs-vsctl clear bridge br0 flow_tables; ovs-ofctl del-flows br0 cookie=0x777/-1";
+
+const CASES: &[Case] = &[
+    Case {
+        name: "set_vlan without a tag",
+        prepare: "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,in_port=77,actions=mod_vlan_vid:10,output:2'",
+        named: &["bridge br0", "in_port=77", "mod_vlan_vid:10"],
+        checked: true,
+        ..BASE
+    },
+    Case {
+        name: "strip_vlan without a tag",
+        prepare: STRIP,
+        named: &["bridge br0", "in_port=77", "OFPBAC_MATCH_INCONSISTENT"],
+        checked: true,
+        ..BASE
+    },
+    Case {
+        name: "an MPLS label",
+        prepare: "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,ip,in_port=77,actions=push_mpls:0x8847,\
+                  set_field:10->mpls_label,output:2'",
+        named: &["bridge br0", "in_port=77", "invalid mask for field mpls_label"],
+        ..BASE
+    },
+    Case {
+        name: "all of them, and a match that no OXM has",
+        prepare: "for r in priority=5,in_port=77,actions=strip_vlan,output:2 priority=5,in_port=78,actions=mod_vlan_vid:10 \
+                    priority=5,ip,in_port=79,actions=push_mpls:0x8847,set_field:10-\\>mpls_label,output:2 \
+                    priority=5,vlan_tci=0x3000/0x3000,actions=drop priority=5,in_port=80,actions=dec_ttl,output:2; do \
+                    ovs-ofctl add-flow br0 cookie=0x777,$r || exit 1; done",
+        named: &["in_port=77", "in_port=78", "in_port=79", "vlan_tci=0x3000/0x3000", "in_port=80"],
+        ..BASE
+    },
+    Case {
+        name: "OpenFlow 1.1 without registers",
+        prepare: "ovs-vsctl add-br br11; ovs-ofctl add-flow br11 priority=5,reg0=0x5,actions=drop; \
+                  ovs-vsctl set bridge br11 protocols=OpenFlow11",
+        named: &["bridge br11", "reg0=0x5"],
+        tidy: "ovs-vsctl del-br br11",
+        ..BASE
+    },
+    Case {
+        name: "added while the run stands by",
+        phase: "standby",
+        what: What::Shell(STRIP),
+        named: &["bridge br0", "in_port=77", "OFPBAC_MATCH_INCONSISTENT"],
+        ..BASE
+    },
+    Case {
+        name: "OpenFlow 1.0, tables and registers",
+        prepare: "ovs-vsctl add-br br10 -- set bridge br10 protocols=OpenFlow10; ovs-ofctl del-flows br10; printf \
+                  'priority=1,actions=strip_vlan\\ntable=1,priority=3,actions=drop\\npriority=4,reg0=5,actions=mod_vlan_vid:7,NORMAL\\n' \
+                  | ovs-ofctl add-flows br10 -",
+        exit: 0,
+        tidy: "ovs-vsctl del-br br10",
+        ..BASE
+    },
+    Case {
+        name: "a table that is too full",
+        prepare: FULL,
+        exit: 30,
+        named: &["bridge br0", "table=5", "OFPFMFC_TABLE_FULL"],
+        gone: &["table=5, priority=4"],
+        tidy: UNLIMIT,
+        ..BASE
+    },
+    Case {
+        name: "a table that is too full, on the way back",
+        prepare: FULL,
+        phase: "restore",
+        what: What::NewDies,
+        exit: 21,
+        named: &["bridge br0", "table=5", "OFPFMFC_TABLE_FULL"],
+        gone: &["table=5, priority=4"],
+        tidy: UNLIMIT,
+        ..BASE
+    },
+    Case {
+        name: "a table that is too full, in a recovery",
+        prepare: FULL,
+        phase: "restore",
+        what: What::SupervisorDies,
+        exit: 21,
+        named: &["bridge br0", "table=5", "OFPFMFC_TABLE_FULL"],
+        gone: &["table=5, priority=4"],
+        tidy: UNLIMIT,
+        ..BASE
+    },
+];
+
+impl Custom for OddRules {
+    fn name(&self) -> &'static str {
+        "odd_rules"
+    }
+
+    fn about(&self) -> &'static str {
+        "rules that cannot be put back: named, and nothing else is lost"
+    }
+
+    fn runs(&self, arguments: &[String]) -> Result<u32> {
+        Ok(chosen(arguments).count() as u32)
+    }
+
+    fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+        plain::set_up()?;
+        network::patient_veth()?;
+        for case in chosen(&job.extra_args) {
+            say(&format!("odd_rules: {}", case.name));
+            one(case, out, outcome).with_context(|| format!("odd_rules: {}", case.name))?;
+        }
+        aftermath::no_unit_failed(outcome);
+        Ok(())
+    }
+}
+
+/// All, or those with the words.
+fn chosen(arguments: &[String]) -> impl Iterator<Item = &'static Case> + '_ {
+    let wanted =
+        move |case: &&Case| arguments.is_empty() || arguments.iter().any(|word| case.name.contains(word.as_str()));
+    CASES.iter().filter(wanted)
+}
+
+fn one(case: &Case, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let check = |what: &str| format!("{}: {what}", case.name);
+    shell(case.prepare)?;
+    let live = plain::start_probes()?;
+    std::thread::sleep(Duration::from_secs(2));
+    if case.checked {
+        let said = shell_lenient("ovs-graceful check; echo exit=$?");
+        let right = said.contains("exit=10") && case.named.iter().all(|word| said.contains(word));
+        outcome.check(check("check names it"), right, said);
+    }
+    let bridges = shell("ovs-vsctl list-br")?.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let before = (facts::daemons("ovs-vswitchd"), rules(&bridges));
+    let known = run::known();
+    let mut client = run::start(&[], &out.join(format!("run-{}", case.name.replace([' ', ','], "-"))))?;
+    let happened = happen(case, &known, &before.0);
+    let code = client.wait()?.code();
+    let id = happened?;
+    let id = id.or_else(|| run::known().into_iter().find(|id| !known.contains(id))).context("there was no run")?;
+    if matches!(case.what, What::SupervisorDies) {
+        run::wait_for_recovery(&id)?;
+        run::wait_until_unit_gone(Duration::from_secs(60))?;
+        run::wait_until_no_job(Duration::from_secs(60))?;
+    }
+    let report: Value = serde_json::from_str(&fs::read_to_string(run::report(&id))?)?;
+    outcome.note(check("report"), &report);
+    let killed = matches!(case.what, What::SupervisorDies);
+    let right = report["exit_code"] == case.exit && (killed || code == Some(case.exit));
+    outcome.check(check("exit code"), right, json!([code, report["exit_code"]]));
+    std::thread::sleep(Duration::from_secs(2));
+    let after = (facts::daemons("ovs-vswitchd"), rules(&bridges));
+    judge(case, &report, &before, &after, outcome);
+    aftermath::nothing_left(case.name, outcome);
+    aftermath::owned(case.name, outcome);
+    aftermath::new_traffic_passes(case.name, outcome);
+    aftermath::finish(case.name, live, killed, outcome)?;
+    shell(case.tidy).map(drop)
+}
+
+type Seen = (Vec<facts::Daemon>, Vec<String>);
+
+fn judge(case: &Case, report: &Value, before: &Seen, after: &Seen, outcome: &mut Outcome) {
+    let check = |what: &str| format!("{}: {what}", case.name);
+    let said = format!("{} {} {}", report["reason"], report["warnings"], report["differences"]);
+    let lacking: Vec<&&str> = case.named.iter().filter(|word| !said.contains(**word)).collect();
+    outcome.check(check("what cannot be put back is named"), lacking.is_empty(), json!([lacking, said]));
+    let same = before.0 == after.0;
+    outcome.check(
+        check("another daemon only where the run came so far"),
+        same == (case.exit == 20),
+        json!([before.0, after.0]),
+    );
+    let lost = |rule: &&String| case.gone.iter().any(|gone| rule.contains(gone));
+    let added = |rule: &&String| matches!(case.what, What::Shell(_)) && rule.contains("cookie=0x777");
+    let wanted: Vec<&String> = before.1.iter().filter(|rule| !lost(rule)).collect();
+    let there: Vec<&String> = after.1.iter().filter(|rule| !added(rule)).collect();
+    outcome.check(check("all other rules are in place"), wanted == there, json!([wanted, there]));
+    if !case.gone.is_empty() {
+        let differences = report["differences"].to_string();
+        let named = case.gone.iter().all(|gone| differences.contains(&gone.replace(", ", ",")));
+        outcome.check(check("what is missing is a difference"), named, differences);
+    }
+}
+
+/// The flows as the daemon itself has them, without counters.
+fn rules(bridges: &[String]) -> Vec<String> {
+    let mut all = Vec::new();
+    for bridge in bridges {
+        let dump = format!("timeout 60 ovs-ofctl --no-stats dump-flows {bridge} 2> /dev/null || timeout 60 ovs-ofctl -O OpenFlow11 --no-stats dump-flows {bridge}");
+        all.extend(
+            shell_lenient(&dump)
+                .lines()
+                .filter(|l| l.contains("actions="))
+                .map(|line| format!("{bridge}: {}", line.trim())),
+        );
+        let own = format!("timeout 60 ovs-appctl bridge/dump-flows {bridge} | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //'");
+        // What OpenFlow cannot tell: whether a tag is pushed.
+        let pushes = shell_lenient(&own).lines().filter(|line| line.contains("push_vlan:")).count();
+        all.push(format!("{bridge}: {pushes} flows push a tag"));
+    }
+    all.sort();
+    all
+}
+
+fn happen(case: &Case, known: &[String], before: &[facts::Daemon]) -> Result<Option<String>> {
+    if case.phase.is_empty() {
+        return Ok(None);
+    }
+    let id = run::wait_for(case.phase, known)?;
+    match case.what {
+        What::Nothing => {}
+        What::Shell(script) => drop(shell(script)?),
+        What::NewDies => {
+            for daemon in facts::daemons("ovs-vswitchd").iter().filter(|daemon| !before.contains(daemon)) {
+                kill(Pid::from_raw(i32::try_from(daemon.pid)?), Signal::SIGKILL)?;
+            }
+        }
+        What::SupervisorDies => kill(run::supervisor()?, Signal::SIGKILL)?,
+    }
+    Ok(Some(id))
+}
