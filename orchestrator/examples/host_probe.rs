@@ -192,7 +192,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     let begin = Instant::now();
     tally.take("refresh without changes", bridges.refresh(&facts.bridges[1..], &before, &mut *watch, soon()));
     println!("     after {:?}", begin.elapsed());
-    let prepared = tally.take("prepare the restore", bridges.prepare_restore(&before, soon()));
+    let prepared = tally.take("prepare the restore", bridges.prepare_restore(&old, &before, soon()));
     tally.check("the refresh has the new rule", before.iter().any(|r| r.flows.iter().any(|f| f.contains("table=77"))));
     drop(watch);
     shell("ping -c1 -W1 10.1.1.2; ip netns exec a ping -c2 -i0.2 10.0.0.2");
@@ -254,7 +254,8 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     );
     println!("     after {:?}", begin.elapsed());
     if let Some(prepared) = prepared {
-        tally.take("commit the prepared restore", prepared.commit(&before, soon()));
+        tally.check("every rule can be put back", prepared.refused.is_empty());
+        tally.take("commit the prepared restore", prepared.restore.commit(&before, soon()));
     }
     println!("     after {:?}", begin.elapsed());
     tally.take("restore again", bridges.restore(&before, soon()));

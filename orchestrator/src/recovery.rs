@@ -21,16 +21,17 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::Clock;
 use crate::host::database_disk;
+use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
 use crate::host::real::{RealClock, Systemd};
 use crate::host::{
-    BridgeRules, Cleared, Daemon, DaemonKind, Database, GuardUnits, JobKind, ProcessId, ServiceManager, Signal,
-    DATABASE_UNIT, SWITCH_UNIT,
+    BridgeRules, Cleared, Daemon, DaemonKind, Database, GuardUnits, JobKind, ProcessId, RefusedRule, ServiceManager,
+    Signal, DATABASE_UNIT, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::{remove_left_probes, Host};
+use crate::steps::{notes, remove_left_probes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -309,6 +310,12 @@ struct Recovery {
     parked: bool,
     /// Who took over.
     survivor: Option<ProcessId>,
+    /// The run had settled: the daemon that took over had its rules, and they are its owners' since.
+    settled: bool,
+    /// Rules that could not be put back.
+    refused: Vec<RefusedRule>,
+    /// What a survivor had asked to be bound to when it was refused.
+    captured: Option<Captured>,
 }
 
 impl Recovery {
@@ -319,7 +326,22 @@ impl Recovery {
         let flow_limit = config.restore.flow_limit;
         let (runs, id) = (runs.clone(), id.to_owned());
         let (errors, kept) = (Vec::new(), Vec::new());
-        Recovery { runs, id, clock, end, flow_limit, report, errors, kept, parked: false, survivor: None }
+        let (parked, survivor, settled, refused, captured) = (false, None, false, Vec::new(), None);
+        Recovery {
+            runs,
+            id,
+            clock,
+            end,
+            flow_limit,
+            report,
+            errors,
+            kept,
+            parked,
+            survivor,
+            settled,
+            refused,
+            captured,
+        }
     }
 
     /// `limit` from now, but not beyond the end of all.
@@ -433,6 +455,7 @@ impl Recovery {
         mark: &Mark,
     ) -> anyhow::Result<Outcome> {
         let (plan, survivor) = self.decide(host, entries, mark);
+        self.settled = plan::had_settled(entries);
         self.report.details.insert("recovery".into(), format!("{plan:?}").into());
         let outcome = match (plan, mark.old.clone()) {
             (Plan::Undo, Some(old)) => self.undo(host, mark, &old),
@@ -599,6 +622,9 @@ impl Recovery {
             }
             Some(false) | None => None,
         };
+        // An attempt before this one may have lifted the freeze that had it.
+        let captured = captured.or_else(|| self.captured.take());
+        self.captured = captured.clone();
         if self.parked {
             // Where packets on old recirculation ids came from: later these flows are gone.
             let chosen = host.datapath.choose_doomed();
@@ -617,7 +643,7 @@ impl Recovery {
         let facts = host.database.facts(self.until(SHORT));
         let bridges = self.keep("database", facts).map(|facts| facts.bridges).unwrap_or_default();
         host.openflow.wait_ready(survivor, &bridges, self.flow_limit, self.until(READY_LIMIT))?;
-        let restored = self.restore(host);
+        let restored = self.restore(host, mark, survivor);
         self.keep("OpenFlow rules", restored);
         let put_back = self.put_devices_back(host);
         self.keep("internal devices", put_back);
@@ -633,8 +659,11 @@ impl Recovery {
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         // A bridge with a controller loses its rules when flow-restore-wait goes.
-        let restored = self.restore(host);
+        let restored = self.restore(host, mark, survivor);
         self.keep("OpenFlow rules", restored);
+        if let Err(error) = self.look_at_rules(host) {
+            self.told(format!("which OpenFlow rules are there now is not known: {error:#}"));
+        }
         if flush {
             let flushed = host.daemons.command(survivor, "dpctl/del-flows", &[], self.until(SHORT));
             self.keep("flows that belong to the old ovs-vswitchd", flushed);
@@ -667,22 +696,42 @@ impl Recovery {
         }
     }
 
-    /// The rules of the old daemon, where the survivor has fewer.
-    fn restore(&mut self, host: &Host) -> anyhow::Result<()> {
+    /// The rules of the old daemon, where the survivor lacks one of them.
+    fn restore(&mut self, host: &Host, mark: &Mark, survivor: &Daemon) -> anyhow::Result<()> {
+        if self.settled && mark.new.as_ref().is_some_and(|new| new.id == survivor.id) {
+            return Ok(());
+        }
         let Some(wanted) = self.runs.rules(&self.id)? else { return Ok(()) };
         let facts = host.database.facts(self.until(SHORT))?;
         let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
         let lacking: Vec<BridgeRules> = wanted
             .into_iter()
             // A bridge that has gone since is nobody's loss.
-            .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && now.flows.len() < rules.flows.len()))
+            .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && lacks(now, rules)))
             .collect();
         if lacking.is_empty() {
             return Ok(());
         }
         let names: Vec<String> = lacking.iter().map(|rules| rules.bridge.clone()).collect();
-        host.openflow.restore(&lacking, self.until(READY_LIMIT))?;
+        let restored = host.openflow.restore(&lacking, self.until(READY_LIMIT))?;
         self.told(format!("OpenFlow rules restored: {}", names.join(", ")));
+        let refused: Vec<_> = restored.into_iter().flat_map(|done| done.refused).collect();
+        let news: Vec<_> = refused.into_iter().filter(|refused| !self.refused.contains(refused)).collect();
+        if let Some(told) = notes::not_put_back(&news) {
+            self.told(told);
+        }
+        self.refused.extend(news);
+        Ok(())
+    }
+
+    /// There is no Verify on this way: what is not as it was is told.
+    fn look_at_rules(&mut self, host: &Host) -> anyhow::Result<()> {
+        let Some(mut wanted) = self.runs.rules(&self.id)? else { return Ok(()) };
+        let facts = host.database.facts(self.until(SHORT))?;
+        wanted.retain(|rules| facts.bridges.iter().any(|bridge| bridge.name == rules.bridge));
+        let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
+        self.report.differences.clear();
+        notes::rules_after(&mut self.report, &wanted, &now, &self.refused);
         Ok(())
     }
 
@@ -879,6 +928,12 @@ impl Recovery {
             }
         }
     }
+}
+
+/// Is a rule not there that does not go by itself?
+fn lacks(now: &BridgeRules, wanted: &BridgeRules) -> bool {
+    let differences = compare(std::slice::from_ref(wanted), std::slice::from_ref(now));
+    differences.iter().any(|difference| difference.missing && !difference.timed)
 }
 
 fn needs_person(reason: String) -> Outcome {

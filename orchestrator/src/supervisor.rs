@@ -97,7 +97,10 @@ pub fn check(config: &Config, strategy: Strategy, elsewhere: bool) -> anyhow::Re
     };
     let ovsdb = !elsewhere;
     let wish = Wish { strategy, ovsdb, if_needed: false, gate_command: None, called_by: None, elsewhere };
-    Ok(crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check)).report)
+    let mut checked = crate::check::check(&mut host, &wish, Instant::now() + config.limits.of(Phase::Check));
+    // A run does this in Snapshot, with the rules that it will put back.
+    crate::check::check_rules(&host, &mut checked, Instant::now() + config.limits.of(Phase::Snapshot));
+    Ok(checked.report)
 }
 
 /// Finishes or undoes an interrupted run and returns the exit code.

@@ -14,6 +14,7 @@ use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Findings, Level, Name, Severity, Strategy};
+use crate::steps::notes::RULE_REMEDY;
 use crate::steps::{Host, Wish};
 
 /// What was found, for the report and for the steps that follow.
@@ -76,6 +77,22 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     found.extend(surroundings.findings(daemons.as_ref(), services.as_ref(), &known, &options, until));
     let vswitchd = vswitchd.and_then(Result::ok);
     Checked { report: CheckReport { level, findings: found.into_inner() }, vswitchd, versions, facts }
+}
+
+/// Can every OpenFlow rule be put back? Asks the daemon that has them; changes nothing.
+pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
+    let (Some(daemon), Some(facts)) = (&checked.vswitchd, &checked.facts) else { return };
+    let mut found = Findings::default();
+    found.extend(std::mem::take(&mut checked.report.findings));
+    let openflow = host.openflow.as_ref();
+    let rules = openflow.snapshot(&facts.bridges, until);
+    let refused = rules.and_then(|rules| Ok(openflow.prepare_restore(daemon, &rules, until)?.refused));
+    let refused = keep(refused, Name::Rule, "see what `ovs-ofctl dump-flows` says of that bridge", &mut found);
+    for rule in refused.unwrap_or_default() {
+        let cause = format!("{} `{}` could not be put back as it is: {}", rule.kind, rule.rule, rule.reason);
+        found.refuse(Name::Rule, format!("bridge {}", rule.bridge), cause, RULE_REMEDY);
+    }
+    checked.report.findings = found.into_inner();
 }
 
 /// The ovs-vswitchd that the upcalls go to; `None` where the datapath does not tell whose they are.

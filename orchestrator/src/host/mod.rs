@@ -16,6 +16,7 @@ pub mod surroundings;
 pub mod zones;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -566,8 +567,39 @@ pub struct BridgeRules {
 pub struct RestoredRules {
     /// The bridge.
     pub bridge: String,
-    /// True where its version has no bundles (before OpenFlow 1.3): rules appeared one after the other.
+    /// True where its rules appeared one after the other: its version has no bundles (before OpenFlow 1.3), or it refused
+    /// them.
     pub not_atomic: bool,
+    /// The rules that are not there.
+    #[serde(default)]
+    pub refused: Vec<RefusedRule>,
+}
+
+/// A rule that cannot be put back as it is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RefusedRule {
+    /// The bridge.
+    pub bridge: String,
+    /// `flow`, `group`, `meter` or `tlv-map`.
+    pub kind: String,
+    /// The rule.
+    pub rule: String,
+    /// The OpenFlow error, ovs-ofctl's words, or what it would become.
+    pub reason: String,
+}
+
+impl fmt::Display for RefusedRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bridge {}: {} `{}`: {}", self.bridge, self.kind, self.rule, self.reason)
+    }
+}
+
+/// A restore that waits for the new daemon, and the rules that it could not put back.
+pub struct Preparation {
+    /// The restore.
+    pub restore: Box<dyn PreparedRestore>,
+    /// Where there are any, their bridges are not prepared.
+    pub refused: Vec<RefusedRule>,
 }
 
 /// A rule that is there on one side only.
@@ -628,10 +660,14 @@ pub trait OpenFlow: Send + Sync {
     /// `flow_limit` kernel flows (hazards 24: it begins with 10,000; above its limit handlers do not install flows, far
     /// above it all are deleted).
     fn wait_ready(&self, daemon: &Daemon, bridges: &[Bridge], flow_limit: u32, until: Instant) -> Result<()>;
-    /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. May be run twice.
+    /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. A rule that the daemon refuses
+    /// costs no other, but those that need it. May be run twice.
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
-    /// Does all of a restore that can be done before the new daemon is there: rules parsed and encoded.
-    fn prepare_restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>>;
+    /// Does all of a restore that can be done before the new daemon is there: rules parsed, encoded, and each proved to
+    /// be one that can be put back, by `daemon`, which has them. Changes nothing.
+    fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation>;
+    /// The rules that `daemon` has and `rules` tell as others, or not at all.
+    fn unfaithful(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>>;
     /// The learned addresses of each of `bridges` in `daemon`, in their order, the latest first.
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
@@ -645,8 +681,11 @@ pub trait OpenFlow: Send + Sync {
 
 /// A restore that waits for the new daemon.
 pub trait PreparedRestore: Send {
-    /// As [`OpenFlow::restore`], fast for each bridge whose rules are still those that it was prepared with.
-    fn commit(self: Box<Self>, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
+    /// As [`OpenFlow::prepare_restore`], for the bridges whose rules are not those that they were prepared with.
+    fn update(&mut self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>>;
+    /// As [`OpenFlow::restore`], fast for each bridge whose rules are still those that it was prepared with. May be done
+    /// more than once.
+    fn commit(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
 }
 
 /// Notices changes of flows.

@@ -131,6 +131,8 @@ names! {
     Memory = "memory",
     /// Tasks of the unit, for the same.
     Tasks = "tasks",
+    /// An OpenFlow rule, or all of them.
+    Rule = "rule",
 }
 
 impl fmt::Display for Name {

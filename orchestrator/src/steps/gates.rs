@@ -43,7 +43,9 @@ fn has_every_rule(run: &mut Run) -> Result<bool, Stop> {
     let mut lacking = Vec::new();
     for (before, now) in run.known.rules.iter().zip(now) {
         // Rules with a time-out may have gone rightly.
-        let wanted = before.flows.iter().filter(|rule| !is_timed(rule)).count() as u64;
+        // What could not be put back is told by Verify.
+        let refused = |rule: &str| run.known.refused.iter().any(|no| no.bridge == before.bridge && no.rule == rule);
+        let wanted = before.flows.iter().filter(|rule| !is_timed(rule) && !refused(rule)).count() as u64;
         if now < wanted {
             lacking.push(format!("bridge {}: {now} OpenFlow flows, {wanted} without a time-out before", before.bridge));
         }

@@ -12,7 +12,7 @@ mod features;
 mod gates;
 mod guard;
 mod handover;
-mod notes;
+pub(crate) mod notes;
 mod policies;
 mod ports;
 mod reload;

@@ -8,7 +8,7 @@ use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snap
 
 use crate::host::datapath::DATAPATH;
 use crate::host::real::openflow::compare as compare_rules;
-use crate::host::{BridgeRules, LearnReport, RestoredRules};
+use crate::host::{BridgeRules, LearnReport, RefusedRule, RestoredRules, RuleDifference};
 use crate::report::{DatapathReport, OpenFlowReport, Parked, Report};
 
 /// The state before, as far as the report wants it.
@@ -181,19 +181,54 @@ pub(super) fn learned(report: &mut Report, learned: &LearnReport) {
     }
 }
 
-/// OpenFlow rules after, by meaning. Rules with a time-out may have gone, or been learned, rightly.
-pub(super) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[BridgeRules]) {
+/// So many rules are named where there are more of a kind.
+const RULES_NAMED: usize = 20;
+
+fn named(refused: &[RefusedRule]) -> String {
+    let mut text: Vec<String> = refused.iter().take(RULES_NAMED).map(ToString::to_string).collect();
+    if let Some(more) = refused.len().checked_sub(RULES_NAMED).filter(|more| *more > 0) {
+        text.push(format!("and {more} more"));
+    }
+    text.join("\n")
+}
+
+/// Rules that a restore could not put back as they are, before anything was touched.
+pub(super) fn cannot_be_put_back(refused: &[RefusedRule]) -> Option<String> {
+    let told =
+        || format!("OpenFlow rules that could not be put back as they are:\n{}\nremedy: {RULE_REMEDY}", named(refused));
+    (!refused.is_empty()).then(told)
+}
+
+/// What an operator can do about such a rule.
+pub(crate) const RULE_REMEDY: &str =
+    "delete the rule, or add it anew in a form that the bridge's highest OpenFlow version prints and takes alike";
+
+/// Rules that a restore has not put back; all others are in place.
+pub(crate) fn not_put_back(refused: &[RefusedRule]) -> Option<String> {
+    let told = || format!("OpenFlow rules that were not put back; all others are in place:\n{}", named(refused));
+    (!refused.is_empty()).then(told)
+}
+
+/// OpenFlow rules after, by meaning. Rules with a time-out may have gone, or been learned, rightly, unless they were
+/// `refused`.
+pub(crate) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[BridgeRules], refused: &[RefusedRule]) {
     for entry in &mut report.openflow {
         let Some(now) = after.iter().find(|now| now.bridge == entry.bridge) else { continue };
         entry.flows_after = now.flows.len() as u64;
         entry.groups_after = now.groups.len() as u64;
         entry.meters_after = now.meters.len() as u64;
     }
-    for difference in compare_rules(before, after).into_iter().filter(|difference| !difference.timed) {
+    for difference in compare_rules(before, after) {
         let sign = if difference.missing { "missing" } else { "new" };
-        report
-            .differences
-            .push(format!("bridge {}: {sign} {}: {}", difference.bridge, difference.kind, difference.rule));
+        let is_it =
+            |refused: &&RefusedRule| (&*refused.bridge, &*refused.rule) == (&*difference.bridge, &*difference.rule);
+        let refused = refused.iter().find(is_it).filter(|_| difference.missing);
+        if difference.timed && refused.is_none() {
+            continue;
+        }
+        let why = refused.map(|refused| format!(" (refused: {})", refused.reason)).unwrap_or_default();
+        let RuleDifference { bridge, kind, rule, .. } = difference;
+        report.differences.push(format!("bridge {bridge}: {sign} {kind}: {rule}{why}"));
     }
 }
 

@@ -7,7 +7,9 @@ use anyhow::{anyhow, Context};
 
 use super::{bridges, notes, Ended, Host, Known, Run, Step, Stop};
 use crate::config::Config;
-use crate::host::{Bridge, BridgeRules, Daemon, FdbEntry, LearnReport, OpenFlow, PreparedRestore, RestoredRules};
+use crate::host::{
+    Bridge, BridgeRules, Daemon, FdbEntry, LearnReport, OpenFlow, Preparation, PreparedRestore, RestoredRules,
+};
 use crate::machine::{Event, Phase};
 
 pub(super) struct Restore;
@@ -28,6 +30,23 @@ impl Step for Restore {
     }
 }
 
+/// Every rule can be put back, or the run ends here: nothing has been touched yet.
+pub(super) fn prepare(run: &mut Run) -> Result<(), Stop> {
+    let (old, until) = (run.old()?.clone(), run.deadline);
+    let Known { rules, prepared, .. } = &mut run.known;
+    let refused = match prepared {
+        Some(prepared) => prepared.update(&old, rules, until),
+        None => run.host.openflow.prepare_restore(&old, rules, until).map(|Preparation { restore, refused }| {
+            *prepared = Some(restore);
+            refused
+        }),
+    };
+    match notes::cannot_be_put_back(&refused.context("preparing the restore of OpenFlow rules")?) {
+        None => run.checkpoint(),
+        Some(told) => Err(anyhow!(told).into()),
+    }
+}
+
 pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let new = run.new_daemon()?.clone();
@@ -37,8 +56,8 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     for failed in run.host.datapath.tunnels_adopted(TUNNEL_PATIENCE)? {
         run.warn(format!("tunnel port not kept: {failed}"));
     }
-    let Known { rules, addresses, prepared, .. } = &mut run.known;
-    let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.take(), until)?;
+    let Known { rules, addresses, prepared, .. } = &run.known;
+    let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.as_deref(), until)?;
     note(run, done)?;
     super::policies::make(run)?;
     super::reload::put_devices_back(run)
@@ -65,13 +84,13 @@ fn put_back(
     bridges: &[Bridge],
     rules: &[BridgeRules],
     addresses: &BTreeMap<String, Vec<FdbEntry>>,
-    mut prepared: Option<Box<dyn PreparedRestore>>,
+    prepared: Option<&dyn PreparedRestore>,
     until: Instant,
 ) -> anyhow::Result<(Vec<RestoredRules>, LearnReport)> {
     let openflow = host.openflow.as_ref();
     let (mut restored, mut learned) = (None, None);
     let mut restore = || {
-        restored = Some(match prepared.take() {
+        restored = Some(match prepared {
             Some(prepared) => prepared.commit(rules, until),
             None => openflow.restore(rules, until),
         });
@@ -107,6 +126,14 @@ fn teach_addresses(
 fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -> Result<(), Stop> {
     notes::restored(&mut run.report, &restored);
     notes::learned(&mut run.report, &learned);
+    let known = std::mem::take(&mut run.known.refused);
+    let refused: Vec<_> = restored.iter().flat_map(|done| done.refused.clone()).collect();
+    let news: Vec<_> = refused.iter().filter(|refused| !known.contains(refused)).cloned().collect();
+    if let Some(told) = notes::not_put_back(&news) {
+        run.warn(told);
+    }
+    let others = known.into_iter().filter(|rule| restored.iter().all(|done| done.bridge != rule.bridge));
+    run.known.refused = others.chain(refused).collect();
     run.checkpoint()
 }
 
@@ -128,7 +155,8 @@ pub(super) fn restore_bridges_with_controllers(run: &mut Run) -> Result<(), Stop
         .cloned()
         .collect();
     let (new, until) = (run.new_daemon()?.clone(), run.deadline);
-    let done = put_back(&run.host, &new, &with_controllers, &rules, &run.known.addresses, None, until)?;
+    let Known { addresses, prepared, .. } = &run.known;
+    let done = put_back(&run.host, &new, &with_controllers, &rules, addresses, prepared.as_deref(), until)?;
     note(run, done)?;
     wait_for_controllers(run, &new, with_controllers, &rules)
 }

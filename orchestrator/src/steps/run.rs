@@ -15,8 +15,8 @@ use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
-    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RestoreWaitWatch,
-    RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
+    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RefusedRule,
+    RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
 };
 use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
@@ -129,6 +129,8 @@ pub struct Known {
     pub rule_watch: Option<Box<dyn RuleWatch>>,
     /// The restore of [`Known::rules`], ready to be carried out.
     pub prepared: Option<Box<dyn PreparedRestore>>,
+    /// Rules that could not be put back, as of the last restore.
+    pub refused: Vec<RefusedRule>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
     /// The start of the program that ran before.

@@ -7,7 +7,7 @@ use anyhow::Context;
 use dpfreeze::snapshot::Snapshot as Kernel;
 
 use super::features::found_by;
-use super::{notes, Ended, Run, Step};
+use super::{notes, restore, Ended, Run, Step};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::machine::{Event, Phase};
@@ -36,11 +36,14 @@ impl Step for Snapshot {
         run.known.rule_watch = Some(watch);
         notes::rules_before(&mut run.report, &run.known.rules);
         run.checkpoint()?;
+        // Parsed and ready now, so that the gap does not pay for it.
+        restore::prepare(run)?;
         Ok(Event::Done)
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
         run.known.rule_watch = None;
+        run.known.prepared = None;
         Ok(Event::Done)
     }
 }

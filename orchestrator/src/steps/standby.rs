@@ -45,15 +45,12 @@ impl Step for Standby {
                 run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
             }
         }
-        // Parsed and ready now, so that the gap does not pay for it.
-        run.known.prepared = Some(run.host.openflow.prepare_restore(&run.known.rules, until)?);
         run.checkpoint()?;
         Ok(Event::Done)
     }
 
     fn undo(&self, run: &mut Run) -> Ended {
         let until = run.now() + run.config.limits.undo();
-        run.known.prepared = None;
         run.host.datapath.tunnels_adopted(Duration::ZERO)?;
         let old = run.old()?.clone();
         if let Some(new) = run.known.new.clone() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::standby::start_has_not_failed;
-use super::{bridges, classes, database_disk, notes, reload, Ended, Run, Step, Stop};
+use super::{bridges, classes, database_disk, notes, reload, restore, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -79,7 +79,17 @@ fn let_it_catch_up(run: &mut Run) -> Result<(), Stop> {
             break;
         }
     }
+    read_again(run)?;
     run.checkpoint()
+}
+
+/// Changed rules are read and proved now, as far as they have changed by now: the gap does not pay for it, and a rule that
+/// cannot be put back ends the run before it.
+fn read_again(run: &mut Run) -> Result<(), Stop> {
+    let Some(watch) = &mut run.known.rule_watch else { return Ok(()) };
+    let (bridges, until) = (&run.known.facts.bridges, run.deadline);
+    run.known.rules = run.host.openflow.refresh(bridges, &run.known.rules, watch.as_mut(), until)?;
+    restore::prepare(run)
 }
 
 /// A supervisor that dies does not take along what it has parked. Where nobody keeps it, it does.
@@ -123,6 +133,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     if let Some(mut watch) = run.known.rule_watch.take() {
         run.known.rules = run.host.openflow.refresh(&bridges, &run.known.rules, watch.as_mut(), until)?;
         notes::rules_before(&mut run.report, &run.known.rules);
+        restore::prepare(run)?;
     }
     let old = run.old()?.clone();
     let learned = run.host.openflow.fdb(&old, &bridges, until).context("learned addresses")?;

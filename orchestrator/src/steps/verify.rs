@@ -9,7 +9,7 @@ use dpfreeze::snapshot::Snapshot;
 use super::{bridges, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
-use crate::host::DatabaseFacts;
+use crate::host::{BridgeRules, DatabaseFacts};
 use crate::machine::{Event, Phase};
 
 pub(super) struct Verify;
@@ -33,7 +33,8 @@ impl Step for Verify {
         let rules = bridges::despite_removals(run, |run| {
             run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")
         })?;
-        notes::rules_after(&mut run.report, &run.known.rules, &rules);
+        notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
+        compare_meaning(run, &rules)?;
         compare_features(run);
         run.checkpoint()?;
         match run.report.differences.is_empty() {
@@ -41,6 +42,19 @@ impl Step for Verify {
             false => Ok(Event::DifferencesFound),
         }
     }
+}
+
+/// What OpenFlow tells is what it told before, by now; before, the old daemon had no other rules than it told, and nor has
+/// the new one.
+fn compare_meaning(run: &mut Run, rules: &[BridgeRules]) -> Result<(), Stop> {
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
+    let other = bridges::despite_removals(run, |run| {
+        let there = |rules: &&BridgeRules| run.known.facts.bridges.iter().any(|bridge| bridge.name == rules.bridge);
+        let rules: Vec<BridgeRules> = rules.iter().filter(there).cloned().collect();
+        run.host.openflow.unfaithful(&new, &rules, until).context("what the new ovs-vswitchd has of OpenFlow rules")
+    })?;
+    run.report.differences.extend(other.iter().map(ToString::to_string));
+    Ok(())
 }
 
 /// Zones by meaning; limits that were lost are set again, and `after` has them then.

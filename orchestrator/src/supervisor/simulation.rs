@@ -12,7 +12,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
 use crate::host::simulated::{
-    Crash, DiskState, Fault, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World,
+    Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, ODD_RULE,
 };
 use crate::recovery::{recover_interrupted, tidy_database};
 
@@ -141,6 +141,12 @@ impl Played {
         self.report.as_ref().map(|report| report.exit_code)
     }
 
+    /// Does the report say that there is something with this rule?
+    fn names(&self, rule: &str) -> bool {
+        let Some(report) = &self.report else { return false };
+        report.warnings.iter().chain(&report.differences).any(|said| said.contains(rule))
+    }
+
     /// In words: what went wrong, and how it ended.
     fn told(&self) -> String {
         let world = self.sim.world();
@@ -184,7 +190,7 @@ impl Played {
             wrong.push("the switch is not bound".into());
         }
         let plain = self.is_a_plain_restart(&world);
-        if switch.rules != world.rules && !world.rebooted && !plain {
+        if switch.rules != world.rules_for(pid) && !world.rebooted && !plain {
             wrong.push("the switch has not all of its rules".into());
         }
         world.pass(Duration::from_secs(1));
@@ -196,6 +202,13 @@ impl Played {
         }
         if world.variant.units() && (world.switch.main != pid || world.switch.state != "active") {
             wrong.push(format!("the unit is {} and does not own the switch", world.switch.state));
+        }
+        let lacks_one = switch.rules != world.rules;
+        if lacks_one && !world.rebooted && !plain && !self.names(ODD_RULE) {
+            wrong.push("the rule that was not taken is not named".into());
+        }
+        if lacks_one && !world.rebooted && !plain && code == Some(ExitCode::Done) {
+            wrong.push("done, and a rule is not there".into());
         }
         match code {
             Some(ExitCode::Done | ExitCode::Differences) if old || switch.program != Program::Installed => {
@@ -235,7 +248,13 @@ impl Played {
         };
         let died = |fault: &Fault| matches!(fault, Fault::OldDies | Fault::NewDies);
         let too_late = world.script.struck.iter().any(|(place, fault)| died(fault) && over(place));
-        too_early || too_late || (world.happened(Fault::NewDies) && report.exit_code == ExitCode::Done)
+        let only_odd = || report.differences.iter().all(|difference| difference.contains(ODD_RULE));
+        let done = match report.exit_code {
+            ExitCode::Done => true,
+            ExitCode::Differences => world.variant.odd == Odd::Untold && only_odd(),
+            _ => false,
+        };
+        too_early || too_late || (world.happened(Fault::NewDies) && done)
     }
 
     /// Packets that must not have been lost. What a supervisor held that died is lost where systemd has not kept it:
@@ -359,6 +378,41 @@ fn a_program_that_does_not_come_up_leaves_the_one_that_ran_before() {
             verdict.note(format!("lost: {:?}", world.losses), name);
         }
     }
+    verdict.told();
+}
+
+#[test]
+fn a_rule_that_cannot_be_put_back_ends_the_run_before_anything_is_touched() {
+    let mut verdict = Verdict::default();
+    for (name, setting) in settings() {
+        let played =
+            play(Setting { variant: Variant { odd: Odd::Told, ..setting.variant }, ..setting }, Script::default());
+        verdict.judge(name, &played);
+        let undone = played.code() == Some(ExitCode::Undone) && played.names(ODD_RULE);
+        let world = played.sim.world();
+        if !undone || (world.lost() > 0 && !played.is_a_plain_restart(&world)) {
+            verdict.note(format!("{:?}", played.report), name);
+        }
+    }
+    verdict.told();
+}
+
+#[test]
+fn a_rule_that_no_other_daemon_takes_costs_no_other_rule() {
+    let mut verdict = Verdict::default();
+    let odd = |setting: Setting| Setting { variant: Variant { odd: Odd::Untold, ..setting.variant }, ..setting };
+    for (name, setting) in settings() {
+        let setting = odd(setting);
+        let played = play(setting, Script::default());
+        verdict.judge(name, &played);
+        let differences = played.report.as_ref().map(|report| report.differences.join(" ")).unwrap_or_default();
+        if played.code() != Some(ExitCode::Differences) || !differences.contains(ODD_RULE) {
+            verdict.note(format!("{:?}", played.report), name);
+        }
+        // On the way back and in every recovery as well.
+        harm_all(&mut verdict, name, setting, &[], 0, &[Fault::Error, Fault::CrashAfter]);
+    }
+    harm_all(&mut verdict, "new dies", odd(PLAIN), &[], 0, &[Fault::NewDies, Fault::OldDies]);
     verdict.told();
 }
 

@@ -1,19 +1,21 @@
 //! The bridges through the installed ovs-ofctl: it speaks the version of the package, whatever that is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use super::jsonrpc::remaining;
+use super::messages::{answer, ERROR, HEADER};
 use super::parallel::side_by_side;
 use super::prepared::Prepared;
+use super::recording::{code, Recording};
 use super::rule_watch::Watch;
-use super::{command, controllers, fdb, meters, unixctl};
+use super::{command, controllers, faithful, fdb, meters, unixctl};
 use crate::host::{
-    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
-    RuleDifference, RuleWatch,
+    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore, RefusedRule,
+    RestoredRules, Result, RuleDifference, RuleWatch,
 };
 
 pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
@@ -21,6 +23,8 @@ pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
 pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
 /// So many bridges are read table by table, with a process for each.
 const FEW_BRIDGES: usize = 32;
+/// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
+const COMPARISONS: u32 = 3;
 /// Between two looks at a daemon that starts.
 pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(3);
 
@@ -65,6 +69,40 @@ impl RealOpenFlow {
         command::run_well(OVS_OFCTL, &words, input.map(str::as_bytes), until)
     }
 
+    /// The same, however it ends.
+    pub(super) fn ofctl_output(
+        &self,
+        protocol: &str,
+        arguments: &[&str],
+        input: Option<&str>,
+        until: Instant,
+    ) -> Result<command::Output> {
+        let mut words = vec!["--no-names", "-O", protocol];
+        words.extend(arguments);
+        command::run(OVS_OFCTL, &words, input.map(str::as_bytes), until)
+    }
+
+    /// The messages of a stream as ovs-ofctl prints them.
+    pub(super) fn print(&self, stream: &[u8], until: Instant) -> Result<String> {
+        command::run_well(OVS_OFCTL, &["--no-names", "ofp-parse", "-"], Some(stream), until)
+    }
+
+    /// The names of error messages, such as `OFPBAC_MATCH_INCONSISTENT`, by their [`code`].
+    pub(super) fn names_of<'a>(
+        &self,
+        errors: impl Iterator<Item = &'a Vec<u8>>,
+        until: Instant,
+    ) -> BTreeMap<Vec<u8>, String> {
+        let distinct: BTreeMap<&[u8], &Vec<u8>> = errors.map(|error| (code(error), error)).collect();
+        let name = |(code, error): (&[u8], &Vec<u8>)| {
+            let short = answer(error.get(..HEADER + code.len())?, ERROR);
+            let printed = self.print(&short, until).ok()?;
+            let name = printed.lines().next()?.split_once("): ")?.1.trim();
+            Some((code.to_owned(), name.to_owned()))
+        };
+        distinct.into_iter().filter_map(name).collect()
+    }
+
     /// Reads one bridge; its flows only where `flows` does not have them yet.
     fn read(&self, bridge: &Bridge, flows: Option<Vec<String>>, until: Instant) -> Result<BridgeRules> {
         let target = self.target(&bridge.name);
@@ -77,7 +115,7 @@ impl RealOpenFlow {
         let number = version_number(&protocol);
         let flows = match flows {
             Some(flows) => flows,
-            None => self.flows(bridge, &protocol, until)?,
+            None => self.flows(&bridge.name, &protocol, until)?,
         };
         Ok(BridgeRules {
             bridge: bridge.name.clone(),
@@ -90,48 +128,78 @@ impl RealOpenFlow {
         })
     }
 
-    fn flows(&self, bridge: &Bridge, protocol: &str, until: Instant) -> Result<Vec<String>> {
-        let words = ["--no-stats", "dump-flows", &self.target(&bridge.name)];
+    fn flows(&self, bridge: &str, protocol: &str, until: Instant) -> Result<Vec<String>> {
+        let words = ["--no-stats", "dump-flows", &self.target(bridge)];
         Ok(parse_flows(&self.ofctl(protocol, &words, None, until)?))
     }
 
-    pub(super) fn restore_one(&self, rules: &BridgeRules, until: Instant) -> Result<RestoredRules> {
-        let target = self.target(&rules.bridge);
-        let about =
-            |error: HostError| HostError { object: format!("bridge {}: {}", rules.bridge, error.object), ..error };
-        self.restore_small(&target, rules, until).map_err(about)?;
-        let bundled = has_bundles(rules);
-        if bundled {
-            let words = ["bundle", &target, "-"];
-            self.ofctl(&rules.protocol, &words, Some(&bundle_text(rules)), until).map_err(about)?;
-        } else {
-            self.restore_singly(&target, rules, until).map_err(about)?;
-        }
-        Ok(RestoredRules { bridge: rules.bridge.clone(), not_atomic: !bundled })
+    /// The folder of sockets that only we may enter.
+    pub(super) fn private_directory(&self) -> &Path {
+        &self.private_directory
     }
 
-    /// What no bundle takes, and what the flows need before them.
-    pub(super) fn restore_small(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
+    /// Makes a bridge's rules `rules`, with the messages for it where they were recorded. Nothing is deleted before what
+    /// is to be there is there, or comes with it.
+    pub(super) fn restore_one(
+        &self,
+        rules: &BridgeRules,
+        recorded: Option<&Recording>,
+        until: Instant,
+    ) -> Result<RestoredRules> {
+        let about =
+            |error: HostError| HostError { object: format!("bridge {}: {}", rules.bridge, error.object), ..error };
+        self.give(rules, recorded, until).map_err(about)
+    }
+
+    fn give(&self, rules: &BridgeRules, recorded: Option<&Recording>, until: Instant) -> Result<RestoredRules> {
+        let mut refused = self.restore_small(rules, until)?;
+        let made;
+        let recording = match recorded {
+            Some(recording) => recording,
+            None => {
+                let (recording, unreadable) = Recording::make(self, rules, until)?;
+                refused.extend(unreadable);
+                made = recording;
+                &made
+            }
+        };
+        let bundled = recording.put(rules, self, &self.socket(&rules.bridge), &mut refused, until)?;
+        if !bundled {
+            self.remove_others(rules, until)?;
+        }
+        Ok(RestoredRules { bridge: rules.bridge.clone(), not_atomic: !bundled, refused })
+    }
+
+    /// What no bundle takes, and what the flows need before them. Returns what the bridge refuses.
+    fn restore_small(&self, rules: &BridgeRules, until: Instant) -> Result<Vec<RefusedRule>> {
+        let target = self.target(&rules.bridge);
+        let say = |words: &[&str]| self.ofctl(&rules.protocol, words, None, until);
+        let mut refused = Vec::new();
+        let mut note = |kind: &str, rule: &str, error: HostError| match error.timed_out {
+            true => Err(error),
+            false => {
+                let (kind, rule) = (kind.to_owned(), rule.to_owned());
+                refused.push(RefusedRule { bridge: rules.bridge.clone(), kind, rule, reason: error.cause });
+                Ok(())
+            }
+        };
         let at_once = !rules.meters.is_empty() && self.meters_at_once(rules, until);
         for meter in rules.meters.iter().filter(|_| !at_once) {
             // It is there already when this is the second time: then it is made what it should be.
-            if self.ofctl(&rules.protocol, &["add-meter", target, meter], None, until).is_err() {
-                self.ofctl(&rules.protocol, &["mod-meter", target, meter], None, until)?;
+            if say(&["add-meter", &target, meter]).is_err() {
+                say(&["mod-meter", &target, meter]).map(drop).or_else(|error| note("meter", meter, error))?;
             }
         }
-        if rules.tlv_map.is_empty() {
-            return Ok(());
+        for tlv in self.lacking_tlvs(rules, until)? {
+            say(&["add-tlv-map", &target, tlv]).map(drop).or_else(|error| note("tlv-map", tlv, error))?;
         }
-        let add = |tlvs: &[&str]| self.ofctl(&rules.protocol, &["add-tlv-map", target, &tlvs.join(",")], None, until);
-        let all: Vec<&str> = rules.tlv_map.iter().map(String::as_str).collect();
-        let Err(first) = add(&all) else { return Ok(()) };
-        let there = parse_tlv_map(&self.ofctl(&rules.protocol, &["dump-tlv-map", target], None, until)?);
-        let lacking: Vec<&str> = all.into_iter().filter(|tlv| !there.iter().any(|other| other == tlv)).collect();
-        match lacking.len() {
-            0 => Ok(()),
-            n if n == rules.tlv_map.len() => Err(first),
-            _ => add(&lacking).map(drop),
+        if !has_bundles(rules) {
+            for group in &rules.groups {
+                let words = ["--may-create", "mod-group", &target, group];
+                say(&words).map(drop).or_else(|error| note("group", group, error))?;
+            }
         }
+        Ok(refused)
     }
 
     /// All meters over one connection; what that does not take is said by ovs-ofctl, one meter after the other.
@@ -142,15 +210,54 @@ impl RealOpenFlow {
         })
     }
 
-    /// For versions without bundles.
-    fn restore_singly(&self, target: &str, rules: &BridgeRules, until: Instant) -> Result<()> {
-        if version_number(&rules.protocol) >= 11 {
-            self.ofctl(&rules.protocol, &["del-groups", target], None, until)?;
-            let groups = lines(&rules.groups);
-            self.ofctl(&rules.protocol, &["add-groups", target, "-"], Some(&groups), until)?;
+    /// All at once where that works. Returns what has to be tried one by one.
+    fn lacking_tlvs<'a>(&self, rules: &'a BridgeRules, until: Instant) -> Result<Vec<&'a str>> {
+        if rules.tlv_map.is_empty() {
+            return Ok(Vec::new());
         }
-        let flows = lines(&rules.flows);
-        self.ofctl(&rules.protocol, &["replace-flows", target, "-"], Some(&flows), until).map(drop)
+        let target = self.target(&rules.bridge);
+        let all: Vec<&str> = rules.tlv_map.iter().map(String::as_str).collect();
+        if self.ofctl(&rules.protocol, &["add-tlv-map", &target, &all.join(",")], None, until).is_ok() {
+            return Ok(Vec::new());
+        }
+        let there = parse_tlv_map(&self.ofctl(&rules.protocol, &["dump-tlv-map", &target], None, until)?);
+        Ok(all.into_iter().filter(|tlv| !there.iter().any(|other| other == tlv)).collect())
+    }
+
+    /// What a bridge has besides `rules`, whose flows it was given one after the other, goes now.
+    fn remove_others(&self, rules: &BridgeRules, until: Instant) -> Result<()> {
+        let target = self.target(&rules.bridge);
+        let wanted: HashSet<String> = rules.flows.iter().map(|flow| faithful::key(flow)).collect();
+        let now = self.flows(&rules.bridge, &rules.protocol, until)?;
+        let others = now.iter().filter(|flow| !wanted.contains(&faithful::key(flow)));
+        let others: Vec<String> = others.map(|flow| faithful::to_delete(flow)).collect();
+        if !others.is_empty() {
+            let words = ["--strict", "del-flows", &target, "-"];
+            self.ofctl(&rules.protocol, &words, Some(&lines(&others)), until)?;
+        }
+        if version_number(&rules.protocol) >= 11 {
+            let now = parse_groups(&self.ofctl(&rules.protocol, &["dump-groups", &target], None, until)?);
+            let wanted: BTreeSet<&str> = rules.groups.iter().map(|group| first_field(group)).collect();
+            for other in now.iter().map(|group| first_field(group)).filter(|id| !wanted.contains(id)) {
+                self.ofctl(&rules.protocol, &["del-groups", &target, other], None, until)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The flows of one bridge that OpenFlow tells as others than the daemon has, by two looks at once.
+    fn unfaithful_of(&self, daemon: &Daemon, rules: &BridgeRules, until: Instant) -> Result<Vec<RefusedRule>> {
+        let own = |until| unixctl::command(&daemon.control, "bridge/dump-flows", &[&rules.bridge], until);
+        let mut found = faithful::unfaithful(rules, &own(until)?);
+        for _ in 1..COMPARISONS {
+            if found.is_empty() {
+                break;
+            }
+            let flows = self.flows(&rules.bridge, &rules.protocol, until)?;
+            let again = faithful::unfaithful(&BridgeRules { flows, ..rules.clone() }, &own(until)?);
+            found.retain(|refused| again.contains(refused));
+        }
+        Ok(found)
     }
 }
 
@@ -194,7 +301,7 @@ impl OpenFlow for RealOpenFlow {
         side_by_side(&work, |(bridge, flows, small)| match (flows, small) {
             (Some(flows), Some(small)) => Ok(BridgeRules { flows: flows.clone(), ..small.clone() }),
             (None, Some(small)) => {
-                Ok(BridgeRules { flows: self.flows(bridge, &small.protocol, until)?, ..small.clone() })
+                Ok(BridgeRules { flows: self.flows(&bridge.name, &small.protocol, until)?, ..small.clone() })
             }
             (flows, None) => self.read(bridge, flows.clone(), until),
         })
@@ -231,11 +338,18 @@ impl OpenFlow for RealOpenFlow {
     }
 
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
-        side_by_side(rules, |rules| self.restore_one(rules, until))
+        side_by_side(rules, |rules| self.restore_one(rules, None, until))
     }
 
-    fn prepare_restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>> {
-        Ok(Box::new(Prepared::record(self, rules, &self.private_directory, until)?))
+    fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation> {
+        let mut restore = Box::new(Prepared::new(self));
+        let refused = restore.update(daemon, rules, until)?;
+        Ok(Preparation { restore, refused })
+    }
+
+    fn unfaithful(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
+        let found = side_by_side(rules, |rules| self.unfaithful_of(daemon, rules, until))?;
+        Ok(found.into_iter().flatten().collect())
     }
 
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
@@ -290,7 +404,8 @@ fn parse_flows(dump: &str) -> Vec<String> {
     rules.map(flow).collect()
 }
 
-fn flow(line: &str) -> String {
+/// One flow of a dump, as `add-flows` takes it.
+pub(super) fn flow(line: &str) -> String {
     let (head, actions) = line.split_once("actions=").unwrap_or((line, ""));
     let counters = ["idle_age=", "hard_age=", "duration=", "n_packets=", "n_bytes="];
     let fields: Vec<String> = head
@@ -353,16 +468,9 @@ pub(super) fn has_bundles(rules: &BridgeRules) -> bool {
     version_number(&rules.protocol) >= 13
 }
 
-/// One ordered, atomic bundle that replaces everything.
-pub(super) fn bundle_text(rules: &BridgeRules) -> String {
-    let mut text = String::from("flow delete\ngroup delete\n");
-    for group in &rules.groups {
-        text.push_str(&format!("group add {group}\n"));
-    }
-    for flow in &rules.flows {
-        text.push_str(&format!("flow add {flow}\n"));
-    }
-    text
+/// A group's `group_id=5`.
+pub(super) fn first_field(rule: &str) -> &str {
+    rule.split([',', ' ']).next().unwrap_or(rule)
 }
 
 fn lines(rules: &[String]) -> String {

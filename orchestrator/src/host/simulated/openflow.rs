@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::world::{Process, World};
+use super::world::{Odd, Process, World, ODD_RULE};
 use super::Sim;
 use crate::host::{
-    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, PreparedRestore, RestoredRules, Result,
-    RuleWatch,
+    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore, RefusedRule,
+    RestoredRules, Result, RuleWatch,
 };
 
 #[derive(Clone)]
@@ -26,8 +26,29 @@ fn all_there<'a>(world: &World, mut names: impl Iterator<Item = &'a str>) -> Res
 
 fn put(world: &mut World, rules: &[BridgeRules]) -> Result<Vec<RestoredRules>> {
     let leader = leader(world)?;
-    leader.rules.extend(rules.iter().map(|rules| (rules.bridge.clone(), rules.clone())));
-    Ok(rules.iter().map(|rules| RestoredRules { bridge: rules.bridge.clone(), not_atomic: false }).collect())
+    let taken = |rules: &BridgeRules| {
+        let flows = rules.flows.iter().filter(|flow| *flow != ODD_RULE).cloned().collect();
+        BridgeRules { flows, ..rules.clone() }
+    };
+    leader.rules.extend(rules.iter().map(|rules| (rules.bridge.clone(), taken(rules))));
+    let done = |rules: &BridgeRules| RestoredRules {
+        bridge: rules.bridge.clone(),
+        not_atomic: false,
+        refused: odd(std::slice::from_ref(rules)),
+    };
+    Ok(rules.iter().map(done).collect())
+}
+
+/// What no daemon takes.
+fn odd(rules: &[BridgeRules]) -> Vec<RefusedRule> {
+    let with_it = rules.iter().filter(|rules| rules.flows.iter().any(|flow| flow == ODD_RULE));
+    let refused = |rules: &BridgeRules| RefusedRule {
+        bridge: rules.bridge.clone(),
+        kind: "flow".into(),
+        rule: ODD_RULE.into(),
+        reason: "OFPFMFC_TABLE_FULL".into(),
+    };
+    with_it.map(refused).collect()
 }
 
 impl SimOpenFlow {
@@ -36,6 +57,16 @@ impl SimOpenFlow {
             let _no_leader = put(world, rules.get(..1).unwrap_or_default());
         };
         self.0.operate_in_parts(name, Some(until), half, |world| put(world, rules))
+    }
+
+    /// The daemon that has the rules is asked.
+    fn prove(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
+        let pid = daemon.id.pid;
+        self.0.operate("openflow.prepare_restore", Some(until), |world| match world.processes.contains_key(&pid) {
+            true if world.variant.odd == Odd::Told => Ok(odd(rules)),
+            true => Ok(Vec::new()),
+            false => Err(HostError::new("ovs-vswitchd", "it has ended")),
+        })
     }
 }
 
@@ -96,9 +127,16 @@ impl OpenFlow for SimOpenFlow {
         self.put("openflow.restore", rules, until)
     }
 
-    fn prepare_restore(&self, _rules: &[BridgeRules], until: Instant) -> Result<Box<dyn PreparedRestore>> {
-        self.0.operate("openflow.prepare_restore", Some(until), |_| Ok(()))?;
-        Ok(Box::new(SimPrepared(self.clone())))
+    fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation> {
+        let refused = self.prove(daemon, rules, until)?;
+        Ok(Preparation { restore: Box::new(SimPrepared(self.clone())), refused })
+    }
+
+    fn unfaithful(&self, daemon: &Daemon, _rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
+        self.0.operate("openflow.unfaithful", Some(until), |world| match world.processes.contains_key(&daemon.id.pid) {
+            true => Ok(Vec::new()),
+            false => Err(HostError::new("ovs-vswitchd", "it has ended")),
+        })
     }
 
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
@@ -138,7 +176,11 @@ impl OpenFlow for SimOpenFlow {
 struct SimPrepared(SimOpenFlow);
 
 impl PreparedRestore for SimPrepared {
-    fn commit(self: Box<Self>, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
+    fn update(&mut self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
+        self.0.prove(daemon, rules, until)
+    }
+
+    fn commit(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>> {
         self.0.put("openflow.commit", rules, until)
     }
 }

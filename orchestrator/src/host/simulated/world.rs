@@ -54,7 +54,23 @@ pub struct Variant {
     pub per_vport: bool,
     /// The daemons run in containers, and whoever runs that of the switch restarts it once he is told.
     pub containers: bool,
+    /// A rule of the first switch that is not like others.
+    pub odd: Odd,
 }
+
+/// What is the matter with [`ODD_RULE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Odd {
+    /// There is none.
+    None,
+    /// It is found out beforehand that it could not be put back; no daemon takes it.
+    Told,
+    /// Nothing tells so beforehand, and no daemon takes it.
+    Untold,
+}
+
+/// See [`Odd`].
+pub const ODD_RULE: &str = "priority=7,actions=odd";
 
 impl Variant {
     /// Most hosts.
@@ -66,6 +82,7 @@ impl Variant {
         reloading: false,
         per_vport: false,
         containers: false,
+        odd: Odd::None,
     };
 
     /// systemd starts the daemons.
@@ -370,7 +387,7 @@ pub fn bridges() -> Vec<Bridge> {
 }
 
 /// What the switch was told, by bridge.
-pub fn rules() -> BTreeMap<String, BridgeRules> {
+pub fn rules(odd: Odd) -> BTreeMap<String, BridgeRules> {
     let of = |bridge: Bridge| BridgeRules {
         bridge: bridge.name.clone(),
         protocol: "OpenFlow15".into(),
@@ -380,7 +397,12 @@ pub fn rules() -> BTreeMap<String, BridgeRules> {
         ],
         ..BridgeRules::default()
     };
-    bridges().into_iter().map(|bridge| (bridge.name.clone(), of(bridge))).collect()
+    let mut rules: BTreeMap<String, BridgeRules> =
+        bridges().into_iter().map(|bridge| (bridge.name.clone(), of(bridge))).collect();
+    if odd != Odd::None {
+        rules.values_mut().for_each(|rules| rules.flows.insert(1, ODD_RULE.into()));
+    }
+    rules
 }
 
 fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
@@ -401,7 +423,7 @@ impl World {
             gate: Arc::default(),
             processes: BTreeMap::new(),
             first: 0,
-            rules: rules(),
+            rules: rules(variant.odd),
             kernel: Kernel::default(),
             table: Table::default(),
             table_disk: TableDisk::default(),
@@ -436,7 +458,7 @@ impl World {
         }
         world.pass(Duration::from_secs(1));
         if let Some(daemon) = world.processes.get_mut(&first) {
-            daemon.rules = rules();
+            daemon.rules = rules(variant.odd);
             daemon.addresses = addresses();
         }
         world.kernel.established = Some(first);
@@ -652,6 +674,15 @@ impl World {
         }
     }
 
+    /// The rules that this switch must have: all that it takes.
+    pub fn rules_for(&self, pid: i32) -> BTreeMap<String, BridgeRules> {
+        let mut rules = self.rules.clone();
+        if pid != self.first {
+            rules.values_mut().for_each(|rules| rules.flows.retain(|flow| flow != ODD_RULE));
+        }
+        rules
+    }
+
     /// Gives packets to a switch. True where it forwards them.
     pub fn answer(&mut self, pid: i32, packets: u64) -> bool {
         let Some(process) = self.processes.get(&pid) else {
@@ -662,7 +693,7 @@ impl World {
             self.lose("given to a daemon that does not work", packets);
         } else if process.sees_less {
             self.lose("given to a daemon that takes the datapath for one that can do less", packets);
-        } else if process.rules != self.rules {
+        } else if process.rules != self.rules_for(pid) {
             self.lose("a daemon without its rules dropped them", packets);
         } else {
             self.delivered += packets;

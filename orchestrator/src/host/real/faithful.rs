@@ -1,0 +1,194 @@
+//! Is what OpenFlow tells of a bridge's flows what the daemon has?
+//!
+//! A rule that one version of OpenFlow has added another may tell as another rule: `mod_vlan_vid` of OpenFlow 1.0 pushes
+//! a tag only where there is none, and from 1.1 on it is told as `push_vlan`, which always does (`encode_SET_VLAN_VID`,
+//! lib/ofp-actions.c); a match on some bits of the priority in a tag is told as one on all of them (`nx_put_raw`,
+//! lib/nx-match.c); versions before 1.2 have no registers, 1.0 has no meters. Put back, it would be that other rule. The
+//! daemon's own text (`ovs-appctl bridge/dump-flows`) is compared with it: its matches are printed by the same function,
+//! and of its actions those must be there as often that an encoding adds or leaves out. Other actions have several
+//! spellings of one meaning (`mod_nw_src` and `set_field`).
+
+use std::collections::{BTreeSet, HashMap};
+
+use super::openflow::flow;
+use crate::host::{BridgeRules, RefusedRule};
+
+/// Actions that must be told as often as the daemon has them.
+const COUNTED: [&str; 7] =
+    ["push_vlan:", "write_actions(", "clear_actions", "write_metadata:", "goto_table:", "meter:", "group:"];
+/// What is no part of a match.
+const NO_MATCH: [&str; 7] =
+    ["cookie=", "idle_timeout=", "hard_timeout=", "importance=", "n_offload_packets=", "n_offload_bytes=", "actions="];
+const FLAGS: [&str; 7] = [
+    "send_flow_rem",
+    "check_overlap",
+    "reset_counts",
+    "no_packet_counts",
+    "no_byte_counts",
+    "allow_hidden_fields",
+    "no_readonly_table",
+];
+/// The table of the daemon's own rules (TBL_INTERNAL, ofproto/ofproto-dpif.h).
+const INTERNAL_TABLE: &str = "table=254";
+/// What stands for "no tag" in a match.
+const UNTAGGED: &str = "vlan_tci=untagged";
+
+/// The flows that the daemon has, by its text `own`, and that are told in `rules` as another rule, or not at all.
+pub fn unfaithful(rules: &BridgeRules, own: &str) -> Vec<RefusedRule> {
+    let told: HashMap<String, &str> = rules.flows.iter().map(|flow| (key(flow), actions(flow))).collect();
+    let own =
+        own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")));
+    let as_text = rules.protocol.replacen("OpenFlow1", "OpenFlow 1.", 1);
+    let reason = |rule: &str| {
+        let key = key(rule);
+        match told.get(&key) {
+            None if is_hidden(&key) => None,
+            None => Some(format!("{as_text} cannot tell its match")),
+            Some(told) if same_meaning(&key, actions(rule), told) => None,
+            Some(told) => Some(format!("{as_text} tells it as `actions={told}`, which is another rule")),
+        }
+    };
+    own.filter_map(|rule| {
+        let reason = reason(&rule)?;
+        Some(RefusedRule { bridge: rules.bridge.clone(), kind: "flow".into(), rule, reason })
+    })
+    .collect()
+}
+
+fn actions(rule: &str) -> &str {
+    rule.split_once("actions=").map_or("", |(_, actions)| actions)
+}
+
+/// Rules that a daemon keeps to itself: those of its own table, and those of in-band control and fail-open, whose
+/// priority no rule of others can have.
+fn is_hidden(key: &str) -> bool {
+    key.split(',').any(|field| {
+        let priority = field.strip_prefix("priority=").and_then(|number| number.parse::<u32>().ok());
+        field == INTERNAL_TABLE || priority.is_some_and(|priority| priority > u32::from(u16::MAX))
+    })
+}
+
+/// Table, priority and match, the same for the same rule: at most one rule of a bridge has it.
+pub fn key(rule: &str) -> String {
+    let fields: BTreeSet<String> = criteria(rule).map(field).collect();
+    fields.into_iter().collect::<Vec<_>>().join(",")
+}
+
+/// Table, priority and match as ovs-ofctl takes them, to delete the rule.
+pub fn to_delete(rule: &str) -> String {
+    criteria(rule).collect::<Vec<_>>().join(",")
+}
+
+fn criteria(rule: &str) -> impl Iterator<Item = &str> {
+    let head = rule.split_once("actions=").map_or(rule, |(head, _)| head);
+    head.split([',', ' ']).filter(|field| {
+        !field.is_empty() && !FLAGS.contains(field) && !NO_MATCH.iter().any(|other| field.starts_with(other))
+    })
+}
+
+/// One field of a match. The value of a tunnel's option is printed in the length that the bridge's map gives it, which
+/// ovs-ofctl does not know.
+fn field(field: &str) -> String {
+    match field.split_once('=') {
+        Some(("vlan_tci", value)) if is_untagged(value) => UNTAGGED.to_owned(),
+        Some((name, _)) if name.starts_with("tun_metadata") => name.to_owned(),
+        _ => field.to_owned(),
+    }
+}
+
+/// No tag: all of the TCI is 0 then, and the bit that says that there is one is among those that are compared.
+fn is_untagged(value: &str) -> bool {
+    let (value, mask) = value.split_once('/').unwrap_or((value, "0xffff"));
+    let number = |text: &str| text.strip_prefix("0x").and_then(|digits| u16::from_str_radix(digits, 16).ok());
+    number(value) == Some(0) && number(mask).is_some_and(|mask| mask & 0x1000 != 0)
+}
+
+/// See [`COUNTED`]. On a packet without a tag, setting one pushes it. A queue that was set before holds again after an
+/// `enqueue`, and not after the `pop_queue` that it is told as.
+fn same_meaning(key: &str, own: &str, told: &str) -> bool {
+    let untagged = key.split(',').any(|field| field == UNTAGGED);
+    let count = |text: &str, word: &str| text.matches(word).count();
+    let told_alike = |word: &&str| (untagged && *word == "push_vlan:") || count(own, word) == count(told, word);
+    let requeues = own.contains("enqueue:") && own.contains("set_queue:") && !told.contains("enqueue:");
+    !requeues && COUNTED.iter().all(told_alike)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `ovs-appctl bridge/dump-flows` and `ovs-ofctl -O OpenFlow15 dump-flows` of OVS 3.1.0 say of the same rule.
+    fn look(own: &str, told: &str) -> Vec<String> {
+        let flows = told.lines().map(flow).collect();
+        let rules =
+            BridgeRules { bridge: "br0".into(), protocol: "OpenFlow15".into(), flows, ..BridgeRules::default() };
+        unfaithful(&rules, own).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn other_spellings_are_the_same_rule() {
+        let own = "duration=0s, n_packets=0, n_bytes=0, priority=2,ip,actions=dec_ttl,mod_nw_src:1.2.3.4,output:1\n\
+             table_id=1, duration=0s, n_packets=0, n_bytes=0, priority=3,reg0=0x5,actions=load:0x3->NXM_NX_REG1[0..15]\n\
+             duration=0s, n_packets=0, n_bytes=0, in_port=2,dl_vlan=10,actions=mod_vlan_vid:5,output:1\n\
+             duration=0s, n_packets=0, n_bytes=0, priority=21,vlan_tci=0x0000,actions=mod_vlan_vid:9,output:2\n\
+             duration=0s, n_packets=0, n_bytes=0, priority=4,tun_metadata0=0x5/0xff,actions=drop\n\
+             duration=0s, n_packets=0, n_bytes=0, priority=9,udp,actions=enqueue:1:3\n\
+             duration=0s, n_packets=0, n_bytes=0, priority=7,igmp,igmp_type=17,actions=drop\n\
+             table_id=254, duration=9s, n_packets=0, n_bytes=0, priority=2,recirc_id=0,actions=drop\n\
+             duration=9s, n_packets=0, n_bytes=0, priority=180008,tcp,tp_src=6653,actions=NORMAL\n";
+        let told = "cookie=0x5, reset_counts priority=2,ip actions=dec_ttl,set_field:1.2.3.4->ip_src,output:1\n\
+             table=1, idle_timeout=60, send_flow_rem priority=3,reg0=0x5 actions=set_field:0x3/0xffff->reg1\n\
+             in_port=2,dl_vlan=10 actions=set_field:4101->vlan_vid,output:1\n\
+             priority=21,vlan_tci=0x0000/0x1fff actions=push_vlan:0x8100,set_field:4105->vlan_vid,output:2\n\
+             priority=4,tun_metadata0=0x5 actions=drop\n\
+             priority=9,udp actions=set_queue:3,output:1,pop_queue\n\
+             priority=7,igmp,igmp_type=17 actions=drop";
+        assert_eq!(look(own, told), [""; 0]);
+    }
+
+    #[test]
+    fn a_tag_that_is_always_pushed_is_another_rule() {
+        let found = look(
+            "duration=0s, n_packets=0, n_bytes=0, in_port=1,actions=mod_vlan_vid:10,output:2",
+            "in_port=1 actions=push_vlan:0x8100,set_field:4106->vlan_vid,output:2",
+        );
+        let [found] = &found[..] else { panic!("{found:?}") };
+        assert!(found.contains("in_port=1 actions=mod_vlan_vid:10,output:2"), "{found}");
+        assert!(found.contains("OpenFlow 1.5 tells it as `actions=push_vlan:0x8100"), "{found}");
+        assert_eq!(
+            look(
+                "duration=0s, n_packets=0, n_bytes=0, in_port=1,actions=push_vlan:0x8100,set_field:4106->vlan_vid",
+                "in_port=1 actions=push_vlan:0x8100,set_field:4106->vlan_vid"
+            ),
+            [""; 0]
+        );
+    }
+
+    #[test]
+    fn a_match_that_is_told_as_another_is_another_rule() {
+        let found = look(
+            "duration=0s, n_packets=0, n_bytes=0, priority=7,vlan_tci=0x3000/0x3000,actions=drop",
+            "priority=7,dl_vlan_pcp=1 actions=drop",
+        );
+        assert!(found[0].contains("priority=7,vlan_tci=0x3000/0x3000 actions=drop"), "{found:?}");
+        let lost =
+            look("table_id=1, duration=0s, n_packets=0, n_bytes=0, reg0=0x5,actions=drop", "table=1, actions=drop");
+        assert!(lost[0].contains("table=1,reg0=0x5"), "{lost:?}");
+        assert_eq!(
+            to_delete(
+                "cookie=0x5,table=1,send_flow_rem,priority=3,vlan_tci=0x0000/0x1fff,tun_metadata0=0x5 actions=drop"
+            ),
+            "table=1,priority=3,vlan_tci=0x0000/0x1fff,tun_metadata0=0x5"
+        );
+        // A tag whose number is 0, or none: the bit is not compared.
+        assert_eq!(key("vlan_tci=0x0000/0x0fff actions=drop"), "vlan_tci=0x0000/0x0fff");
+    }
+
+    #[test]
+    fn what_a_version_leaves_out_is_missed() {
+        let own = "duration=0s, n_packets=0, n_bytes=0, priority=1,actions=meter:5,set_queue:1,enqueue:1:2,output:3";
+        assert_eq!(look(own, "priority=1 actions=set_queue:1,enqueue:1:2,output:3").len(), 1);
+        let requeues = "duration=0s, n_packets=0, n_bytes=0, priority=1,actions=set_queue:1,enqueue:1:2,output:3";
+        assert_eq!(look(requeues, "priority=1 actions=set_queue:1,set_queue:2,output:1,pop_queue,output:3").len(), 1);
+    }
+}
