@@ -707,7 +707,7 @@ impl Recovery {
         let lacking: Vec<BridgeRules> = wanted
             .into_iter()
             // A bridge that has gone since is nobody's loss.
-            .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && lacks(now, rules)))
+            .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && self.lacks(now, rules)))
             .collect();
         if lacking.is_empty() {
             return Ok(());
@@ -722,6 +722,13 @@ impl Recovery {
         }
         self.refused.extend(news);
         Ok(())
+    }
+
+    /// Is a rule not there that does not go by itself, and was not refused?
+    fn lacks(&self, now: &BridgeRules, wanted: &BridgeRules) -> bool {
+        let refused = |rule: &str| self.refused.iter().any(|no| no.bridge == wanted.bridge && no.rule == rule);
+        let differences = compare(std::slice::from_ref(wanted), std::slice::from_ref(now));
+        differences.iter().any(|it| it.missing && !it.timed && !refused(&it.rule))
     }
 
     /// There is no Verify on this way: what is not as it was is told.
@@ -928,12 +935,6 @@ impl Recovery {
             }
         }
     }
-}
-
-/// Is a rule not there that does not go by itself?
-fn lacks(now: &BridgeRules, wanted: &BridgeRules) -> bool {
-    let differences = compare(std::slice::from_ref(wanted), std::slice::from_ref(now));
-    differences.iter().any(|difference| difference.missing && !difference.timed)
 }
 
 fn needs_person(reason: String) -> Outcome {

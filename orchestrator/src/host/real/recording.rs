@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -96,9 +97,23 @@ impl Recording {
         let groups = if has_bundles(rules) { rules.groups.len() } else { 0 };
         let mut items: Vec<Item> = (0..groups).map(Item::Group).chain((0..rules.flows.len()).map(Item::Flow)).collect();
         let mut unreadable = Vec::new();
+        // `check` may be the first that needs it.
+        match std::fs::DirBuilder::new().mode(0o700).create(openflow.private_directory()) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(HostError::new(openflow.private_directory().display().to_string(), error));
+            }
+            _ => {}
+        }
         loop {
             match record_items(openflow, rules, &items, &socket, until)? {
                 Recorded::All(recording) => return Ok((recording, unreadable)),
+                Recorded::Unusable { reason } => {
+                    let tell = |some: &[Item]| record_items(openflow, rules, some, &socket, until);
+                    let (at, reason) = find_unusable(&items, tell)?
+                        .filter(|_| unreadable.len() < UNREADABLE_MAX)
+                        .ok_or_else(|| HostError::new(format!("bridge {}: {OBJECT}", rules.bridge), reason))?;
+                    unreadable.push(items.remove(at).refused(rules, reason));
+                }
                 Recorded::Unreadable { at, reason } if unreadable.len() < UNREADABLE_MAX && at < items.len() => {
                     unreadable.push(items.remove(at).refused(rules, reason));
                 }
@@ -310,8 +325,29 @@ pub(super) fn code(error: &[u8]) -> &[u8] {
     error.get(HEADER..(HEADER + length).min(error.len())).unwrap_or_default()
 }
 
+/// A rule that ovs-ofctl cannot tell in the bridge's version by itself, where one of `items` is the reason that it cannot
+/// tell all of them; found by halves.
+fn find_unusable(items: &[Item], tell: impl Fn(&[Item]) -> Result<Recorded>) -> Result<Option<(usize, String)>> {
+    let (mut from, mut to) = (0, items.len());
+    while to - from > 1 {
+        let middle = from + (to - from) / 2;
+        match tell(items.get(from..middle).unwrap_or_default())? {
+            Recorded::Unusable { .. } => to = middle,
+            _ => from = middle,
+        }
+    }
+    match tell(items.get(from..to).unwrap_or_default())? {
+        Recorded::Unusable { reason } => Ok(Some((from, reason))),
+        _ => Ok(None),
+    }
+}
+
 enum Recorded {
     All(Recording),
+    /// One of the rules, or all of them together, cannot be told in the bridge's version: ovs-ofctl does not say which.
+    Unusable {
+        reason: String,
+    },
     /// ovs-ofctl could not read one of the rules.
     Unreadable {
         at: usize,
@@ -366,11 +402,19 @@ fn record_items(
         }
         match unreadable(&said.stderr) {
             Some((line, reason)) if line > before => Ok(Recorded::Unreadable { at: line - before - 1, reason }),
+            _ if said.stderr.contains(NO_FORMAT) => Ok(Recorded::Unusable { reason: last_line(&said.stderr) }),
             _ => Err(HostError::new(format!("{OVS_OFCTL} {command}"), said.stderr.trim())),
         }
     });
     let _ = std::fs::remove_file(socket);
     recorded
+}
+
+/// What ovs-ofctl says where its file as a whole is of no version that it may use (utilities/ovs-ofctl.c).
+const NO_FORMAT: &str = "is among the allowed flow formats";
+
+fn last_line(said: &str) -> String {
+    said.lines().last().map(|line| line.trim_start_matches("ovs-ofctl: ")).unwrap_or_default().to_owned()
 }
 
 /// The line that ovs-ofctl could not read, counted from 1, and why: `ovs-ofctl: -:12: REASON`.
@@ -725,6 +769,28 @@ mod tests {
         let (line, reason) = unreadable(said).unwrap();
         assert_eq!((line, &*reason), (13, "actions are invalid with specified match (OFPBAC_MATCH_INCONSISTENT)"));
         assert_eq!(unreadable("ovs-ofctl: br0: failed to connect to socket"), None);
+    }
+
+    #[test]
+    fn a_rule_that_no_allowed_version_tells_is_found_among_the_others() {
+        let items: Vec<Item> = (0..9).map(Item::Flow).collect();
+        for bad in 0..9 {
+            let tell = |some: &[Item]| match some.contains(&Item::Flow(bad)) {
+                true => Ok(Recorded::Unusable { reason: "none".into() }),
+                false => Err(HostError::new("ovs-ofctl", "it did not connect")),
+            };
+            // What can be told is recorded; here that is an end of its own.
+            let told = |some: &[Item]| {
+                tell(some).or(Ok(Recorded::All(Recording {
+                    stream: Vec::new(),
+                    acknowledged: 0,
+                    items: BTreeMap::new(),
+                })))
+            };
+            assert_eq!(find_unusable(&items, told).unwrap(), Some((bad, "none".to_owned())));
+        }
+        let nothing = |_: &[Item]| Ok(Recorded::Unreadable { at: 0, reason: String::new() });
+        assert_eq!(find_unusable(&items, nothing).unwrap(), None);
     }
 
     #[test]
