@@ -50,7 +50,7 @@ fn show(ovs: &mut Ovs) -> Outcome {
         }
         println!("  {:?} {:?}", ovs.meter_features(datapath.ifindex)?, ovs.meters(datapath.ifindex)?);
         let rows = table::read()?;
-        for pid in &datapath.per_cpu_pids {
+        for pid in datapath.cpu_port_ids() {
             println!("  upcalls to {:?}", rows.iter().find(|row| row.protocol == 16 && row.port_id == *pid));
         }
     }
@@ -95,11 +95,11 @@ fn delete(ovs: &mut Ovs) -> Outcome {
 
 fn rebind(ovs: &mut Ovs) -> Outcome {
     let datapath = the_datapath(ovs)?;
-    ovs.set_per_cpu_pids(&datapath, datapath.user_features, &vec![ovs.port_id(); datapath.per_cpu_pids.len()])?;
+    ovs.set_per_cpu_pids(&datapath, datapath.user_features, &vec![ovs.port_id(); datapath.cpu_port_ids().len()])?;
     let ours = the_datapath(ovs)?;
-    ovs.set_per_cpu_pids(&datapath, datapath.user_features, &datapath.per_cpu_pids)?;
+    ovs.set_per_cpu_pids(&datapath, datapath.user_features, datapath.cpu_port_ids())?;
     let back = the_datapath(ovs)?;
-    println!("bound {:?}", ours.per_cpu_pids == vec![ovs.port_id(); datapath.per_cpu_pids.len()]);
+    println!("bound {:?}", ours.cpu_port_ids() == vec![ovs.port_id(); datapath.cpu_port_ids().len()]);
     println!("back {:?}", back.per_cpu_pids == datapath.per_cpu_pids && back.user_features == datapath.user_features);
     Ok(())
 }

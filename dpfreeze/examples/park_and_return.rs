@@ -24,7 +24,7 @@ fn main() -> Result<()> {
 
     let mut ovs = Ovs::open()?;
     let datapath = ovs.datapath("ovs-system")?.context("no datapath ovs-system")?;
-    let old = datapath.per_cpu_pids.clone();
+    let old = datapath.cpu_port_ids().to_vec();
     let snapshot = ovs.flows(datapath.ifindex)?;
     say(format!("datapath {datapath:?}, {} flows", snapshot.len()));
     let mut limits = ParkLimits::default();

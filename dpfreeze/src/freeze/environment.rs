@@ -75,7 +75,7 @@ pub fn environment() -> Environment {
             object: "openvswitch module".into(),
             cause: if openvswitch == ModuleState::Available { "not loaded" } else { "not installed" }.into(),
             reason: "without it there is no kernel datapath to keep".into(),
-            remedy: "load it with `modprobe openvswitch`, or start Open vSwitch".into(),
+            remedy: module_remedy(openvswitch).into(),
         });
     }
     let pidfd_getfd = try_pidfd_getfd();
@@ -95,6 +95,16 @@ pub fn environment() -> Environment {
         pidfd_getfd: pidfd_getfd.is_ok(),
         hook: hook.ok(),
         failures,
+    }
+}
+
+fn module_remedy(state: ModuleState) -> &'static str {
+    match state {
+        ModuleState::Absent => {
+            "install the package that has the modules of this kernel (Debian: linux-image, Ubuntu: linux-modules-extra, \
+             RHEL: kernel-modules-core), or boot a kernel that has the module"
+        }
+        ModuleState::Loaded | ModuleState::Available => "`modprobe openvswitch`, or start Open vSwitch",
     }
 }
 
@@ -255,6 +265,13 @@ fn pidfd_getfd(pid: i32, fd: RawFd) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_module_that_is_not_there_is_not_to_be_loaded() {
+        assert!(module_remedy(ModuleState::Available).contains("modprobe"));
+        let absent = module_remedy(ModuleState::Absent);
+        assert!(absent.contains("install") && !absent.contains("modprobe"), "{absent}");
+    }
 
     #[test]
     fn versions() {

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::sync::{Mutex, PoisonError};
 
 use libbpf_rs::skel::{OpenSkel, SkelBuilder};
-use libbpf_rs::{Link, MapMut, PrintLevel};
+use libbpf_rs::{ErrorKind, Link, MapMut, PrintLevel};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -77,7 +77,8 @@ fn first_that_takes_it(hooks: &[Hook], pins: Option<&Pins>) -> Result<Hook> {
         match attach(*hook, pins) {
             Ok(()) => return Ok(*hook),
             Err(error) => {
-                failures.push(format!("{hook}: {error:#} ({})", said()));
+                tracing::debug!("{hook}: {error:#} ({})", said());
+                failures.push(error);
                 if let Some(pins) = pins {
                     pins.remove()?;
                     pins.prepare()?;
@@ -85,13 +86,36 @@ fn first_that_takes_it(hooks: &[Hook], pins: Option<&Pins>) -> Result<Hook> {
             }
         }
     }
-    Err(Error::Unsupported {
-        what: "BPF program of the freeze".into(),
-        why: format!("the kernel takes it on no hook: {}", failures.join("; ")),
-        remedy: "use a kernel of 5.8 or later with CONFIG_DEBUG_INFO_BTF and CONFIG_BPF_LSM or fmod_ret, or run at \
-                 level park, without a freeze"
-            .into(),
-    })
+    let kinds: Vec<ErrorKind> = failures.iter().map(libbpf_rs::Error::kind).collect();
+    let (why, remedy) = refusal(&kinds);
+    Err(Error::Unsupported { what: "BPF program of the freeze".into(), why, remedy: remedy.into() })
+}
+
+/// Why the kernel takes the program on no hook, and what helps. libbpf's own words are in the debug log.
+fn refusal(kinds: &[ErrorKind]) -> (String, &'static str) {
+    // The first hook is the better one; what the second one lacks says little.
+    let kind = kinds.first().copied().unwrap_or(ErrorKind::Other);
+    match kind {
+        ErrorKind::PermissionDenied => (
+            "the kernel refuses BPF to root (EPERM)".into(),
+            "look for what forbids bpf(2): a container, a seccomp filter, kernel lockdown or a security module",
+        ),
+        ErrorKind::NotFound => (
+            "the kernel has no hook for the program (ENOENT)".into(),
+            "use a kernel with CONFIG_BPF_LSM, or on x86-64 one of 5.8 or later with CONFIG_FUNCTION_ERROR_INJECTION",
+        ),
+        ErrorKind::OutOfMemory => {
+            ("the kernel has no memory for it (ENOMEM)".into(), "free some memory, or raise the limit of locked memory")
+        }
+        ErrorKind::InvalidInput | ErrorKind::Unsupported => (
+            "the kernel does not know what the program needs".into(),
+            "use a kernel of 5.8 or later with CONFIG_DEBUG_INFO_BTF and CONFIG_BPF_SYSCALL",
+        ),
+        other => (
+            format!("the kernel does not take it ({other:?})"),
+            "see libbpf's words in the log (OVS_GRACEFUL_LOG=debug)",
+        ),
+    }
 }
 
 fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
@@ -120,5 +144,21 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
     match pins {
         Some(pins) => link.pin(pins.path(LINK)),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_one_short_sentence_and_its_remedy_fits() {
+        let kinds = [ErrorKind::PermissionDenied, ErrorKind::NotFound, ErrorKind::InvalidInput, ErrorKind::Other];
+        for kind in kinds {
+            let (why, remedy) = refusal(&[kind, ErrorKind::NotFound]);
+            assert!(why.len() < 80 && !why.contains("libbpf") && !remedy.is_empty(), "{why}");
+        }
+        let (why, remedy) = refusal(&[ErrorKind::PermissionDenied]);
+        assert!(why.contains("EPERM") && remedy.contains("lockdown") && !remedy.contains("kernel of"), "{remedy}");
     }
 }

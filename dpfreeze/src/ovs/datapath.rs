@@ -69,8 +69,10 @@ pub struct Datapath {
     pub name: String,
     /// `OVS_DP_F_*` as they are set; see [`Datapath::features`].
     pub user_features: u32,
-    /// Port ids that upcalls go to, by CPU. Empty in per-vport mode, and on kernels (5.15) that do not tell.
-    pub per_cpu_pids: Vec<u32>,
+    /// Port ids that upcalls go to, by CPU (`OVS_DP_ATTR_PER_CPU_PIDS`). None where the kernel does not give the attribute:
+    /// in per-vport mode, and on Linux 5.15 to 6.0, which take it and never give it back.
+    #[serde(default)]
+    pub per_cpu_pids: Option<Vec<u32>>,
     /// Counters.
     pub stats: DatapathStats,
     /// `struct ovs_dp_megaflow_stats` as sent; counters only.
@@ -101,7 +103,7 @@ impl Datapath {
                 ATTR_USER_FEATURES => datapath.user_features = attr.u32()?,
                 ATTR_PAD => {}
                 ATTR_MASKS_CACHE_SIZE => datapath.masks_cache_size = Some(attr.u32()?),
-                ATTR_PER_CPU_PIDS => datapath.per_cpu_pids = attr.u32s()?,
+                ATTR_PER_CPU_PIDS => datapath.per_cpu_pids = Some(attr.u32s()?),
                 _ => {
                     unknown.push_attr(&attr);
                 }
@@ -117,6 +119,11 @@ impl Datapath {
     /// The features as flags; unnamed bits are kept.
     pub fn features(&self) -> Features {
         Features::from_bits_retain(self.user_features)
+    }
+
+    /// The port ids that upcalls go to, by CPU; none where the kernel does not tell.
+    pub fn cpu_port_ids(&self) -> &[u32] {
+        self.per_cpu_pids.as_deref().unwrap_or_default()
     }
 
     /// How the upcalls of this datapath are dispatched.
@@ -143,13 +150,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_is_lost(pids in prop::collection::vec(any::<u32>(), 0..9), features: u32, stats: [u64; 4], cache: Option<u32>, other in unknown()) {
+        fn nothing_is_lost(pids in prop::option::of(prop::collection::vec(any::<u32>(), 0..9)), features: u32, stats: [u64; 4], cache: Option<u32>, other in unknown()) {
             let mut attrs = AttrBuf::new();
             attrs.push_str(ATTR_NAME, "ovs-system").push_u32(ATTR_USER_FEATURES, features);
             attrs.push(ATTR_STATS, &stats.map(u64::to_ne_bytes).concat());
             attrs.push(ATTR_MEGAFLOW_STATS, &[7; 32]).push(ATTR_PAD, &[]);
             cache.map(|entries| attrs.push_u32(ATTR_MASKS_CACHE_SIZE, entries).as_bytes().len());
-            if !pids.is_empty() {
+            if let Some(pids) = &pids {
                 attrs.push(ATTR_PER_CPU_PIDS, &pids.iter().flat_map(|p| p.to_ne_bytes()).collect::<Vec<_>>());
             }
             let [hit, missed, lost, flows] = stats;
@@ -181,6 +188,30 @@ mod tests {
         let datapath = |user_features| Datapath { user_features, ..Default::default() };
         assert_eq!(datapath(9).dispatch(), Dispatch::PerCpu);
         assert_eq!(datapath(3).dispatch(), Dispatch::PerVport);
+    }
+
+    /// The attributes of `ovs_dp_cmd_fill_info()` in the order of Linux 5.15; 6.1 puts the port ids behind them.
+    fn message(features: Features, told: Option<&[u32]>) -> Vec<u8> {
+        let mut attrs = AttrBuf::new();
+        attrs.push_str(ATTR_NAME, "ovs-system").push(ATTR_STATS, &[0; 32]).push(ATTR_MEGAFLOW_STATS, &[0; 32]);
+        attrs.push_u32(ATTR_USER_FEATURES, features.bits()).push_u32(ATTR_MASKS_CACHE_SIZE, 256);
+        if let Some(pids) = told {
+            attrs.push(ATTR_PER_CPU_PIDS, &pids.iter().flat_map(|p| p.to_ne_bytes()).collect::<Vec<_>>());
+        }
+        header::build(1, 2, 5, attrs.as_bytes())
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_tell_is_not_one_that_says_nobody() {
+        let per_cpu = Features::UNALIGNED | Features::DISPATCH_UPCALL_PER_CPU;
+        let told = |features, told| {
+            let read = Datapath::parse(&message(features, told)).unwrap();
+            (read.dispatch(), read.per_cpu_pids)
+        };
+        assert_eq!(told(per_cpu, None), (Dispatch::PerCpu, None));
+        assert_eq!(told(per_cpu, Some(&[])), (Dispatch::PerCpu, Some(vec![])));
+        assert_eq!(told(per_cpu, Some(&[7, 8])), (Dispatch::PerCpu, Some(vec![7, 8])));
+        assert_eq!(told(Features::VPORT_PIDS, None), (Dispatch::PerVport, None));
     }
 
     #[test]

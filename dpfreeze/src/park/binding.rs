@@ -24,15 +24,16 @@ impl Binding {
     /// The binding as it is.
     ///
     /// # Errors
-    /// As [`Ovs::vports`].
+    /// As [`Ovs::vports`]; [`Error::Unsupported`] where the kernel does not tell, as nothing could be put back then.
     pub fn of(ovs: &mut Ovs, datapath: &Datapath) -> Result<Binding> {
         let vports = match datapath.dispatch() {
+            Dispatch::PerCpu if datapath.per_cpu_pids.is_none() => return Err(untold(&datapath.name)),
             Dispatch::PerCpu => Vec::new(),
             Dispatch::PerVport => ovs.vports(datapath.ifindex)?,
         };
         Ok(Binding {
             features: datapath.user_features,
-            per_cpu_pids: datapath.per_cpu_pids.clone(),
+            per_cpu_pids: datapath.cpu_port_ids().to_vec(),
             ports: vports.into_iter().map(|vport| (vport.port_no, vport.upcall_pids)).collect(),
         })
     }
@@ -57,6 +58,15 @@ impl Binding {
             bind_port(ovs, datapath.ifindex, *port_no, pids)?;
         }
         ovs.set_features(datapath, self.features)
+    }
+}
+
+/// A kernel that takes the port ids by CPU and does not give them back (Linux 5.15 to 6.0).
+fn untold(datapath: &str) -> Error {
+    Error::Unsupported {
+        what: datapath.into(),
+        why: "this kernel does not tell which sockets the upcalls go to".into(),
+        remedy: "use Linux 6.1 or later".into(),
     }
 }
 

@@ -359,7 +359,7 @@ mod tests {
             let d = &mut s.datapaths[0];
             d.datapath.stats.hit += 1;
             d.datapath.user_features = 1;
-            d.datapath.per_cpu_pids = vec![1, 2];
+            d.datapath.per_cpu_pids = Some(vec![1, 2]);
             d.flows.iter_mut().for_each(|f| f.packets += 1);
             d.flows.insert(0, flow(9, 0));
             d.flows[1].actions = vec![8, 0, 1, 0, 1, 0, 0, 0];

@@ -172,7 +172,7 @@ fn print_datapath(snapshot: &DatapathSnapshot, to: &mut impl Write) -> std::io::
         stats.hit,
         stats.missed,
         stats.lost,
-        datapath.per_cpu_pids
+        datapath.cpu_port_ids()
     )?;
     for vport in &snapshot.vports {
         writeln!(to, "  port {} {} ({:?})", vport.port_no, vport.name, vport.kind())?;
