@@ -113,7 +113,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         .and_then(|mut ovs| ovs.datapath("ovs-system"))
         .ok()
         .flatten()
-        .map(|datapath| datapath.per_cpu_pids)
+        .and_then(|datapath| datapath.per_cpu_pids)
         .unwrap_or_default();
     println!("     upcall port ids {port_ids:?}");
     let Some(old) = tally.take("find ovs-vswitchd by its upcall sockets", daemons.find_vswitchd(&port_ids)) else {
@@ -147,7 +147,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         run_directory: "/run/ovs-graceful".into(),
     };
     let found = Ok(old.clone());
-    let known = Known { vswitchd: Some(&found), versions: versions.as_ref() };
+    let known = Known { vswitchd: Some(&found), versions: versions.as_ref(), facts: None };
     for finding in check::findings(&daemons, &systemd, &known, &options, soon()) {
         println!("     {finding}");
         tally.check("finding", finding.severity == Severity::Ok);

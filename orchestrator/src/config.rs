@@ -86,11 +86,24 @@ pub struct DoorsConfig {
     /// An upgrade of the package leaves the daemons alone until that restart; false: it stops them first, as it does
     /// without us. Says nothing where `restart` is false.
     pub upgrade: bool,
+    /// What becomes of an upgrade or a restart that cannot be a run.
+    pub refused: WhenRefused,
+}
+
+/// What becomes of an upgrade or a restart that is asked for by the distribution's own commands and cannot be a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenRefused {
+    /// The daemons are stopped and started as without us.
+    #[default]
+    Plain,
+    /// The daemons stay as they are.
+    Keep,
 }
 
 impl Default for DoorsConfig {
     fn default() -> DoorsConfig {
-        DoorsConfig { enabled: true, reload: true, restart: true, upgrade: true }
+        DoorsConfig { enabled: true, reload: true, restart: true, upgrade: true, refused: WhenRefused::default() }
     }
 }
 
@@ -103,6 +116,12 @@ impl DoorsConfig {
     /// Is `systemctl restart`?
     pub fn restarts(&self) -> bool {
         self.enabled && self.restart
+    }
+
+    /// Where the configuration cannot be read: nobody knows whether a plain restart would be meant, and keeping the daemons
+    /// loses nothing.
+    pub fn unreadable() -> DoorsConfig {
+        DoorsConfig { refused: WhenRefused::Keep, ..DoorsConfig::default() }
     }
 
     /// Does an upgrade of Open vSwitch's package leave the daemons to a run?

@@ -79,7 +79,7 @@ fn take_up(id: &str, config: &Path) -> anyhow::Result<Option<i32>> {
     if runs.is_over(id) {
         return Ok(Some(runs.report(id)?.exit_code.code().into()));
     }
-    protect_from_paging_and_oom();
+    protect();
     // What is parked does not wait for a key to be spelt right.
     let (config, error) = Config::load_or_default(config);
     error.iter().for_each(|error| tracing::warn!("{error}: taking the defaults"));
@@ -131,7 +131,7 @@ fn run_to_the_end(id: &str, wish: Wish, config: Config, copy_to: Option<PathBuf>
         }
         Err(error) => return Err(error.into()),
     };
-    protect_from_paging_and_oom();
+    protect();
     let control = Server::bind(Path::new(SOCKET), id).with_context(|| format!("cannot listen on {SOCKET}"))?;
     let from = Beginning {
         id: id.to_owned(),
@@ -171,10 +171,7 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
             report = run.report;
             (outcome, run.control)
         }
-        Err(error) => {
-            report.warnings.push(format!("{error:#}"));
-            (Outcome { exit_code: ExitCode::Refused, reason: format!("{error:#}") }, control)
-        }
+        Err(error) => (Outcome { exit_code: ExitCode::Refused, reason: format!("{error:#}") }, control),
     };
     report.finish(&outcome, clock.now().saturating_duration_since(started).as_millis() as u64);
     copy(copy_to.as_deref(), &mut report);
@@ -358,6 +355,7 @@ fn told(run: &mut Run, name: &str, ended: Ended) -> Action {
     match ended {
         Ok(event) => run.machine.on(event),
         Err(Stop::CutOff(action)) => action,
+        Err(Stop::Refused) => because(run, Event::Failed { retryable: false }),
         Err(Stop::TimedOut(what)) => {
             run.warn(format!("{name}: waited too long for {what}"));
             because(run, Event::TimedOut)
@@ -373,7 +371,7 @@ fn told(run: &mut Run, name: &str, ended: Ended) -> Action {
 fn because(run: &mut Run, event: Event) -> Action {
     match run.checkpoint() {
         Err(Stop::CutOff(action)) => action,
-        Ok(()) | Err(Stop::Failed { .. } | Stop::TimedOut(_)) => run.machine.on(event),
+        Ok(()) | Err(Stop::Failed { .. } | Stop::TimedOut(_) | Stop::Refused) => run.machine.on(event),
     }
 }
 
@@ -394,6 +392,19 @@ fn keep(runs: &Runs, id: &str, report: &mut Report) {
 }
 
 /// Between Switch and Handover nothing may wait for a disk, and nobody may be killed for his memory.
+fn protect() {
+    protect_from_paging_and_oom();
+    if let Err(errno) = forbid_core_dumps() {
+        tracing::warn!("a core dump of this process would hold the parked packets ({errno})");
+    }
+}
+
+/// What is parked are other people's packets: no core dump of this process may hold them, whatever its limit is and
+/// wherever it would go. The daemons that are started from here get theirs again when they are executed.
+fn forbid_core_dumps() -> nix::Result<()> {
+    nix::sys::prctl::set_dumpable(false)
+}
+
 fn protect_from_paging_and_oom() {
     use nix::sys::mman::{mlockall, MlockAllFlags};
     if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE) {
@@ -406,4 +417,17 @@ fn protect_from_paging_and_oom() {
 
 fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_gets_a_core_dump_of_what_is_parked() {
+        forbid_core_dumps().unwrap();
+        let dumpable = nix::sys::prctl::get_dumpable();
+        nix::sys::prctl::set_dumpable(true).unwrap();
+        assert_eq!(dumpable, Ok(false));
+    }
 }

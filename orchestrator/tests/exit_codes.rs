@@ -134,7 +134,7 @@ fn a_bad_configuration_ends_with_2_and_names_the_key_once() {
     // It may be the reason why somebody asks.
     let Some(output) = as_root(&["--config", path, "status"]) else { return };
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(text.contains("leese_ms") && text.contains("plain ones"), "{text}");
+    assert!(text.contains("leese_ms") && text.contains("no run begins"), "{text}");
 }
 
 #[test]

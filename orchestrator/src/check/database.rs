@@ -3,6 +3,9 @@
 use crate::host::{Bridge, DatabaseFacts};
 use crate::report::{Findings, Name};
 
+/// For what no run keeps.
+const PLAIN: &str = "none: an ordinary restart, in a maintenance window, is `ovs-graceful restart --plain`";
+
 /// Looks at what the database says of this host.
 pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
     let mut odd = Findings::default();
@@ -23,7 +26,8 @@ fn root(facts: &DatabaseFacts, found: &mut Findings) {
             Name::RestoreWaitStuck,
             "other_config:flow-restore-wait",
             "it is set: ovs-vswitchd would start and forward nothing, even after a reboot",
-            "ovs-graceful recover; or: ovs-vsctl remove open_vswitch . other_config flow-restore-wait",
+            "`ovs-graceful recover`; if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config \
+             flow-restore-wait`",
         );
     }
     if facts.is_on("hw-offload") {
@@ -31,13 +35,23 @@ fn root(facts: &DatabaseFacts, found: &mut Findings) {
             Name::HwOffload,
             "other_config:hw-offload",
             "flows live in TC filters, which a freeze of the datapath does not reach",
-            "ovs-vsctl remove open_vswitch . other_config hw-offload and restart, or restart without ovs-graceful",
+            "`ovs-vsctl remove open_vswitch . other_config hw-offload`, then `ovs-graceful restart --plain`",
         );
     }
     let dpdk = facts.other_config.get("dpdk-init").is_some_and(|v| v == "true" || v == "try");
     if dpdk || facts.dpdk_initialized {
-        let remedy = "restart without ovs-graceful";
+        let remedy = match facts.dpdk_initialized {
+            true => PLAIN,
+            false => {
+                "DPDK has not been started; if it is not wanted: `ovs-vsctl remove open_vswitch . other_config dpdk-init`"
+            }
+        };
         found.refuse(Name::Dpdk, "other_config:dpdk-init", "DPDK starts only after the old daemon has gone", remedy);
+    }
+    for name in &facts.ignored_bridges {
+        let cause = "ovs-vswitchd has not made it (its log says why), so there is nothing to keep";
+        let remedy = format!("`ovs-vsctl del-br '{name}'`, or mend its row in the database");
+        found.warn(Name::BridgeIgnored, format!("bridge {name}"), cause, &remedy);
     }
 }
 
@@ -45,12 +59,12 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
     let object = format!("bridge {}", bridge.name);
     if !matches!(bridge.datapath_type.as_str(), "" | "system") {
         let cause = format!("its datapath ({}) is not the kernel's and ends with the daemon", bridge.datapath_type);
-        found.refuse(Name::NetdevBridge, &object, cause, "restart without ovs-graceful, in a maintenance window");
+        found.refuse(Name::NetdevBridge, &object, cause, PLAIN);
     }
     if bridge.stp || bridge.rstp {
         let name = if bridge.stp { "STP" } else { "RSTP" };
         let cause = format!("{name} is on: after a restart its ports listen for about 30 s");
-        found.refuse(Name::SpanningTree, &object, cause, "restart without ovs-graceful, in a maintenance window");
+        found.refuse(Name::SpanningTree, &object, cause, PLAIN);
     }
     for port in &bridge.ports {
         let object = format!("{object}, port {}", port.name);
@@ -59,7 +73,7 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
                 Name::Lacp,
                 &object,
                 "LACP negotiates anew after the restart",
-                "use LACP fallback or slow timers",
+                "none: LACP fallback or slow timers at the partner make it short",
             );
         }
         for interface in &port.interfaces {
@@ -67,15 +81,21 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
             for (on, name, word) in [(interface.bfd, Name::Bfd, "BFD"), (interface.cfm, Name::Cfm, "CFM")] {
                 if on {
                     let cause = format!("{word} starts again in state Down");
-                    found.warn(name, &object, cause, "pause what acts on it for the time of the run");
+                    found.warn(name, &object, cause, "none: pause what acts on it for the time of the run");
                 }
             }
         }
     }
-    for (on, name) in [(bridge.sflow, "sFlow"), (bridge.ipfix, "IPFIX"), (bridge.netflow, "NetFlow")] {
+    if bridge.sflow {
+        found.warn(Name::Sampling, &object, "sFlow takes no sample of the packets of the gap", "none");
+    }
+    for (on, name) in [(bridge.ipfix, "IPFIX"), (bridge.netflow, "NetFlow")] {
         if on {
-            let cause = format!("{name} misses packets of the gap; their forwarding does not");
-            found.warn(Name::Sampling, &object, cause, "");
+            let cause = format!(
+                "the {name} records that the old ovs-vswitchd has not exported yet are lost with it (those of an active \
+                 timeout), and the packets of the gap are not counted"
+            );
+            found.warn(Name::Sampling, &object, cause, "none");
         }
     }
 }

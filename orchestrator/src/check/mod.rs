@@ -9,6 +9,7 @@ use std::time::Instant;
 use dpfreeze::freeze::{Environment, Fact};
 
 use crate::control::RUN_DIR;
+use crate::host::datapath::DATAPATH;
 use crate::host::real::RealSurroundings;
 use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Daemon, DatabaseFacts, HostError, Versions};
@@ -16,6 +17,8 @@ use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Findings, Level, Name, Severity, Strategy};
 use crate::steps::notes::RULE_REMEDY;
 use crate::steps::{Host, Wish};
+
+const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
 
 /// What was found, for the report and for the steps that follow.
 #[derive(Debug)]
@@ -35,7 +38,7 @@ pub fn check_without_host(error: &anyhow::Error) -> CheckReport {
     let mut found = Findings::default();
     judge_environment(&RealSurroundings, &mut found);
     if !found.refuses() {
-        found.refuse(Name::Host, "Open vSwitch", format!("{error:#}"), "start Open vSwitch first");
+        found.refuse(Name::Datapath, DATAPATH, format!("{error:#}"), START);
     }
     CheckReport { level: Level::None, findings: found.into_inner() }
 }
@@ -53,13 +56,16 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let may_dispatch_per_vport = level == Level::Full || wish.reloads_module();
     let vswitchd = find_vswitchd(host, may_dispatch_per_vport, &mut found);
     let versions = vswitchd.as_ref().and_then(|daemon| daemon.as_ref().ok()).map(|daemon| {
-        let versions = host.daemons.versions(daemon, until);
-        keep(versions, Name::Versions, "the daemon may hang: see its log", &mut found)
+        let remedy =
+            "install Open vSwitch's package again, if its ovs-vswitchd does not run; else look at the daemon's log";
+        keep(host.daemons.versions(daemon, until), Name::Versions, remedy, &mut found)
     });
-    let facts = keep(host.database.facts(until), Name::Database, "see the log of ovsdb-server", &mut found);
-    if let Some(facts) = &facts {
-        database::look(facts, &mut found);
-        database_disk::look(host.database.look_at_disk(), &mut found);
+    // One that hangs leaves time to look at the rest.
+    let soon = Instant::now() + until.saturating_duration_since(Instant::now()) / 3;
+    let mut facts = host.database.facts(soon);
+    if let (Ok(facts), Some(Ok(daemon))) = (&mut facts, &vswitchd) {
+        let made = host.daemons.command(daemon, "ofproto/list", &[], until);
+        set_aside_ignored(facts, made.ok().as_deref());
     }
     let options = CheckOptions {
         replace_ovsdb: wish.ovsdb,
@@ -72,9 +78,21 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
         run_directory: RUN_DIR.into(),
     };
     let versions = versions.flatten();
-    let known = Known { vswitchd: vswitchd.as_ref(), versions: versions.as_ref() };
+    let known = Known { vswitchd: vswitchd.as_ref(), versions: versions.as_ref(), facts: facts.as_ref().ok() };
     let Host { daemons, services, surroundings, .. } = &*host;
-    found.extend(surroundings.findings(daemons.as_ref(), services.as_ref(), &known, &options, until));
+    let others = surroundings.findings(daemons.as_ref(), services.as_ref(), &known, &options, until);
+    let runs = !others.iter().any(|one| one.name == Name::OvsRunning && one.severity == Severity::Refused);
+    let facts = match facts {
+        Ok(facts) => Some(facts),
+        // A server that does not run is named as that.
+        Err(error) if runs => keep(Err(error), Name::Database, "look at ovsdb-server and its log", &mut found),
+        Err(_) => None,
+    };
+    if let Some(facts) = &facts {
+        database::look(facts, &mut found);
+        database_disk::look(host.database.look_at_disk(), &mut found);
+    }
+    found.extend(others);
     let vswitchd = vswitchd.and_then(Result::ok);
     Checked { report: CheckReport { level, findings: found.into_inner() }, vswitchd, versions, facts }
 }
@@ -95,30 +113,66 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     checked.report.findings = found.into_inner();
 }
 
+/// A bridge that the running daemon has not made has no rules to be kept. `made` is its list, where it told it.
+fn set_aside_ignored(facts: &mut DatabaseFacts, made: Option<&str>) {
+    let Some(made) = made else { return };
+    let made: Vec<&str> = made.lines().map(str::trim).collect();
+    let (bridges, ignored): (Vec<_>, Vec<_>) =
+        std::mem::take(&mut facts.bridges).into_iter().partition(|bridge| made.contains(&bridge.name.as_str()));
+    facts.bridges = bridges;
+    facts.ignored_bridges.extend(ignored.into_iter().map(|bridge| bridge.name));
+}
+
 /// The ovs-vswitchd that the upcalls go to; `None` where the datapath does not tell whose they are.
 fn find_vswitchd(
     host: &mut Host,
     may_dispatch_per_vport: bool,
     found: &mut Findings,
 ) -> Option<Result<Daemon, HostError>> {
-    let remedy = "start ovs-vswitchd; `systemctl status ovs-vswitchd`";
-    let per_cpu = keep(host.datapath.dispatches_per_cpu(), Name::Datapath, remedy, found)?;
-    let ids = keep(host.datapath.upcall_port_ids(), Name::Datapath, remedy, found)?;
+    let per_cpu = keep(host.datapath.dispatches_per_cpu(), Name::Datapath, START, found)?;
+    let ids = match keep(host.datapath.tells_upcalls(), Name::Datapath, START, found)? {
+        true => Some(keep(host.datapath.upcall_port_ids(), Name::Datapath, START, found)?),
+        false => None,
+    };
+    let kernel = host.surroundings.environment().kernel;
+    let ids = bound_ids(ids, per_cpu, &kernel, found)?;
+    judge_dispatch(per_cpu || may_dispatch_per_vport, found);
+    Some(host.daemons.find_vswitchd(&ids))
+}
+
+/// The port ids that upcalls go to, where the kernel tells them and somebody is bound.
+fn bound_ids(ids: Option<Vec<u32>>, per_cpu: bool, kernel: &str, found: &mut Findings) -> Option<Vec<u32>> {
+    let Some(ids) = ids else {
+        let cause = format!(
+            "Linux {kernel} dispatches upcalls per CPU and does not tell to which sockets; ovs-graceful could not give \
+             them back to the running ovs-vswitchd"
+        );
+        let remedy =
+            "none on this kernel, which ovs-graceful does not serve yet; Linux 6.1 and later are served. Open \
+                      vSwitch works, and nothing has to be restarted";
+        found.refuse(Name::UpcallsUntold, DATAPATH, cause, remedy);
+        return None;
+    };
     if per_cpu && nobody_bound(&ids) {
         let cause = "ovs-vswitchd has bound no socket for its upcalls: every packet without a kernel flow is lost \
                      already (OVS 3.1 does so when it was started in the first 10 s after boot)";
-        let remedy = "start Open vSwitch again without ovs-graceful (`systemctl restart openvswitch-switch`)";
-        found.refuse(Name::Upcalls, "kernel datapath", cause, remedy);
+        found.refuse(Name::Upcalls, DATAPATH, cause, "`ovs-graceful restart --plain`");
         return None;
     }
-    if !per_cpu && !may_dispatch_per_vport {
-        // dpif_netlink_refresh_channels(): bound once for one thread, then by nobody, then for all threads.
-        let cause = "it dispatches upcalls per vport: without a freeze the new ovs-vswitchd unbinds every port for a \
-                     moment after it has bound it, and packets are lost";
-        let remedy = "see to what keeps BPF from working (the warning above), or use OVS 2.16 on Linux 5.15 or later";
-        found.refuse(Name::Dispatch, "kernel datapath", cause, remedy);
+    Some(ids)
+}
+
+/// Without a freeze upcalls have to be dispatched per CPU.
+fn judge_dispatch(is_safe: bool, found: &mut Findings) {
+    if is_safe {
+        return;
     }
-    Some(host.daemons.find_vswitchd(&ids))
+    // dpif_netlink_refresh_channels(): bound once for one thread, then by nobody, then for all threads.
+    let cause = "it dispatches upcalls per vport: without a freeze the new ovs-vswitchd unbinds every port for a \
+                 moment after it has bound it, and packets are lost";
+    let remedy =
+        "see to what keeps BPF from working (the warning above), or use OVS 2.16 or later on Linux 6.1 or later";
+    found.refuse(Name::Dispatch, DATAPATH, cause, remedy);
 }
 
 /// Each once: several CPUs, or ports, may share one.
@@ -135,9 +189,6 @@ fn nobody_bound(port_ids: &[u32]) -> bool {
 /// Parking needs the sockets of another process; the freeze needs BPF on top. Returns the level that they allow.
 fn judge_environment(surroundings: &dyn Surroundings, found: &mut Findings) -> Level {
     let environment = surroundings.environment();
-    if !surroundings.is_root() {
-        found.refuse(Name::Root, "this process", "it is not root", "run it with sudo");
-    }
     for fact in &environment.failures {
         of_fact(fact, found);
     }
@@ -199,6 +250,49 @@ fn of_fact(fact: &Fact, found: &mut Findings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The finding where the kernel tells `ids`.
+    fn told(ids: Option<Vec<u32>>) -> Option<crate::report::Finding> {
+        let mut found = Findings::default();
+        bound_ids(ids, true, "5.15.0-91-generic", &mut found);
+        found.into_inner().pop()
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted() {
+        assert_eq!(told(Some(vec![0, 7])), None);
+        let untold = told(None).unwrap();
+        assert_eq!((untold.name, untold.severity), (Name::UpcallsUntold, Severity::Refused));
+        let text = untold.to_string();
+        assert!(text.contains("5.15.0-91-generic") && text.contains("none on this kernel"), "{text}");
+        assert!(!text.contains("lost") && !text.contains('`'), "{text}");
+        assert_eq!(told(Some(vec![])).unwrap().name, Name::Upcalls);
+    }
+
+    #[test]
+    fn a_bridge_that_the_daemon_has_not_made_is_set_aside() {
+        let bridge = |name: &str| crate::host::Bridge { name: name.into(), ..Default::default() };
+        let all = || DatabaseFacts { bridges: vec![bridge("br0"), bridge("br1")], ..Default::default() };
+        let mut facts = all();
+        set_aside_ignored(&mut facts, Some("br0\n"));
+        assert_eq!(
+            (facts.bridges.as_slice(), facts.ignored_bridges.as_slice()),
+            (&[bridge("br0")][..], &["br1".to_owned()][..])
+        );
+        let mut facts = all();
+        set_aside_ignored(&mut facts, None);
+        assert_eq!(facts, all());
+    }
+
+    #[test]
+    fn upcalls_per_vport_need_a_freeze() {
+        let mut found = Findings::default();
+        judge_dispatch(true, &mut found);
+        assert!(!found.refuses());
+        judge_dispatch(false, &mut found);
+        let found = found.into_inner();
+        assert_eq!((found.len(), found[0].name, found[0].severity), (1, Name::Dispatch, Severity::Refused));
+    }
 
     #[test]
     fn a_datapath_without_a_port_id_is_bound_to_nobody() {

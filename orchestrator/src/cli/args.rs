@@ -93,6 +93,10 @@ pub struct RestartArgs {
     /// Say what would be done; touch nothing.
     #[arg(long)]
     pub plan: bool,
+    /// An ordinary restart, without ovs-graceful: new flows are lost meanwhile, and rules that a controller does not put
+    /// back. What `systemctl restart` is without our drop-ins.
+    #[arg(long, exclusive = true)]
+    pub plain: bool,
     /// Do nothing where the running daemons, and the shared libraries they use, are those on disk.
     #[arg(long)]
     pub if_needed: bool,

@@ -15,12 +15,13 @@ use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
 use super::output::{complain, complain_of};
 use super::patience;
+use super::plain::PLAIN;
 use super::restart::{no_run_now, restart};
 use super::{connect, RestartArgs, SuperviseArgs};
-use crate::config::{Config, DoorsConfig};
+use crate::config::{Config, DoorsConfig, WhenRefused};
 use crate::control::{Holder, HookClient, HookCommand, RunLock, Status, LOCK, SOCKET};
 use crate::host::real::Systemd;
-use crate::host::{QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
+use crate::host::{JobKind, QueuedJob, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::{ExitCode, Phase};
 use crate::recovery::RECOVERY;
@@ -147,8 +148,8 @@ fn of_restart(start: &[OsString]) -> Vec<OsString> {
 
 /// ExecStop= of the same unit, and of that of ovs-vswitchd: a run where the unit is being restarted.
 pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
-    // What cannot be read must not keep anything from being stopped.
-    if !doors(config).is_ok_and(|doors| doors.restarts()) {
+    let doors = doors_or_keep(config);
+    if !doors.restarts() || is_plain() {
         return package_s_own(command);
     }
     let systemd = Systemd::default();
@@ -165,7 +166,17 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
     }
     match restarts {
         true if unit == SWITCH_UNIT => switch_stop(config, unit, command),
-        true => umbrella_stop(config, unit, &systemd, &jobs, command),
+        true => {
+            let (code, restarts) = umbrella_stop(config, &unit, &systemd, &jobs);
+            match (code, restarts) {
+                (Some(code), _) if ![ExitCode::Refused.code(), FAILED, USAGE].contains(&code) => well(code),
+                (None, _) => package_s_own(command),
+                (Some(_), restarts) => {
+                    refused(doors.refused, &unit, &systemd, &jobs, &restarts);
+                    package_s_own(command)
+                }
+            }
+        }
         false => package_s_own(command),
     }
 }
@@ -174,22 +185,21 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
 /// which wait for us, are taken back before it begins. Where a run is under way already it is waited for; a restart of a
 /// daemon's own unit goes on then, and is a run of its own.
 ///
-/// Where the run was refused they are queued again: who asked for a restart gets the one that there would be without
-/// us, as after the upgrade of a package nobody else would start the new daemons.
-fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJob], command: &[OsString]) -> u8 {
+/// The exit code of the run, where there was one, and the restarts that were taken back for it.
+fn umbrella_stop(config: &Path, unit: &str, systemd: &Systemd, jobs: &[QueuedJob]) -> (Option<u8>, Vec<QueuedJob>) {
     let under_way = RunLock::holder(Path::new(LOCK)).ok().flatten();
     let restarts = match under_way.is_some() && status_now().as_ref().is_some_and(hands_over) {
-        true => waiting_restarts(&unit, jobs, 0),
-        false => restarts_of_the_daemons(&unit, jobs),
+        true => waiting_restarts(unit, jobs, 0),
+        false => restarts_of_the_daemons(unit, jobs),
     };
     let Some(restarts) = restarts else {
         wait_while(longest_run(config), |_, _, _| true);
-        return package_s_own(command);
+        return (None, Vec::new());
     };
     if let Err(error) = take_back(systemd, &restarts) {
         complain(&format!("cannot take back the restart of the daemons ({error}): not a run of ovs-graceful"));
         restart_as_asked(systemd, &restarts);
-        return package_s_own(command);
+        return (None, Vec::new());
     }
     if let Some(holder) = &under_way {
         complain(&format!("run {} replaces the daemons", holder.id));
@@ -197,20 +207,40 @@ fn umbrella_stop(config: &Path, unit: String, systemd: &Systemd, jobs: &[QueuedJ
     }
     // Done by that run, unless files have been replaced since.
     let if_needed = under_way.is_some_and(|holder| was_done(&holder.id));
-    let args = RestartArgs { if_needed, called_by: Some(unit), ..RestartArgs::default() };
-    let code = restart(config, args);
-    if [ExitCode::Refused.code(), FAILED, USAGE].contains(&code) {
-        complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
-        restart_as_asked(systemd, &restarts);
-        return package_s_own(command);
+    let args = RestartArgs { if_needed, called_by: Some(unit.to_owned()), ..RestartArgs::default() };
+    (Some(restart(config, args)), restarts)
+}
+
+/// The run was refused. Either who asked for a restart gets the one that there would be without us, as after the upgrade of
+/// a package nobody else would start the new daemons: what was taken back is queued again. Or the daemons stay, and the
+/// restart of the unit is taken back as well, so that systemctl fails; the unit is started again, as it is being stopped.
+fn refused(wish: WhenRefused, unit: &str, systemd: &Systemd, jobs: &[QueuedJob], restarts: &[QueuedJob]) {
+    match wish {
+        WhenRefused::Plain => {
+            complain("refused, see above: the daemons are restarted as they are without ovs-graceful");
+            restart_as_asked(systemd, restarts);
+        }
+        WhenRefused::Keep => {
+            complain(&format!("refused, see above: the daemons stay as they are; the restart of {unit} is cancelled"));
+            let own = jobs.iter().find(|job| job.unit == unit);
+            let cancelled = own.map_or(Ok(()), |job| systemd.cancel_job(job.id, soon()));
+            let started = systemd.start_job(unit, JobKind::Start, soon()).map(drop);
+            if let Err(error) = cancelled.and(started) {
+                complain(&format!("{error}; remedy: systemctl start {unit}"));
+            }
+        }
     }
-    well(code)
 }
 
 /// The unit of ovs-vswitchd is being restarted, alone or with ovsdb-server. systemd will start the new daemon once this
 /// command has ended and the old one as well; until then the run prepares what it can, and parks (strategy stop-start).
 /// Ended for us or refused, the old daemon is stopped as the package does.
 fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
+    if Config::load(config).is_err() {
+        // It was told above.
+        complain("the daemon is restarted as it is without ovs-graceful: systemd ends it whatever we do");
+        return package_s_own(command);
+    }
     // It may be the run under way that restarts the unit, as its last resort.
     let free = wait_while(longest_run(config), ends_without_us);
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
@@ -329,6 +359,16 @@ fn doors(config: &Path) -> Result<DoorsConfig, u8> {
         USAGE
     })?;
     Ok(loaded.doors)
+}
+
+/// A configuration that cannot be read is told, and nothing is lost because of it.
+pub(super) fn doors_or_keep(config: &Path) -> DoorsConfig {
+    doors(config).unwrap_or_else(|_| DoorsConfig::unreadable())
+}
+
+/// Is `ovs-graceful restart --plain` under way?
+fn is_plain() -> bool {
+    RunLock::holder(Path::new(LOCK)).ok().flatten().is_some_and(|holder| holder.id == PLAIN)
 }
 
 fn was_done(run: &str) -> bool {

@@ -10,6 +10,7 @@ mod launch;
 mod log;
 mod output;
 mod patience;
+mod plain;
 mod plan;
 mod progress;
 mod restart;

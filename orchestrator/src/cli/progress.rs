@@ -91,6 +91,8 @@ impl Display {
                 Some(format!("{phase:<9} {how} {} ms", duration_ms + before))
             }
             Progress::PointOfNoReturn => Some("point of no return: from here on Ctrl-C only detaches".to_string()),
+            // It has touched nothing.
+            Progress::Undoing { phase: Phase::Check } => None,
             Progress::Undoing { phase } => Some(format!("{phase:<9} being undone")),
             Progress::GoingBack { why } => Some(format!("going back to the old version: {why}")),
             Progress::Note { text } => Some(format!("          {text}")),

@@ -14,6 +14,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use super::ended::{answered, fail, DETACHED};
 use super::launch::{launch, Launched};
 use super::output::{complain, say, say_json};
+use super::plain::restart_plainly;
 use super::plan::{in_words, plan};
 use super::progress::Display;
 use super::{containers, load, RestartArgs, SuperviseArgs};
@@ -42,6 +43,9 @@ enum Happening {
 
 /// Replaces the daemons, or says what that would be; returns the exit code.
 pub fn restart(config: &Path, args: RestartArgs) -> u8 {
+    if args.plain {
+        return restart_plainly();
+    }
     if args.plan {
         return answered(args.json, print_plan(config, &args));
     }

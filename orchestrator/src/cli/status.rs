@@ -224,7 +224,10 @@ fn in_words(answer: &Answer, now_ms: u64) -> String {
     lines.push(flag_line(answer));
     lines.extend(answer.daemons.iter().map(daemon_line));
     lines.extend(answer.configuration.error.as_ref().map(|error| {
-        format!("{error}\nuntil then upgrades and restarts of Open vSwitch are the plain ones, which lose packets")
+        format!(
+            "{error}\nuntil then no run begins: an upgrade leaves the daemons of Open vSwitch as they are, and a restart \
+             of its unit fails"
+        )
     }));
     lines.extend(answer.unknown.iter().map(|why| format!("unknown: {why}")));
     lines.join("\n")
@@ -469,7 +472,7 @@ mod tests {
         let error = Config::parse("[park]\nmax_packet = 9\n", "/etc/x.toml").unwrap_err().to_string();
         let configuration = Configuration { file: "/etc/x.toml".into(), error: Some(error) };
         let text = in_words(&Answer { configuration, ..quiet() }, NOW);
-        assert!(text.contains("max_packet") && text.contains("/etc/x.toml") && text.contains("plain ones"), "{text}");
+        assert!(text.contains("max_packet") && text.contains("/etc/x.toml") && text.contains("no run begins"), "{text}");
     }
 
     #[test]

@@ -16,16 +16,16 @@ use dpfreeze::freeze;
 use super::output::{complain, say};
 use super::restart::restart;
 use super::RestartArgs;
-use crate::config::Config;
+use crate::config::{Config, DoorsConfig, WhenRefused};
 use crate::control::{RunLock, LOCK, RUN_DIR};
 use crate::guard;
 use crate::host::disk::Disk;
 use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::{RealDaemons, RealDisk, Systemd};
-use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT};
+use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT, UMBRELLAS};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{CheckReport, Name, Report, Severity, Strategy};
+use crate::report::{CheckReport, Finding, Name, Report, Severity, Strategy};
 use crate::supervisor;
 
 /// The action is allowed (README.policy-rc.d of init-system-helpers).
@@ -52,11 +52,45 @@ const VERSION_LIMIT: Duration = Duration::from_secs(10);
 pub(super) fn policy(config: &Path, unit: &str, action: &str) -> u8 {
     let asks = |name: &str| env::var(name).unwrap_or_default();
     let (package, script) = (asks("DPKG_MAINTSCRIPT_PACKAGE"), asks("DPKG_MAINTSCRIPT_NAME"));
-    if !takes_the_daemons_away(&package, &script, unit, action) || !will_be_graceful(config) {
-        return ALLOWED;
-    }
-    complain(&format!("{action} of {unit}: not now; Open vSwitch is replaced when its packages have been unpacked"));
+    let answer = match takes_the_daemons_away(&package, &script, unit, action) {
+        true => answer(config),
+        // The restart at the end: where the daemons are to stay, it is none.
+        false if is_the_restart(&package, &script, unit, action) => {
+            kept_answer(&Path::new(RUN_DIR).join(ANSWER)).filter(|answer| *answer == Answer::Keep)
+        }
+        false => None,
+    };
+    let why = match answer {
+        None | Some(Answer::Plain) => return ALLOWED,
+        Some(Answer::Graceful) => "not now; Open vSwitch is replaced when its packages have been unpacked",
+        Some(Answer::Keep) => "not done; the daemons stay as they are, see above",
+    };
+    complain(&format!("{action} of {unit}: {why}"));
     FORBIDDEN
+}
+
+/// What an upgrade does to the daemons.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    /// They are replaced in a run, at its end.
+    Graceful,
+    /// They are stopped and started as without us.
+    Plain,
+    /// They stay as they are.
+    Keep,
+}
+
+impl Answer {
+    const ALL: [Answer; 3] = [Answer::Graceful, Answer::Plain, Answer::Keep];
+
+    /// As it is kept.
+    fn word(self) -> &'static str {
+        match self {
+            Answer::Graceful => "graceful",
+            Answer::Plain => "plain",
+            Answer::Keep => "keep",
+        }
+    }
 }
 
 /// Of Debian 12 and later preinst stops the daemons; of Debian 11 postinst restarts them one after the other before it
@@ -72,32 +106,62 @@ fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str)
         }
 }
 
-fn will_be_graceful(config: &Path) -> bool {
-    let Ok(config) = Config::load(config) else { return false };
-    // Who makes the run: the umbrella's restart, or else we.
-    if !config.doors.upgrades() || booted_with_systemd() && !config.doors.restarts() {
-        return false;
-    }
-    let kept = Path::new(RUN_DIR).join(ANSWER);
-    if let Some(answer) = kept_answer(&kept) {
-        return answer;
-    }
-    let answer = can_be_graceful(&config);
-    keep_answer(&kept, answer);
-    answer
+/// At the end of an upgrade the script restarts the unit that stands for both daemons.
+fn is_the_restart(package: &str, script: &str, unit: &str, action: &str) -> bool {
+    package == PACKAGE && (script, action) == ("postinst", "restart") && UMBRELLAS.contains(&unit)
 }
 
-/// Where daemons run and it cannot, why not is told.
-fn can_be_graceful(config: &Config) -> bool {
-    let why_not = match supervisor::check(config, Strategy::Standby, false) {
+/// `None` where an upgrade is none of our business.
+fn answer(config: &Path) -> Option<Answer> {
+    let kept = Path::new(RUN_DIR).join(ANSWER);
+    let loaded = Config::load(config);
+    let doors = loaded.as_ref().map_or_else(|_| DoorsConfig::unreadable(), |config| config.doors.clone());
+    // Who makes the run: the umbrella's restart, or else we.
+    if !doors.upgrades() || booted_with_systemd() && !doors.restarts() {
+        return None;
+    }
+    if let Some(answer) = kept_answer(&kept) {
+        return Some(answer);
+    }
+    let why_not = match &loaded {
+        Ok(config) => why_not(config),
+        Err(error) => vec![error.to_string()],
+    };
+    let answer = answer_to(&why_not, doors.refused, daemons_run());
+    tell_why(answer, &why_not);
+    keep_answer(&kept, answer);
+    Some(answer)
+}
+
+/// Daemons that do not run are not kept from anything.
+fn answer_to(why_not: &[String], wish: WhenRefused, daemons_run: bool) -> Answer {
+    match (why_not.is_empty(), wish) {
+        (true, _) => Answer::Graceful,
+        (false, WhenRefused::Keep) if daemons_run => Answer::Keep,
+        (false, _) => Answer::Plain,
+    }
+}
+
+/// Where daemons run and it is no run, why not is told.
+fn tell_why(answer: Answer, why_not: &[String]) {
+    let (what, then) = match answer {
+        Answer::Graceful => return,
+        Answer::Plain if !daemons_run() => return,
+        Answer::Plain => ("stops Open vSwitch as without us", ""),
+        Answer::Keep => ("leaves the daemons of Open vSwitch as they are", "; then `ovs-graceful restart --if-needed`"),
+    };
+    why_not.iter().for_each(|why| complain(&format!("this upgrade {what}: {why}{then}")));
+}
+
+fn why_not(config: &Config) -> Vec<String> {
+    match supervisor::check(config, Strategy::Standby, false) {
         Ok(report) => hindrances(&report),
         Err(error) => vec![format!("{error:#}")],
-    };
-    let run = || RealDaemons::new(DATABASE_SOCKET).find_all(DaemonKind::OvsVswitchd);
-    if !why_not.is_empty() && run().is_ok_and(|found| !found.is_empty()) {
-        why_not.iter().for_each(|why| complain(&format!("this upgrade stops Open vSwitch as without us: {why}")));
     }
-    why_not.is_empty()
+}
+
+fn daemons_run() -> bool {
+    RealDaemons::new(DATABASE_SOCKET).find_all(DaemonKind::OvsVswitchd).is_ok_and(|found| !found.is_empty())
 }
 
 fn booted_with_systemd() -> bool {
@@ -105,24 +169,27 @@ fn booted_with_systemd() -> bool {
 }
 
 /// What refuses a run. Of the files some may be new and some old already, or gone: they are looked at again when the run
-/// begins.
+/// begins. What cannot be kept of the running program now, with the version that is to go, cannot be kept then.
 fn hindrances(report: &CheckReport) -> Vec<String> {
-    let about_files = [Name::Versions, Name::OldBinary, Name::Tools, Name::Schema];
-    let refused = report.findings.iter().filter(|one| one.severity == Severity::Refused);
-    let others = refused.filter(|one| !about_files.contains(&one.name));
+    let about_files = [Name::Versions, Name::Tools, Name::Schema];
+    let refuses = |one: &&Finding| match one.name {
+        Name::OldBinary => one.severity != Severity::Ok,
+        name => one.severity == Severity::Refused && !about_files.contains(&name),
+    };
+    let others = report.findings.iter().filter(refuses);
     others.map(|one| format!("{}: {} (remedy: {})", one.object, one.cause, one.remedy)).collect()
 }
 
-fn kept_answer(path: &Path) -> Option<bool> {
+fn kept_answer(path: &Path) -> Option<Answer> {
     let age = SystemTime::now().duration_since(fs::metadata(path).ok()?.modified().ok()?).ok()?;
-    (age < ANSWER_LASTS).then(|| fs::read(path).is_ok_and(|answer| answer == b"yes"))
+    let word = fs::read_to_string(path).ok().filter(|_| age < ANSWER_LASTS)?;
+    Answer::ALL.into_iter().find(|answer| answer.word() == word)
 }
 
 /// Where it cannot be kept it is asked for again.
-fn keep_answer(path: &Path, answer: bool) {
-    let words: &[u8] = if answer { b"yes" } else { b"no" };
+fn keep_answer(path: &Path, answer: Answer) {
     let folder = path.parent().map_or(Ok(()), |folder| RealDisk.make_folder(folder));
-    let _kept = folder.and_then(|()| RealDisk.replace(path, words));
+    let _kept = folder.and_then(|()| RealDisk.replace(path, answer.word().as_bytes()));
 }
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
@@ -132,8 +199,10 @@ pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let find = || daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
     let kept = Path::new(RUN_DIR).join(ANSWER);
-    let restarts = restarts || !booted_with_systemd() && kept_answer(&kept) == Some(true);
-    if restarts && !find().is_empty() && Config::load(config).is_ok_and(|config| config.doors.upgrades()) {
+    let restarts = restarts || !booted_with_systemd() && kept_answer(&kept) == Some(Answer::Graceful);
+    // One that cannot be read is told by the restart.
+    let upgrades = Config::load(config).map_or(true, |config| config.doors.upgrades());
+    if restarts && !find().is_empty() && upgrades {
         restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
     }
     let _gone_already = fs::remove_file(kept);
@@ -210,6 +279,27 @@ mod tests {
     }
 
     #[test]
+    fn daemons_stay_only_where_that_was_chosen_and_they_run() {
+        let why = ["bridge br0: STP is on".to_owned()];
+        assert_eq!(answer_to(&[], WhenRefused::Keep, true), Answer::Graceful);
+        assert_eq!(answer_to(&why, WhenRefused::Plain, true), Answer::Plain);
+        assert_eq!(answer_to(&why, WhenRefused::Keep, true), Answer::Keep);
+        assert_eq!(answer_to(&why, WhenRefused::Keep, false), Answer::Plain);
+        assert!(is_the_restart(PACKAGE, "postinst", "openvswitch-switch.service", "restart"));
+        assert!(!is_the_restart(PACKAGE, "postinst", SWITCH_UNIT, "restart"));
+        assert!(!is_the_restart("", "", "openvswitch-switch.service", "restart"), "a person restarts it");
+    }
+
+    #[test]
+    fn a_program_that_cannot_be_kept_stops_no_upgrade_half_way() {
+        let mut found = crate::report::Findings::default();
+        found.warn(Name::OldBinary, "/usr/sbin/ovs-vswitchd", "noexec", "remount");
+        found.warn(Name::Lacp, "port p1", "anew", "");
+        let report = CheckReport { level: crate::report::Level::Full, findings: found.into_inner() };
+        assert_eq!(hindrances(&report), ["/usr/sbin/ovs-vswitchd: noexec (remedy: remount)"]);
+    }
+
+    #[test]
     fn files_that_are_being_replaced_are_no_reason_to_stop_the_daemons() {
         let report = |names: &[Name]| {
             let mut found = Findings::default();
@@ -226,7 +316,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(ANSWER);
         assert_eq!(kept_answer(&path), None);
-        for answer in [true, false] {
+        for answer in Answer::ALL {
             keep_answer(&path, answer);
             assert_eq!(kept_answer(&path), Some(answer));
         }

@@ -63,8 +63,11 @@ pub trait Datapath {
     fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>>;
     /// Sets connection limits of conntrack zones.
     fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()>;
-    /// The port ids that upcalls go to now: one for each CPU, or those of all ports.
+    /// The port ids that upcalls go to now: one for each CPU, or those of all ports. An error where the kernel does not
+    /// tell them ([`Datapath::tells_upcalls`]).
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
+    /// Does the kernel tell which port ids upcalls go to? Linux 5.15 to 6.0 do not where they dispatch per CPU.
+    fn tells_upcalls(&mut self) -> Result<bool>;
     /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.
     fn dispatches_per_cpu(&mut self) -> Result<bool>;
     /// Proves with a canary that the kernel can refuse, and stops refusing when the lease ends. Changes nothing.

@@ -237,6 +237,9 @@ pub struct Interface {
     pub bfd: bool,
     /// True where CFM is enabled on it.
     pub cfm: bool,
+    /// True where ovs-vswitchd polices what it receives, by an ingress qdisc of its own.
+    #[serde(default)]
+    pub policed: bool,
 }
 
 /// A port of a bridge.
@@ -305,8 +308,12 @@ pub struct DatabaseFacts {
     pub next_cfg: i64,
     /// What ovs-vswitchd has carried out.
     pub cur_cfg: i64,
-    /// The bridges, by name.
+    /// The bridges, by name; without those of [`DatabaseFacts::ignored_bridges`].
     pub bridges: Vec<Bridge>,
+    /// Names of bridges that no ovs-vswitchd makes, as they would lead out of its folder (`add_del_bridges`,
+    /// vswitchd/bridge.c). No path may be made of them.
+    #[serde(default)]
+    pub ignored_bridges: Vec<String>,
     /// The conntrack zones of the kernel's datapath, by number; none where the schema has no such table.
     pub ct_zones: Vec<CtZone>,
     /// The limit of zones without one, where the schema has it (OVS 3.3) and it is set.
@@ -385,9 +392,12 @@ pub const SWITCH_UNIT: &str = "ovs-vswitchd.service";
 /// The unit of ovsdb-server, in every distribution that has one.
 pub const DATABASE_UNIT: &str = "ovsdb-server.service";
 
+/// The units that stand for both daemons, of Debian and of RHEL.
+pub const UMBRELLAS: [&str; 2] = ["openvswitch-switch.service", "openvswitch.service"];
+
 /// The units of Open vSwitch, whose jobs would pull the daemons away under a run (hazards 21): those of the daemons, and
 /// those that stand for both, of Debian and of RHEL.
-pub const UNITS: [&str; 4] = [SWITCH_UNIT, DATABASE_UNIT, "openvswitch-switch.service", "openvswitch.service"];
+pub const UNITS: [&str; 4] = [SWITCH_UNIT, DATABASE_UNIT, UMBRELLAS[0], UMBRELLAS[1]];
 
 /// A service unit, as its manager has it loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

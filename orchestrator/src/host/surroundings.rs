@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dpfreeze::freeze::Environment;
 
-use super::{Daemon, Daemons, Result, ServiceManager, Versions};
+use super::{Daemon, Daemons, DatabaseFacts, Result, ServiceManager, Versions};
 use crate::report::Finding;
 
 /// What the run to be checked for is to do.
@@ -37,12 +37,12 @@ pub struct Known<'a> {
     pub vswitchd: Option<&'a Result<Daemon>>,
     /// What runs and what is installed, where it was told.
     pub versions: Option<&'a Versions>,
+    /// What the database says, where it answers.
+    pub facts: Option<&'a DatabaseFacts>,
 }
 
 /// The rest of the host, as Check asks for it. Nothing is touched.
 pub trait Surroundings: Send + Sync {
-    /// Are we root?
-    fn is_root(&self) -> bool;
     /// What the kernel lets us do.
     fn environment(&self) -> Environment;
     /// Connections of the connection table by zone. What cannot be listed is not counted.

@@ -53,8 +53,6 @@ macro_rules! names {
 }
 
 names! {
-    /// The user of this process.
-    Root = "root",
     /// The kernel module.
     Openvswitch = "openvswitch-module",
     /// Taking sockets over from another process.
@@ -63,14 +61,14 @@ names! {
     Bpf = "bpf",
     /// The freeze, tried.
     Canary = "canary",
-    /// Open vSwitch as a whole, where nothing more can be looked at.
-    Host = "host",
     /// The kernel datapath.
     Datapath = "datapath",
     /// How the datapath dispatches upcalls.
     Dispatch = "dispatch",
     /// Who the upcalls go to.
     Upcalls = "upcalls",
+    /// A kernel that does not tell who the upcalls go to.
+    UpcallsUntold = "upcalls-untold",
     /// A reload of the kernel module, which was asked for.
     ReloadModule = "reload-module",
     /// What a reload of the kernel module would lose.
@@ -101,6 +99,18 @@ names! {
     Dpdk = "dpdk",
     /// All bridges together.
     Bridges = "bridges",
+    /// A bridge that ovs-vswitchd does not make.
+    BridgeIgnored = "bridge-ignored",
+    /// What OpenFlow has set on ports.
+    PortConfig = "port-config",
+    /// How a bridge handles IP fragments.
+    Fragments = "fragments",
+    /// What OpenFlow has set on flow tables.
+    TableConfig = "table-config",
+    /// Rules that end at a given time.
+    HardTimeout = "hard-timeout",
+    /// Somebody else's filters on ports.
+    IngressQdisc = "ingress-qdisc",
     /// A bridge of the userspace datapath.
     NetdevBridge = "netdev-bridge",
     /// STP and RSTP.

@@ -243,6 +243,9 @@ pub struct Report {
     pub differences: Vec<String>,
     /// What went wrong without ending the run, and the errors that did.
     pub warnings: Vec<String>,
+    /// What Check looked at, as `ovs-graceful check` lists it; empty where the run did not come to that.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
     /// Whatever else a step measured, by name. Not part of the schema.
     #[serde(default)]
     pub details: BTreeMap<String, serde_json::Value>,
@@ -273,6 +276,7 @@ impl Report {
             openflow: Vec::new(),
             differences: Vec::new(),
             warnings: Vec::new(),
+            findings: Vec::new(),
             details: BTreeMap::new(),
         }
     }
@@ -295,7 +299,12 @@ impl Report {
     pub fn finish(&mut self, outcome: &Outcome, duration_ms: u64) {
         self.result = outcome.exit_code.result().to_string();
         self.exit_code = outcome.exit_code;
-        self.reason = outcome.reason.clone();
+        self.reason = match self.refusals().as_slice() {
+            names if outcome.exit_code == ExitCode::Refused && !names.is_empty() => {
+                format!("{}; nothing was touched", names.join(", "))
+            }
+            _ => outcome.reason.clone(),
+        };
         self.duration_ms = duration_ms;
     }
 
@@ -306,6 +315,18 @@ impl Report {
             ExitCode::Done => self.phases.iter().all(|phase| phase.name == Phase::Check.name()),
             ExitCode::Undone | ExitCode::Back | ExitCode::Differences | ExitCode::NeedsPerson => false,
         }
+    }
+
+    /// The names of what refuses the run, each once.
+    fn refusals(&self) -> Vec<&'static str> {
+        let refused = self.findings.iter().filter(|finding| finding.severity == Severity::Refused);
+        let mut names: Vec<&str> = Vec::new();
+        for finding in refused {
+            if !names.contains(&finding.name.word()) {
+                names.push(finding.name.word());
+            }
+        }
+        names
     }
 
     /// Writes the report to `path`, readable by its owner only: the old file or the whole new one, never half of it.

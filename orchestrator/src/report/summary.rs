@@ -7,7 +7,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{CellAlignment, Table};
 use owo_colors::{OwoColorize, Style};
 
-use super::{OpenFlowReport, Report};
+use super::{CheckReport, Level, OpenFlowReport, Report};
 use crate::machine::ExitCode;
 
 /// So many bridges, differences and warnings are shown; the rest is counted. Keeps the summary on one screen.
@@ -17,6 +17,11 @@ const SHOWN: usize = 6;
 pub fn summary(report: &Report, colour: bool) -> String {
     let mut out = String::new();
     headline(&mut out, report, colour);
+    if report.exit_code == ExitCode::Refused {
+        refusal(&mut out, report);
+        return out;
+    }
+    versions(&mut out, report);
     // A run that never came to Switch has no numbers, and zeros would look like some.
     if report.gap_ms.is_some() || report.parked.packets > 0 || report.exit_code == ExitCode::Done {
         numbers(&mut out, report);
@@ -25,11 +30,14 @@ pub fn summary(report: &Report, colour: bool) -> String {
         }
         list(&mut out, "differences", &report.differences);
     }
-    // The error that ended a run is a warning as well; where it is the reason it has been said.
-    let said = |warning: &&String| !report.reason.contains(warning.as_str());
-    let warnings: Vec<String> = report.warnings.iter().filter(said).cloned().collect();
-    list(&mut out, "warnings", &warnings);
+    list(&mut out, "warnings", &unsaid(report));
     out
+}
+
+/// The error that ended a run is a warning as well; where it is the reason it has been said.
+fn unsaid(report: &Report) -> Vec<String> {
+    let said = |warning: &&String| !report.reason.contains(warning.as_str());
+    report.warnings.iter().filter(said).cloned().collect()
 }
 
 /// Writing to a `String` cannot fail.
@@ -48,7 +56,18 @@ fn headline(out: &mut String, report: &Report, colour: bool) {
     };
     let result = report.result.style(style);
     let _ = writeln!(out, "run {}: {result} (exit {}): {}", report.id, report.exit_code.code(), report.reason);
-    // What a run that was refused has not found out is not worth a line.
+}
+
+/// The list of `ovs-graceful check`; without one, what the reason does not say yet.
+fn refusal(out: &mut String, report: &Report) {
+    if !report.findings.is_empty() {
+        let check = CheckReport { level: report.level.unwrap_or(Level::None), findings: report.findings.clone() };
+        out.push_str(&check.to_string());
+    }
+    list(out, "warnings", &unsaid(report));
+}
+
+fn versions(out: &mut String, report: &Report) {
     let version = |known: &Option<String>| known.clone().unwrap_or_else(|| "unknown".to_string());
     if report.from.ovs.is_some() || report.to.ovs.is_some() {
         line(out, "versions", &format!("{} → {}", version(&report.from.ovs), version(&report.to.ovs)));

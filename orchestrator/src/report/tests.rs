@@ -145,6 +145,34 @@ fn a_run_that_was_refused_shows_why_and_no_zeros() {
 }
 
 #[test]
+fn a_refused_run_lists_what_check_lists_and_says_each_thing_once() {
+    let mut found = Findings::default();
+    found.ok(Name::Canary, "freeze", "it works");
+    found.refuse(Name::NetdevBridge, "bridge br1", "it is of the userspace datapath", "none");
+    found.warn(Name::Lacp, "port p1", "LACP negotiates anew", "");
+    found.refuse(Name::Dpdk, "other_config:dpdk-init", "DPDK is on", "none");
+    let check = CheckReport { level: Level::Full, findings: found.into_inner() };
+    let mut report = Report::new("run-1", Strategy::Standby, 0);
+    report.level = Some(check.level);
+    report.findings = check.findings.clone();
+    report.finish(&Outcome { exit_code: ExitCode::Refused, reason: "check failed; nothing was touched".into() }, 5);
+    let text = summary(&report, false);
+    assert!(text.ends_with(&check.to_string()), "{text}");
+    for once in ["userspace datapath", "DPDK is on", "LACP negotiates", "(exit 10)"] {
+        assert_eq!(text.matches(once).count(), 1, "{once} in\n{text}");
+    }
+    assert!(!text.contains("unknown") && report.reason == "netdev-bridge, dpdk; nothing was touched", "{text}");
+}
+
+#[test]
+fn a_run_that_was_refused_before_it_looked_says_so_once() {
+    let mut report = Report::new("run-1", Strategy::Standby, 0);
+    report.finish(&Outcome { exit_code: ExitCode::Refused, reason: "no journal can be kept".into() }, 5);
+    let text = summary(&report, false);
+    assert_eq!(text.trim_end(), "run run-1: refused (exit 10): no journal can be kept");
+}
+
+#[test]
 fn every_finding_is_explained_in_the_table_of_the_docs() {
     let docs = include_str!("../../../docs/operating.md");
     let table = docs.split("### Outside the promise").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();

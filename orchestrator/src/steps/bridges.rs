@@ -7,7 +7,9 @@ use crate::host::{Bridge, DatabaseFacts};
 
 /// What was made since Check is restored, too; what has gone is not waited for.
 pub(super) fn look_again(run: &mut Run) -> Result<(), Stop> {
-    let facts = run.host.database.facts(run.deadline).context("the database")?;
+    let mut facts = run.host.database.facts(run.deadline).context("the database")?;
+    // What the old daemon has not made has no rules, and what the new one makes of it is for Open vSwitch to say.
+    facts.bridges.retain(|bridge| !run.known.facts.ignored_bridges.contains(&bridge.name));
     let known = names(&run.known.facts.bridges);
     for bridge in facts.bridges.iter().filter(|bridge| !known.contains(&bridge.name)) {
         run.warn(format!("bridge {}: made while the run was under way", bridge.name));

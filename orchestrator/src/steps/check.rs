@@ -20,18 +20,12 @@ impl Step for Check {
         let checked = check::check(&mut run.host, &run.wish, run.deadline);
         run.level = checked.report.level;
         run.report.level = Some(run.level);
+        run.report.findings = checked.report.findings.clone();
+        if checked.report.severity() == Severity::Refused {
+            return Err(Stop::Refused);
+        }
         for finding in checked.report.findings.iter().filter(|finding| finding.severity == Severity::Warning) {
             run.warn(format!("{}: {}", finding.object, finding.cause));
-        }
-        let refused: Vec<String> = checked
-            .report
-            .findings
-            .iter()
-            .filter(|finding| finding.severity == Severity::Refused)
-            .map(ToString::to_string)
-            .collect();
-        if !refused.is_empty() {
-            return Err(anyhow::anyhow!("{}", refused.join("\n")).into());
         }
         take_in(run, checked)?;
         if !run.wish.if_needed {

@@ -171,6 +171,8 @@ pub enum Stop {
         /// True where doing it again may help.
         retryable: bool,
     },
+    /// Check refuses this host: the report's findings say why.
+    Refused,
     /// Its time ran out.
     TimedOut(String),
     /// Something happened that changes the plan.

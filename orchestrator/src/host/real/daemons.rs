@@ -109,7 +109,7 @@ impl Daemons for RealDaemons {
         match owners.as_slice() {
             [pid] => self.take_tools_of(self.describe(DaemonKind::OvsVswitchd, *pid)?),
             [] => Err(HostError::new(object, "no process of it owns the upcall sockets of the datapath")
-                .remedy("start it; `ovs-graceful recover` if a run was interrupted")),
+                .remedy("`ovs-graceful recover`, where a run was cut off; else `systemctl restart ovs-vswitchd`")),
             many => Err(HostError::new(object, format!("processes {many:?} all own upcall sockets of the datapath"))
                 .remedy("only one may run: stop the one that systemd or the PID file does not know")),
         }

@@ -83,7 +83,7 @@ impl KernelDatapath {
         self.ovs
             .datapath(DATAPATH)
             .about(DATAPATH)?
-            .ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath").remedy("start Open vSwitch first"))
+            .ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath"))
     }
 
     /// Waits until `daemon` has bound every port, and dispatches by port from then on. Returns the port ids.
@@ -146,12 +146,19 @@ impl Datapath for KernelDatapath {
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
         let dp = self.dp()?;
         match dp.dispatch() {
-            Dispatch::PerCpu => Ok(dp.per_cpu_pids),
+            Dispatch::PerCpu => dp
+                .per_cpu_pids
+                .ok_or_else(|| HostError::new(DATAPATH, "this kernel does not tell which sockets the upcalls go to")),
             Dispatch::PerVport => {
                 let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
                 Ok(binding::port_ids_of(&vports))
             }
         }
+    }
+
+    fn tells_upcalls(&mut self) -> Result<bool> {
+        let dp = self.dp()?;
+        Ok(dp.dispatch() == Dispatch::PerVport || dp.per_cpu_pids.is_some())
     }
 
     fn dispatches_per_cpu(&mut self) -> Result<bool> {

@@ -65,7 +65,8 @@ impl KernelModule for RealModule {
                 refuse(object, cause.into(), "bring it back to this namespace for the reload, or remove its port");
             } else if let Some(upper) = upper(&vport.name) {
                 let cause = format!("{upper} stands on it and would vanish with it");
-                refuse(object, cause, "remove that device for the reload");
+                let remedy = format!("`ip link delete {upper}`, and make it again after the reload");
+                refuse(object, cause, &remedy);
             }
         }
         Ok(found.into_inner())

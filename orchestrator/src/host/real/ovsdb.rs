@@ -144,6 +144,7 @@ impl Database for Ovsdb {
             .ok_or_else(|| HostError::new(self.object(), "it has no row in table Open_vSwitch"))?;
         let mut bridges: Vec<Bridge> = tables.rows("Bridge").map(|row| tables.bridge(row)).collect();
         bridges.sort_by(|a, b| a.name.cmp(&b.name));
+        let (bridges, ignored): (Vec<_>, Vec<_>) = bridges.into_iter().partition(|bridge| is_made(&bridge.name));
         Ok(DatabaseFacts {
             other_config: map(&root["other_config"]),
             external_ids: map(&root["external_ids"]),
@@ -153,6 +154,7 @@ impl Database for Ovsdb {
             next_cfg: root["next_cfg"].as_i64().unwrap_or_default(),
             cur_cfg: root["cur_cfg"].as_i64().unwrap_or_default(),
             bridges,
+            ignored_bridges: ignored.into_iter().map(|bridge| bridge.name).collect(),
             ct_zones: tables.ct_zones(),
             ct_zone_default_limit: tables.kernel_datapath().and_then(|row| number(&row["ct_zone_default_limit"])),
         })
@@ -485,7 +487,19 @@ const WANTED: &[(&str, &[&str])] = &[
         ],
     ),
     ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
-    ("Interface", &["name", "type", "ofport", "options", "bfd", "cfm_mpid"]),
+    (
+        "Interface",
+        &[
+            "name",
+            "type",
+            "ofport",
+            "options",
+            "bfd",
+            "cfm_mpid",
+            "ingress_policing_rate",
+            "ingress_policing_kpkts_rate",
+        ],
+    ),
     ("Controller", &["target", "is_connected"]),
     // Schema 8.2.0 (OVS 2.13) and later; the limits 8.5.0 (OVS 3.3).
     ("Datapath", &["ct_zones", "ct_zone_default_limit"]),
@@ -595,6 +609,11 @@ impl Tables {
     }
 }
 
+/// Does ovs-vswitchd make a bridge of this name?
+fn is_made(name: &str) -> bool {
+    !name.contains(['/', '\\'])
+}
+
 fn interface(row: &Value) -> Interface {
     Interface {
         name: string(&row["name"]),
@@ -603,6 +622,9 @@ fn interface(row: &Value) -> Interface {
         dst_port: map(&row["options"]).remove("dst_port"),
         bfd: map(&row["bfd"]).get("enable").is_some_and(|v| v == "true"),
         cfm: row["cfm_mpid"].is_i64(),
+        policed: ["ingress_policing_rate", "ingress_policing_kpkts_rate"]
+            .iter()
+            .any(|column| row[*column].as_i64().is_some_and(|rate| rate > 0)),
     }
 }
 
@@ -814,6 +836,12 @@ mod tests {
         assert!(Tables(BTreeMap::from([("Open_vSwitch", BTreeMap::from([row("o", json!({}))]))]))
             .ct_zones()
             .is_empty());
+    }
+
+    #[test]
+    fn names_that_lead_out_of_a_folder_are_no_bridges() {
+        assert!(is_made("br-int") && is_made("..") && is_made("br 0"));
+        assert!(!is_made("br/0") && !is_made("../../etc/x") && !is_made("br\\0"));
     }
 
     #[test]

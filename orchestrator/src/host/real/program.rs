@@ -54,7 +54,7 @@ pub(super) fn save(daemon: &Daemon, version: &str, folders: &[PathBuf], until: I
         }
     }
     Err(HostError::new(daemon.exe.display().to_string(), format!("it could not be kept: {}", errors.join("; ")))
-        .remedy("free some space, or mount one of these file systems without noexec"))
+        .remedy("free some space, or, where it is mounted noexec, `mount -o remount,exec /run`"))
 }
 
 /// The program of a daemon that runs in a container stays where it is: the container's files are held. Its path there.

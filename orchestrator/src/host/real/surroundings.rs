@@ -16,10 +16,6 @@ use crate::report::Finding;
 pub struct RealSurroundings;
 
 impl Surroundings for RealSurroundings {
-    fn is_root(&self) -> bool {
-        nix::unistd::geteuid().is_root()
-    }
-
     fn environment(&self) -> Environment {
         environment()
     }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::world::{PidNames, Process, Program, World};
+use super::world::{bridges, PidNames, Process, Program, World};
 use super::Sim;
 use crate::host::{
     Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
@@ -123,6 +123,9 @@ impl Daemons for SimDaemons {
             // No operation: what becomes of it is nobody's concern, and seeds mean what they meant.
             let sees_less = living(&self.0.look(), daemon.id)?.sees_less;
             return Ok(format!("Recirc: {}\n", if sees_less { "No" } else { "Yes" }));
+        }
+        if command == "ofproto/list" {
+            return Ok(bridges().iter().map(|bridge| format!("{}\n", bridge.name)).collect());
         }
         self.0.operate("daemons.command", Some(until), |world| {
             if living(world, daemon.id)?.stopped {

@@ -143,6 +143,10 @@ impl Datapath for SimDatapath {
         self.sim.operate("datapath.upcall_port_ids", None, |world| Ok(world.kernel.bound.clone()))
     }
 
+    fn tells_upcalls(&mut self) -> Result<bool> {
+        Ok(true)
+    }
+
     fn dispatches_per_cpu(&mut self) -> Result<bool> {
         self.sim.operate("datapath.dispatches_per_cpu", None, |world| Ok(!world.variant.per_vport))
     }

@@ -14,10 +14,6 @@ use crate::report::{Finding, Findings, Name};
 pub(super) struct SimSurroundings(pub(super) Sim);
 
 impl Surroundings for SimSurroundings {
-    fn is_root(&self) -> bool {
-        true
-    }
-
     fn environment(&self) -> Environment {
         Environment {
             kernel: "simulated".into(),
@@ -41,9 +37,13 @@ impl Surroundings for SimSurroundings {
         _services: &dyn ServiceManager,
         known: &Known<'_>,
         _options: &CheckOptions,
-        _until: Instant,
+        until: Instant,
     ) -> Vec<Finding> {
         let mut found = Findings::default();
+        // The one operation of this look, which may fail like any other.
+        if let Err(error) = self.0.operate("surroundings.findings", Some(until), |_| Ok(())) {
+            refuse(Name::Tools, &error, "", &mut found);
+        }
         if let Some(Err(error)) = known.vswitchd {
             refuse(Name::OvsRunning, error, "", &mut found);
         }

@@ -7,7 +7,7 @@ use crate::host::{Daemon, DaemonKind, Daemons};
 use crate::report::{Findings, Name};
 
 const SWITCH: DaemonKind = DaemonKind::OvsVswitchd;
-const START: &str = "start it: systemctl start openvswitch-switch";
+const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
 
 /// The two daemons, if each runs once and the upcalls go to the ovs-vswitchd that runs.
 pub(super) fn running(daemons: &dyn Daemons, known: &Known<'_>, found: &mut Findings) -> Option<(Daemon, Daemon)> {
@@ -42,7 +42,7 @@ fn vswitchd(all: &[Daemon], known: &Known<'_>, found: &mut Findings) -> Option<D
         }
         (many, _) => {
             let pids: Vec<i32> = many.iter().map(|daemon| daemon.id.pid).collect();
-            let remedy = "stop all but the one that forwards; after an interrupted run: ovs-graceful recover";
+            let remedy = "stop all but the one that forwards; after an interrupted run `ovs-graceful recover`";
             found.refuse(Name::OvsRunning, SWITCH.program(), format!("it runs more than once: {pids:?}"), remedy);
         }
     }
@@ -53,24 +53,47 @@ fn vswitchd(all: &[Daemon], known: &Known<'_>, found: &mut Findings) -> Option<D
 pub(super) fn namespaces(vswitchd: &Daemon, found: &mut Findings) {
     if !procfs::shares(vswitchd.id.pid, "net").unwrap_or(false) {
         let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
-        let remedy = "run ovs-graceful in the daemon's network namespace (nsenter -n)";
-        found.refuse(Name::NetworkNamespace, object, "it runs in another network namespace", remedy);
+        let remedy =
+            format!("in the daemon's network namespace: `nsenter -t {} -n ovs-graceful check`", vswitchd.id.pid);
+        found.refuse(Name::NetworkNamespace, object, "it runs in another network namespace", &remedy);
     }
 }
 
 /// A container is not ours to start (docs/containers.md).
 pub(super) fn container(vswitchd: &Daemon, options: &CheckOptions, found: &mut Findings) {
-    let object = format!("ovs-vswitchd (pid {})", vswitchd.id.pid);
-    match (vswitchd.contained, options.elsewhere) {
+    judge_container(vswitchd.id.pid, vswitchd.contained, options.elsewhere, found);
+}
+
+fn judge_container(pid: i32, contained: bool, elsewhere: bool, found: &mut Findings) {
+    let object = format!("ovs-vswitchd (pid {pid})");
+    match (contained, elsewhere) {
         (true, false) => found.refuse(
             Name::Container,
             object,
             "it runs in a container, which has to be restarted by whoever runs it",
-            "ovs-graceful restart --restart-command 'docker restart NAME'",
+            "`ovs-graceful restart --restart-command 'docker restart NAME'`",
         ),
         (true, true) => {
-            found.ok(Name::Container, object, "it runs in a container; its files are kept for the way back")
+            found.ok(Name::Container, object, "it runs in a container; its files are kept for the way back");
         }
         (false, _) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Severity;
+
+    #[test]
+    fn a_container_is_not_ours_to_start() {
+        let judged = |contained, elsewhere| {
+            let mut found = Findings::default();
+            judge_container(7, contained, elsewhere, &mut found);
+            found.into_inner().pop().map(|one| one.severity)
+        };
+        assert_eq!(judged(true, false), Some(Severity::Refused));
+        assert_eq!(judged(true, true), Some(Severity::Ok));
+        assert_eq!(judged(false, false), None);
     }
 }

@@ -5,6 +5,7 @@ mod disks;
 mod programs;
 mod schema;
 mod services;
+mod switch;
 
 use std::time::Instant;
 
@@ -32,6 +33,9 @@ pub fn findings(
         found.ok(Name::Schema, "database", cause);
     } else {
         schema::look(&server, options, until, &mut found);
+    }
+    if let Some(facts) = known.facts {
+        switch::look(facts, until, &mut found);
     }
     services::look(services, &vswitchd, &server, options, until, &mut found);
     disks::look(options, &mut found);

@@ -23,7 +23,7 @@ pub(super) fn look(server: &Daemon, options: &CheckOptions, until: Instant, foun
             Name::Schema,
             object,
             "the installed version has a newer schema, and with --no-ovsdb it would not be converted",
-            "leave --no-ovsdb out",
+            "leave `--no-ovsdb` out",
         ),
         Err(cause) => found.refuse(
             Name::Schema,

@@ -1,0 +1,210 @@
+//! What ovs-vswitchd was told by others than the database and forgets when it ends, and what it removes of others when it
+//! starts. Nothing of this is put back yet.
+
+use std::path::Path;
+use std::time::Instant;
+
+use crate::host::real::command;
+use crate::host::real::openflow::{side_by_side, ANY_VERSION, OVS_OFCTL};
+use crate::host::{Bridge, DatabaseFacts, Interface};
+use crate::report::{Findings, Name};
+
+/// Where the bridges' management sockets are.
+const RUN_DIRECTORY: &str = "/run/openvswitch";
+/// So many ports or rules are named; the rest is counted.
+const NAMED: usize = 3;
+/// What `mod-port` sets in a port's config. The other flag, PORT_DOWN, is the device's own and stays.
+const PORT_FLAGS: [&str; 6] = ["NO_STP", "NO_RECV", "NO_RECV_STP", "NO_FLOOD", "NO_FWD", "NO_PACKET_IN"];
+/// The versions that have table configuration.
+const WITH_TABLE_CONFIG: [&str; 2] = ["OpenFlow14", "OpenFlow15"];
+
+/// Looks at bridges and ports.
+pub(super) fn look(facts: &DatabaseFacts, until: Instant, found: &mut Findings) {
+    let kernel = facts.bridges.iter().filter(|bridge| matches!(bridge.datapath_type.as_str(), "" | "system"));
+    let bridges: Vec<Bridge> = kernel.cloned().collect();
+    let told = side_by_side(&bridges, |bridge| Ok(told(bridge, until))).unwrap_or_default();
+    for (bridge, told) in bridges.iter().zip(told) {
+        judge(&format!("bridge {}", bridge.name), &told, found);
+    }
+    ingress(&bridges, until, found);
+}
+
+/// What OpenFlow has told a bridge. What cannot be read is empty: the run reads the rules again, and fails if it cannot.
+#[derive(Debug, Default)]
+struct Told {
+    show: String,
+    tables: String,
+    rules: String,
+}
+
+fn told(bridge: &Bridge, until: Instant) -> Told {
+    let target = format!("unix:{}", Path::new(RUN_DIRECTORY).join(format!("{}.mgmt", bridge.name)).display());
+    let ask = |versions: &str, words: &[&str]| {
+        let words: Vec<&str> = ["-O", versions].iter().chain(words).copied().chain([target.as_str()]).collect();
+        command::run_well(OVS_OFCTL, &words, None, until).unwrap_or_default()
+    };
+    let speaks = |version: &str| bridge.protocols.is_empty() || bridge.protocols.iter().any(|one| one == version);
+    let all = if bridge.protocols.is_empty() { ANY_VERSION.to_owned() } else { bridge.protocols.join(",") };
+    let newest: Vec<&str> = WITH_TABLE_CONFIG.into_iter().filter(|version| speaks(version)).collect();
+    Told {
+        // Only OpenFlow 1.0 knows NO_FLOOD.
+        show: ask(if speaks("OpenFlow10") { "OpenFlow10" } else { &all }, &["show"]),
+        tables: if newest.is_empty() { String::new() } else { ask(&newest.join(","), &["dump-table-desc"]) },
+        rules: ask(&all, &["--no-stats", "--no-names", "dump-flows"]),
+    }
+}
+
+fn judge(object: &str, told: &Told, found: &mut Findings) {
+    let again = "none yet: it is lost in any restart; set it again afterwards";
+    let ports = port_flags(&told.show);
+    if !ports.is_empty() {
+        let cause = format!("OpenFlow has set flags of ports, which end with ovs-vswitchd: {}", named(&ports));
+        found.warn(Name::PortConfig, object, cause, again);
+    }
+    if let Some(mode) = fragments(&told.show).filter(|mode| *mode != "normal") {
+        let cause = format!("OpenFlow has set the handling of fragments to {mode}; it starts as normal");
+        found.warn(Name::Fragments, object, cause, again);
+    }
+    let tables = table_config(&told.tables);
+    if !tables.is_empty() {
+        let cause = format!("OpenFlow has configured eviction or vacancy of flow tables: {}", named(&tables));
+        found.warn(Name::TableConfig, object, cause, again);
+    }
+    let rules: Vec<String> = told.rules.lines().filter(|line| has_hard_timeout(line)).map(str::to_owned).collect();
+    if !rules.is_empty() {
+        let cause = format!("rules have a hard_timeout, which begins anew with the restart: {}", named(&rules));
+        found.warn(Name::HardTimeout, object, cause, "none yet: such rules live longer than they were to");
+    }
+}
+
+/// The first few, and how many more.
+fn named(all: &[String]) -> String {
+    let first = all.iter().take(NAMED).map(|text| text.trim()).collect::<Vec<_>>().join("; ");
+    match all.len().saturating_sub(NAMED) {
+        0 => first,
+        more => format!("{first}; and {more} more"),
+    }
+}
+
+/// Ports with flags, from `ovs-ofctl show`: ` 1(v1): addr:..` and below it `     config:     NO_FLOOD NO_FWD`.
+fn port_flags(show: &str) -> Vec<String> {
+    let mut port = "";
+    let mut found = Vec::new();
+    for line in show.lines().map(str::trim) {
+        if let Some((name, _)) = line.split_once("): addr:") {
+            port = name.split_once('(').map_or(name, |(_, name)| name);
+        }
+        let Some(config) = line.strip_prefix("config:") else { continue };
+        let flags: Vec<&str> = config.split_whitespace().filter(|flag| PORT_FLAGS.contains(flag)).collect();
+        if !flags.is_empty() {
+            found.push(format!("{port} {}", flags.join(" ")));
+        }
+    }
+    found
+}
+
+/// `OFPT_GET_CONFIG_REPLY (xid=0x6): frags=nx-match miss_send_len=0`
+fn fragments(show: &str) -> Option<&str> {
+    show.split_whitespace().find_map(|word| word.strip_prefix("frags="))
+}
+
+/// Tables with eviction or vacancy, from `ovs-ofctl dump-table-desc`: `  table 5:` and below it `   eviction=on ..`.
+fn table_config(tables: &str) -> Vec<String> {
+    let mut table = "";
+    let mut found: Vec<String> = Vec::new();
+    for line in tables.lines().map(str::trim) {
+        if line.starts_with("table ") {
+            table = line.trim_end_matches(':');
+        }
+        let on = line.split_whitespace().any(|word| matches!(word, "eviction=on" | "vacancy=on"));
+        if on && found.last().is_none_or(|last| last != table) {
+            found.push(table.to_owned());
+        }
+    }
+    found
+}
+
+fn has_hard_timeout(rule: &str) -> bool {
+    // What is in the actions (`learn`) is about other rules.
+    rule.split("actions=").next().is_some_and(|head| head.contains("hard_timeout="))
+}
+
+/// ovs-vswitchd removes the ingress qdisc of every port when it starts, whoever made it (netdev_linux_set_policing,
+/// lib/netdev-linux.c); one that it makes itself it makes again. Where there is no `tc`, nobody has made one by it.
+fn ingress(bridges: &[Bridge], until: Instant, found: &mut Findings) {
+    let Ok(qdiscs) = command::run_well("tc", &["qdisc", "show"], None, until) else { return };
+    let interfaces: Vec<&Interface> =
+        bridges.iter().flat_map(|bridge| &bridge.ports).flat_map(|port| &port.interfaces).collect();
+    for device in with_ingress(&qdiscs) {
+        let others = |interface: &&&Interface| interface.name == device && !interface.policed;
+        if !interfaces.iter().any(|interface| others(&interface)) {
+            continue;
+        }
+        let filters = command::run_well("tc", &["filter", "show", "dev", device, "parent", "ffff:"], None, until);
+        if filters.is_ok_and(|filters| !filters.trim().is_empty()) {
+            let cause = "it has an ingress qdisc with filters, which ovs-vswitchd removes when it starts";
+            let remedy = "none yet: they are lost in any restart; make them again afterwards, or use a clsact qdisc";
+            found.warn(Name::IngressQdisc, format!("device {device}"), cause, remedy);
+        }
+    }
+}
+
+/// `qdisc ingress ffff: dev v1 parent ffff:fff1 ----------------`
+fn with_ingress(qdiscs: &str) -> Vec<&str> {
+    let ingress = qdiscs.lines().filter(|line| line.starts_with("qdisc ingress "));
+    ingress.filter_map(|line| line.split_once(" dev ")?.1.split_whitespace().next()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHOW: &str = "OFPT_FEATURES_REPLY (xid=0x2): dpid:0000aa\nn_tables:254, n_buffers:0\n \
+        1(v1): addr:aa:bb:cc:dd:ee:01\n     config:     NO_FLOOD NO_FWD\n     state:      0\n \
+        2(v2): addr:aa:bb:cc:dd:ee:02\n     config:     0\n     state:      0\n \
+        LOCAL(br0): addr:aa:bb:cc:dd:ee:00\n     config:     PORT_DOWN\n     state:      LINK_DOWN\n\
+        OFPT_GET_CONFIG_REPLY (xid=0x6): frags=nx-match miss_send_len=0\n";
+
+    #[test]
+    fn flags_of_ports_and_the_handling_of_fragments_are_read() {
+        assert_eq!(port_flags(SHOW), ["v1 NO_FLOOD NO_FWD"]);
+        assert_eq!(fragments(SHOW), Some("nx-match"));
+        assert_eq!((port_flags(""), fragments("")), (vec![], None));
+    }
+
+    #[test]
+    fn tables_that_were_configured_are_read() {
+        let desc = "OFPST_TABLE_DESC reply (OF1.4) (xid=0x2):\n  table 0:\n   eviction=off eviction_flags=OTHER\n   \
+            vacancy=off\n  table 5:\n   eviction=on eviction_flags=OTHER\n   vacancy=on vacancy_down=10% vacancy_up=80%\n";
+        assert_eq!(table_config(desc), ["table 5"]);
+    }
+
+    #[test]
+    fn only_what_is_there_is_named() {
+        let names = |told: Told| {
+            let mut found = Findings::default();
+            judge("bridge br0", &told, &mut found);
+            found.into_inner().into_iter().map(|one| one.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(Told::default()), []);
+        let learn = " priority=1 actions=learn(hard_timeout=5,output:1)\n".to_owned();
+        assert_eq!(names(Told { rules: learn, ..Told::default() }), []);
+        let timed = " hard_timeout=60, priority=1 actions=drop\n".to_owned();
+        assert_eq!(names(Told { rules: timed, ..Told::default() }), [Name::HardTimeout]);
+        assert_eq!(names(Told { show: SHOW.into(), ..Told::default() }), [Name::PortConfig, Name::Fragments]);
+    }
+
+    #[test]
+    fn more_than_a_few_are_counted() {
+        let all: Vec<String> = (0..5).map(|n| format!("p{n}")).collect();
+        assert_eq!(named(&all), "p0; p1; p2; and 2 more");
+        assert_eq!(named(&all[..2]), "p0; p1");
+    }
+
+    #[test]
+    fn devices_with_an_ingress_qdisc_are_read() {
+        let qdiscs = "qdisc noqueue 0: dev lo root refcnt 2\nqdisc ingress ffff: dev v1 parent ffff:fff1 ------\n\
+            qdisc clsact ffff: dev v2 parent ffff:fff1\n";
+        assert_eq!(with_ingress(qdiscs), ["v1"]);
+    }
+}
