@@ -52,11 +52,7 @@ impl Custom for Doors {
         network::patient_veth()?;
         let stock = aftermath::commands(&[UNIT, "ovs-vswitchd"]);
         fs::copy("/usr/bin/ovs-graceful", "/usr/sbin/ovs-graceful")?;
-        for (folder, text) in DROP_INS {
-            fs::create_dir_all(folder)?;
-            fs::write(format!("{folder}/50-ovs-graceful.conf"), text)?;
-        }
-        shell("systemctl daemon-reload")?;
+        install_drop_ins()?;
         for round in ["first", "second"] {
             let name = format!("{round} reload");
             graceful(&name, || systemctl(&format!("reload {UNIT}"), &name, out), outcome)?;
@@ -83,10 +79,7 @@ impl Custom for Doors {
         refused(out, outcome)?;
         stopped(outcome)?;
         switched_off(outcome)?;
-        for (folder, _) in DROP_INS {
-            fs::remove_dir_all(folder)?;
-        }
-        shell("systemctl daemon-reload")?;
+        remove_drop_ins()?;
         let now = aftermath::commands(&[UNIT, "ovs-vswitchd"]);
         outcome.check("without the drop-in the unit is what the package wrote", now == stock, json!([stock, now]));
         aftermath::no_unit_failed(outcome);
@@ -94,8 +87,25 @@ impl Custom for Doors {
     }
 }
 
+/// Our drop-ins, as our package installs them.
+pub fn install_drop_ins() -> Result<()> {
+    for (folder, text) in DROP_INS {
+        fs::create_dir_all(folder)?;
+        fs::write(format!("{folder}/50-ovs-graceful.conf"), text)?;
+    }
+    shell("systemctl daemon-reload").map(drop)
+}
+
+/// The units are what their package wrote again.
+pub fn remove_drop_ins() -> Result<()> {
+    for (folder, _) in DROP_INS {
+        fs::remove_dir_all(folder)?;
+    }
+    shell("systemctl daemon-reload").map(drop)
+}
+
 /// Exit code and words of a systemctl.
-fn systemctl(words: &str, name: &str, out: &Path) -> String {
+pub fn systemctl(words: &str, name: &str, out: &Path) -> String {
     let log = out.join(name.replace(' ', "-"));
     shell_lenient(&format!(
         "timeout 240 systemctl {words} > {0} 2>&1; echo exit=$?; cat {0}; journalctl -q -u {UNIT} -n 30 -o cat",

@@ -15,6 +15,7 @@ mod database_disk;
 mod dispatch_modes;
 mod disturbed;
 pub mod doors;
+mod findings;
 mod group;
 mod killed;
 mod large;

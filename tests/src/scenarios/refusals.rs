@@ -9,9 +9,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::{plain, Custom};
+use super::{aftermath, doors, findings, plain, Custom};
 use crate::command::{shell, shell_lenient, wait_until};
-use crate::guest::{self, say};
+use crate::guest::{self, facts, say};
 use crate::outcome::{Job, Outcome};
 
 /// See the module.
@@ -30,9 +30,11 @@ struct Case {
     exit: i32,
     /// One of these must be in what is said (small letters).
     cause: &'static [&'static str],
+    /// The finding whose remedy is tried, where it is not in [`findings`].
+    finding: &'static str,
 }
 
-const BASE: Case = Case { name: "", prepare: "true", restore: "true", prefix: "", exit: 10, cause: &[] };
+const BASE: Case = Case { name: "", prepare: "true", restore: "true", prefix: "", exit: 10, cause: &[], finding: "" };
 
 /// In this order: the last ones cannot be undone in a running system.
 const CASES: &[Case] = &[
@@ -93,9 +95,11 @@ const CASES: &[Case] = &[
         prepare: "/lab/lab guest attack unbind | grep -qx 'errno 0'",
         restore: "systemctl restart openvswitch-switch",
         cause: &["no socket for its upcalls"],
+        finding: "upcalls",
         ..BASE
     },
     Case {
+        finding: "ovs-running",
         name: "OVS not running",
         prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server",
         restore: "systemctl start openvswitch-switch",
@@ -112,6 +116,7 @@ const CASES: &[Case] = &[
         ..BASE
     },
     Case {
+        finding: "openvswitch-module",
         name: "no kernel module",
         prepare: "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; ovs-dpctl del-dp ovs-system || true; \
                   modprobe -r openvswitch; ! grep -q ^openvswitch /proc/modules",
@@ -119,7 +124,13 @@ const CASES: &[Case] = &[
         cause: &["module", "modprobe"],
         ..BASE
     },
-    Case { name: "ptrace_scope=3", prepare: "sysctl -qw kernel.yama.ptrace_scope=3", cause: &["ptrace_scope"], ..BASE },
+    Case {
+        name: "ptrace_scope=3",
+        prepare: "sysctl -qw kernel.yama.ptrace_scope=3",
+        cause: &["ptrace_scope"],
+        finding: "pidfd_getfd",
+        ..BASE
+    },
 ];
 
 /// Where a refusal might leave something behind: configuration, the database, units, PID files and sockets.
@@ -212,6 +223,80 @@ fn settled() -> String {
     last
 }
 
+const CONFIG: &str = "/etc/ovs-graceful/config.toml";
+
+/// `[doors] refused`, and a configuration that cannot be read: what a restart of the unit and an upgrade make of a host
+/// that is refused, and what is told where.
+fn doors_when_refused(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    say("doors.refused");
+    shell("cp /usr/bin/ovs-graceful /usr/sbin/ovs-graceful; mkdir -p /etc/ovs-graceful")?;
+    doors::install_drop_ins()?;
+    shell("ovs-vsctl set bridge br0 stp_enable=true")?;
+    for (name, config, told) in [
+        ("keep", "[doors]\nrefused = \"keep\"\n", "spanning-tree"),
+        ("unreadable", "[park]\nmax_packet = 9\n", "max_packet"),
+    ] {
+        std::fs::write(CONFIG, config)?;
+        let before = facts::DAEMONS.map(facts::daemons);
+        let policy = upgrade_of_a_refused_host(name, out)?;
+        let kept = policy.contains("exit=101") && policy.contains("as they are") && !policy.contains("exit=0");
+        outcome.check(format!("{name}: an upgrade stops nothing"), kept, &policy);
+        let why = if name == "keep" { "STP" } else { told };
+        outcome.check(format!("{name}: apt's terminal shows why"), policy.contains(why), &policy);
+        let said = doors::systemctl("restart openvswitch-switch", &format!("restart-{name}"), out);
+        outcome.check(format!("{name}: systemctl restart fails"), !said.starts_with("exit=0"), &said);
+        outcome.check(format!("{name}: its journal says why"), said.contains(told), &said);
+        let now = facts::DAEMONS.map(facts::daemons);
+        outcome.check(format!("{name}: the daemons stay"), before == now, json!([before, now]));
+        let active = || facts::unit_property("openvswitch-switch", "ActiveState") == "active";
+        let again = wait_until("the unit is active", Duration::from_secs(30), Duration::from_millis(200), active);
+        outcome.check(format!("{name}: the unit is active again"), again.is_ok(), format!("{again:?}"));
+        aftermath::no_unit_failed(outcome);
+    }
+    std::fs::write(CONFIG, "")?;
+    let before = facts::DAEMONS.map(facts::daemons);
+    let policy = upgrade_of_a_refused_host("plain", out)?;
+    outcome.check(
+        "plain: an upgrade may stop the daemons, and says why",
+        policy.contains("exit=0") && policy.contains("STP"),
+        &policy,
+    );
+    let said = shell_lenient("timeout 240 ovs-graceful restart --plain 2>&1; echo exit=$?");
+    guest::wait_for_daemons()?;
+    let now = facts::DAEMONS.map(facts::daemons);
+    let others = before.iter().zip(&now).all(|(before, now)| now.len() == 1 && before != now);
+    outcome.check(
+        "restart --plain is an ordinary one",
+        said.trim_end().ends_with("exit=0") && others,
+        json!([said, before, now]),
+    );
+    let journal = shell_lenient("journalctl -q -b -u ovs-graceful-run -o cat --since -30s");
+    outcome.check("and no run", !journal.contains("point of no return"), journal);
+    shell("ovs-vsctl set bridge br0 stp_enable=false")?;
+    doors::remove_drop_ins()?;
+    shell(&format!("rm {CONFIG} /usr/sbin/ovs-graceful"))?;
+    plain::rules()
+}
+
+/// What Debian's preinst and postinst ask, in an upgrade of its own, and the terminal shows.
+fn upgrade_of_a_refused_host(name: &str, out: &Path) -> Result<String> {
+    let ask = |script: &str, unit: &str, action: &str| {
+        format!(
+            "DPKG_MAINTSCRIPT_PACKAGE=openvswitch-switch DPKG_MAINTSCRIPT_NAME={script} \
+             ovs-graceful hook policy {unit} {action} 2>&1; echo exit=$?\n"
+        )
+    };
+    let script = format!(
+        "rm -f /run/ovs-graceful/upgrade\n{}{}{}rm -f /run/ovs-graceful/upgrade\n",
+        ask("preinst", "ovsdb-server.service", "stop"),
+        ask("preinst", "ovs-vswitchd.service", "stop"),
+        ask("postinst", "openvswitch-switch.service", "restart"),
+    );
+    let said = shell_lenient(&script);
+    std::fs::write(out.join(format!("upgrade-{name}")), &said)?;
+    Ok(said)
+}
+
 impl Custom for Refusals {
     fn name(&self) -> &'static str {
         "refusals"
@@ -219,6 +304,10 @@ impl Custom for Refusals {
 
     fn about(&self) -> &'static str {
         "hosts that are refused: exit code, cause, remedy, nothing touched"
+    }
+
+    fn runs(&self, _arguments: &[String]) -> Result<u32> {
+        Ok(8)
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -229,6 +318,9 @@ impl Custom for Refusals {
         for words in ["check", "check --json", "restart --plan"] {
             refused(&well, words, &before, out, outcome)?;
         }
+        findings::provoke_all(out, outcome)?;
+        guest::wait_for_daemons()?;
+        doors_when_refused(out, outcome)?;
         for case in CASES {
             say(&format!("refusal: {}", case.name));
             shell(case.prepare).with_context(|| format!("preparing {}", case.name))?;
@@ -236,6 +328,7 @@ impl Custom for Refusals {
             for words in ["check", "restart"] {
                 refused(case, words, &before, out, outcome)?;
             }
+            findings::follow_remedy(case.finding, outcome)?;
             shell(case.restore).with_context(|| format!("restoring {}", case.name))?;
             if case.restore.contains("openvswitch-switch") {
                 guest::wait_for_daemons()?;

@@ -1,0 +1,465 @@
+//! Every finding of `ovs-graceful check`: what provokes it, and what its remedy, typed as printed, makes of it. Several at
+//! once, because a host may have more than one fault: all are told, and none twice. Part of `refusals`.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::{json, Value};
+
+use crate::command::{shell, shell_lenient};
+use crate::guest::say;
+use crate::outcome::Outcome;
+
+/// What the text of a remedy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// Its commands, typed as printed, make the finding go away.
+    Typed,
+    /// It tells a person what to do, which these commands are.
+    ByHand(&'static str),
+    /// It says that there is none; these commands make the host what it was.
+    Nothing(&'static str),
+}
+
+/// A finding.
+pub struct Provoked {
+    /// Its name.
+    name: &'static str,
+    /// Does it refuse a run, or is it a warning?
+    refused: bool,
+    /// Makes the host so.
+    prepare: &'static str,
+    remedy: Remedy,
+}
+
+/// Findings that are provoked at once.
+struct Group {
+    name: &'static str,
+    /// Put before `ovs-graceful`.
+    prefix: &'static str,
+    /// The command that lists the findings as JSON, and that of a run; empty where that would be none.
+    words: [&'static str; 2],
+    /// Before all, and after all.
+    around: [&'static str; 2],
+    all: &'static [Provoked],
+}
+
+const CHECK: [&str; 2] = ["check --json", "restart"];
+const ONLY_CHECK: [&str; 2] = ["check --json", ""];
+
+const fn warned(name: &'static str, prepare: &'static str, remedy: Remedy) -> Provoked {
+    Provoked { name, refused: false, prepare, remedy }
+}
+
+const fn refused(name: &'static str, prepare: &'static str, remedy: Remedy) -> Provoked {
+    Provoked { name, refused: true, prepare, remedy }
+}
+
+const GROUPS: &[Group] = &[
+    Group {
+        name: "database and OpenFlow",
+        prefix: "",
+        words: CHECK,
+        around: ["ovs-vsctl add-br brx", "ovs-vsctl --if-exists del-br brx"],
+        all: &[
+            refused(
+                "restore-wait-stuck",
+                "ovs-vsctl set open_vswitch . other_config:flow-restore-wait=true",
+                Remedy::Typed,
+            ),
+            refused("dpdk", "ovs-vsctl --no-wait set open_vswitch . other_config:dpdk-init=true", Remedy::Typed),
+            refused(
+                "netdev-bridge",
+                "ovs-vsctl add-br brn -- set bridge brn datapath_type=netdev",
+                Remedy::Nothing("ovs-vsctl del-br brn"),
+            ),
+            refused(
+                "spanning-tree",
+                "ovs-vsctl set bridge brx stp_enable=true",
+                Remedy::Nothing("ovs-vsctl set bridge brx stp_enable=false"),
+            ),
+            // A row alone: ovs-vsctl makes a port with a bridge, whose name would be no device's.
+            warned(
+                "bridge-ignored",
+                "ovs-vsctl --no-wait -- --id=@b create bridge name=br/x -- add open_vswitch . bridges @b",
+                Remedy::Typed,
+            ),
+            warned(
+                "lacp",
+                "ovs-vsctl set port v-ns1 lacp=passive",
+                Remedy::Nothing("ovs-vsctl clear port v-ns1 lacp"),
+            ),
+            warned(
+                "bfd",
+                "ovs-vsctl set interface v-ns1 bfd:enable=true",
+                Remedy::Nothing("ovs-vsctl clear interface v-ns1 bfd"),
+            ),
+            warned(
+                "cfm",
+                "ovs-vsctl set interface v-ns2 cfm_mpid=7",
+                Remedy::Nothing("ovs-vsctl clear interface v-ns2 cfm_mpid"),
+            ),
+            warned(
+                "sampling",
+                "ovs-vsctl -- set bridge br0 netflow=@n -- --id=@n create netflow targets=\\\"127.0.0.1:5566\\\"",
+                Remedy::Nothing("ovs-vsctl clear bridge br0 netflow"),
+            ),
+            warned(
+                "port-config",
+                "ovs-ofctl mod-port br0 v-ns3 no-flood",
+                Remedy::Nothing("ovs-ofctl mod-port br0 v-ns3 flood"),
+            ),
+            warned("fragments", "ovs-ofctl set-frags br0 nx-match", Remedy::Nothing("ovs-ofctl set-frags br0 normal")),
+            warned(
+                "table-config",
+                "ovs-ofctl -O OpenFlow14 mod-table br0 5 evict",
+                Remedy::Nothing("ovs-ofctl -O OpenFlow14 mod-table br0 5 noevict"),
+            ),
+            warned(
+                "hard-timeout",
+                "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop",
+                Remedy::Nothing("ovs-ofctl del-flows br0 cookie=0x77/-1"),
+            ),
+            warned(
+                "ingress-qdisc",
+                "tc qdisc add dev v-ns3 ingress; tc filter add dev v-ns3 parent ffff: protocol ip u32 match u32 0 0 action ok",
+                Remedy::Nothing("tc qdisc del dev v-ns3 ingress"),
+            ),
+        ],
+    },
+    Group {
+        name: "hw-offload",
+        prefix: "",
+        words: ONLY_CHECK,
+        around: ["true", "true"],
+        all: &[refused("hw-offload", "ovs-vsctl set open_vswitch . other_config:hw-offload=true", Remedy::Typed)],
+    },
+    Group {
+        name: "files and units",
+        prefix: "",
+        words: CHECK,
+        // The unit's reload, while it lasts, is a job for it.
+        around: [
+            "mkdir -p /hidden /var/lib/ovs-graceful /run/systemd/system/openvswitch-switch.service.d
+             printf '[Service]\\nExecReload=\\nExecReload=/bin/sleep 600\\n' \
+                > /run/systemd/system/openvswitch-switch.service.d/lab.conf
+             systemctl daemon-reload",
+            "rm -r /run/systemd/system/openvswitch-switch.service.d
+             kill $(systemctl show -p ControlPID --value openvswitch-switch) || true
+             systemctl daemon-reload",
+        ],
+        all: &[
+            refused(
+                "space",
+                "mount -t tmpfs -o size=1m,noexec lab /var/lib/ovs-graceful",
+                Remedy::ByHand("umount /var/lib/ovs-graceful"),
+            ),
+            // Not of the version that is installed: there is none.
+            refused("old-binary", "mount -o remount,noexec /run", Remedy::Typed),
+            refused(
+                "versions",
+                "p=$(readlink -f /usr/sbin/ovs-vswitchd); cp -p $p /hidden/vswitchd; rm $p",
+                Remedy::ByHand("cp -p /hidden/vswitchd $(readlink -m /usr/sbin/ovs-vswitchd)"),
+            ),
+            refused(
+                "tools",
+                "mv /usr/bin/ovs-ofctl /hidden/ovs-ofctl",
+                Remedy::ByHand("mv /hidden/ovs-ofctl /usr/bin/ovs-ofctl"),
+            ),
+            refused(
+                "schema",
+                "cp -p /usr/share/openvswitch/vswitch.ovsschema /hidden/; echo '{' > /usr/share/openvswitch/vswitch.ovsschema",
+                Remedy::ByHand("cp -p /hidden/vswitch.ovsschema /usr/share/openvswitch/"),
+            ),
+            refused("unit-job", "systemctl --no-block reload openvswitch-switch; sleep 1", Remedy::Typed),
+            warned(
+                "ovs-ctl-options",
+                "cp -p /etc/default/openvswitch-switch /hidden/; \
+                 echo 'OVS_CTL_OPTS=--delete-bridges' >> /etc/default/openvswitch-switch",
+                Remedy::ByHand("cp -p /hidden/openvswitch-switch /etc/default/"),
+            ),
+        ],
+    },
+    Group {
+        name: "configuration",
+        prefix: "",
+        words: CHECK,
+        around: ["mkdir -p /etc/ovs-graceful", "true"],
+        all: &[refused(
+            "config",
+            "printf '[park]\\nmax_packet = 9\\n' > /etc/ovs-graceful/config.toml",
+            Remedy::ByHand("rm /etc/ovs-graceful/config.toml"),
+        )],
+    },
+    Group {
+        name: "a server that hangs",
+        prefix: "",
+        words: ONLY_CHECK,
+        around: [
+            "mkdir -p /etc/ovs-graceful; printf '[limits]\\ncheck_ms = 15000\\n' > /etc/ovs-graceful/config.toml",
+            "rm /etc/ovs-graceful/config.toml",
+        ],
+        all: &[refused(
+            "database",
+            "kill -STOP $(cat /run/openvswitch/ovsdb-server.pid)",
+            Remedy::ByHand("kill -CONT $(cat /run/openvswitch/ovsdb-server.pid)"),
+        )],
+    },
+    Group {
+        name: "no BPF",
+        prefix: "systemd-run -q --pipe --wait -p SystemCallFilter=~bpf -p SystemCallErrorNumber=EPERM",
+        words: ONLY_CHECK,
+        around: ["true", "true"],
+        // The filter is the command's own.
+        all: &[warned("bpf", "true", Remedy::ByHand("true"))],
+    },
+    Group {
+        name: "another network namespace",
+        prefix: "ip netns exec ns1",
+        words: ONLY_CHECK,
+        around: ["true", "true"],
+        all: &[
+            refused("datapath", "true", Remedy::ByHand("true")),
+            refused("network-namespace", "true", Remedy::ByHand("true")),
+        ],
+    },
+    Group {
+        name: "reload of the module",
+        prefix: "",
+        words: ["restart --plan --reload-module --json", ""],
+        around: ["true", "true"],
+        all: &[
+            warned("reload-module", "true", Remedy::Nothing("true")),
+            refused("module", "ip link add link br0 name br0.7 type vlan id 7", Remedy::Typed),
+        ],
+    },
+];
+
+/// Those of the cases of `refusals`, whose remedy is tried there.
+pub const REFUSALS: &[(&str, Remedy)] = &[
+    ("upcalls", Remedy::Typed),
+    ("ovs-running", Remedy::Typed),
+    ("openvswitch-module", Remedy::Typed),
+    ("pidfd_getfd", Remedy::Nothing("true")),
+];
+
+/// Those that no command in this VM provokes, and the test that does.
+#[cfg(test)]
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("bridges", "orchestrator: check::database::tests::a_plain_host_is_fine (it is neither refused nor warned about)"),
+    (
+        "database-disk",
+        "scenario database_disk, and orchestrator: \
+         check::database_disk::tests::a_disk_without_room_or_that_is_read_only_is_refused_with_a_remedy",
+    ),
+    ("canary", "orchestrator: supervisor::simulation::a_hook_that_refuses_nothing_is_no_freeze"),
+    ("dispatch", "orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
+    ("upcalls-untold", "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted"),
+    ("container", "orchestrator: host::real::check::daemons::tests::a_container_is_not_ours_to_start"),
+    ("systemd", "orchestrator: host::real::check::services::tests::a_stop_of_the_machine_a_job_and_a_silent_systemd_are_refused"),
+    ("shutdown", "orchestrator: host::real::check::services::tests::a_stop_of_the_machine_a_job_and_a_silent_systemd_are_refused"),
+    ("unit", "orchestrator: host::real::check::services::tests::a_unit_that_is_not_running_is_refused"),
+];
+
+/// A finding as it is printed.
+#[derive(Debug, Clone, PartialEq)]
+struct Printed {
+    refused: bool,
+    remedy: String,
+    text: String,
+}
+
+/// By name.
+type Found = BTreeMap<String, Vec<Printed>>;
+
+/// All that are refused or warned about, by name, and which of them were told twice.
+fn printed(json: &str) -> Result<(Found, Vec<String>)> {
+    let value: Value = serde_json::from_str(json).with_context(|| format!("this is no JSON: {json}"))?;
+    let all = value["findings"].as_array().or(value["check"]["findings"].as_array()).context("no findings")?;
+    let word = |finding: &Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+    let mut found = Found::new();
+    let mut seen: Vec<(String, String)> = Vec::new();
+    let mut twice = Vec::new();
+    for finding in all.iter().filter(|finding| finding["severity"] != "ok") {
+        let what = (word(finding, "object"), word(finding, "cause"));
+        if seen.contains(&what) {
+            twice.push(format!("{what:?}"));
+        }
+        seen.push(what);
+        found.entry(word(finding, "name")).or_default().push(Printed {
+            refused: finding["severity"] == "refused",
+            remedy: word(finding, "remedy"),
+            text: finding.to_string(),
+        });
+    }
+    Ok((found, twice))
+}
+
+/// The commands in a remedy: what stands between backticks.
+fn commands(remedy: &str) -> Vec<&str> {
+    remedy.split('`').skip(1).step_by(2).collect()
+}
+
+/// What ovs-graceful lists.
+fn listed(group: &Group, prefix: &str) -> Result<(Found, Vec<String>)> {
+    // On standard error are only words for a person.
+    printed(&shell_lenient(&format!("timeout 120 {prefix} ovs-graceful {} 2>/dev/null || true", group.words[0])))
+}
+
+/// Does what the remedies of `name` say.
+fn heal(name: &str, remedy: Remedy, printed: &[Printed], outcome: &mut Outcome) {
+    let none = printed.iter().all(|one| one.remedy.starts_with("none"));
+    let by_hand = match remedy {
+        Remedy::Nothing(by_hand) => {
+            outcome.check(format!("{name}: says that there is no remedy"), none, json!(texts(printed)));
+            by_hand
+        }
+        Remedy::ByHand(by_hand) => {
+            let told = !none && printed.iter().all(|one| !one.remedy.is_empty());
+            outcome.check(format!("{name}: names a remedy"), told, json!(texts(printed)));
+            by_hand
+        }
+        Remedy::Typed => {
+            let typed: Vec<&str> = printed.iter().flat_map(|one| commands(&one.remedy)).collect();
+            outcome.check(
+                format!("{name}: its remedy can be typed"),
+                !typed.is_empty() && !none,
+                json!(texts(printed)),
+            );
+            for command in typed {
+                let said = shell_lenient(&format!("timeout 120 {command} 2>&1"));
+                say(&format!("{name}: {command}: {}", said.trim()));
+            }
+            return;
+        }
+    };
+    let said = shell_lenient(by_hand);
+    if !said.trim().is_empty() {
+        say(&format!("{name}: {by_hand}: {said}"));
+    }
+}
+
+fn texts(printed: &[Printed]) -> Vec<&str> {
+    printed.iter().map(|one| one.text.as_str()).collect()
+}
+
+/// Provokes all findings of all groups.
+pub fn provoke_all(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    for group in GROUPS {
+        say(&format!("findings: {}", group.name));
+        shell(group.around[0]).with_context(|| group.name)?;
+        provoke(group, out, outcome)?;
+        shell(group.around[1]).with_context(|| group.name)?;
+    }
+    Ok(())
+}
+
+fn provoke(group: &Group, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    for one in group.all {
+        shell(one.prepare).with_context(|| format!("{}: preparing {}", group.name, one.name))?;
+    }
+    let (found, twice) = listed(group, group.prefix)?;
+    let file = out.join(format!("findings-{}.txt", group.name.replace(' ', "-")));
+    fs::write(file, format!("{found:#?}\n"))?;
+    outcome.check(format!("{}: nothing is told twice", group.name), twice.is_empty(), json!(twice));
+    for one in group.all {
+        let there = found.get(one.name).map(Vec::as_slice).unwrap_or_default();
+        let right = !there.is_empty() && there.iter().all(|printed| printed.refused == one.refused);
+        outcome.check(format!("{}: {} is found", group.name, one.name), right, json!(texts(there)));
+    }
+    if !group.words[1].is_empty() {
+        run_lists_the_same(group, &found, out, outcome)?;
+    }
+    for one in group.all {
+        heal(one.name, one.remedy, found.get(one.name).map(Vec::as_slice).unwrap_or_default(), outcome);
+    }
+    let (now, _) = listed(group, "")?;
+    // What a word of the command line provokes stays.
+    for one in group.all.iter().filter(|one| one.remedy != Remedy::Nothing("true")) {
+        let gone = !now.contains_key(one.name);
+        let left = now.get(one.name).map(Vec::as_slice).unwrap_or_default();
+        outcome.check(format!("{}: {} has gone", group.name, one.name), gone, json!(texts(left)));
+    }
+    Ok(())
+}
+
+/// A run that is refused lists what `check` lists, once.
+fn run_lists_the_same(group: &Group, found: &Found, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let said =
+        shell_lenient(&format!("timeout 120 {} ovs-graceful {} 2>&1; echo exit=$?", group.prefix, group.words[1]));
+    fs::write(out.join(format!("findings-{}-run.txt", group.name.replace(' ', "-"))), &said)?;
+    let name = format!("{}: {}", group.name, group.words[1]);
+    outcome.check(format!("{name}: exit 10"), said.trim_end().ends_with("exit=10"), &said);
+    // The configuration is told before anything is looked at.
+    if found.contains_key("config") {
+        outcome.check(format!("{name}: names the key"), said.contains("max_packet"), &said);
+        return Ok(());
+    }
+    for (word, printed) in found {
+        let times = said.matches(&format!(" {word}: ")).count();
+        outcome.check(format!("{name}: lists {word} as check does"), times == printed.len(), &said);
+    }
+    Ok(())
+}
+
+/// The remedy of a case of `refusals`, which is prepared.
+pub fn follow_remedy(name: &str, outcome: &mut Outcome) -> Result<()> {
+    let Some((_, remedy)) = REFUSALS.iter().find(|(known, _)| *known == name) else { return Ok(()) };
+    let list = || printed(&shell_lenient("timeout 120 ovs-graceful check --json 2>/dev/null || true"));
+    let found = list()?.0.remove(name).unwrap_or_default();
+    outcome.check(format!("{name} is found"), !found.is_empty(), json!(texts(&found)));
+    heal(name, *remedy, &found, outcome);
+    if matches!(remedy, Remedy::Typed) {
+        let left = list()?.0.remove(name).unwrap_or_default();
+        outcome.check(format!("{name} has gone"), left.is_empty(), json!(texts(&left)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_finding_of_the_docs_has_a_case() {
+        let docs = include_str!("../../../docs/operating.md");
+        let table = docs.split("### Outside the promise").nth(1).and_then(|rest| rest.split("\n## ").next()).unwrap();
+        let rows = table.lines().filter(|line| line.starts_with("| `"));
+        let explained: BTreeSet<&str> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+        let here = GROUPS.iter().flat_map(|group| group.all).map(|one| one.name);
+        let cases: Vec<&str> =
+            here.chain(REFUSALS.iter().map(|(name, _)| *name)).chain(ELSEWHERE.iter().map(|(name, _)| *name)).collect();
+        assert_eq!(explained, cases.iter().copied().collect(), "a finding without a case, or a case without one");
+        assert_eq!(explained.len(), cases.len(), "one has two cases");
+        assert!(ELSEWHERE.iter().all(|(_, test)| test.contains("tests::") || test.contains("simulation::")));
+    }
+
+    #[test]
+    fn what_the_docs_call_refused_is_refused_here() {
+        let docs = include_str!("../../../docs/operating.md");
+        for one in GROUPS.iter().flat_map(|group| group.all) {
+            let row = docs.lines().find(|line| line.starts_with(&format!("| `{}` |", one.name))).unwrap();
+            let word = if one.refused { "refused" } else { "warned" };
+            assert!(row.split('|').nth(2).unwrap().contains(word), "{row}");
+        }
+    }
+
+    #[test]
+    fn commands_stand_between_backticks() {
+        assert_eq!(commands("`a b`; if so: `c`"), ["a b", "c"]);
+        assert!(commands("none: do nothing").is_empty());
+    }
+
+    #[test]
+    fn findings_are_read_and_those_told_twice_are_seen() {
+        let one = |name: &str, severity: &str, cause: &str| json!({"name": name, "severity": severity, "object": "o", "cause": cause, "remedy": "none"});
+        let all = [one("a", "ok", "x"), one("b", "refused", "y"), one("c", "warning", "y"), one("b", "refused", "z")];
+        let (found, twice) = printed(&json!({"level": "full", "findings": all}).to_string()).unwrap();
+        assert_eq!(found.keys().collect::<Vec<_>>(), ["b", "c"]);
+        assert_eq!((found["b"].len(), twice.len(), found["c"][0].refused), (2, 1, false));
+    }
+}
