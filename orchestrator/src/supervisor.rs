@@ -163,7 +163,16 @@ fn whole_run(from: Beginning, host: impl FnOnce(&Config) -> anyhow::Result<Host>
     let config_keep = config.run.keep;
     let started = clock.now();
     let mut report = Report::new(&id, wish.strategy, unix_ms());
-    let ready = open_journal(&runs, &id, &config, clock.as_ref()).and_then(|journal| Ok((journal, host(&config)?)));
+    let opened = open_journal(&runs, &id, &config, clock.as_ref());
+    let ready = opened.and_then(|journal| match host(&config) {
+        Ok(host) => Ok((journal, host)),
+        Err(error) => {
+            // As `ovs-graceful check` lists it.
+            report.findings = check_without_host(&error).findings;
+            report.level = Some(Level::None);
+            Err(error)
+        }
+    });
     let (outcome, control) = match ready {
         Ok((journal, host)) => {
             let mut run = new_run(&id, wish, config, host, report, control, runs.clone());

@@ -153,7 +153,9 @@ fn bpf_fact(error: &Error) -> Fact {
 
 fn pidfd_fact(error: &io::Error) -> Fact {
     let remedy = match (ptrace_scope(), error.raw_os_error()) {
-        (Some(3), _) => "boot with kernel.yama.ptrace_scope of 2 or less: 3 cannot be lowered at run time",
+        (Some(3), _) => {
+            "none until the next boot, with kernel.yama.ptrace_scope of 2 or less: 3 cannot be lowered at run time"
+        }
         (_, Some(libc::ENOSYS)) => "use a kernel of 5.6 or later",
         _ if !has_capability(CAP_SYS_PTRACE) => "run it as root, with CAP_SYS_PTRACE",
         _ => "allow ptrace to this program (SELinux: setsebool deny_ptrace off)",

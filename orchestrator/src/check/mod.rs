@@ -113,9 +113,10 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     checked.report.findings = found.into_inner();
 }
 
-/// A bridge that the running daemon has not made has no rules to be kept. `made` is its list, where it told it.
+/// A bridge that the running daemon has not made has no rules to be kept. `made` is its list, where it told it. One that
+/// is still carrying out what it was asked for may make the bridge yet.
 fn set_aside_ignored(facts: &mut DatabaseFacts, made: Option<&str>) {
-    let Some(made) = made else { return };
+    let Some(made) = made.filter(|_| facts.cur_cfg == facts.next_cfg) else { return };
     let made: Vec<&str> = made.lines().map(str::trim).collect();
     let (bridges, ignored): (Vec<_>, Vec<_>) =
         std::mem::take(&mut facts.bridges).into_iter().partition(|bridge| made.contains(&bridge.name.as_str()));
@@ -203,7 +204,7 @@ fn judge_environment(surroundings: &dyn Surroundings, found: &mut Findings) -> L
 fn judge_module(host: &mut Host, found: &mut Findings, until: Instant) {
     let cause = "everything that is switched is lost from the end of the old ovs-vswitchd until handover, \
                  and every kernel flow";
-    found.warn(Name::ReloadModule, "kernel module", cause, "choose the hour");
+    found.warn(Name::ReloadModule, "kernel module", cause, "none: choose the hour");
     let before = keep(host.datapath.snapshot(), Name::Datapath, "see the log of the kernel (dmesg)", found);
     let Some(before) = before else { return };
     let obstacles = host.module.obstacles(&before, until);
@@ -282,6 +283,10 @@ mod tests {
         let mut facts = all();
         set_aside_ignored(&mut facts, None);
         assert_eq!(facts, all());
+        let busy = || DatabaseFacts { next_cfg: 1, ..all() };
+        let mut facts = busy();
+        set_aside_ignored(&mut facts, Some("br0\n"));
+        assert_eq!(facts, busy());
     }
 
     #[test]

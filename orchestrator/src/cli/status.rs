@@ -472,7 +472,10 @@ mod tests {
         let error = Config::parse("[park]\nmax_packet = 9\n", "/etc/x.toml").unwrap_err().to_string();
         let configuration = Configuration { file: "/etc/x.toml".into(), error: Some(error) };
         let text = in_words(&Answer { configuration, ..quiet() }, NOW);
-        assert!(text.contains("max_packet") && text.contains("/etc/x.toml") && text.contains("no run begins"), "{text}");
+        assert!(
+            text.contains("max_packet") && text.contains("/etc/x.toml") && text.contains("no run begins"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -144,13 +144,16 @@ fn answer_to(why_not: &[String], wish: WhenRefused, daemons_run: bool) -> Answer
 
 /// Where daemons run and it is no run, why not is told.
 fn tell_why(answer: Answer, why_not: &[String]) {
-    let (what, then) = match answer {
+    let what = match answer {
         Answer::Graceful => return,
         Answer::Plain if !daemons_run() => return,
-        Answer::Plain => ("stops Open vSwitch as without us", ""),
-        Answer::Keep => ("leaves the daemons of Open vSwitch as they are", "; then `ovs-graceful restart --if-needed`"),
+        Answer::Plain => "stops Open vSwitch as without us",
+        Answer::Keep => "leaves the daemons of Open vSwitch as they are",
     };
-    why_not.iter().for_each(|why| complain(&format!("this upgrade {what}: {why}{then}")));
+    why_not.iter().for_each(|why| complain(&format!("this upgrade {what}: {why}")));
+    if answer == Answer::Keep {
+        complain("once that is mended: `ovs-graceful restart --if-needed`; or now `ovs-graceful restart --plain`");
+    }
 }
 
 fn why_not(config: &Config) -> Vec<String> {

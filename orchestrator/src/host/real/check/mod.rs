@@ -14,7 +14,7 @@ use crate::host::surroundings::{CheckOptions, Known};
 use crate::host::{Daemons, ServiceManager};
 use crate::report::{Finding, Findings, Name};
 
-/// Looks at the host. Where the daemons do not run, that is the only finding.
+/// Looks at the host. Where the daemons do not run, what is theirs cannot be looked at.
 pub fn findings(
     daemons: &dyn Daemons,
     services: &dyn ServiceManager,
@@ -23,8 +23,11 @@ pub fn findings(
     until: Instant,
 ) -> Vec<Finding> {
     let mut found = Findings::default();
-    let Some((vswitchd, server)) = daemons::running(daemons, known, &mut found) else { return found.into_inner() };
+    // First, because the tools may be those of the daemons' container.
+    let running = daemons::running(daemons, known, &mut found);
     programs::tools(until, &mut found);
+    disks::look(options, &mut found);
+    let Some((vswitchd, server)) = running else { return found.into_inner() };
     daemons::namespaces(&vswitchd, &mut found);
     daemons::container(&vswitchd, options, &mut found);
     programs::versions(daemons, &vswitchd, known.versions, options, until, &mut found);
@@ -38,7 +41,6 @@ pub fn findings(
         switch::look(facts, until, &mut found);
     }
     services::look(services, &vswitchd, &server, options, until, &mut found);
-    disks::look(options, &mut found);
     limits::look(&vswitchd, options, &mut found);
     found.into_inner()
 }

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::host::real::command;
-use crate::host::real::openflow::{side_by_side, ANY_VERSION, OVS_OFCTL};
+use crate::host::real::openflow::{ANY_VERSION, OVS_OFCTL};
+use crate::host::real::parallel::side_by_side;
 use crate::host::{Bridge, DatabaseFacts, Interface};
 use crate::report::{Findings, Name};
 
