@@ -24,6 +24,9 @@ use crate::supervisor;
 /// ExecStart= may lack. `PIDFILE` is there once our drop-in sets PIDFile=.
 const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG_PID", "WATCHDOG_USEC", "MANAGERPID"];
 
+/// As much of the environment of a daemon is read, bytes.
+const ENVIRONMENT_MAX: u64 = 8 << 20;
+
 /// How long the hook of a run that was cut off waits for its recovery; systemd gives that 90 s.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(100);
 
@@ -207,7 +210,8 @@ fn spawn(command: &[OsString], old: Option<&str>) -> anyhow::Result<Child> {
 
 fn read(path: PathBuf) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
-    std::fs::File::open(path).ok()?.read_to_end(&mut bytes).ok()?;
+    // A process decides itself how much it says.
+    std::fs::File::open(path).ok()?.take(ENVIRONMENT_MAX).read_to_end(&mut bytes).ok()?;
     Some(bytes)
 }
 

@@ -98,6 +98,12 @@ pub struct Daemon {
     pub uid: u32,
     /// The effective group.
     pub gid: u32,
+    /// The supplementary groups.
+    #[serde(default)]
+    pub groups: Vec<u32>,
+    /// The effective capabilities, by the number of their bit (capabilities(7)).
+    #[serde(default)]
+    pub capabilities: u64,
     /// The cgroup-v2 path (or the systemd hierarchy's on v1), for example `/system.slice/ovs-vswitchd.service`.
     pub cgroup: String,
     /// The process that started it with `--monitor` and would start it again, if any.
@@ -140,14 +146,17 @@ pub enum Signal {
 
 /// The daemons of the host.
 pub trait Daemons: Send + Sync {
-    /// The ovs-vswitchd that owns the upcall port ids which the datapath is bound to. Never looked up by PID file.
+    /// The ovs-vswitchd that owns the upcall port ids which the datapath is bound to. Never looked up by PID file. Like
+    /// every daemon here it is root's or that of the run directory's user: a process that only says of itself that it is
+    /// one does not count, whatever it owns.
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
     /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
     fn find_ovsdb_server(&self) -> Result<Daemon>;
-    /// Every running daemon of a kind, whatever it is bound to: those with a control socket of their own, so neither
-    /// monitors nor starters that wait for their child.
+    /// Every running daemon of a kind, whatever it is bound to: those that hold the lock of a PID file in the run directory
+    /// and have a control socket, so neither monitors nor starters that wait for their child.
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>>;
-    /// All that is known of the process `pid`, held from now on.
+    /// All that is known of the process `pid`, held from now on. The kernel or systemd has named it; one that cannot be a
+    /// daemon of this host is an error.
     fn describe(&self, kind: DaemonKind, pid: i32) -> Result<Daemon>;
     /// Is this very process alive (a zombie is not)?
     fn is_alive(&self, id: ProcessId) -> bool;
@@ -158,7 +167,7 @@ pub trait Daemons: Send + Sync {
     fn end_monitor(&self, daemon: &Daemon, until: Instant) -> Result<()>;
     /// The processes of a cgroup that were started since `ticks` (clock ticks after boot), but for reload hooks of ours.
     fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>>;
-    /// Does the daemon's control socket exist?
+    /// Does the daemon listen on its control socket, this very process?
     fn listens(&self, daemon: &Daemon) -> bool;
     /// Waits until the process has ended; false where `until` passes first.
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool>;
@@ -166,7 +175,7 @@ pub trait Daemons: Send + Sync {
     fn running_version(&self, daemon: &Daemon, until: Instant) -> Result<String>;
     /// What runs and what is installed.
     fn versions(&self, daemon: &Daemon, until: Instant) -> Result<Versions>;
-    /// A unixctl command to this daemon.
+    /// A unixctl command to this daemon: where another process listens in its place, that is an error.
     fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String>;
     /// Puts the old daemon's PID file aside, so that a second daemon can be started under the same name.
     fn set_aside_pid_file(&self, old: &Daemon) -> Result<()>;
@@ -180,7 +189,8 @@ pub trait Daemons: Send + Sync {
     /// Waits until a standby has read the database and waits for its lock.
     fn wait_standby(&self, standby: &Daemon, until: Instant) -> Result<()>;
     /// Starts a daemon as `model` was started, where no service manager owns it. Returns once the command has been
-    /// started: an ovs-vswitchd that finds the lock taken lets its starter wait.
+    /// started: an ovs-vswitchd that finds the lock taken lets its starter wait. The program is the unit's, or that of a
+    /// fixed path; one that ran as a user of its own is started as that user, with what it says and may do, never as root.
     fn start_like(&self, model: &Daemon) -> Result<Box<dyn Starting>>;
     /// As [`Daemons::start_like`] with the program that [`Daemons::save_program`] kept: the way back. The process is
     /// put into the cgroup of `model`, so that its unit goes on owning it.

@@ -100,6 +100,8 @@ mod tests {
             umask: 0,
             uid: 0,
             gid: 0,
+            groups: vec![],
+            capabilities: 0,
             cgroup: String::new(),
             monitor: None,
             pid_file: PathBuf::new(),

@@ -17,6 +17,7 @@ mod disturbed;
 pub mod doors;
 mod findings;
 mod group;
+mod hostile;
 mod killed;
 mod large;
 mod learn;
@@ -395,6 +396,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&memory_limit::MemoryLimit),
     Scenario::Custom(&unprivileged::Unprivileged),
+    Scenario::Custom(&hostile::Hostile),
     Scenario::Custom(&selftest::SelfTest),
 ];
 

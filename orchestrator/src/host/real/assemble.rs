@@ -12,7 +12,7 @@ use crate::host::Database;
 use crate::steps::Host;
 
 /// Where the daemons keep their sockets and PID files (`ovs_rundir`).
-const RUN_DIRECTORY: &str = "/run/openvswitch";
+pub const RUN_DIRECTORY: &str = "/run/openvswitch";
 /// Where ovsdb-server listens.
 pub const DATABASE_SOCKET: &str = "/run/openvswitch/db.sock";
 

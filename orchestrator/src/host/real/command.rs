@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,11 +14,17 @@ use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
 
 use super::container::{self, Root};
+use super::credentials::Credentials;
 use super::jsonrpc::remaining;
+use super::program::Folder;
 use crate::host::{Context, HostError, Result};
 
 /// More output than this is an error, bytes: 20,000 rules are about 3 MB.
 const OUTPUT_MAX: usize = 256 << 20;
+/// More than this is no answer to `--version`, bytes.
+const ANSWER_MAX: usize = 64 << 10;
+/// Nor is what takes longer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a program said.
 #[derive(Debug)]
@@ -34,41 +41,77 @@ pub struct Output {
 /// `LC_ALL=C`. A program that does not end well is no error here: see [`run_well`].
 pub fn run<S: AsRef<OsStr>>(program: &str, arguments: &[S], input: Option<&[u8]>, until: Instant) -> Result<Output> {
     let mut child = start(program, arguments, if input.is_some() { Stdio::piped() } else { Stdio::null() })?;
-    finish(&mut child, program, input, until)
+    finish(&mut child, program, input, OUTPUT_MAX, until)
 }
 
-/// [`run_well`] without input, with the file `program` of a container.
-pub(super) fn run_well_in<S: AsRef<OsStr>>(
-    root: &Arc<Root>,
-    program: &str,
-    arguments: &[S],
-    until: Instant,
-) -> Result<String> {
-    let mut child = start_in(Some(root.clone()), program, arguments, Stdio::null())?;
-    let output = finish(&mut child, program, None, until)?;
-    well(program, arguments, output)
+/// A program that is asked for its version.
+pub(super) struct Question {
+    /// Nobody but root can have put it there.
+    pub program: PathBuf,
+    /// The root directory that it is in, where that is not ours.
+    pub root: Option<Arc<Root>>,
+    /// The folder that it is in, where not everybody can reach that.
+    pub folder: Option<Folder>,
+    /// Where its shared objects are, before all others.
+    pub library_path: Option<String>,
+    /// As whom it runs.
+    pub credentials: Credentials,
+}
+
+impl Question {
+    /// What it says to `--version`. Its environment is a fixed one; what it may say, and how long, is limited.
+    pub fn ask(self, until: Instant) -> Result<String> {
+        let name = self.program.display().to_string();
+        let Question { program, root, folder, library_path, credentials } = self;
+        let mut command = Command::new(&program);
+        command.arg("--version").env_clear().env("PATH", container::PROGRAM_DIRECTORIES).env("LC_ALL", "C");
+        command.envs(library_path.map(|path| ("LD_LIBRARY_PATH", path))).current_dir("/").process_group(0);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let prepare = move || {
+            root.as_ref().map_or(Ok(()), |root| root.enter())?;
+            folder.as_ref().map_or(Ok(()), Folder::keep_open)?;
+            credentials.take_on()
+        };
+        // SAFETY: `prepare` makes system calls only and neither allocates nor locks.
+        unsafe { command.pre_exec(prepare) };
+        let mut child = command.spawn().map_err(|e| HostError::new(&name, format!("cannot be run: {e}")))?;
+        let output = finish(&mut child, &name, None, ANSWER_MAX, until.min(Instant::now() + ANSWER_LIMIT))?;
+        well(&name, &["--version"], output)
+    }
 }
 
 /// Starts `program` with pipes for its outputs: ours, or where this host has none that of the daemons' container.
 pub(super) fn start<S: AsRef<OsStr>>(program: &str, arguments: &[S], stdin: Stdio) -> Result<Child> {
-    start_in(container::of_program(program), program, arguments, stdin)
+    start_as(None, program, arguments, stdin)
 }
 
-fn start_in<S: AsRef<OsStr>>(root: Option<Arc<Root>>, program: &str, arguments: &[S], stdin: Stdio) -> Result<Child> {
-    let mut command = Command::new(program);
-    command.args(arguments).env("LC_ALL", "C").stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
-    if let Some(root) = root {
-        // SAFETY: `enter` makes system calls only and neither allocates nor locks.
-        unsafe { command.pre_exec(move || root.enter()) };
+fn start_as<S: AsRef<OsStr>>(
+    credentials: Option<Credentials>,
+    program: &str,
+    arguments: &[S],
+    stdin: Stdio,
+) -> Result<Child> {
+    let cannot = |e: std::io::Error| HostError::new(program, format!("cannot be run: {e}"));
+    let (path, root) = container::of_program(program).map_err(cannot)?;
+    let mut command = Command::new(path);
+    command.arg0(program).args(arguments).env("LC_ALL", "C");
+    command.stdin(stdin).stdout(Stdio::piped()).stderr(Stdio::piped());
+    if root.is_some() || credentials.is_some() {
+        let prepare = move || {
+            root.as_ref().map_or(Ok(()), |root| root.enter())?;
+            credentials.as_ref().map_or(Ok(()), Credentials::take_on)
+        };
+        // SAFETY: `prepare` makes system calls only and neither allocates nor locks.
+        unsafe { command.pre_exec(prepare) };
     }
     // A Ctrl-C at the terminal is for us, not for what we run.
     command.process_group(0);
-    command.spawn().map_err(|e| HostError::new(program, format!("cannot be run: {e}")))
+    command.spawn().map_err(cannot)
 }
 
 /// Feeds a started program what is left of its input, then waits for its end; ends it where that fails.
-fn finish(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
-    let result = converse(child, program, input, until);
+fn finish(child: &mut Child, program: &str, input: Option<&[u8]>, most: usize, until: Instant) -> Result<Output> {
+    let result = converse(child, program, input, most, until);
     if result.is_err() {
         end(child);
     }
@@ -92,6 +135,18 @@ pub fn run_well<S: AsRef<OsStr>>(
     well(program, arguments, output)
 }
 
+/// [`run_well`] without input, as somebody else where `credentials` say so.
+pub(super) fn run_well_as<S: AsRef<OsStr>>(
+    credentials: Option<Credentials>,
+    program: &str,
+    arguments: &[S],
+    until: Instant,
+) -> Result<String> {
+    let mut child = start_as(credentials, program, arguments, Stdio::null())?;
+    let output = finish(&mut child, program, None, OUTPUT_MAX, until)?;
+    well(program, arguments, output)
+}
+
 fn well<S: AsRef<OsStr>>(program: &str, arguments: &[S], output: Output) -> Result<String> {
     if output.status.success() {
         return Ok(output.stdout);
@@ -105,7 +160,7 @@ fn well<S: AsRef<OsStr>>(program: &str, arguments: &[S], output: Output) -> Resu
 }
 
 /// Feeds the program and reads both outputs as they come, so that no pipe fills up.
-fn converse(child: &mut Child, program: &str, input: Option<&[u8]>, until: Instant) -> Result<Output> {
+fn converse(child: &mut Child, program: &str, input: Option<&[u8]>, most: usize, until: Instant) -> Result<Output> {
     let (mut stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let mut input = input.unwrap_or_default();
     let (mut out, mut err) = (Vec::new(), Vec::new());
@@ -129,8 +184,8 @@ fn converse(child: &mut Child, program: &str, input: Option<&[u8]>, until: Insta
         if read_err && !take(&mut stderr, &mut err).about(program)? {
             stderr = None;
         }
-        if out.len() + err.len() > OUTPUT_MAX {
-            return Err(HostError::new(program, format!("it printed more than {OUTPUT_MAX} bytes")));
+        if out.len() + err.len() > most {
+            return Err(HostError::new(program, format!("it printed more than {most} bytes")));
         }
     }
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -30,7 +30,7 @@ pub(super) fn wait(daemon: &Daemon, targets: &[String], until: Instant) -> Resul
         };
         std::thread::sleep(left.min(LOOK_AGAIN));
     }
-    (0..TURNS).try_for_each(|_| unixctl::command(&daemon.control, "version", &[], until).map(drop))
+    (0..TURNS).try_for_each(|_| unixctl::command(daemon, "version", &[], until).map(drop))
 }
 
 /// Where a controller is; a name may be any address.

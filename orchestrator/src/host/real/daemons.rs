@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,20 +13,21 @@ use dpfreeze::netlink::table::{self, NetlinkSocketRow};
 use dpfreeze::netlink::Protocol;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
+use super::command::Question;
 use super::container::{self, Root};
+use super::credentials::Credentials;
+use super::identity::{the_likely, RunDirectory};
 use super::jsonrpc::{remaining, Connection};
 use super::pid_file::PidFile;
-use super::{command, process_tree, procfs, program, spawn, unixctl};
+use super::{process_tree, procfs, program, spawn, trusted, unixctl, Systemd};
 use crate::host::{
-    Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
+    Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, ServiceManager, Signal, Starting,
+    Versions,
 };
 
-/// Where a program is looked for after the daemon's own PATH (`ovs-ctl` does so too).
-const PROGRAM_DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin";
-/// Where the loader looks first (ld.so(8)).
-const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+/// How long systemd may take to say what its unit starts.
+const UNIT_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at a file or a socket that somebody else makes.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -82,31 +84,72 @@ impl RealDaemons {
         Ok(daemon)
     }
 
-    /// The process of the program of `old` that has the PID file, another than that.
-    fn holds_pid_file(old: &Daemon, file: &PidFile) -> Result<Option<i32>> {
-        let is_it =
-            |pid: &i32| procfs::runs(*pid, old.kind.program()) && procfs::identity(*pid).is_ok_and(|id| id != old.id);
+    /// The directory of the daemons' sockets and PID files.
+    fn run_directory(&self) -> Result<RunDirectory> {
+        RunDirectory::open(self.database_socket.parent().unwrap_or(Path::new("/")))
+    }
+
+    /// The process that has the PID file of `old`, another than that, where it can be a daemon in its place.
+    fn holds_pid_file(&self, old: &Daemon, file: &PidFile) -> Result<Option<i32>> {
+        let run_directory = self.run_directory()?;
+        let is_it = |pid: &i32| {
+            run_directory.admits(old.kind, *pid)
+                && procfs::identity(*pid).is_ok_and(|id| id != old.id)
+                && may_follow(old, *pid)
+        };
         Ok(file.holder()?.filter(is_it))
     }
 
     /// The process behind the database socket, by its credentials.
     fn database_listener(&self) -> Result<i32> {
-        let object = self.database_socket.display().to_string();
-        let connection = Connection::connect(&self.database_socket)?;
-        Ok(getsockopt(connection.stream(), PeerCredentials).about(object)?.pid())
+        Ok(Connection::connect(&self.database_socket)?.peer()?.pid())
     }
+}
+
+/// Whose upcall sockets these are, among `owners`: a process that they were handed to, or that a daemon has forked, has
+/// no PID file locked.
+fn the_one_with_a_lock(run_directory: &RunDirectory, kind: DaemonKind, owners: Vec<i32>) -> Vec<i32> {
+    let locked: Vec<i32> = owners.iter().copied().filter(|pid| run_directory.holds_pid_file(kind, *pid)).collect();
+    match (owners.len(), locked.is_empty()) {
+        (0 | 1, _) | (_, true) => owners,
+        (_, false) => locked,
+    }
+}
+
+/// A daemon whose user is not root and that is in its unit is followed by one in the same unit: only root puts a process
+/// there.
+fn may_follow(old: &Daemon, pid: i32) -> bool {
+    let unit = old.cgroup.ends_with(&format!("/{}.service", old.kind.program()));
+    let bound = !trusted::is_ours(old.uid) && !old.contained && unit;
+    !bound || procfs::cgroup(pid).is_ok_and(|cgroup| cgroup == old.cgroup)
+}
+
+/// The program of the kind that this host has installed, which the daemon itself has no say in: its unit's, where that
+/// starts it without a script; that in one of the places of packages; where there is none the file that the kernel says
+/// a daemon of root's runs. Nobody but root can have put it there.
+fn installed_program(daemon: &Daemon, until: Instant) -> Result<PathBuf> {
+    let name = daemon.kind.program();
+    let of_unit =
+        Systemd::default().owner(daemon, until).ok().flatten().and_then(|unit| unit.exec_start.into_iter().next());
+    let of_unit = of_unit.map(PathBuf::from).filter(|program| program.ends_with(name));
+    let folder = |path: &PathBuf| path.parent().map(Path::to_path_buf);
+    let of_kernel = trusted::is_ours(daemon.uid).then(|| daemon.exe.clone()).filter(|program| program.ends_with(name));
+    let folders = of_unit.as_ref().and_then(folder).into_iter().chain(container::directories());
+    container::search(folders.chain(of_kernel.as_ref().and_then(folder)), name, trusted::program)
+        .map_err(|e| HostError::new(name, e).remedy("install the openvswitch package again"))
 }
 
 impl Daemons for RealDaemons {
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon> {
         let object = "ovs-vswitchd";
+        let kind = DaemonKind::OvsVswitchd;
+        let run_directory = self.run_directory()?;
         let inodes = upcall_socket_inodes(upcall_port_ids).about("/proc/net/netlink")?;
         let owns = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
         let candidates = procfs::pids().about("/proc")?.into_iter();
-        // Our own parked duplicates share the sockets: only the program itself counts.
-        let owners: Vec<i32> =
-            candidates.filter(|pid| procfs::runs(*pid, DaemonKind::OvsVswitchd.program())).filter(owns).collect();
-        match owners.as_slice() {
+        // Our own parked duplicates share the sockets, and whoever has been handed one: only a daemon counts.
+        let owners: Vec<i32> = candidates.filter(|pid| run_directory.admits(kind, *pid)).filter(owns).collect();
+        match the_one_with_a_lock(&run_directory, kind, owners).as_slice() {
             [pid] => self.take_tools_of(self.describe(DaemonKind::OvsVswitchd, *pid)?),
             [] => Err(HostError::new(object, "no process of it owns the upcall sockets of the datapath")
                 .remedy("`ovs-graceful recover`, where a run was cut off; else `systemctl restart ovs-vswitchd`")),
@@ -118,7 +161,7 @@ impl Daemons for RealDaemons {
     fn find_ovsdb_server(&self) -> Result<Daemon> {
         let pid = self.database_listener()?;
         let kind = DaemonKind::OvsdbServer;
-        if !procfs::runs(pid, kind.program()) {
+        if !self.run_directory()?.admits(kind, pid) {
             return Err(HostError::new(
                 self.database_socket.display().to_string(),
                 format!("process {pid} listens, which is not an {}", kind.program()),
@@ -128,10 +171,12 @@ impl Daemons for RealDaemons {
     }
 
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>> {
-        let pids = procfs::pids().about("/proc")?.into_iter().filter(|pid| procfs::runs(*pid, kind.program()));
+        let Ok(run_directory) = self.run_directory() else { return Ok(Vec::new()) };
+        let is_one = |pid: &i32| run_directory.admits(kind, *pid) && run_directory.holds_pid_file(kind, *pid);
+        let pids = procfs::pids().about("/proc")?.into_iter().filter(is_one);
         // One that ends while we look is no daemon any more.
         let all = pids.filter_map(|pid| self.describe(kind, pid).ok());
-        let all: Vec<Daemon> = all.filter(|daemon| daemon.control.exists() && may_be_ours(daemon)).collect();
+        let all = the_likely(all.filter(|daemon| daemon.control.exists() && may_be_ours(daemon)).collect());
         if let [one] = all.as_slice() {
             self.take_tools_of(one.clone())?;
         }
@@ -142,7 +187,9 @@ impl Daemons for RealDaemons {
         let object = format!("{} (pid {pid})", kind.program());
         let id = procfs::identity(pid).about(&object)?;
         self.hold(id)?;
-        let daemon = describe(kind, id).about(object)?;
+        let run_directory = self.run_directory()?;
+        run_directory.expect(kind, pid)?;
+        let daemon = run_directory.believe(describe(kind, id).about(object)?);
         if daemon.contained && may_be_ours(&daemon) {
             // As long as it lives: it may be too late when it is wanted.
             self.hold_root(&daemon)?;
@@ -177,14 +224,12 @@ impl Daemons for RealDaemons {
 
     fn started_since(&self, cgroup: &str, ticks: u64) -> Result<Vec<ProcessId>> {
         let inside = |pid: &i32| procfs::cgroup(*pid).is_ok_and(|own| own == cgroup);
-        let hook =
-            |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|w| w == "hook"));
-        let all = procfs::pids().about("/proc")?.into_iter().filter(inside).filter(|pid| !hook(pid));
+        let all = procfs::pids().about("/proc")?.into_iter().filter(inside).filter(|pid| !is_our_hook(*pid));
         Ok(all.filter_map(|pid| procfs::identity(pid).ok()).filter(|id| id.start_time >= ticks).collect())
     }
 
     fn listens(&self, daemon: &Daemon) -> bool {
-        daemon.control.exists()
+        unixctl::connect(daemon).is_ok()
     }
 
     fn wait_end(&self, id: ProcessId, until: Instant) -> Result<bool> {
@@ -206,13 +251,18 @@ impl Daemons for RealDaemons {
             // What the next container brings is not known before it is there.
             return Ok(Versions { installed: running.clone(), running });
         }
-        let program = installed_program(daemon)?;
-        let text = command::run_well(&program.to_string_lossy(), &["--version"], None, until)?;
-        Ok(Versions { installed: version_in(daemon, &text)?, running })
+        let question = Question {
+            program: installed_program(daemon, until)?,
+            root: None,
+            folder: None,
+            library_path: None,
+            credentials: Credentials::of_question(daemon),
+        };
+        Ok(Versions { installed: version_in(daemon, &question.ask(until)?)?, running })
     }
 
     fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
-        unixctl::command(&daemon.control, command, arguments, until)
+        unixctl::command(daemon, command, arguments, until)
     }
 
     fn set_aside_pid_file(&self, old: &Daemon) -> Result<()> {
@@ -223,7 +273,7 @@ impl Daemons for RealDaemons {
         let file = PidFile::new(&old.pid_file);
         loop {
             if let Some(own_pid) = file.pid()? {
-                match Self::holds_pid_file(old, &file)? {
+                match self.holds_pid_file(old, &file)? {
                     Some(pid) => return self.describe(old.kind, pid),
                     None if own_pid == old.own_pid => {}
                     None => {
@@ -271,19 +321,14 @@ impl Daemons for RealDaemons {
             return Err(HostError::new(model.kind.program(), "it ran in a container, which is not ours to start")
                 .remedy("start that container"));
         }
-        spawn::start_like(model, &installed_program(model)?)
+        spawn::start_like(model, &installed_program(model, Instant::now() + UNIT_LIMIT)?)
     }
 
     fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
         if model.contained {
             return spawn::start_in_container(self.hold_root(model)?, model, &saved.program);
         }
-        let mut model = model.clone();
-        if let Some(path) = saved.library_path(variable(&model.environment, LIBRARY_PATH)) {
-            model.environment.retain(|(name, _)| name != LIBRARY_PATH);
-            model.environment.push((LIBRARY_PATH.to_owned(), path));
-        }
-        spawn::start_like(&model, &saved.program)
+        spawn::start_saved(model, saved)
     }
 
     fn replaced(&self, daemon: &Daemon) -> Result<Vec<String>> {
@@ -321,7 +366,15 @@ fn version_in(daemon: &Daemon, text: &str) -> Result<String> {
         .ok_or_else(|| HostError::new(object(), format!("cannot read a version out of {text:?}")))
 }
 
-/// Anybody may run a program of that name in namespaces of his own, where it has whichever number he likes.
+/// Our reload hook, which systemd waits for: a process of root's that runs this very program.
+fn is_our_hook(pid: i32) -> bool {
+    let file = |pid: &str| fs::metadata(format!("/proc/{pid}/exe")).map(|exe| (exe.dev(), exe.ino()));
+    let same = file(&pid.to_string()).is_ok_and(|theirs| file("self").is_ok_and(|own| own == theirs));
+    let roots = procfs::users(pid).is_ok_and(|users| users.iter().all(|user| trusted::is_ours(*user)));
+    same && roots && procfs::words(pid, "cmdline").is_ok_and(|words| words.get(1).is_some_and(|word| word == "hook"))
+}
+
+/// A container has the host's network, and no users of its own.
 fn may_be_ours(daemon: &Daemon) -> bool {
     let shares = |namespace: &str| procfs::shares(daemon.id.pid, namespace).unwrap_or(false);
     !daemon.contained || (shares("user") && shares("net"))
@@ -347,8 +400,9 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
     let stat = procfs::stat(pid)?;
     let (exe, exe_deleted) = procfs::exe(pid)?;
     let (uid, gid) = procfs::owner(pid)?;
+    let (groups, capabilities) = (procfs::groups(pid)?, procfs::capabilities(pid)?);
     let own_pid = procfs::own_pid(pid)?;
-    let monitored = argv.iter().any(|a| a == "--monitor") && procfs::runs(stat.parent, kind.program());
+    let monitored = argv.iter().any(|a| a == "--monitor") && is_monitor(stat.parent, pid);
     Ok(Daemon {
         kind,
         id,
@@ -365,6 +419,8 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
         umask: procfs::umask(pid)?,
         uid,
         gid,
+        groups,
+        capabilities,
         cgroup: procfs::cgroup(pid)?,
         monitor: monitored.then(|| procfs::identity(stat.parent).ok()).flatten(),
         own_pid,
@@ -372,6 +428,13 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
         argv,
         environment,
     })
+}
+
+/// Has `pid` been forked by `parent` to be the daemon that it looks after? Then both run one file as one user.
+fn is_monitor(parent: i32, pid: i32) -> bool {
+    let file = |pid: i32| fs::metadata(format!("/proc/{pid}/exe")).map(|exe| (exe.dev(), exe.ino()));
+    let same_file = file(parent).is_ok_and(|theirs| file(pid).is_ok_and(|own| own == theirs));
+    same_file && procfs::users(parent).is_ok_and(|theirs| procfs::users(pid).is_ok_and(|own| own == theirs))
 }
 
 /// The value of option `name` in `argv`: `Some(None)` where it stands without one.
@@ -403,20 +466,6 @@ fn log_file(argv: &[String], environment: &[(String, String)], kind: DaemonKind)
     Some(directory.join(named.map_or_else(|| format!("{}.log", kind.program()), str::to_owned)))
 }
 
-/// The program that a start would run now: `argv[0]` as the daemon's PATH finds it.
-fn installed_program(daemon: &Daemon) -> Result<PathBuf> {
-    let name = daemon.argv.first().map_or(daemon.kind.program(), String::as_str);
-    if name.contains('/') {
-        return Ok(PathBuf::from(name));
-    }
-    let own = variable(&daemon.environment, "PATH").unwrap_or_default();
-    let directories = own.split(':').chain(PROGRAM_DIRECTORIES.split(':')).filter(|d| !d.is_empty());
-    let mut programs = directories.map(|directory| Path::new(directory).join(name));
-    programs
-        .find(|path| path.is_file())
-        .ok_or_else(|| HostError::new(name, "it is not installed").remedy("install the openvswitch package again"))
-}
-
 /// The inodes of the generic netlink sockets with these port ids.
 fn upcall_socket_inodes(port_ids: &[u32]) -> dpfreeze::Result<BTreeSet<u64>> {
     let generic = |row: &NetlinkSocketRow| row.protocol == Protocol::Generic as u32;
@@ -427,13 +476,13 @@ fn upcall_socket_inodes(port_ids: &[u32]) -> dpfreeze::Result<BTreeSet<u64>> {
 /// Does the end of the standby's log say that it waits for the lock (`bridge_run` in `vswitchd/bridge.c`)?
 fn says_it_waits(standby: &Daemon) -> bool {
     let line = format!("disabling this process (pid {})", standby.own_pid);
-    let end = standby.log_file.as_deref().and_then(|path| tail(path, 256 << 10).ok());
+    let end = standby.log_file.as_deref().and_then(|path| tail(path, standby.uid, 256 << 10).ok());
     end.is_some_and(|text| text.contains(&line))
 }
 
-/// The last `length` bytes of a file.
-fn tail(path: &Path, length: u64) -> std::io::Result<String> {
-    let mut file = fs::File::open(path)?;
+/// The last `length` bytes of a file of root's or of `owner`.
+fn tail(path: &Path, owner: u32, length: u64) -> std::io::Result<String> {
+    let mut file = trusted::open(path, owner)?;
     let size = file.metadata()?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(length)))?;
     let mut bytes = Vec::new();
@@ -442,7 +491,7 @@ fn tail(path: &Path, length: u64) -> std::io::Result<String> {
 }
 
 /// `pidfd_open(2)`; the descriptor is close-on-exec.
-fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
+pub(super) fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes two integers and returns a new descriptor or -1.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
@@ -450,7 +499,7 @@ fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
 }
 
 /// `pidfd_send_signal(2)`.
-fn pidfd_send_signal(fd: &impl AsRawFd, signal: i32) -> nix::Result<()> {
+pub(super) fn pidfd_send_signal(fd: &impl AsRawFd, signal: i32) -> nix::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is what the call documents for "as kill(2) would".
     Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd.as_raw_fd(), signal, no_info, 0) }).map(drop)

@@ -5,13 +5,13 @@
 //! learned as if the frame had come in, and no port sees a frame. A real packet-out would flood instead: it learns only
 //! after its own look-up (`packet_xlate`), and `fdb/add` makes entries that never age.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::jsonrpc::{remaining, Connection};
-use crate::host::{Bridge, FdbEntry, LearnReport, Port, Result};
+use super::jsonrpc::remaining;
+use super::unixctl;
+use crate::host::{Bridge, Daemon, FdbEntry, LearnReport, Port, Result};
 
 /// IEEE 802 local experimental EtherType 1: nothing looks into such a frame.
 const ETHER_TYPE: &str = "0x88b5";
@@ -33,15 +33,15 @@ pub fn parse(text: &str) -> Vec<FdbEntry> {
     text.lines().filter_map(row).collect()
 }
 
-/// Teaches the daemon behind `control` the addresses.
-pub fn learn(control: &Path, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
+/// Teaches the daemon the addresses.
+pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
     let mut report = LearnReport::default();
     if entries.is_empty() {
         // Each question costs a turn of the daemon's main loop, and hundreds of bridges may have learned nothing.
         return Ok(report);
     }
     let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
-    let mut connection = Connection::connect(control)?;
+    let mut connection = unixctl::connect(daemon)?;
     let (learned, fixed): (Vec<&FdbEntry>, Vec<&FdbEntry>) = entries.iter().partition(|entry| entry.age_s.is_some());
     fixed.iter().for_each(|_| skip("static entries come from whoever configured them"));
     for batch in learned.chunks(BATCH) {

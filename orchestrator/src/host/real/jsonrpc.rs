@@ -2,16 +2,23 @@
 //! values follow each other without a delimiter.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{connect, getsockopt, socket, AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials};
 use serde_json::{json, Value};
 
 use crate::host::error::{Context, HostError, Result};
 
 /// No single message may be longer, bytes: the reply to a dump of 20,000 rules is about 4 MB.
 const MESSAGE_MAX: usize = 256 << 20;
+
+/// How long a place in the backlog of a socket is waited for: who listens may never take anybody out of it.
+const BACKLOG_LIMIT: Duration = Duration::from_secs(5);
 
 /// Finds the end of one JSON value in a stream, in one pass over the bytes however they are cut.
 #[derive(Debug, Default)]
@@ -63,7 +70,7 @@ impl Connection {
     /// Connects to the socket at `path`. A Unix socket connects at once or fails, except where its backlog is full.
     pub fn connect(path: &Path) -> Result<Self> {
         let object = path.display().to_string();
-        let stream = UnixStream::connect(path)
+        let stream = connected(path)
             .map_err(|e| HostError::away(&object, format!("cannot connect: {e}")).remedy("is the daemon running?"))?;
         Ok(Connection {
             stream,
@@ -81,9 +88,9 @@ impl Connection {
         self.path.display().to_string()
     }
 
-    /// The stream, for `SO_PEERCRED`.
-    pub fn stream(&self) -> &UnixStream {
-        &self.stream
+    /// Who called listen(2) on the other end (`SO_PEERCRED`).
+    pub fn peer(&self) -> Result<UnixCredentials> {
+        getsockopt(&self.stream, PeerCredentials).about(self.object())
     }
 
     /// Calls `method` and waits for its result. An `error` member that is not null is an error.
@@ -214,6 +221,24 @@ impl Connection {
     }
 }
 
+fn connected(path: &Path) -> std::io::Result<UnixStream> {
+    let until = Instant::now() + BACKLOG_LIMIT;
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    let address = UnixAddr::new(path)?;
+    loop {
+        match connect(socket.as_raw_fd(), &address) {
+            Ok(()) => break,
+            Err(Errno::EAGAIN) if Instant::now() < until => std::thread::sleep(Duration::from_millis(2)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
 /// The time left to `until`; `None` where it is over (a socket time limit of zero would mean "for ever").
 pub(crate) fn remaining(until: Instant) -> Option<Duration> {
     let left = until.saturating_duration_since(Instant::now());
@@ -285,6 +310,24 @@ mod tests {
         assert!(connection.notification(Instant::now()).unwrap().is_none());
         drop(connection);
         server.join().unwrap();
+    }
+
+    #[test]
+    fn who_takes_nobody_out_of_his_backlog_is_not_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let _listener = UnixListener::bind(&path).unwrap();
+        nix::sys::socket::listen(&_listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        let begun = Instant::now();
+        let mut held = Vec::new();
+        let error = loop {
+            match Connection::connect(&path) {
+                Ok(connection) => held.push(connection),
+                Err(error) => break error,
+            }
+        };
+        assert!(error.away && begun.elapsed() < BACKLOG_LIMIT * 2, "{error}");
+        assert_eq!(held[0].peer().unwrap().pid(), std::process::id() as i32);
     }
 
     #[test]

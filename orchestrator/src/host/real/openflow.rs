@@ -317,7 +317,7 @@ impl OpenFlow for RealOpenFlow {
         // it takes over it answers late, and both in one turn of its main loop.
         let questions = [("ofproto/list", json!([])), ("upcall/set-flow-limit", json!([flow_limit.to_string()]))];
         loop {
-            let list = match unixctl::commands(&daemon.control, &questions, until) {
+            let list = match unixctl::commands(daemon, &questions, until) {
                 // One that has just begun to listen knows its commands a moment later.
                 Err(error) if error.cause.contains("is not a valid command") => String::new(),
                 answers => answers?.into_iter().next().unwrap_or_default(),
@@ -354,7 +354,7 @@ impl OpenFlow for RealOpenFlow {
 
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
         let questions: Vec<_> = bridges.iter().map(|bridge| ("fdb/show", json!([bridge.name]))).collect();
-        let answers = unixctl::commands(&daemon.control, &questions, until)?;
+        let answers = unixctl::commands(daemon, &questions, until)?;
         let latest_first = |text: String| {
             let mut entries = fdb::parse(&text);
             entries.sort_by_key(|entry| entry.age_s);
@@ -364,7 +364,7 @@ impl OpenFlow for RealOpenFlow {
     }
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
-        fdb::learn(&daemon.control, bridge, entries, until)
+        fdb::learn(daemon, bridge, entries, until)
     }
 
     fn wait_for_controllers(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {

@@ -2,14 +2,16 @@
 //! waits for the lock would get it (hazards 17).
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::os::unix::fs::{chown, MetadataExt};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{chown, fchown, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::{command, unixctl};
+use super::credentials::Credentials;
+use super::{command, procfs, trusted, unixctl};
 use crate::host::clock::Clock;
 use crate::host::{Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit};
 
@@ -22,17 +24,32 @@ const HARMLESS: &[&str] = &["--no-delete-bridges", "--no-delete-transient-ports"
 /// Between two looks at a server that starts.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
-/// The file of database Open_vSwitch that `server` serves.
+/// Where the package has its schema when nothing in the environment says otherwise.
+const DEFAULT_FOLDER: &str = "/usr/share/openvswitch";
+
+/// The file of database Open_vSwitch that `server` serves. The command line of one that is not root's is believed where
+/// the kernel says that it has that file open.
 pub fn database_file(server: &Daemon) -> PathBuf {
     let words = server.argv.iter().skip(1).filter(|word| !word.starts_with('-'));
-    let files = words.map(|word| server.cwd.join(word)).filter(|path| !path.ends_with("system-id.conf"));
-    files.into_iter().next().unwrap_or_else(|| DEFAULT_FILE.into())
+    let mut files = words.map(|word| server.cwd.join(word)).filter(|path| !path.ends_with("system-id.conf"));
+    let believed = |path: &PathBuf| trusted::is_ours(server.uid) || procfs::has_open(server.id.pid, path);
+    files.next().filter(believed).unwrap_or_else(|| DEFAULT_FILE.into())
+}
+
+/// The database's file for reading. That of a server which is not root's lies in a folder of its user, who can put
+/// anything in its place.
+pub fn open_database(server: &Daemon, file: &Path) -> io::Result<File> {
+    match trusted::is_ours(server.uid) {
+        true => File::open(file),
+        false => trusted::open(&file.canonicalize()?, server.uid),
+    }
 }
 
 /// The schema of the installed version.
 pub fn schema_file(server: &Daemon) -> PathBuf {
     let set = server.environment.iter().find(|(key, _)| key == "OVS_PKGDATADIR").map(|(_, value)| value.as_str());
-    Path::new(set.unwrap_or("/usr/share/openvswitch")).join("vswitch.ovsschema")
+    let set = set.filter(|_| trusted::is_ours(server.uid));
+    Path::new(set.unwrap_or(DEFAULT_FOLDER)).join("vswitch.ovsschema")
 }
 
 /// The options in the unit's command or environment files that would delete configuration.
@@ -96,14 +113,16 @@ fn by_hand(
     old: &Daemon,
     until: Instant,
 ) -> Result<()> {
-    let remotes = unixctl::command(&old.control, "ovsdb-server/list-remotes", &[], until)?;
+    let remotes = unixctl::command(old, "ovsdb-server/list-remotes", &[], until)?;
     let versions = daemons.versions(old, until)?;
+    // Asked while it has its file open.
+    let file = database_file(old);
     daemons.signal(old.id, Signal::Terminate)?;
     if !daemons.wait_end(old.id, until)? {
         return Err(HostError::timeout(format!("ovsdb-server (pid {})", old.id.pid), "waiting for its end"));
     }
     // An error here must not leave the host without a server: it is told after the start.
-    let converted = convert(&database_file(old), &schema_file(old), until);
+    let converted = convert(old, &file, &schema_file(old), until);
     let mut starting = daemons.start_like(old)?;
     if !starting.wait(until)? {
         return Err(HostError::timeout("ovsdb-server", "starting it").remedy("see its log"));
@@ -121,28 +140,46 @@ fn by_hand(
 
 /// Remotes that were added at run time, such as the managers, are not on the command line.
 fn add_remotes(new: &Daemon, remotes: &str, until: Instant) -> Result<()> {
-    let there = unixctl::command(&new.control, "ovsdb-server/list-remotes", &[], until)?;
+    let there = unixctl::command(new, "ovsdb-server/list-remotes", &[], until)?;
     let there: BTreeSet<&str> = there.lines().collect();
     for remote in remotes.lines().filter(|remote| !there.contains(remote)) {
-        unixctl::command(&new.control, "ovsdb-server/add-remote", &[remote], until)?;
+        unixctl::command(new, "ovsdb-server/add-remote", &[remote], until)?;
     }
     Ok(())
 }
 
-/// Converts the database where the installed schema asks for it, keeping a copy beside it and its owner.
-fn convert(file: &Path, schema: &Path, until: Instant) -> Result<()> {
+/// Converts the database where the installed schema asks for it, keeping a copy beside it and its owner. That of a server
+/// which is not root's is converted by its user.
+fn convert(server: &Daemon, file: &Path, schema: &Path, until: Instant) -> Result<()> {
     let object = file.display().to_string();
     let (file_word, schema_word) = (file.to_string_lossy(), schema.to_string_lossy());
-    let tool = |words: &[&str]| command::run_well("ovsdb-tool", words, None, until);
+    let credentials = || (!trusted::is_ours(server.uid)).then(|| Credentials::of_question(server));
+    let tool = |words: &[&str]| command::run_well_as(credentials(), "ovsdb-tool", words, until);
     if tool(&["needs-conversion", &file_word, &schema_word])?.trim() != "yes" {
         return Ok(());
     }
     let version = tool(&["db-version", &file_word])?;
     let backup = PathBuf::from(format!("{object}.backup{}-ovs-graceful", version.trim()));
-    fs::copy(file, &backup).about(backup.display().to_string())?;
-    let before = fs::metadata(file).about(&object)?;
+    let source = open_database(server, file).about(&object)?;
+    let before = source.metadata().about(&object)?;
+    keep(source, &backup).about(backup.display().to_string())?;
     tool(&["convert", &file_word, &schema_word])?;
-    chown(file, Some(before.uid()), Some(before.gid())).about(object)
+    match trusted::is_ours(server.uid) {
+        true => chown(file, Some(before.uid()), Some(before.gid())).about(object),
+        false => Ok(()),
+    }
+}
+
+/// A copy with the owner of `source`, never through a link.
+fn keep(mut source: File, backup: &Path) -> io::Result<()> {
+    let like = source.metadata()?;
+    match fs::remove_file(backup) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut copy = OpenOptions::new().write(true).create_new(true).mode(like.mode() & 0o777).open(backup)?;
+    io::copy(&mut source, &mut copy)?;
+    fchown(&copy, Some(like.uid()), Some(like.gid()))
 }
 
 /// Waits for another server than `old` behind the socket.
@@ -191,6 +228,21 @@ pub(super) mod tests {
             log_file: None,
             own_pid: 0,
             contained: false,
+        }
+    }
+
+    #[test]
+    fn a_copy_of_the_database_is_written_through_no_link() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("conf.db"), "database").unwrap();
+        fs::write(at("other"), "other").unwrap();
+        std::os::unix::fs::symlink(at("other"), at("backup")).unwrap();
+        for _ in 0..2 {
+            keep(File::open(at("conf.db")).unwrap(), &at("backup")).unwrap();
+            assert!(fs::symlink_metadata(at("backup")).unwrap().is_file());
+            assert_eq!(fs::read(at("backup")).unwrap(), b"database");
+            assert_eq!(fs::read(at("other")).unwrap(), b"other");
         }
     }
 

@@ -12,14 +12,20 @@
 //! ```
 //! Both links stay until the end, because either daemon unlinks `NAME.pid` when a signal ends it.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{fcntl, FcntlArg};
+use nix::fcntl::{fcntl, open, FcntlArg, OFlag};
+use nix::sys::stat::Mode;
 
+use super::trusted;
 use crate::host::{Context, HostError, Result};
+
+/// A PID file has not more, bytes.
+const LENGTH_MAX: u64 = 64;
 
 /// The PID file of a daemon and the names beside it.
 #[derive(Debug, Clone)]
@@ -57,13 +63,16 @@ impl PidFile {
     /// The process that holds the file's lock, in our pid namespace's number, whatever it calls itself in its own. The
     /// file has been locked before it had its name (`make_pidfile` in `lib/daemon-unix.c`).
     pub fn holder(&self) -> Result<Option<i32>> {
-        let file = match File::open(&self.0) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            opened => opened.about(self.object())?,
-        };
-        let mut lock = whole_file();
-        fcntl(&file, FcntlArg::F_GETLK(&mut lock)).about(self.object())?;
-        Ok((lock.l_type != libc::F_UNLCK as i16 && lock.l_pid > 0).then_some(lock.l_pid))
+        match open_file(&self.0).about(self.object())? {
+            Some(file) => lock_holder(&file).about(self.object()),
+            None => Ok(None),
+        }
+    }
+
+    /// The inodes of the files that any of the names stands for now.
+    pub fn inodes(&self) -> BTreeSet<u64> {
+        let all = [self.0.clone(), self.old(), self.new_one(), self.beside(".ovsg-tmp"), self.beside(".ovsg-step")];
+        all.iter().filter_map(|path| fs::symlink_metadata(path).ok()).map(|file| file.ino()).collect()
     }
 
     /// Links the file of the old daemon aside and takes the name away. May be run twice.
@@ -141,28 +150,49 @@ fn whole_file() -> libc::flock {
     libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
 }
 
-/// The pid in a file; `None` where there is none yet.
-fn read(path: &Path) -> io::Result<Option<i32>> {
-    match fs::read_to_string(path) {
-        Ok(text) if text.trim().is_empty() => Ok(None),
-        Ok(text) => {
-            text.trim().parse().map(Some).map_err(|_| io::Error::other(format!("not a pid: {:?}", text.trim())))
-        }
+/// The process that holds a write lock on the file, in our pid namespace's number.
+pub(super) fn lock_holder(file: &File) -> io::Result<Option<i32>> {
+    let mut lock = whole_file();
+    fcntl(file, FcntlArg::F_GETLK(&mut lock))?;
+    Ok((lock.l_type == libc::F_WRLCK as i16 && lock.l_pid > 0).then_some(lock.l_pid))
+}
+
+/// Opens a PID file, where there is one. The directory may be that of a user who can have put anything there.
+fn open_file(path: &Path) -> io::Result<Option<File>> {
+    match open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty()).map_err(io::Error::from) {
+        Ok(file) => trusted::open_regular(file, |_| true).map(Some),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
+    }
+}
+
+/// The pid in a file; `None` where there is none yet.
+fn read(path: &Path) -> io::Result<Option<i32>> {
+    let Some(file) = open_file(path)? else { return Ok(None) };
+    // What else may be in there is nobody's business.
+    let no_pid = || io::Error::other("there is no process id in it");
+    let bytes = trusted::read(file, LENGTH_MAX).map_err(|_| no_pid())?;
+    match std::str::from_utf8(&bytes).map_err(|_| no_pid())?.trim() {
+        "" => Ok(None),
+        text => text.parse().map(Some).map_err(|_| no_pid()),
     }
 }
 
 /// Makes `to` another link of `from`, replacing what `to` was. A rename between two links of one file does nothing and
 /// leaves both, hence the look at the inodes and the last removal.
 fn place(from: &Path, to: &Path, tmp: &Path) -> io::Result<()> {
-    let same = |a: &Path, b: &Path| Some(fs::metadata(a).ok()?.ino() == fs::metadata(b).ok()?.ino());
+    let same = |a: &Path, b: &Path| Some(inode(a)? == inode(b)?);
     if same(from, to) == Some(true) {
         return Ok(());
     }
     remove(tmp)?;
     fs::hard_link(from, tmp)?;
     fs::rename(tmp, to)
+}
+
+/// Of a link its own.
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -260,6 +290,26 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(file.holder().unwrap(), None);
         assert_eq!(PidFile::new("/nonexistent/d.pid").holder().unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_file_of_a_pid_is_neither_followed_nor_told_nor_waited_for() {
+        let (dir, file) = Dir::new();
+        let secret = dir.0.path().join("secret");
+        fs::write(&secret, "do-not-tell").unwrap();
+        let put: [&dyn Fn(&Path); 4] = [
+            &|path| std::os::unix::fs::symlink(&secret, path).unwrap(),
+            &|path| nix::unistd::mkfifo(path, Mode::S_IRWXU).unwrap(),
+            &|path| drop(fs::hard_link(&secret, path)),
+            &|path| File::create(path).unwrap().set_len(1 << 40).unwrap(),
+        ];
+        for put in put {
+            fs::remove_file(&file.0).unwrap();
+            put(&file.0);
+            let error = file.pid().unwrap_err().to_string();
+            assert!(!error.contains("do-not-tell"), "{error}");
+            assert!(file.set_aside(10).is_err() && file.settle(10).is_err());
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What `/proc` tells about a process (`Documentation/filesystems/proc.rst`).
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +9,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, Context};
 
+use super::trusted;
 use crate::host::{Limit, ProcessId};
+
+/// As much of a command line, of an environment or of another text is read, bytes: the kernel takes a quarter of the
+/// stack's limit for the first two together, usually 2 MiB (`bprm_stack_limits` in fs/exec.c).
+const TEXT_MAX: u64 = 8 << 20;
 
 /// `/proc/PID/NAME`.
 fn path(pid: i32, name: &str) -> PathBuf {
@@ -93,9 +98,18 @@ pub fn cwd(pid: i32) -> io::Result<PathBuf> {
     fs::read_link(path(pid, "cwd"))
 }
 
+/// A file of a process, which decides itself how long some of them are.
+fn bytes(pid: i32, name: &str) -> io::Result<Vec<u8>> {
+    trusted::read(File::open(path(pid, name))?, TEXT_MAX)
+}
+
+fn text(pid: i32, name: &str) -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&bytes(pid, name)?).into_owned())
+}
+
 /// The words of `cmdline` or `environ`, which NUL bytes end.
 pub fn words(pid: i32, name: &str) -> io::Result<Vec<String>> {
-    let bytes = fs::read(path(pid, name))?;
+    let bytes = bytes(pid, name)?;
     let words = bytes.strip_suffix(b"\0").unwrap_or(&bytes).split(|b| *b == 0);
     Ok(words.map(|w| String::from_utf8_lossy(w).into_owned()).collect())
 }
@@ -108,17 +122,42 @@ pub fn number(pid: i32, name: &str) -> io::Result<i32> {
 
 /// The effective user and group of `/proc/PID/status`.
 pub fn owner(pid: i32) -> io::Result<(u32, u32)> {
-    let text = fs::read_to_string(path(pid, "status"))?;
-    let effective = |key: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(key));
-        line.and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok())
-    };
+    let text = text(pid, "status")?;
+    let effective = |key: &str| numbers_of(&text, key, 10).and_then(|all| u32::try_from(*all.get(1)?).ok());
     effective("Uid:").zip(effective("Gid:")).ok_or_else(|| io::Error::other(format!("/proc/{pid}/status: malformed")))
+}
+
+/// All users of `/proc/PID/status`: the real, the effective, the saved one and that of file systems.
+pub fn users(pid: i32) -> io::Result<Vec<u32>> {
+    users_or_groups(pid, "Uid:")
+}
+
+/// The supplementary groups of `/proc/PID/status`.
+pub fn groups(pid: i32) -> io::Result<Vec<u32>> {
+    users_or_groups(pid, "Groups:")
+}
+
+fn users_or_groups(pid: i32, key: &str) -> io::Result<Vec<u32>> {
+    let malformed = || io::Error::other(format!("/proc/{pid}/status: malformed"));
+    let all = numbers_of(&text(pid, "status")?, key, 10).ok_or_else(malformed)?;
+    all.into_iter().map(|number| u32::try_from(number).map_err(|_| malformed())).collect()
+}
+
+/// The effective capabilities of `/proc/PID/status`, by the number of their bit (include/uapi/linux/capability.h).
+pub fn capabilities(pid: i32) -> io::Result<u64> {
+    let all = numbers_of(&text(pid, "status")?, "CapEff:", 16);
+    all.and_then(|all| all.first().copied()).ok_or_else(|| io::Error::other(format!("/proc/{pid}/status: malformed")))
+}
+
+/// The numbers behind a key of `/proc/PID/status`; `None` where it is not there or something else is among them.
+fn numbers_of(status: &str, key: &str, radix: u32) -> Option<Vec<u64>> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    line.split_whitespace().map(|word| u64::from_str_radix(word, radix).ok()).collect()
 }
 
 /// The process id in the innermost pid namespace of process `pid`: the last number of `NSpid` (Linux 4.1).
 pub fn own_pid(pid: i32) -> io::Result<i32> {
-    Ok(parse_own_pid(&fs::read_to_string(path(pid, "status"))?).unwrap_or(pid))
+    Ok(parse_own_pid(&text(pid, "status")?).unwrap_or(pid))
 }
 
 fn parse_own_pid(status: &str) -> Option<i32> {
@@ -141,14 +180,14 @@ pub fn shares(pid: i32, namespace: &str) -> io::Result<bool> {
 
 /// The file mode creation mask of `/proc/PID/status` (Linux 4.7), else the usual one.
 pub fn umask(pid: i32) -> io::Result<u32> {
-    let text = fs::read_to_string(path(pid, "status"))?;
+    let text = text(pid, "status")?;
     let line = text.lines().find_map(|line| line.strip_prefix("Umask:"));
     Ok(line.and_then(|mask| u32::from_str_radix(mask.trim(), 8).ok()).unwrap_or(0o022))
 }
 
 /// The cgroup: the unified hierarchy's, else systemd's own.
 pub fn cgroup(pid: i32) -> io::Result<String> {
-    Ok(parse_cgroup(&fs::read_to_string(path(pid, "cgroup"))?).unwrap_or_default())
+    Ok(parse_cgroup(&text(pid, "cgroup")?).unwrap_or_default())
 }
 
 fn parse_cgroup(text: &str) -> Option<String> {
@@ -159,7 +198,7 @@ fn parse_cgroup(text: &str) -> Option<String> {
 
 /// The limits of `/proc/PID/limits`.
 pub fn limits(pid: i32) -> io::Result<Vec<Limit>> {
-    Ok(parse_limits(&fs::read_to_string(path(pid, "limits"))?))
+    Ok(parse_limits(&text(pid, "limits")?))
 }
 
 /// The columns are 26, 21 and 21 characters wide (`proc_pid_limits` in `fs/proc/base.c`).
@@ -186,7 +225,15 @@ pub fn socket_inodes(pid: i32) -> io::Result<BTreeSet<u64>> {
     Ok(links.filter_map(inode).collect())
 }
 
-/// Is `pid` a process of the program `name`? Kernel threads and other users' processes are not.
+/// Has process `pid` the file at `path` open?
+pub fn has_open(pid: i32, path: &Path) -> bool {
+    let file = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    let Ok(wanted) = file(path) else { return false };
+    let open = fs::read_dir(self::path(pid, "fd")).into_iter().flatten().flatten();
+    open.filter_map(|entry| file(&entry.path()).ok()).any(|theirs| theirs == wanted)
+}
+
+/// Is `pid` a process of a program of the name `name`? Kernel threads are not. It says nothing about whose it is.
 pub fn runs(pid: i32, name: &str) -> bool {
     exe(pid).is_ok_and(|(exe, _)| exe.file_name() == Path::new(name).file_name())
 }
@@ -205,6 +252,8 @@ mod tests {
         assert_eq!(Path::new(&own_program().unwrap()), std::env::current_exe().unwrap());
         assert_eq!(words(pid, "cmdline").unwrap(), std::env::args().collect::<Vec<_>>());
         assert!(limits(pid).unwrap().iter().any(|l| l.name == "Max open files" && l.soft.is_some()));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(has_open(pid, file.path()) && !has_open(pid, Path::new("/etc/hostname")));
         assert!(runs(pid, exe(pid).unwrap().0.file_name().unwrap().to_str().unwrap()));
     }
 
@@ -215,6 +264,19 @@ mod tests {
         assert!(shares(pid, "user").unwrap() && shares(pid, "none").is_err());
         assert_eq!(parse_own_pid("Name:\tx\nNSpid:\t4711\t7\nNSpgid:\t4711\t7\n"), Some(7));
         assert_eq!(parse_own_pid("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn who_a_process_is_is_read_from_its_status() {
+        let pid = std::process::id() as i32;
+        let (own, group) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        assert_eq!((owner(pid).unwrap(), users(pid).unwrap()), ((own, group), vec![own; 4]));
+        assert!(groups(pid).is_ok() && capabilities(pid).is_ok());
+        let status = "Uid:\t0\t992\t0\t992\nGroups:\t \nCapEff:\t0000000000003000\n";
+        assert_eq!(numbers_of(status, "Uid:", 10), Some(vec![0, 992, 0, 992]));
+        assert_eq!(numbers_of(status, "Groups:", 10), Some(vec![]));
+        assert_eq!(numbers_of(status, "CapEff:", 16), Some(vec![0x3000]));
+        assert_eq!((numbers_of("Uid:\t0\tx\n", "Uid:", 10), numbers_of(status, "Gid:", 10)), (None, None));
     }
 
     #[test]

@@ -2,17 +2,27 @@
 //! mapped which a package upgrade has replaced or removed since.
 //!
 //! All is read through /proc/PID, which reaches the very files that the process runs, whatever their names have become.
+//! Kept is what belongs to root and what nobody else may write to: it runs as root when the run goes back.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{symlink, DirBuilderExt, MetadataExt};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{symlink, DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use nix::fcntl::{open, OFlag};
+use nix::sys::stat::Mode;
+
+use super::command::Question;
 use super::container::Root;
-use super::{command, unixctl};
+use super::credentials::Credentials;
+use super::{procfs, trusted, unixctl};
 use crate::host::{Context, Daemon, HostError, Result, SavedProgram};
+
+/// More is no list of mappings, bytes: a process has 65,530 at most (vm.max_map_count).
+const MAPS_MAX: u64 = 64 << 20;
 
 /// Shared objects of the C library are taken from the disk: its loader is named in the executable and must be of the
 /// same build as they are, and a newer C library runs what was built for an older one.
@@ -40,6 +50,34 @@ const C_LIBRARY: &[&str] = &[
     "linux-vdso",
 ];
 
+/// The folder of a kept program, held open. Nobody but root may look into the folders above it: a daemon's user reaches it
+/// by the descriptor, `/proc/self/fd/N`.
+#[derive(Debug)]
+pub(super) struct Folder(OwnedFd);
+
+impl Folder {
+    /// That of `program`.
+    pub fn of(program: &Path) -> io::Result<Self> {
+        let folder = program.parent().unwrap_or(Path::new("/"));
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        Ok(Folder(open(folder, flags, Mode::empty())?))
+    }
+
+    /// Its path for a process that has it open.
+    pub fn path(&self) -> PathBuf {
+        trusted::by_descriptor(&self.0)
+    }
+
+    /// Has it outlive execve(2). To be called between fork and exec: a system call only.
+    pub fn keep_open(&self) -> io::Result<()> {
+        // SAFETY: the call takes integers; the descriptor is ours.
+        match unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_SETFD, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
 /// Keeps the program of `daemon` in the first of `folders` from which it runs.
 pub(super) fn save(daemon: &Daemon, version: &str, folders: &[PathBuf], until: Instant) -> Result<SavedProgram> {
     let mut errors = Vec::new();
@@ -65,8 +103,15 @@ pub(super) fn keep_in_container(
     until: Instant,
 ) -> Result<SavedProgram> {
     let program = program_inside(daemon);
-    let text = command::run_well_in(root, &program.to_string_lossy(), &["--version"], until)?;
-    is_version(&program.to_string_lossy(), &text, version)?;
+    let program = trusted::program_below(root.descriptor(), &program).about(program.display().to_string())?;
+    let question = Question {
+        program: program.clone(),
+        root: Some(root.clone()),
+        folder: None,
+        library_path: None,
+        credentials: Credentials::of_question(daemon),
+    };
+    is_version(&program.to_string_lossy(), &question.ask(until)?, version)?;
     Ok(SavedProgram { program, libraries: None })
 }
 
@@ -83,44 +128,87 @@ fn save_into(daemon: &Daemon, version: &str, folder: &Path, until: Instant) -> R
     let object = folder.display().to_string();
     let pid = daemon.id.pid;
     let name = daemon.exe.file_name().unwrap_or(daemon.kind.program().as_ref());
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).about(&object)?;
+    make(folder).about(&object)?;
     let program = folder.join(name);
-    copy(Path::new(&format!("/proc/{pid}/exe")), &program).about(&object)?;
+    copy(&of_root(Path::new(&format!("/proc/{pid}/exe"))).about(daemon.exe.display().to_string())?, &program)
+        .about(&object)?;
     let replaced = replaced_objects(pid).about(&object)?;
     let libraries = folder.join("lib");
     if !replaced.is_empty() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&libraries).about(&object)?;
+        make(&libraries).about(&object)?;
     }
     for (mapped, name) in &replaced {
         let kept = libraries.join(name);
         copy(mapped, &kept).about(&object)?;
         link_names(&kept, name).about(&object)?;
     }
+    // What was read through its number was all its own.
+    if procfs::identity(pid).ok() != Some(daemon.id) {
+        return Err(HostError::new(format!("process {pid}"), "it has ended meanwhile"));
+    }
     let saved = SavedProgram { program, libraries: (!replaced.is_empty()).then_some(libraries) };
-    prove(&saved, version, until)?;
+    prove(&saved, daemon, version, until)?;
     Ok(saved)
 }
 
+/// Those above it are root's alone; this one the daemon's user has to read where he is another ([`Folder`]).
+fn make(folder: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755))
+}
+
+/// A file that belongs to root and that nobody else may write to.
+fn of_root(path: &Path) -> io::Result<File> {
+    let place = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    if !trusted::only_ours(&fs::metadata(trusted::by_descriptor(&place))?) {
+        return Err(io::Error::other("it does not belong to root, or others may write to it: root does not run it"));
+    }
+    trusted::open_regular(place, trusted::only_ours)
+}
+
 /// Written aside and renamed: a program that runs cannot be written to.
-fn copy(from: &Path, to: &Path) -> io::Result<()> {
+fn copy(from: &File, to: &Path) -> io::Result<()> {
     let aside = to.with_extension("new");
-    fs::copy(from, &aside)?;
+    match fs::remove_file(&aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o700).open(&aside)?;
+    io::copy(&mut &*from, &mut copy)?;
+    copy.set_permissions(fs::Permissions::from_mode(0o755))?;
     fs::rename(&aside, to)
 }
 
 /// Does it run, and is it the version that runs now?
-fn prove(saved: &SavedProgram, version: &str, until: Instant) -> Result<()> {
+fn prove(saved: &SavedProgram, daemon: &Daemon, version: &str, until: Instant) -> Result<()> {
     let program = saved.program.to_string_lossy();
-    let text = match saved.library_path(None) {
-        // Ours is not the environment it will run in.
-        Some(path) => {
-            let library_path = format!("LD_LIBRARY_PATH={path}");
-            command::run_well("env", &[library_path.as_str(), &program, "--version"], None, until)
-        }
-        None => command::run_well(&program, &["--version"], None, until),
+    let reached = reach(saved).about(&*program)?;
+    let question = Question {
+        program: reached.program,
+        root: None,
+        folder: Some(reached.folder),
+        library_path: reached.libraries.map(|path| path.display().to_string()),
+        credentials: Credentials::of_question(daemon),
     };
+    let text = question.ask(until);
     let text = text.map_err(|e| HostError::new(&*program, format!("the copy does not run: {}", e.cause)))?;
     is_version(&program, &text, version)
+}
+
+/// A kept program by paths that lead to it from a process of any user that has `folder` open.
+pub(super) struct Reached {
+    pub folder: Folder,
+    pub program: PathBuf,
+    pub libraries: Option<PathBuf>,
+}
+
+/// See [`Reached`].
+pub(super) fn reach(saved: &SavedProgram) -> io::Result<Reached> {
+    let folder = Folder::of(&saved.program)?;
+    let inside = |path: &PathBuf| path.file_name().map(|name| folder.path().join(name));
+    let program = inside(&saved.program).ok_or_else(|| io::Error::other("it is no program"))?;
+    let libraries = saved.libraries.as_ref().and_then(inside);
+    Ok(Reached { program, libraries, folder })
 }
 
 fn is_version(program: &str, text: &str, version: &str) -> Result<()> {
@@ -130,18 +218,21 @@ fn is_version(program: &str, text: &str, version: &str) -> Result<()> {
     }
 }
 
-/// The shared objects that the process has mapped and that are no longer what their names stand for, but for those of the
-/// C library: how to reach each, and its name.
-fn replaced_objects(pid: i32) -> io::Result<Vec<(PathBuf, String)>> {
+/// The shared objects of root's that the process has mapped and that are no longer what their names stand for, but for
+/// those of the C library: each, and its name. A process maps whatever it likes; what is not root's is passed over.
+fn replaced_objects(pid: i32) -> io::Result<Vec<(File, String)>> {
     let exe = identity(Path::new(&format!("/proc/{pid}/exe")))?;
-    let mut found: Vec<(PathBuf, String)> = Vec::new();
+    let mut found: Vec<(File, String)> = Vec::new();
     for Mapped { file, path } in mapped_code(pid)? {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
         let of_the_c_library = C_LIBRARY.iter().any(|prefix| name.starts_with(prefix));
         if of_the_c_library || found.iter().any(|(_, known)| known == name) {
             continue;
         }
-        if identity(&file)? != exe && is_replaced(&file, &path)? {
+        if identity(&file)? == exe || !is_replaced(&file, &path)? {
+            continue;
+        }
+        if let Ok(file) = of_root(&file) {
             found.push((file, name.to_owned()));
         }
     }
@@ -169,7 +260,8 @@ struct Mapped {
 }
 
 fn mapped_code(pid: i32) -> io::Result<Vec<Mapped>> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let maps = trusted::read(File::open(format!("/proc/{pid}/maps"))?, MAPS_MAX)?;
+    let maps = String::from_utf8_lossy(&maps);
     let mapped = maps.lines().filter_map(executable_mapping);
     // Memory that was made executable is no file of a package (memfd_create(2), shmem).
     let of_a_file = mapped.filter(|(_, path)| !path.starts_with("/memfd:") && !path.starts_with("/dev/"));
@@ -259,7 +351,7 @@ mod tests {
         let daemon = describe(DaemonKind::OvsVswitchd, id).unwrap();
         assert!(daemon.exe_deleted);
         let until = Instant::now() + std::time::Duration::from_secs(20);
-        let text = command::run_well("/bin/sleep", &["--version"], None, until).unwrap();
+        let text = crate::host::real::command::run_well("/bin/sleep", &["--version"], None, until).unwrap();
         let version = unixctl::parse_version(&text).unwrap();
         let folders = [PathBuf::from("/proc/nowhere"), directory.path().join("kept")];
         for _ in 0..2 {
@@ -273,6 +365,57 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(save(&daemon, &version, &folders, until).is_err());
+    }
+
+    #[test]
+    fn a_program_that_others_may_write_to_is_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("ovs-vswitchd");
+        fs::copy("/bin/sleep", &program).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o775)).unwrap();
+        let mut child = start(&program);
+        let daemon = describe(DaemonKind::OvsVswitchd, procfs::identity(child.id() as i32).unwrap()).unwrap();
+        let until = Instant::now() + std::time::Duration::from_secs(20);
+        let error = save(&daemon, "9.1", &[directory.path().join("kept")], until).unwrap_err().to_string();
+        assert!(error.contains("root does not run it"), "{error}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_question_is_asked_as_the_user_of_the_daemon() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("closed/ovs-vswitchd");
+        make(program.parent().unwrap()).unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        let script = "#!/bin/sh\nid -u; id -G; grep -E 'NoNewPrivs|CapEff' /proc/self/status; env | sort\n";
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut child = std::process::Command::new("/bin/sleep").arg("30").spawn().unwrap();
+        let daemon = describe(DaemonKind::OvsVswitchd, procfs::identity(child.id() as i32).unwrap()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let daemon = Daemon { uid: 4711, gid: 4712, ..daemon };
+        let saved = SavedProgram { program, libraries: None };
+        let error = prove(&saved, &daemon, "1", Instant::now() + std::time::Duration::from_secs(20)).unwrap_err();
+        assert!(error.to_string().contains("\"4711\""), "{error}");
+        let reached = reach(&saved).unwrap();
+        let credentials = Credentials::of_question(&daemon);
+        let question = Question {
+            program: reached.program,
+            root: None,
+            folder: Some(reached.folder),
+            library_path: None,
+            credentials,
+        };
+        let text = question.ask(Instant::now() + std::time::Duration::from_secs(20)).unwrap();
+        let (head, environment) = text.split_at(text.find("LC_ALL").unwrap());
+        assert_eq!(head, "4711\n4712\nCapEff:\t0000000000000000\nNoNewPrivs:\t1\n");
+        let names: Vec<&str> = environment.lines().filter_map(|line| line.split('=').next()).collect();
+        assert_eq!(names, ["LC_ALL", "PATH", "PWD"], "{environment}");
     }
 
     /// A file that was just written is busy while another test's fork holds it open.

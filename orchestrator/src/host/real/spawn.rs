@@ -2,8 +2,9 @@
 
 use std::ffi::CString;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,10 +12,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{killpg, SigSet, Signal};
 use nix::unistd::Pid;
 
-use super::container::Root;
+use super::container::{Root, PROGRAM_DIRECTORIES};
+use super::credentials::Credentials;
 use super::jsonrpc::remaining;
-use super::{process_tree, procfs};
-use crate::host::{Context, Daemon, HostError, Limit, Result, Starting};
+use super::program::{self, Folder};
+use super::{process_tree, procfs, trusted};
+use crate::host::{Context, Daemon, HostError, Limit, Result, SavedProgram, Starting};
 
 /// Names in `/proc/PID/limits` (`lnames` in `fs/proc/base.c`) and the resources behind them.
 const RESOURCES: &[(&str, libc::__rlimit_resource_t)] = &[
@@ -36,6 +39,8 @@ const RESOURCES: &[(&str, libc::__rlimit_resource_t)] = &[
     ("Max realtime timeout", libc::RLIMIT_RTTIME),
 ];
 
+/// Where the loader looks first (ld.so(8)).
+const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 /// How long processes may take to stop.
 const STOPS: Duration = Duration::from_secs(1);
 
@@ -47,28 +52,43 @@ struct Preparation {
     oom_score_adj: CString,
     nice: i32,
     umask: u32,
-    owner: Option<(u32, u32)>,
+    user: User,
     root: Option<Arc<Root>>,
+    program_folder: Option<Folder>,
+}
+
+/// As whom the daemon starts.
+enum User {
+    /// As root, in this group.
+    Root { gid: u32 },
+    /// As the user that it ran as, in the folder that it had: that of root could be one that he may not enter.
+    Own { credentials: Credentials, folder: CString },
 }
 
 impl Preparation {
-    fn of(model: &Daemon, root: Option<Arc<Root>>) -> Result<Self> {
+    fn of(model: &Daemon, root: Option<Arc<Root>>, program_folder: Option<Folder>) -> Result<Self> {
         let object = model.kind.program();
+        let user = match trusted::is_ours(model.uid) {
+            true => User::Root { gid: model.gid },
+            false => User::Own {
+                credentials: Credentials::of_daemon(model),
+                folder: CString::new(model.cwd.as_os_str().as_bytes()).about(object)?,
+            },
+        };
         // That of a session may be gone, and that of a container ends with it. In ours the daemon would end with us, in
         // the root's nobody ends it.
         let own = if model.contained { "" } else { model.cgroup.as_str() };
         let procs = [own, ""].map(|cgroup| format!("/sys/fs/cgroup{cgroup}/cgroup.procs"));
         let procs = procs.into_iter().find(|procs| !model.cgroup.is_empty() && Path::new(procs).exists());
-        let switches_user = model.argv.iter().any(|word| word.starts_with("--user"));
         Ok(Preparation {
             limits: model.limits.iter().filter_map(resource).collect(),
             cgroup: procs.map(CString::new).transpose().about(object)?,
             oom_score_adj: CString::new(model.oom_score_adj.to_string()).about(object)?,
             nice: model.nice,
             umask: model.umask,
-            // With --user the daemon has to start as root and changes by itself.
-            owner: (!switches_user).then_some((model.uid, model.gid)),
+            user,
             root,
+            program_folder,
         })
     }
 
@@ -90,12 +110,20 @@ impl Preparation {
             }
             check(libc::setpriority(libc::PRIO_PROCESS, 0, self.nice))?;
             libc::umask(self.umask);
-            if let Some((uid, gid)) = self.owner.filter(|_| libc::geteuid() == 0) {
-                check(libc::setgid(gid))?;
-                check(libc::setuid(uid))?;
+        }
+        self.program_folder.as_ref().map_or(Ok(()), Folder::keep_open)?;
+        match &self.user {
+            // SAFETY: as above.
+            User::Root { gid } => match unsafe { libc::geteuid() == 0 } {
+                true => check(unsafe { libc::setgid(*gid) }),
+                false => Ok(()),
+            },
+            User::Own { credentials, folder } => {
+                credentials.take_on()?;
+                // SAFETY: as above. Where he may not enter it any more he is where he may be.
+                check(unsafe { libc::chdir(folder.as_ptr()) }).or_else(|_| check(unsafe { libc::chdir(c"/".as_ptr()) }))
             }
         }
-        Ok(())
     }
 }
 
@@ -125,25 +153,61 @@ fn resource(limit: &Limit) -> Option<(libc::__rlimit_resource_t, libc::rlimit)> 
     Some((*resource, libc::rlimit { rlim_cur: value(limit.soft), rlim_max: value(limit.hard) }))
 }
 
+/// Where a program is started from.
+#[derive(Default)]
+struct Place {
+    /// The root directory, where that is not ours.
+    root: Option<Arc<Root>>,
+    /// The folder of the program, where not everybody can reach that.
+    program_folder: Option<Folder>,
+    /// Where its shared objects are, before all others.
+    libraries: Option<PathBuf>,
+}
+
 /// Starts `program` with the command line, environment, directory, limits, priorities, user and cgroup of `model`.
+///
+/// What a daemon says of itself is its own memory. One that ran as another user than root is started as that user, with
+/// the capabilities that it had and none besides: whatever it has written there, it gains nothing. Nor does it lead the
+/// new one astray: that has the daemon's own name, and variables that name files are left out.
 pub fn start_like(model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
-    start_in(None, model, program, &model.cwd)
+    start_in(Place::default(), model, program, &model.cwd)
+}
+
+/// The same with a program that was kept.
+pub fn start_saved(model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
+    if trusted::is_ours(model.uid) {
+        let place = Place { libraries: saved.libraries.clone(), ..Place::default() };
+        return start_in(place, model, &saved.program, &model.cwd);
+    }
+    let reached = program::reach(saved).about(saved.program.display().to_string())?;
+    let place = Place { program_folder: Some(reached.folder), libraries: reached.libraries, root: None };
+    start_in(place, model, &reached.program, &model.cwd)
 }
 
 /// The same with the files of a container that has ended.
 pub fn start_in_container(root: Arc<Root>, model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
-    start_in(Some(root), model, program, Path::new("/"))
+    start_in(Place { root: Some(root), ..Place::default() }, model, program, Path::new("/"))
 }
 
-fn start_in(root: Option<Arc<Root>>, model: &Daemon, program: &Path, folder: &Path) -> Result<Box<dyn Starting>> {
+fn start_in(place: Place, model: &Daemon, program: &Path, folder: &Path) -> Result<Box<dyn Starting>> {
     let object = model.kind.program();
     let Some((name, arguments)) = model.argv.split_first() else {
         return Err(HostError::new(object, "its command line is empty").remedy("did it end meanwhile?"));
     };
-    let preparation = Preparation::of(model, root)?;
+    let roots = trusted::is_ours(model.uid);
+    let (name, arguments, environment) = match roots {
+        true => (name.as_str(), arguments.to_vec(), model.environment.clone()),
+        false => (object, without_user(arguments), plain_environment(&model.environment)),
+    };
+    let libraries = place.libraries.map(|libraries| library_path(&environment, &libraries));
+    let preparation = Preparation::of(model, place.root, place.program_folder)?;
     let mut command = Command::new(program);
-    command.arg0(name).args(arguments).current_dir(folder).process_group(0);
-    command.env_clear().envs(model.environment.iter().map(|(k, v)| (k, v)));
+    command.arg0(name).args(&arguments).process_group(0);
+    if roots {
+        command.current_dir(folder);
+    }
+    command.env_clear().envs(environment);
+    command.envs(libraries.map(|path| (LIBRARY_PATH, path)));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: `apply` makes system calls only and neither allocates nor locks.
     unsafe { command.pre_exec(move || preparation.apply()) };
@@ -152,6 +216,35 @@ fn start_in(root: Option<Arc<Root>>, model: &Daemon, program: &Path, folder: &Pa
     })?;
     let detaches = arguments.iter().any(|word| word == "--detach");
     Ok(Box::new(Started { child, object, detaches }))
+}
+
+/// A daemon that has become another user does not start as that with `--user`: only root can use it
+/// (`daemon_set_new_user` in `lib/daemon-unix.c`).
+fn without_user(arguments: &[String]) -> Vec<String> {
+    let mut left = Vec::new();
+    let mut words = arguments.iter();
+    while let Some(word) = words.next() {
+        match word.as_str() {
+            "--user" => drop(words.next()),
+            word if word.starts_with("--user=") => {}
+            word => left.push(word.to_owned()),
+        }
+    }
+    left
+}
+
+/// An environment that leads a daemon neither to other files nor to another run directory than its package's.
+fn plain_environment(environment: &[(String, String)]) -> Vec<(String, String)> {
+    let leads = |name: &str| ["OVS_", "LD_"].iter().any(|prefix| name.starts_with(prefix)) || name == "PATH";
+    let plain = environment.iter().filter(|(name, _)| !leads(name)).cloned();
+    plain.chain([("PATH".to_owned(), PROGRAM_DIRECTORIES.to_owned())]).collect()
+}
+
+/// `LD_LIBRARY_PATH` with kept shared objects before those that it has itself.
+fn library_path(environment: &[(String, String)], libraries: &Path) -> String {
+    let own = environment.iter().find(|(name, _)| name == LIBRARY_PATH).map(|(_, value)| value.as_str());
+    let libraries = libraries.display();
+    own.filter(|own| !own.is_empty()).map_or(libraries.to_string(), |own| format!("{libraries}:{own}"))
 }
 
 /// The starting command: the daemon's own parent where it detaches, else the daemon.
@@ -210,6 +303,8 @@ mod tests {
             umask: 0o027,
             uid: nix::unistd::geteuid().as_raw(),
             gid: nix::unistd::getegid().as_raw(),
+            groups: Vec::new(),
+            capabilities: 0,
             cgroup: String::new(),
             monitor: None,
             pid_file: "/nonexistent".into(),
@@ -245,6 +340,52 @@ mod tests {
         assert_eq!((procfs::umask(child).unwrap(), procfs::cwd(child).unwrap()), (0o027, "/usr".into()));
         started.cancel();
         assert!(procfs::stat(child).is_err());
+    }
+
+    /// Whatever a daemon that ran as another user has made of its command line and its environment.
+    #[test]
+    fn the_daemon_of_another_user_is_never_started_as_root() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let told = folder.path().join("told");
+        std::os::unix::fs::chown(folder.path(), Some(4711), Some(4712)).unwrap();
+        let script = format!(
+            "(echo $TZ $LD_PRELOAD $OVS_RUNDIR; id -u; id -g; id -G; grep -E 'Cap(Eff|Amb)|NoNew' /proc/self/status; echo $*) > {}",
+            told.display()
+        );
+        let words = ["sh", "-c", &script, "x", "--user", "root", "--user=root:root", "last"];
+        let model = Daemon {
+            argv: words.map(str::to_owned).to_vec(),
+            environment: ["PATH", "LD_PRELOAD", "OVS_RUNDIR", "TZ"].map(|name| (name.into(), "/srv/x".into())).to_vec(),
+            cwd: "/root".into(),
+            uid: 4711,
+            gid: 4712,
+            groups: vec![4713],
+            // CAP_NET_ADMIN, as far as this test has it.
+            capabilities: 1 << 12,
+            ..model()
+        };
+        let own = procfs::capabilities(std::process::id() as i32).unwrap() & 1 << 12;
+        let ended = |mut started: Box<dyn Starting>| {
+            while !std::fs::read_to_string(&told).is_ok_and(|text| text.ends_with("last\n")) {
+                assert!(started.wait(Instant::now()).is_ok());
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let text = std::fs::read_to_string(&told).unwrap();
+            std::fs::remove_file(&told).unwrap();
+            text
+        };
+        let as_it_was =
+            format!("/srv/x\n4711\n4712\n4712 4713\nCapEff:\t{own:016x}\nCapAmb:\t{own:016x}\nNoNewPrivs:\t1\nlast\n");
+        assert_eq!(ended(start_like(&model, Path::new("/bin/sh")).unwrap()), as_it_was);
+        let closed = folder.path().join("closed");
+        std::fs::create_dir_all(closed.join("program/lib")).unwrap();
+        std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        std::fs::copy("/bin/sh", closed.join("program/sh")).unwrap();
+        let saved = SavedProgram { program: closed.join("program/sh"), libraries: Some(closed.join("program/lib")) };
+        assert_eq!(ended(start_saved(&model, &saved).unwrap()), as_it_was);
     }
 
     #[test]

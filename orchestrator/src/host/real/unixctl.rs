@@ -8,19 +8,36 @@ use std::time::Instant;
 use serde_json::{json, Value};
 
 use super::jsonrpc::Connection;
+use super::procfs;
 use crate::host::error::{HostError, Result};
+use crate::host::Daemon;
 
-/// Sends `command` with `arguments` to the daemon behind `socket` and returns its text.
-pub fn command(socket: &Path, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
-    let answer = Connection::connect(socket)?.call(command, json!(arguments), until)?;
-    text(socket, command, answer)
+/// Connects to the control socket of `daemon`, where it is that very process who listens there (`SO_PEERCRED`: who called
+/// listen(2)). Until that is known nothing is said.
+pub(super) fn connect(daemon: &Daemon) -> Result<Connection> {
+    let connection = Connection::connect(&daemon.control)?;
+    let peer = connection.peer()?.pid();
+    match peer == daemon.id.pid && procfs::identity(peer).is_ok_and(|id| id == daemon.id) {
+        true => Ok(connection),
+        false => Err(HostError::new(
+            daemon.control.display().to_string(),
+            format!("process {peer} listens there, which is not {} (pid {})", daemon.kind.program(), daemon.id.pid),
+        )
+        .remedy("somebody has put a socket in the place of the daemon's: restart the daemon")),
+    }
+}
+
+/// Sends `command` with `arguments` to `daemon` and returns its text.
+pub fn command(daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
+    let answer = connect(daemon)?.call(command, json!(arguments), until)?;
+    text(&daemon.control, command, answer)
 }
 
 /// Sends all `commands` (with their arguments) at once: a daemon that answers late answers them in one turn. Their texts,
 /// or the first error.
-pub fn commands(socket: &Path, commands: &[(&str, Value)], until: Instant) -> Result<Vec<String>> {
-    let answers = Connection::connect(socket)?.call_many(commands, until)?;
-    commands.iter().zip(answers).map(|((command, _), answer)| text(socket, command, answer?)).collect()
+pub fn commands(daemon: &Daemon, commands: &[(&str, Value)], until: Instant) -> Result<Vec<String>> {
+    let answers = connect(daemon)?.call_many(commands, until)?;
+    commands.iter().zip(answers).map(|((command, _), answer)| text(&daemon.control, command, answer?)).collect()
 }
 
 /// Commands that were sent and not yet answered.
@@ -30,7 +47,8 @@ pub struct Asked {
     first: u64,
 }
 
-/// As [`commands`], without waiting for the answers: many daemons can be asked before the first has answered.
+/// As [`commands`], without waiting for the answers: many can be asked before the first has answered. To a program of
+/// our own, whose socket is where nobody else may put one.
 pub fn ask(socket: &Path, commands: Vec<(&'static str, Value)>, until: Instant) -> Result<Asked> {
     let mut connection = Connection::connect(socket)?;
     let first = connection.ask_many(&commands, until)?;
@@ -73,6 +91,29 @@ pub fn parse_memory(text: &str, name: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_else_listens_is_told_nothing() {
+        use std::io::Read;
+        let folder = tempfile::tempdir().unwrap();
+        let control = folder.path().join("ctl");
+        let listener = std::os::unix::net::UnixListener::bind(&control).unwrap();
+        let own = procfs::identity(std::process::id().cast_signed()).unwrap();
+        let own = super::super::daemons::describe(crate::host::DaemonKind::OvsVswitchd, own).unwrap();
+        let own = Daemon { control, ..own };
+        assert!(connect(&own).is_ok());
+        listener.accept().unwrap();
+        let later = crate::host::ProcessId { start_time: own.id.start_time + 1, ..own.id };
+        let other = crate::host::ProcessId { pid: 1, ..own.id };
+        for id in [later, other] {
+            let until = Instant::now() + std::time::Duration::from_secs(5);
+            let error = command(&Daemon { id, ..own.clone() }, "version", &[], until).unwrap_err().to_string();
+            assert!(error.contains("which is not ovs-vswitchd"), "{error}");
+            let mut said = String::new();
+            listener.accept().unwrap().0.read_to_string(&mut said).unwrap();
+            assert_eq!(said, "");
+        }
+    }
 
     #[test]
     fn versions_of_releases_and_of_packages() {

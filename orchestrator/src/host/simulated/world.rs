@@ -598,6 +598,8 @@ impl World {
             umask: 0o022,
             uid: 0,
             gid: 0,
+            groups: Vec::new(),
+            capabilities: 0,
             cgroup: if process.in_unit { format!("/system.slice/{program}.service") } else { "/".into() },
             monitor: None,
             pid_file: format!("/run/openvswitch/{program}.pid").into(),

@@ -1,7 +1,10 @@
 //! The two daemons: does each run once, and where?
 
+use std::path::Path;
+
 use crate::check::refuse;
-use crate::host::real::procfs;
+use crate::host::real::assemble::RUN_DIRECTORY;
+use crate::host::real::{identity, procfs};
 use crate::host::surroundings::{CheckOptions, Known};
 use crate::host::{Daemon, DaemonKind, Daemons};
 use crate::report::{Findings, Name};
@@ -30,11 +33,11 @@ fn vswitchd(all: &[Daemon], known: &Known<'_>, found: &mut Findings) -> Option<D
         ([one], None | Some(Ok(_))) => return Some(one.clone()),
         ([_], Some(Err(error))) => refuse(Name::OvsRunning, error, START, found),
         ([], _) => {
-            match procfs::pids().unwrap_or_default().into_iter().find(|pid| procfs::runs(*pid, SWITCH.program())) {
+            match identity::of_that_name(SWITCH, Path::new(RUN_DIRECTORY)) {
                 Some(pid) => found.refuse(
                     Name::OvsRunning,
                     format!("ovs-vswitchd (pid {pid})"),
-                    "its control socket is not in our /run/openvswitch",
+                    "neither its PID file nor its control socket is in our /run/openvswitch",
                     "a container has to share the host's /run/openvswitch (docs/containers.md)",
                 ),
                 None => found.refuse(Name::OvsRunning, SWITCH.program(), "it does not run", START),

@@ -14,7 +14,7 @@ use crate::report::{Findings, Name};
 pub(super) fn look(server: &Daemon, options: &CheckOptions, until: Instant, found: &mut Findings) {
     let file = ovsdb_server::database_file(server);
     let object = file.display().to_string();
-    match conversion(&file, &ovsdb_server::schema_file(server), options, until) {
+    match conversion(server, &file, options, until) {
         Ok(false) => found.ok(Name::Schema, object, "the installed schema is the one it has"),
         Ok(true) if options.replace_ovsdb => {
             found.ok(Name::Schema, object, "a copy of it was converted to the new schema")
@@ -35,12 +35,13 @@ pub(super) fn look(server: &Daemon, options: &CheckOptions, until: Instant, foun
 }
 
 /// Whether the database needs a conversion, and whether that works, tried on a copy in a directory of our own.
-fn conversion(file: &Path, schema: &Path, options: &CheckOptions, until: Instant) -> Result<bool, String> {
+fn conversion(server: &Daemon, file: &Path, options: &CheckOptions, until: Instant) -> Result<bool, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let parent = options.run_directory.parent().unwrap_or(Path::new("/run"));
     let directory = Private::create(parent).map_err(|e| text(&e))?;
     let copy = directory.0.join("conf.db");
-    fs::copy(file, &copy).map_err(|e| format!("cannot copy it: {e}"))?;
+    copy_to(&copy, server, file).map_err(|e| format!("cannot copy it: {e}"))?;
+    let schema = ovsdb_server::schema_file(server);
     let (copy, schema) = (copy.to_string_lossy().into_owned(), schema.to_string_lossy().into_owned());
     let tool = |words: &[&str]| command::run_well("ovsdb-tool", words, None, until).map_err(|e| text(&e));
     if tool(&["needs-conversion", &copy, &schema])?.trim() != "yes" {
@@ -48,6 +49,10 @@ fn conversion(file: &Path, schema: &Path, options: &CheckOptions, until: Instant
     }
     tool(&["convert", &copy, &schema])?;
     Ok(true)
+}
+
+fn copy_to(copy: &Path, server: &Daemon, file: &Path) -> std::io::Result<u64> {
+    std::io::copy(&mut ovsdb_server::open_database(server, file)?, &mut fs::File::create_new(copy)?)
 }
 
 /// A directory that only root can look into and that goes when we do.
