@@ -17,7 +17,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use super::command::Question;
 use super::container::{self, Root};
 use super::credentials::Credentials;
-use super::identity::{the_likely, RunDirectory};
+use super::identity::{is_of_unit, the_likely, RunDirectory};
 use super::jsonrpc::{remaining, Connection};
 use super::pid_file::PidFile;
 use super::{process_tree, procfs, program, spawn, trusted, unixctl, Systemd};
@@ -119,8 +119,7 @@ fn the_one_with_a_lock(run_directory: &RunDirectory, kind: DaemonKind, owners: V
 /// A daemon whose user is not root and that is in its unit is followed by one in the same unit: only root puts a process
 /// there.
 fn may_follow(old: &Daemon, pid: i32) -> bool {
-    let unit = old.cgroup.ends_with(&format!("/{}.service", old.kind.program()));
-    let bound = !trusted::is_ours(old.uid) && !old.contained && unit;
+    let bound = !trusted::is_ours(old.uid) && !old.contained && is_of_unit(old.kind, &old.cgroup);
     !bound || procfs::cgroup(pid).is_ok_and(|cgroup| cgroup == old.cgroup)
 }
 

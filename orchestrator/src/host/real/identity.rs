@@ -1,8 +1,8 @@
 //! Whose daemon a process is: by what the kernel and root's files say of it, never by what it says of itself.
 //!
 //! Name, command line, environment and the files that these name are a process's own word: any user can have all of
-//! them. A daemon is one of Open vSwitch's where its users are root or the one that the run directory belongs to, in
-//! our user namespace, and it holds the lock of the PID file there, or the upcall sockets that the datapath is bound
+//! them. A daemon is one of Open vSwitch's where its users are root or the one that the run directory belongs to, or
+//! those that systemd has started the package's unit as, in our user namespace, and it holds the lock of the PID file there, or the upcall sockets that the datapath is bound
 //! to, or listens on the database's socket, or is the main process of the package's unit. The name of its program is
 //! asked for besides: others may hold descriptors of the same sockets (a supervisor of ours, systemd in its store).
 
@@ -43,8 +43,9 @@ impl RunDirectory {
         trusted::is_ours(user) || user == self.owner
     }
 
-    /// Can this process be a daemon of `kind`? It is one where it also has what only a daemon has. A process of the run
-    /// directory's user runs a program of root's: another it may have written itself.
+    /// Can this process be a daemon of `kind`? It is one where it also has what only a daemon has. One that is not root's
+    /// runs a program of root's: another its user may have written himself. In the package's unit its user may be another
+    /// than the run directory's: systemd gives a `RuntimeDirectory=` back to root at every command of the unit.
     pub fn admits(&self, kind: DaemonKind, pid: i32) -> bool {
         if !procfs::runs(pid, kind.program()) || !procfs::shares(pid, "user").unwrap_or(false) {
             return false;
@@ -52,7 +53,8 @@ impl RunDirectory {
         let users = procfs::users(pid).unwrap_or_default();
         let roots_program = || fs::metadata(format!("/proc/{pid}/exe")).is_ok_and(|exe| trusted::only_ours(&exe));
         !users.is_empty()
-            && users.iter().all(|user| self.admits_user(*user))
+            && (users.iter().all(|user| self.admits_user(*user))
+                || procfs::cgroup(pid).is_ok_and(|own| is_of_unit(kind, &own)))
             && (users.iter().all(|user| trusted::is_ours(*user)) || roots_program())
     }
 
@@ -72,12 +74,13 @@ impl RunDirectory {
     }
 
     fn is_locked_pid_file(&self, descriptor: &Path, name: &Path, named: &BTreeSet<u64>, pid: i32) -> bool {
+        let users = procfs::users(pid).unwrap_or_default();
         let without_a_name = || {
             let link = fs::read_link(descriptor).unwrap_or_default();
             link.to_string_lossy().strip_suffix(DELETED).is_some_and(|path| Path::new(path) == name)
         };
         let is_it = |file: &fs::Metadata| {
-            let here = file.dev() == self.device && self.admits_user(file.uid());
+            let here = file.dev() == self.device && (trusted::is_ours(file.uid()) || users.contains(&file.uid()));
             here && (named.contains(&file.ino()) || file.nlink() == 0 && without_a_name())
         };
         // Looked at before it is opened: a process may have anything open.
@@ -126,13 +129,16 @@ pub(super) fn of_that_name(kind: DaemonKind, run_directory: &Path) -> Option<i32
     procfs::pids().ok()?.into_iter().find(|pid| run_directory.admits(kind, *pid))
 }
 
+/// Is this the cgroup of the package's unit, where only root and systemd put a process? A user's own systemd has its units
+/// elsewhere, by whatever name.
+pub(super) fn is_of_unit(kind: DaemonKind, cgroup: &str) -> bool {
+    cgroup.strip_prefix("/system.slice/").and_then(|unit| unit.strip_suffix(".service")) == Some(kind.program())
+}
+
 /// Of several daemons those that are: one that runs as a user of its own counts for less than root's, and than one in the
 /// cgroup of the package's unit, where only root puts a process.
 pub(super) fn the_likely(all: Vec<Daemon>) -> Vec<Daemon> {
-    let likely = |daemon: &Daemon| {
-        let unit = format!("/{}.service", daemon.kind.program());
-        trusted::is_ours(daemon.uid) || daemon.cgroup.ends_with(&unit)
-    };
+    let likely = |daemon: &Daemon| trusted::is_ours(daemon.uid) || is_of_unit(daemon.kind, &daemon.cgroup);
     match all.iter().any(likely) {
         true => all.into_iter().filter(likely).collect(),
         false => all,
@@ -271,7 +277,8 @@ mod tests {
     fn of_several_root_s_and_the_unit_s_are_the_likely_ones() {
         let daemon = describe(SWITCH, procfs::identity(std::process::id().cast_signed()).unwrap()).unwrap();
         let of = |uid: u32, cgroup: &str| Daemon { uid, cgroup: cgroup.into(), ..daemon.clone() };
-        let (root, theirs) = (of(0, "/"), of(THEIRS, "/user.slice/x.service"));
+        let own_unit = "/user.slice/user-4711.slice/user@4711.service/app.slice/ovs-vswitchd.service";
+        let (root, theirs) = (of(0, "/"), of(THEIRS, own_unit));
         let in_unit = of(THEIRS, "/system.slice/ovs-vswitchd.service");
         assert_eq!(the_likely(vec![theirs.clone(), in_unit.clone()]), [in_unit]);
         assert_eq!(the_likely(vec![theirs.clone(), root.clone()]), [root]);
