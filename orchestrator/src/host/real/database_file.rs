@@ -192,7 +192,7 @@ impl Place {
 
     /// Has the server write all of the database to the place that its name has now, and go on there.
     fn compact(&self, until: Instant) -> Result<()> {
-        unixctl::command(&self.server.control, "ovsdb-server/compact", &[DATABASE], until)
+        unixctl::command(&self.server, "ovsdb-server/compact", &[DATABASE], until)
             .map(drop)
             .map_err(|error| unwritable(&self.object(), &error.cause))
     }

@@ -221,6 +221,8 @@ pub(super) mod tests {
             umask: 0,
             uid: 0,
             gid: 0,
+            groups: vec![],
+            capabilities: 0,
             cgroup: String::new(),
             monitor: None,
             pid_file: PathBuf::new(),

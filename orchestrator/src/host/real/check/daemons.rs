@@ -32,17 +32,15 @@ fn vswitchd(all: &[Daemon], known: &Known<'_>, found: &mut Findings) -> Option<D
     match (all, known.vswitchd) {
         ([one], None | Some(Ok(_))) => return Some(one.clone()),
         ([_], Some(Err(error))) => refuse(Name::OvsRunning, error, START, found),
-        ([], _) => {
-            match identity::of_that_name(SWITCH, Path::new(RUN_DIRECTORY)) {
-                Some(pid) => found.refuse(
-                    Name::OvsRunning,
-                    format!("ovs-vswitchd (pid {pid})"),
-                    "neither its PID file nor its control socket is in our /run/openvswitch",
-                    "a container has to share the host's /run/openvswitch (docs/containers.md)",
-                ),
-                None => found.refuse(Name::OvsRunning, SWITCH.program(), "it does not run", START),
-            }
-        }
+        ([], _) => match identity::of_that_name(SWITCH, Path::new(RUN_DIRECTORY)) {
+            Some(pid) => found.refuse(
+                Name::OvsRunning,
+                format!("ovs-vswitchd (pid {pid})"),
+                "neither its PID file nor its control socket is in our /run/openvswitch",
+                "a container has to share the host's /run/openvswitch (docs/containers.md)",
+            ),
+            None => found.refuse(Name::OvsRunning, SWITCH.program(), "it does not run", START),
+        },
         (many, _) => {
             let pids: Vec<i32> = many.iter().map(|daemon| daemon.id.pid).collect();
             let remedy = "stop all but the one that forwards; after an interrupted run `ovs-graceful recover`";
