@@ -282,6 +282,8 @@ fn of_nobody(out: &Path, outcome: &mut Outcome) -> Result<()> {
 fn nothing_is_refused(when: &str, outcome: &mut Outcome) {
     let text = said("ovs-graceful check");
     outcome.check(format!("{when}: check finds nothing"), text.contains("exit=0"), text);
+    // An answer is kept for the length of an upgrade.
+    shell_lenient("rm -f /run/ovs-graceful/upgrade");
     let text = said(POLICY);
     outcome.check(format!("{when}: an upgrade would be a run"), text.contains("exit=101"), text);
     shell_lenient("rm -f /run/ovs-graceful/upgrade");
@@ -310,6 +312,13 @@ fn as_the_switch_user(out: &Path, outcome: &mut Outcome) -> Result<()> {
     say(when);
     let options = "OVS_CTL_OPTS='--ovs-user=openvswitch:openvswitch'";
     fs::write("/etc/default/openvswitch-switch", format!("{options}\n"))?;
+    // systemd gives it back to root at every command of a unit.
+    for daemon in facts::DAEMONS {
+        let folder = format!("/etc/systemd/system/{daemon}.service.d");
+        fs::create_dir_all(&folder)?;
+        fs::write(format!("{folder}/lab.conf"), "[Service]\nRuntimeDirectory=\n")?;
+    }
+    shell("systemctl daemon-reload")?;
     let own = "chown -R openvswitch: /run/openvswitch /etc/openvswitch /var/log/openvswitch /var/lib/openvswitch";
     shell(&format!("systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; mkdir -p /run/openvswitch; {own}"))?;
     shell("systemctl start openvswitch-switch; until ovs-ofctl show br0 >/dev/null 2>&1; do sleep 0.2; done")?;
