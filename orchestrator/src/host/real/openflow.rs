@@ -247,7 +247,7 @@ impl RealOpenFlow {
 
     /// The flows of one bridge that OpenFlow tells as others than the daemon has, by two looks at once.
     fn unfaithful_of(&self, daemon: &Daemon, rules: &BridgeRules, until: Instant) -> Result<Vec<RefusedRule>> {
-        let own = |until| unixctl::command(&daemon.control, "bridge/dump-flows", &[&rules.bridge], until);
+        let own = |until| unixctl::command(daemon, "bridge/dump-flows", &[&rules.bridge], until);
         let mut found = faithful::unfaithful(rules, &own(until)?);
         for _ in 1..COMPARISONS {
             if found.is_empty() {
