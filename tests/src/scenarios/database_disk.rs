@@ -43,10 +43,10 @@ const FILL: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\n\
     for i in $(seq 50); do\n\
       timeout 10 ovs-vsctl --no-wait set open_vswitch . external_ids:lab-fill=$i > /dev/null 2>&1 || exit 0\n\
     done\nexit 1\n";
-/// What ext4 does on an error of its device.
+/// What ext4 does on an error of its device: from then on nothing can be written. Not every kernel shows it in the mount's
+/// options.
 const READ_ONLY: &str = "#!/bin/sh\ndir=$(cat /run/lab-database)\n\
-    echo 1 > /sys/fs/ext4/$(basename $(findmnt -no SOURCE $dir))/trigger_fs_error\n\
-    until grep -q \" $dir ext4 ro\" /proc/mounts; do sleep 0.02; done\n";
+    echo 1 > /sys/fs/ext4/$(basename $(findmnt -no SOURCE $dir))/trigger_fs_error\n! touch $dir/lab 2> /dev/null\n";
 const MAKE_ROOM: &str = "dir=$(cat /run/lab-database); rm -f $dir/fill $dir/rest; ovs-graceful recover; \
     ovs-vsctl --no-wait remove open_vswitch . external_ids lab-fill";
 /// Another disk with what the first one had. A server that has its file there has to be told.
