@@ -188,7 +188,11 @@ pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyho
     if database.drop_ballast()? {
         told.push("the room that was kept beside the database is free again".into());
     }
-    if database.write_back(until).with_context(database_disk::in_memory)? {
+    let written = database.write_back(until);
+    if written.is_err() {
+        told.push(database_disk::in_memory());
+    }
+    if written.with_context(|| told.join("; "))? {
         told.push("the database is on its disk again".into());
     }
     Ok(told)
