@@ -5,6 +5,7 @@
 //! [`Park::read_adopted`] takes it in (after); [`remove_doomed`]; bind the new daemon; [`Park::replay`].
 
 pub mod binding;
+mod bundle;
 mod drain;
 mod plan;
 mod reader;
@@ -28,7 +29,7 @@ pub use socket::{Duplicates, Queue, UpcallSocket};
 pub use store::{ParkLimits, ParkStats, WhenFull};
 pub use undo::Undone;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -42,16 +43,12 @@ const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 /// As many CPUs as port ids are given to the datapath (hazard 2).
 const MOST_CPUS: usize = 4096;
 
-/// Names of kept descriptors ([`Park::keep`]). Those of sockets are short: systemd gives all names to the next process in
-/// one variable of its environment, which the kernel bounds (`MAX_ARG_STRLEN`, 128 KiB).
+/// Names of kept descriptors ([`Park::keep`]).
 const KEPT_MEMORY: &str = "park-memory";
 const KEPT_ADOPTED_MEMORY: &str = "park-adopted-memory";
 const KEPT_RECEIVER: &str = "park-receiver";
-const KEPT_SOCKET: &str = "own";
-const KEPT_ADOPTED_SOCKET: &str = "old";
-
-/// As many descriptors as a park may have [kept](Park::keep): their names take half of what the kernel allows.
-pub const MOST_KEPT: usize = 16_384;
+const KEPT_SOCKETS: &str = "park-sockets";
+const KEPT_ADOPTED_SOCKETS: &str = "park-adopted-sockets";
 
 /// Sockets for upcalls, a thread that reads them, and the memory they are read into.
 #[derive(Debug)]
@@ -63,6 +60,8 @@ pub struct Park {
     lanes: Vec<replay::Lane>,
     /// Duplicates of the memory, by name, for [`Park::keep`].
     memory: Vec<(&'static str, OwnedFd)>,
+    /// All sockets, by name, as of the last [`Park::keep`].
+    packed: Vec<(&'static str, OwnedFd)>,
     reader: Option<JoinHandle<()>>,
 }
 
@@ -112,7 +111,7 @@ impl Park {
             .name("park-reader".into())
             .spawn(move || thread.run(receiver))
             .map_err(|e| Error::io("start the thread that reads parked packets", e))?;
-        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, memory, reader: Some(reader) })
+        Ok(Park { shared, limits, own, adopted: Vec::new(), lanes, memory, packed: Vec::new(), reader: Some(reader) })
     }
 
     /// The port ids to bind the datapath's upcalls to, by CPU.
@@ -212,13 +211,16 @@ impl Park {
     }
 
     /// Everything that has to outlive a crash of this process, with names, to be kept where a crash does not reach
-    /// (systemd's file descriptor store, with FDPOLL=0: a readable socket is no reason to drop it). Those of one name
-    /// follow each other.
-    pub fn keep(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
-        let memory = self.memory.iter().map(|(name, fd)| (*name, fd.as_fd()));
-        let own = self.own.iter().map(|socket| (KEPT_SOCKET, socket.as_fd()));
-        let adopted = self.adopted.iter().map(|adopted| (KEPT_ADOPTED_SOCKET, adopted.socket.as_fd()));
-        memory.chain(own).chain(adopted).collect()
+    /// (systemd's file descriptor store, with FDPOLL=0: a readable socket is no reason to drop it). They are a handful,
+    /// however many sockets there are.
+    ///
+    /// # Errors
+    /// No descriptor is free, or no memory.
+    pub fn keep(&mut self) -> Result<Vec<(&'static str, BorrowedFd<'_>)>> {
+        let own: Vec<BorrowedFd<'_>> = self.own.iter().map(|socket| socket.as_fd()).collect();
+        let adopted: Vec<BorrowedFd<'_>> = self.adopted.iter().map(|adopted| adopted.socket.as_fd()).collect();
+        self.packed = vec![(KEPT_SOCKETS, bundle::pack(&own)?), (KEPT_ADOPTED_SOCKETS, bundle::pack(&adopted)?)];
+        Ok(self.memory.iter().chain(&self.packed).map(|(name, fd)| (*name, fd.as_fd())).collect())
     }
 
     /// Goes on with what [`Park::keep`] gave before a crash. Packets that were on their way to the datapath at the
@@ -232,8 +234,13 @@ impl Park {
         let mut memory = None;
         let mut adopted_memory = None;
         let mut in_hand = None;
-        let mut own = Vec::new();
-        let mut adopted = Vec::new();
+        // What was kept more than once has some of them twice.
+        let mut own = BTreeMap::new();
+        let mut adopted = BTreeMap::new();
+        let sockets = |fd: OwnedFd| -> Result<Vec<(u32, UpcallSocket)>> {
+            let sockets = bundle::unpack(&fd)?.into_iter().map(UpcallSocket::from_fd);
+            sockets.map(|socket| socket.map(|socket| (socket.port_id(), socket))).collect()
+        };
         for (name, fd) in kept {
             if name == KEPT_MEMORY {
                 memory = Some(fd);
@@ -241,18 +248,18 @@ impl Park {
                 adopted_memory = Some(fd);
             } else if name == KEPT_RECEIVER {
                 in_hand = Some(fd);
-            } else if name == KEPT_SOCKET {
-                own.push(UpcallSocket::from_fd(fd)?);
-            } else if name == KEPT_ADOPTED_SOCKET {
-                adopted.push(UpcallSocket::from_fd(fd)?);
+            } else if name == KEPT_SOCKETS {
+                own.extend(sockets(fd)?);
+            } else if name == KEPT_ADOPTED_SOCKETS {
+                adopted.extend(sockets(fd)?);
             }
         }
         let memory = memory.ok_or_else(|| Error::malformed("kept descriptors", format!("{KEPT_MEMORY} is missing")))?;
         let store = store::Store::reopen(limits, memory, adopted_memory)?;
         // A version before kept none.
         let receiver = in_hand.map_or_else(receiver::Receiver::new, receiver::Receiver::reopen)?;
-        let mut park = Self::start(limits, store, own, receiver)?;
-        for socket in adopted {
+        let mut park = Self::start(limits, store, own.into_values().collect(), receiver)?;
+        for socket in adopted.into_values() {
             let drops_before = socket.queue()?.drops;
             park.adopted.push(Adopted { socket: Arc::new(socket), drops_before, is_read: false });
         }

@@ -124,7 +124,7 @@ pub trait Datapath {
     fn follow(&mut self, daemon: ProcessId) -> Result<()>;
     /// What must outlive this process, with names ([`ServiceManager::keep`](crate::host::ServiceManager::keep)): the
     /// parking sockets and what was read from them. Empty where nothing is parked.
-    fn kept(&self) -> Vec<(&'static str, BorrowedFd<'_>)>;
+    fn kept(&mut self) -> Result<Vec<(&'static str, BorrowedFd<'_>)>>;
     /// Goes on with what [`Datapath::kept`] gave a process that has died.
     fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()>;
     /// Gives what is parked back to its owner `daemon`, which lives, is bound again and knows its own recirculation

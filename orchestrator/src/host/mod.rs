@@ -549,7 +549,7 @@ pub trait ServiceManager: Send + Sync {
     /// Starts the supervisor as a transient unit and waits until its program has been executed.
     fn start_supervisor(&self, unit: &SupervisorUnit, until: Instant) -> Result<()>;
     /// Has these descriptors outlive this process, until the unit of the supervisor has ended for good: a supervisor
-    /// that is started in place of a dead one gets them ([`SupervisorUnit`]). Those of one name follow each other. On
+    /// that is started in place of a dead one gets them ([`SupervisorUnit`]). On
     /// return they are safe. False where nobody would keep them (no systemd).
     fn keep(&self, descriptors: &[(&str, BorrowedFd<'_>)], until: Instant) -> Result<bool>;
     /// Starts a transient timer with its service. One of this name that is active goes on as it is.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::standby::start_has_not_failed;
-use super::{bridges, classes, database_disk, notes, reload, restore, Ended, Run, Step, Stop};
+use super::{bridges, classes, database_disk, notes, reload, restore, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -95,7 +95,8 @@ fn read_again(run: &mut Run) -> Result<(), Stop> {
 /// A supervisor that dies does not take along what it has parked. Where nobody keeps it, it does.
 pub(super) fn keep_parked(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline.min(run.now() + KEEP_LIMIT);
-    let kept = run.host.services.keep(&run.host.datapath.kept(), until);
+    let Host { datapath, services, .. } = &mut run.host;
+    let kept = datapath.kept().and_then(|kept| services.keep(&kept, until));
     if let Err(error) = kept {
         run.warn(format!("{error}: what is parked would be lost with the supervisor"));
     }

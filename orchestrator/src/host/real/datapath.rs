@@ -358,8 +358,8 @@ impl Datapath for KernelDatapath {
         }
     }
 
-    fn kept(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
-        self.park.as_ref().map(Park::keep).unwrap_or_default()
+    fn kept(&mut self) -> Result<Vec<(&'static str, BorrowedFd<'_>)>> {
+        self.park.as_mut().map_or(Ok(Vec::new()), Park::keep).about("parking sockets")
     }
 
     fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()> {

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dpfreeze::park::{possible_cpus, MOST_KEPT};
+use dpfreeze::park::possible_cpus;
 use nix::sys::resource::{getrlimit, setrlimit, Resource};
 
 use crate::host::surroundings::CheckOptions;
@@ -56,11 +56,6 @@ impl Size {
     fn descriptors(self) -> u64 {
         self.cpus + 3 * self.sockets + 2 * self.bridges + OTHER_DESCRIPTORS
     }
-
-    /// What outlives a supervisor that dies: sockets and memory.
-    fn kept(self) -> u64 {
-        self.cpus + 2 * self.sockets + 3
-    }
 }
 
 /// Whether the limits of this process, of the daemon's cgroup and of the host leave room for a run.
@@ -95,10 +90,6 @@ fn descriptors(size: Size, limit: u64, nr_open: Option<u64>, found: &mut Finding
             let remedy = format!("prlimit --pid $$ --nofile={needed}:{needed}, or the same limit for the container");
             found.refuse(Name::Descriptors, "supervisor", cause, &remedy);
         }
-    }
-    if size.kept() > MOST_KEPT as u64 {
-        let cause = format!("of {} descriptors {MOST_KEPT} outlive a supervisor that dies", size.kept());
-        found.warn(Name::Descriptors, "supervisor", cause, "none: what others hold would be lost with it");
     }
 }
 
@@ -310,9 +301,6 @@ mod tests {
         assert!(one.cause.contains("1024") && one.cause.contains("1780") && one.remedy.contains("prlimit"), "{one:?}");
         let [one] = found(LARGE, 1024, Some(1024)).try_into().unwrap();
         assert!(one.cause.contains("fs.nr_open allows 1024") && one.remedy == "sysctl -w fs.nr_open=2048", "{one:?}");
-        let ports = Size { sockets: 20_000, ..LARGE };
-        let severities: Vec<_> = found(ports, MOST_DESCRIPTORS, None).into_iter().map(|f| f.severity).collect();
-        assert_eq!(severities, [Severity::Ok, Severity::Warning]);
     }
 
     #[test]

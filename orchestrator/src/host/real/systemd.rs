@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Instant;
 
-use dpfreeze::park::MOST_KEPT;
 use nix::fcntl::OFlag;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use sd_notify::NotifyState;
@@ -377,13 +376,13 @@ impl ServiceManager for Systemd {
             return Ok(false);
         }
         let about = "systemd's file descriptor store";
-        for (name, some) in in_messages(descriptors) {
+        for (name, descriptor) in descriptors {
             if remaining(until).is_none() {
                 return Err(HostError::timeout(about, "giving it what is to be kept"));
             }
             // A socket that is readable is none that systemd should drop.
             let message = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
-            sd_notify::notify_with_fds(&message, &some).about(about)?;
+            sd_notify::notify_with_fds(&message, &[*descriptor]).about(about)?;
         }
         barrier(until).about(about)?;
         Ok(true)
@@ -418,16 +417,6 @@ pub fn inherited() -> Vec<(String, OwnedFd)> {
     let Ok(listed) = sd_notify::listen_fds_with_names() else { return Vec::new() };
     // SAFETY: systemd has given these descriptors to this process, and nobody else in it has taken them.
     listed.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect()
-}
-
-/// `SCM_MAX_FD` (include/net/scm.h): as many descriptors go with one message.
-const MOST_IN_MESSAGE: usize = 253;
-
-/// What goes with one message each: as many as one takes, of one name.
-fn in_messages<'a>(descriptors: &[(&'a str, BorrowedFd<'a>)]) -> Vec<(&'a str, Vec<BorrowedFd<'a>>)> {
-    let of_one_name = descriptors.chunk_by(|a, b| a.0 == b.0);
-    let messages = of_one_name.flat_map(|group| group.chunks(MOST_IN_MESSAGE));
-    messages.filter_map(|some| Some((some.first()?.0, some.iter().map(|(_, fd)| *fd).collect()))).collect()
 }
 
 /// Waits until systemd has read everything that we have told it: it closes what came with the barrier
@@ -631,6 +620,9 @@ fn guard_properties(units: &GuardUnits) -> Vec<(String, Variant<'static>)> {
 /// `CAP_NET_ADMIN` to list connections, `CAP_BPF` for the map of the guard (include/uapi/linux/capability.h).
 const GUARD_CAPABILITIES: u64 = 1 << 12 | 1 << 39;
 
+/// A run keeps five descriptors at a time, and does so up to three times.
+const MOST_STORED: u32 = 64;
+
 /// The properties of the transient unit: it hangs on nothing and nothing hangs on it.
 fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>)> {
     let environment: Vec<String> = unit.environment.iter().map(|(k, v)| format!("{k}={v}")).collect();
@@ -651,7 +643,7 @@ fn supervisor_properties(unit: &SupervisorUnit) -> Vec<(String, Variant<'static>
         ("RestartUSec", Variant::from(0u64)),
         ("SuccessExitStatus", Variant::from((unit.ends_with.clone(), Vec::<i32>::new()))),
         ("NotifyAccess", text("main")),
-        ("FileDescriptorStoreMax", Variant::from(u32::try_from(MOST_KEPT).unwrap_or(u32::MAX))),
+        ("FileDescriptorStoreMax", Variant::from(MOST_STORED)),
         // What it has started (ovs-ofctl, a gate command) has to end with it; daemons live in units of their own.
         ("KillMode", text("mixed")),
         ("StandardOutput", text("journal")),
@@ -669,16 +661,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_message_has_more_descriptors_than_it_takes_or_of_two_names() {
-        let file = fs::File::open("/dev/null").unwrap();
-        let named = |name, n| vec![(name, file.as_fd()); n];
-        let all = [named("memory", 1), named("own", 600), named("old", 253)].concat();
-        let sent: Vec<_> = in_messages(&all).into_iter().map(|(name, some)| (name, some.len())).collect();
-        assert_eq!(sent, [("memory", 1), ("own", 253), ("own", 253), ("own", 94), ("old", 253)]);
-        assert!(in_messages(&[]).is_empty());
-    }
-
-    #[test]
     fn the_supervisor_may_have_as_many_descriptors_as_a_large_host_takes() {
         let unit = SupervisorUnit {
             name: "u".into(),
@@ -692,7 +674,7 @@ mod tests {
         let properties: HashMap<String, Variant<'_>> = supervisor_properties(&unit).into_iter().collect();
         assert_eq!(properties["LimitNOFILE"], Variant::from(524_288u64));
         assert_eq!(properties["LimitMEMLOCK"], Variant::from(u64::MAX));
-        assert_eq!(properties["FileDescriptorStoreMax"], Variant::from(16_384u32));
+        assert_eq!(properties["FileDescriptorStoreMax"], Variant::from(64u32));
     }
 
     #[test]

@@ -318,8 +318,8 @@ impl Datapath for SimDatapath {
         Ok(())
     }
 
-    fn kept(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
-        Vec::new()
+    fn kept(&mut self) -> Result<Vec<(&'static str, BorrowedFd<'_>)>> {
+        Ok(Vec::new())
     }
 
     fn take_up_park(&mut self, _kept: Vec<(String, OwnedFd)>) -> Result<()> {
