@@ -418,14 +418,19 @@ mod tests {
         assert_eq!(names, ["LC_ALL", "PATH", "PWD"], "{environment}");
     }
 
-    /// A file that was just written is busy while another test's fork holds it open.
+    /// A file that was just written is busy while another test's fork holds it open. The starter goes on before the kernel
+    /// has mapped the program's code (`vfork(2)`).
     fn start(program: &Path) -> std::process::Child {
-        loop {
-            match std::process::Command::new(program).arg("30").spawn() {
+        let child = loop {
+            match std::process::Command::new(program).arg("300").spawn() {
                 Err(e) if e.kind() == io::ErrorKind::ExecutableFileBusy => std::thread::yield_now(),
-                child => return child.unwrap(),
+                child => break child.unwrap(),
             }
+        };
+        while mapped_code(child.id() as i32).unwrap().is_empty() {
+            std::thread::yield_now();
         }
+        child
     }
 
     #[test]
