@@ -213,9 +213,11 @@ fn too_low(name: Name, limits: Vec<GroupLimit>, needed: u64) -> Vec<Finding> {
                 say(first.used),
                 say(needed)
             );
-            // To the next MiB.
-            let least = first.used + needed;
-            let least = if is_memory { (mib(least) + 1) << 20 } else { least };
+            // Memory: twice that, to the next MiB. At its limit a daemon is throttled before it is killed.
+            let least = match is_memory {
+                true => (mib(first.used + 2 * needed) + 1) << 20,
+                false => first.used + needed,
+            };
             refused(name, &unit_of(&first.group), cause, remedy(low, least))
         })
         .collect()
