@@ -77,6 +77,8 @@ impl Place {
         };
         for (folder, name) in places {
             match open_folder(server.id.pid, &folder) {
+                // A server that is not root's can lock a file wherever its user may write: root changes nothing there.
+                Ok(opened) if !is_of(&opened, server.uid).about(&object)? => {}
                 Ok(opened) => found.push(Place { server: server.clone(), folder, opened, name }),
                 // A folder that has been removed since is none of a file that it has open.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -289,6 +291,12 @@ fn open_folder(pid: i32, folder: &Path) -> io::Result<OwnedFd> {
     Ok(openat2(&root, folder, how)?)
 }
 
+/// Is the folder root's or that user's, and nobody else may write to it by its mode for others?
+fn is_of(folder: &OwnedFd, uid: u32) -> io::Result<bool> {
+    let stat = fstat(folder)?;
+    Ok([0, uid].contains(&stat.st_uid) && stat.st_mode & 0o002 == 0)
+}
+
 /// Where our mounts are that the process sees (`/proc/PID/mountinfo`: the fifth field; behind ` - ` type and source).
 fn covers(pid: i32) -> io::Result<Vec<PathBuf>> {
     let text = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
@@ -401,6 +409,8 @@ impl DatabaseDisk for Ovsdb {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -410,6 +420,17 @@ mod tests {
         for other in ["/etc/openvswitch/conf.db", "/run/openvswitch/ovsdb-server.pid", ".conf.db.~lock~", "/..~lock~"] {
             assert_eq!(of(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_folder_of_somebody_else_is_not_that_of_the_database() {
+        let directory = tempfile::tempdir().unwrap();
+        let own = fs::metadata(directory.path()).unwrap().uid();
+        let opened = || open_folder(std::process::id().cast_signed(), directory.path()).unwrap();
+        assert!(is_of(&opened(), own).unwrap());
+        assert_eq!(is_of(&opened(), own + 1).unwrap(), own == 0);
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(!is_of(&opened(), own).unwrap(), "/tmp is nobody's");
     }
 
     #[test]
