@@ -66,28 +66,26 @@ fn switch() -> Result<Pid> {
     Ok(Pid::from_raw(i32::try_from(oldest)?))
 }
 
-/// The old daemon is stopped, so that the switch waits for it with everything parked.
+/// The new daemon is stopped, so that Restore waits for it with everything parked.
 fn while_parked(out: &Path, outcome: &mut Outcome) -> Result<()> {
     say("status while packets are parked");
     let live = plain::start_probes()?;
     std::thread::sleep(Duration::from_secs(2));
     let known = run::known();
     let old = switch()?;
-    let config = out.join("patient.toml");
-    fs::write(&config, "[limits]\nswitch_prepare_ms = 60000\n")?;
     let mut client = Command::new("ovs-graceful")
-        .args(["restart", "--no-ovsdb", "--config"])
-        .arg(&config)
+        .args(["restart", "--no-ovsdb"])
         .stdin(std::process::Stdio::null())
         .stdout(fs::File::create(out.join("run-parked"))?)
         .stderr(fs::File::create(out.join("run-parked-errors"))?)
         .spawn()?;
-    let id = run::wait_for("standby", &known)?;
-    let (patience, every) = (Duration::from_secs(60), Duration::from_millis(20));
-    wait_until("a second daemon", patience, every, || facts::daemons("ovs-vswitchd").len() > 1)?;
-    kill(old, Signal::SIGSTOP)?;
+    let id = run::wait_for("restore", &known)?;
+    let new = facts::daemons("ovs-vswitchd").into_iter().map(|daemon| daemon.pid);
+    let new = new.map(i32::try_from).collect::<Result<Vec<_>, _>>()?.into_iter().map(Pid::from_raw);
+    let new = new.filter(|pid| *pid != old).max().context("no new ovs-vswitchd")?;
+    kill(new, Signal::SIGSTOP)?;
     let mut seen = Value::Null;
-    let (patience, every) = (Duration::from_secs(90), Duration::from_millis(50));
+    let (patience, every) = (Duration::from_secs(30), Duration::from_millis(50));
     let parked = wait_until("packets to be parked", patience, every, || match status() {
         Ok((Some(11), status)) if status["run"]["parked"].as_u64() > Some(3) => {
             seen = status;
@@ -97,7 +95,7 @@ fn while_parked(out: &Path, outcome: &mut Outcome) -> Result<()> {
     });
     let text = shell_lenient("ovs-graceful status; echo exit=$?");
     let waiting = Command::new("ovs-graceful").args(["wait", "--json"]).stdout(std::process::Stdio::piped()).spawn()?;
-    kill(old, Signal::SIGCONT)?;
+    kill(new, Signal::SIGCONT)?;
     outcome.check("status sees packets parked", parked.is_ok(), &seen);
     let run = &seen["run"];
     outcome.check("status: level and lease", run["level"] == "full" && run["lease_ms"].as_u64() > Some(1000), run);
