@@ -35,17 +35,19 @@ const UNTAGGED: &str = "vlan_tci=untagged";
 
 /// The flows that the daemon has, by its text `own`, and that are told in `rules` as another rule, or not at all.
 pub fn unfaithful(rules: &BridgeRules, own: &str) -> Vec<RefusedRule> {
-    let told: HashMap<String, &str> = rules.flows.iter().map(|flow| (key(flow), actions(flow))).collect();
+    // Rules that differ in the value of a tunnel's option alone share a key.
+    let mut told: HashMap<String, Vec<&str>> = HashMap::new();
+    rules.flows.iter().for_each(|flow| told.entry(key(flow)).or_default().push(actions(flow)));
     let own =
         own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")));
     let as_text = rules.protocol.replacen("OpenFlow1", "OpenFlow 1.", 1);
     let reason = |rule: &str| {
         let key = key(rule);
-        match told.get(&key) {
-            None if is_hidden(&key) => None,
-            None => Some(format!("{as_text} cannot tell its match")),
-            Some(told) if same_meaning(&key, actions(rule), told) => None,
-            Some(told) => Some(format!("{as_text} tells it as `actions={told}`, which is another rule")),
+        match told.get(&key).map(Vec::as_slice) {
+            None | Some([]) if is_hidden(&key) => None,
+            None | Some([]) => Some(format!("{as_text} cannot tell its match")),
+            Some(all) if all.iter().any(|told| same_meaning(&key, actions(rule), told)) => None,
+            Some([told, ..]) => Some(format!("{as_text} tells it as `actions={told}`, which is another rule")),
         }
     };
     own.filter_map(|rule| {
@@ -68,7 +70,8 @@ fn is_hidden(key: &str) -> bool {
     })
 }
 
-/// Table, priority and match, the same for the same rule: at most one rule of a bridge has it.
+/// Table, priority and match, the same for the same rule. Rules of a bridge that share it differ in the value of a
+/// tunnel's option alone.
 pub fn key(rule: &str) -> String {
     let fields: BTreeSet<String> = criteria(rule).map(field).collect();
     fields.into_iter().collect::<Vec<_>>().join(",")
@@ -144,6 +147,16 @@ mod tests {
              priority=9,udp actions=set_queue:3,output:1,pop_queue\n\
              priority=7,igmp,igmp_type=17 actions=drop";
         assert_eq!(look(own, told), [""; 0]);
+    }
+
+    #[test]
+    fn rules_that_differ_in_a_tunnel_option_alone_are_two_rules() {
+        let own = "duration=0s, n_packets=0, n_bytes=0, priority=4,tun_metadata0=0x1,actions=group:1\n\
+             duration=0s, n_packets=0, n_bytes=0, priority=4,tun_metadata0=0x2,actions=drop\n";
+        let told = "priority=4,tun_metadata0=0x1 actions=group:1\npriority=4,tun_metadata0=0x2 actions=drop";
+        assert_eq!(look(own, told), [""; 0]);
+        let found = look(own, "priority=4,tun_metadata0=0x1 actions=drop\npriority=4,tun_metadata0=0x2 actions=drop");
+        assert_eq!(found.len(), 1, "{found:?}");
     }
 
     #[test]

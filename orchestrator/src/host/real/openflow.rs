@@ -175,9 +175,9 @@ impl RealOpenFlow {
         let target = self.target(&rules.bridge);
         let say = |words: &[&str]| self.ofctl(&rules.protocol, words, None, until);
         let mut refused = Vec::new();
-        let mut note = |kind: &str, rule: &str, error: HostError| match error.timed_out {
-            true => Err(error),
-            false => {
+        let mut note = |kind: &str, rule: &str, error: HostError| match is_refusal(&error) {
+            false => Err(error),
+            true => {
                 let (kind, rule) = (kind.to_owned(), rule.to_owned());
                 refused.push(RefusedRule { bridge: rules.bridge.clone(), kind, rule, reason: error.cause });
                 Ok(())
@@ -383,6 +383,14 @@ impl OpenFlow for RealOpenFlow {
     }
 }
 
+/// Is it the bridge's or ovs-ofctl's own word about what it was given? A program that could not be started, or that found
+/// nobody to talk to, says nothing about a rule.
+fn is_refusal(error: &HostError) -> bool {
+    let unheard = ["failed to connect", "connection", "Connection", "Broken pipe"];
+    let own_word = error.cause.contains("ovs-ofctl: ") && !unheard.iter().any(|word| error.cause.contains(word));
+    !error.timed_out && (error.cause.contains("OFPT_ERROR") || own_word)
+}
+
 /// The version in the first line of a reply, such as `OFPST_DESC reply (OF1.4) (xid=0x2):`; 1.0 is not named.
 fn protocol_of(reply: &str) -> Option<String> {
     let first = reply.lines().next()?;
@@ -514,6 +522,16 @@ fn count(before: &[String], after: &[String]) -> Vec<(String, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_heard_nobody_has_refused_nothing() {
+        let error = |cause: &str| HostError::new("ovs-ofctl", cause);
+        assert!(is_refusal(&error("exit 1: OFPT_ERROR (OF1.3) (xid=0x6): OFPMMFC_OUT_OF_METERS")));
+        assert!(is_refusal(&error("exit 1: ovs-ofctl: 'rate' value must be positive")));
+        assert!(!is_refusal(&error("exit 1: ovs-ofctl: br0: failed to connect to socket (Connection refused)")));
+        assert!(!is_refusal(&error("cannot start: Resource temporarily unavailable (os error 11)")));
+        assert!(!is_refusal(&HostError::timeout("ovs-ofctl", "waiting")));
+    }
 
     #[test]
     fn versions_of_replies() {

@@ -207,6 +207,11 @@ impl Recording {
     fn leave_out_dependents(&self, rules: &BridgeRules, refused: &mut Vec<RefusedRule>, left_out: &mut BTreeSet<u32>) {
         let mut looked = 0;
         while let Some(needed) = refused.get(looked).map(id) {
+            if needed.is_none() {
+                // A flow: nothing needs it.
+                looked += 1;
+                continue;
+            }
             let needs = |item: &Item| needed.as_ref().is_some_and(|needed| names_id(item.text(rules), needed));
             let more = self.items.iter().filter(|(xid, item)| !left_out.contains(xid) && needs(item));
             let more: Vec<(u32, Item)> = more.map(|(xid, item)| (*xid, *item)).collect();
