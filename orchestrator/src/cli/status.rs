@@ -144,12 +144,14 @@ fn ask(config: &Path) -> Answer {
     let interrupted = if quiet { known(&mut unknown, runs.interrupted()) } else { None };
     let needs_person = known(&mut unknown, runs.needs_person());
     let last_run = known(&mut unknown, last_run(&runs));
-    let undecided = !unknown.is_empty();
+    let mut undecided = !unknown.is_empty();
     let freeze = known(&mut unknown, freeze::state());
     let guard = known(&mut unknown, guard::status());
     let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
     let facts = known(&mut unknown, facts.map(Some));
     let flow_restore_wait = facts.as_ref().map(|facts| facts.is_on("flow-restore-wait"));
+    // A host without ovsdb-server has no flag.
+    undecided |= flow_restore_wait.is_none() && Path::new(DATABASE_SOCKET).exists();
     let flow_restore_wait_of = facts.and_then(|facts| facts.external_ids.get(MARK).cloned());
     let daemons = if quiet { daemons(&mut unknown) } else { Vec::new() };
     let error = Config::load(config).err().map(|error| error.to_string());
@@ -261,6 +263,7 @@ fn daemon_line(daemon: &RunningDaemon) -> String {
     if let Some(first) = daemon.replaced.first() {
         let more = match daemon.replaced.len() - 1 {
             0 => String::new(),
+            1 => " and 1 more file".to_owned(),
             more => format!(" and {more} more files"),
         };
         why.push(format!("{first}{more} replaced since its start"));
@@ -462,7 +465,7 @@ mod tests {
         assert_eq!(daemon_line(&daemon), "ovs-vswitchd 3.1.0 (process 7)");
         let replaced = vec!["/usr/lib/libssl.so.3".into(), "/usr/lib/libcrypto.so.3".into()];
         let text = daemon_line(&RunningDaemon { replaced, restart_needed: true, ..daemon.clone() });
-        assert!(text.contains("restart needed: /usr/lib/libssl.so.3 and 1 more files replaced"), "{text}");
+        assert!(text.contains("restart needed: /usr/lib/libssl.so.3 and 1 more file replaced"), "{text}");
         let text = daemon_line(&RunningDaemon { installed: Some("3.5.0".into()), restart_needed: true, ..daemon });
         assert!(text.contains("restart needed: 3.5.0 is installed; remedy: `ovs-graceful restart --if"), "{text}");
     }
