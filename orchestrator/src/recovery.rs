@@ -92,7 +92,8 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
             false => println!("{line}"),
         }
     }
-    Ok(report.exit_code.code().into())
+    let code = if well { report.exit_code } else { ExitCode::NeedsPerson };
+    Ok(code.code().into())
 }
 
 /// Why the host is not well, where no run is under way and none was cut off: something is frozen, flow-restore-wait is
@@ -198,17 +199,20 @@ pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyho
     Ok(told)
 }
 
-/// [`tidy_database`] of this host, where it has a database that answers. The lock of runs is taken for it.
+/// What a run can leave in the database and beside it is removed, where this host has a database that answers. The lock
+/// of runs is taken where there is something to do: this is also asked after every run, and a run may be about to begin.
 ///
 /// # Errors
 /// As there, and where the lock cannot be taken.
 pub fn tidy() -> anyhow::Result<Vec<String>> {
-    let _lock = RunLock::acquire(Path::new(LOCK), &Holder { id: RECOVERY.to_owned(), pid: std::process::id() })?;
     let database = Host::real_database();
-    match database.drop_ballast() {
-        Err(error) if error.away => Ok(Vec::new()),
-        _ => tidy_database(database.as_ref(), &RealClock),
+    match database.has_left_over() {
+        Err(error) if error.away => return Ok(Vec::new()),
+        Ok(false) if !is_marked() => return Ok(Vec::new()),
+        Ok(_) | Err(_) => {}
     }
+    let _lock = RunLock::acquire(Path::new(LOCK), &Holder { id: RECOVERY.to_owned(), pid: std::process::id() })?;
+    tidy_database(database.as_ref(), &RealClock)
 }
 
 /// The timer that looks whether the disk of a database in memory can be written, and its service.
@@ -665,9 +669,6 @@ impl Recovery {
         // A bridge with a controller loses its rules when flow-restore-wait goes.
         let restored = self.restore(host, mark, survivor);
         self.keep("OpenFlow rules", restored);
-        if let Err(error) = self.look_at_rules(host) {
-            self.told(format!("which OpenFlow rules are there now is not known: {error:#}"));
-        }
         if flush {
             let flushed = host.daemons.command(survivor, "dpctl/del-flows", &[], self.until(SHORT));
             self.keep("flows that belong to the old ovs-vswitchd", flushed);
@@ -675,6 +676,9 @@ impl Recovery {
         if self.parked {
             let replayed = host.datapath.replay_to(survivor.id, self.until(READY_LIMIT));
             self.replayed(replayed.map_err(Into::into));
+        }
+        if let Err(error) = self.look_at_rules(host) {
+            self.told(format!("which OpenFlow rules are there now is not known: {error:#}"));
         }
         self.end_hand_over(host, mark);
         self.owned(host, mark, survivor);

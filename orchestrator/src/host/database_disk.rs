@@ -46,9 +46,16 @@ impl DatabaseFile {
 pub trait DatabaseDisk: Send + Sync {
     /// Looks at it, and makes and removes a file beside the database. The database is not touched.
     fn look_at_disk(&self) -> Result<DatabaseFile>;
+    /// The same without that file: a disk that hangs keeps nobody waiting.
+    fn glance_at_disk(&self) -> Result<DatabaseFile> {
+        self.look_at_disk()
+    }
+    /// Is the ballast there, or a database in memory? False where it is not known which file the database has, as nothing
+    /// was put beside that.
+    fn has_left_over(&self) -> Result<bool>;
     /// Puts a file of [`BALLAST`] beside the database. May be done twice.
     fn keep_ballast(&self) -> Result<()>;
-    /// Removes it; false where there is none.
+    /// Removes it; false where there is none, or where the file is not known.
     fn drop_ballast(&self) -> Result<bool>;
     /// Has the server serve the database, as it is, from memory: from then on it can be written, whatever its disk does.
     /// No client notices. A restart of the server goes back to the file on the disk.

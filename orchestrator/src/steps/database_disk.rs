@@ -59,7 +59,7 @@ pub(super) fn must_be_well(run: &mut Run) -> std::result::Result<(), Stop> {
 
 /// May the daemon be in step with the database and unable to say so?
 pub(super) fn is_in_trouble(run: &Run) -> bool {
-    let looked = run.host.database.look_at_disk();
+    let looked = run.host.database.glance_at_disk();
     looked.map_or_else(|error| error.unwritable, |file| !file.in_memory && file.free < RUN_MIN)
 }
 

@@ -67,7 +67,8 @@ struct Place {
 }
 
 impl Place {
-    fn of(daemons: &dyn Daemons) -> Result<Place> {
+    /// `None` where it is not known which of the server's files it is.
+    fn of(daemons: &dyn Daemons) -> Result<Option<Place>> {
         let server = daemons.find_ovsdb_server()?;
         let object = format!("ovsdb-server (pid {})", server.id.pid);
         let mut found = Vec::new();
@@ -92,8 +93,7 @@ impl Place {
         if found.len() > 1 {
             found.retain(|place| place.is_of_switch().unwrap_or(false));
         }
-        let place = found.pop().filter(|_| found.is_empty());
-        place.ok_or_else(|| HostError::new(object, format!("which file it has database {DATABASE} in is not known")))
+        Ok(found.pop().filter(|_| found.is_empty()))
     }
 
     fn path(&self) -> PathBuf {
@@ -151,7 +151,7 @@ impl Place {
         written
     }
 
-    fn look(&self) -> Result<DatabaseFile> {
+    fn glance(&self) -> Result<DatabaseFile> {
         let object = self.object();
         let stat = fstatvfs(&self.opened).about(&object)?;
         if stat.flags().contains(FsFlags::ST_RDONLY) {
@@ -161,7 +161,11 @@ impl Place {
         let size = fstatat(&self.opened, self.name.as_os_str(), nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW);
         let size = size.about(&object)?.st_size.unsigned_abs();
         let in_memory = self.is_in_memory().about(&object)?;
-        let file = DatabaseFile { path: self.path(), size, free: blocks * stat.fragment_size(), in_memory };
+        Ok(DatabaseFile { path: self.path(), size, free: blocks * stat.fragment_size(), in_memory })
+    }
+
+    fn look(&self) -> Result<DatabaseFile> {
+        let (file, object) = (self.glance()?, self.object());
         match self.try_writing() {
             // What is free says so better.
             Err(error) if error.kind() == io::ErrorKind::StorageFull => Ok(DatabaseFile { free: 0, ..file }),
@@ -352,14 +356,34 @@ fn forget_record() -> Result<()> {
 }
 
 impl Ovsdb {
-    fn place(&self) -> Result<Place> {
+    fn known_place(&self) -> Result<Option<Place>> {
         Place::of(&RealDaemons::new(self.socket()))
+    }
+
+    fn place(&self) -> Result<Place> {
+        let unknown =
+            || HostError::new("ovsdb-server", format!("which file it has database {DATABASE} in is not known"));
+        self.known_place()?.ok_or_else(unknown)
     }
 }
 
 impl DatabaseDisk for Ovsdb {
     fn look_at_disk(&self) -> Result<DatabaseFile> {
         self.place()?.look()
+    }
+
+    fn glance_at_disk(&self) -> Result<DatabaseFile> {
+        self.place()?.glance()
+    }
+
+    fn has_left_over(&self) -> Result<bool> {
+        let Some(place) = self.known_place()? else { return Ok(false) };
+        let ballast = match fstatat(&place.opened, BALLAST_NAME, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(_) => true,
+            Err(Errno::ENOENT) => false,
+            Err(errno) => return Err(errno).about(place.object()),
+        };
+        Ok(ballast || recorded().is_some())
     }
 
     fn keep_ballast(&self) -> Result<()> {
@@ -369,7 +393,7 @@ impl DatabaseDisk for Ovsdb {
     }
 
     fn drop_ballast(&self) -> Result<bool> {
-        let place = self.place()?;
+        let Some(place) = self.known_place()? else { return Ok(false) };
         let object = place.folder.join(BALLAST_NAME).display().to_string();
         place.remove(BALLAST_NAME).map_err(|error| unwritable(&object, &format!("it cannot be removed: {error}")))
     }

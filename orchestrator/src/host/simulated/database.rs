@@ -71,6 +71,12 @@ impl DatabaseDisk for SimDatabase {
         })
     }
 
+    fn has_left_over(&self) -> Result<bool> {
+        disk(&self.0, "database_disk.has_left_over", None, |world| {
+            Ok(world.table_disk.ballast || world.table_disk.file.is_some())
+        })
+    }
+
     fn keep_ballast(&self) -> Result<()> {
         disk(&self.0, "database_disk.keep_ballast", None, |world| match world.table_disk.state {
             DiskState::Well => {
