@@ -378,12 +378,12 @@ impl DatabaseDisk for Ovsdb {
 
     fn has_left_over(&self) -> Result<bool> {
         let Some(place) = self.known_place()? else { return Ok(false) };
-        let ballast = match fstatat(&place.opened, BALLAST_NAME, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Ok(_) => true,
-            Err(Errno::ENOENT) => false,
-            Err(errno) => return Err(errno).about(place.object()),
+        let there = |name: &str| match fstatat(&place.opened, name, nix::fcntl::AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(_) => Ok(true),
+            Err(Errno::ENOENT) => Ok(false),
+            Err(errno) => Err(errno).about(place.object()),
         };
-        Ok(ballast || recorded().is_some())
+        Ok(there(BALLAST_NAME)? || there(TRY_NAME)? || recorded().is_some())
     }
 
     fn keep_ballast(&self) -> Result<()> {
@@ -395,7 +395,9 @@ impl DatabaseDisk for Ovsdb {
     fn drop_ballast(&self) -> Result<bool> {
         let Some(place) = self.known_place()? else { return Ok(false) };
         let object = place.folder.join(BALLAST_NAME).display().to_string();
-        place.remove(BALLAST_NAME).map_err(|error| unwritable(&object, &format!("it cannot be removed: {error}")))
+        // A disk that has become read-only keeps the file of a look at it, too.
+        let removed = place.remove(TRY_NAME).and_then(|_| place.remove(BALLAST_NAME));
+        removed.map_err(|error| unwritable(&object, &format!("it cannot be removed: {error}")))
     }
 
     fn serve_from_memory(&self, until: Instant) -> Result<()> {
