@@ -188,7 +188,13 @@ impl Daemons for RealDaemons {
         self.hold(id)?;
         let run_directory = self.run_directory()?;
         run_directory.expect(kind, pid)?;
-        let daemon = run_directory.believe(describe(kind, id).about(object)?);
+        let before = face(pid).about(&object)?;
+        let daemon = run_directory.believe(describe(kind, id).about(&object)?);
+        // An exec keeps the number and all that is open, and changes the user where the program has the set-user-ID bit.
+        run_directory.expect(kind, pid)?;
+        if face(pid).about(&object)? != before || procfs::identity(pid).about(&object)? != id {
+            return Err(HostError::new(object, "it runs another program, or as another user, than a moment ago"));
+        }
         if daemon.contained && may_be_ours(&daemon) {
             // As long as it lives: it may be too late when it is wanted.
             self.hold_root(&daemon)?;
@@ -401,7 +407,11 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
     let (uid, gid) = procfs::owner(pid)?;
     let (groups, capabilities) = (procfs::groups(pid)?, procfs::capabilities(pid)?);
     let own_pid = procfs::own_pid(pid)?;
-    let monitored = argv.iter().any(|a| a == "--monitor") && is_monitor(stat.parent, pid);
+    // Looked at before and after: the number could have passed to another process.
+    let parent = procfs::identity(stat.parent).ok();
+    let monitored = argv.iter().any(|a| a == "--monitor")
+        && is_monitor(stat.parent, pid)
+        && procfs::identity(stat.parent).ok() == parent;
     Ok(Daemon {
         kind,
         id,
@@ -421,12 +431,18 @@ pub(super) fn describe(kind: DaemonKind, id: ProcessId) -> std::io::Result<Daemo
         groups,
         capabilities,
         cgroup: procfs::cgroup(pid)?,
-        monitor: monitored.then(|| procfs::identity(stat.parent).ok()).flatten(),
+        monitor: parent.filter(|_| monitored),
         own_pid,
         contained: procfs::is_contained(pid)?,
         argv,
         environment,
     })
+}
+
+/// The file that a process runs, and its users.
+fn face(pid: i32) -> std::io::Result<((u64, u64), Vec<u32>)> {
+    let exe = fs::metadata(format!("/proc/{pid}/exe"))?;
+    Ok(((exe.dev(), exe.ino()), procfs::users(pid)?))
 }
 
 /// Has `pid` been forked by `parent` to be the daemon that it looks after? Then both run one file as one user.

@@ -52,7 +52,8 @@ impl RunDirectory {
         }
         let users = procfs::users(pid).unwrap_or_default();
         let roots_program = || fs::metadata(format!("/proc/{pid}/exe")).is_ok_and(|exe| trusted::only_ours(&exe));
-        !users.is_empty()
+        // One user in all four ways: a program with the set-user-ID bit has two.
+        users.first().is_some_and(|first| users.iter().all(|user| user == first))
             && (users.iter().all(|user| self.admits_user(*user))
                 || procfs::cgroup(pid).is_ok_and(|own| is_of_unit(kind, &own)))
             && (users.iter().all(|user| trusted::is_ours(*user)) || roots_program())

@@ -158,15 +158,30 @@ fn convert(server: &Daemon, file: &Path, schema: &Path, until: Instant) -> Resul
     if tool(&["needs-conversion", &file_word, &schema_word])?.trim() != "yes" {
         return Ok(());
     }
-    let version = tool(&["db-version", &file_word])?;
-    let backup = PathBuf::from(format!("{object}.backup{}-ovs-graceful", version.trim()));
+    let said = tool(&["db-version", &file_word])?;
+    let version = schema_version(&said).about(&object)?;
+    let backup = PathBuf::from(format!("{object}.backup{version}-ovs-graceful"));
+    if !trusted::is_ours(server.uid) {
+        // Its user chooses what these names lead to: so it is its user who writes there.
+        let words = ["--no-dereference", "--remove-destination", "--", &file_word, &backup.to_string_lossy()];
+        command::run_well_as(credentials(), "cp", &words, until)?;
+        return tool(&["convert", &file_word, &schema_word]).map(drop);
+    }
     let source = open_database(server, file).about(&object)?;
     let before = source.metadata().about(&object)?;
     keep(source, &backup).about(backup.display().to_string())?;
     tool(&["convert", &file_word, &schema_word])?;
-    match trusted::is_ours(server.uid) {
-        true => chown(file, Some(before.uid()), Some(before.gid())).about(object),
-        false => Ok(()),
+    chown(file, Some(before.uid()), Some(before.gid())).about(object)
+}
+
+/// Numbers with dots between them (`ovsdb_parser_get_version`, RFC 7047, 3.2): it becomes part of a file's name.
+fn schema_version(said: &str) -> io::Result<&str> {
+    let version = said.trim();
+    let numbers: Vec<&str> = version.split('.').collect();
+    let is_number = |text: &&str| (1..=10).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    match numbers.len() == 3 && numbers.iter().all(is_number) {
+        true => Ok(version),
+        false => Err(io::Error::other("ovsdb-tool does not tell the version of its schema")),
     }
 }
 
@@ -230,6 +245,14 @@ pub(super) mod tests {
             log_file: None,
             own_pid: 0,
             contained: false,
+        }
+    }
+
+    #[test]
+    fn a_version_of_a_schema_leads_to_no_other_folder() {
+        assert_eq!(schema_version("8.3.1\n").unwrap(), "8.3.1");
+        for other in ["", "8.3", "/../../cron.hourly/x8.3.0", "8.3.0/x", "8.3.0\n8.3.0", "8..0", "8.3.00000000000"] {
+            assert!(schema_version(other).is_err(), "{other}");
         }
     }
 

@@ -190,10 +190,17 @@ pub fn cgroup(pid: i32) -> io::Result<String> {
     Ok(parse_cgroup(&text(pid, "cgroup")?).unwrap_or_default())
 }
 
+/// Number, controllers and path, between colons (cgroups(7)). Whoever makes a cgroup names it, colons and all.
 fn parse_cgroup(text: &str) -> Option<String> {
-    let of = |prefix: &str| text.lines().find_map(|line| line.strip_prefix(prefix)).filter(|path| !path.is_empty());
-    let named = text.lines().find_map(|line| line.split_once(":name=systemd:").map(|(_, path)| path));
-    named.or_else(|| of("0::")).map(str::to_owned)
+    let path = |wanted: &dyn Fn(&str, &str) -> bool| {
+        text.lines().find_map(|line| {
+            let (number, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            (wanted(number, controllers) && !path.is_empty()).then(|| path.to_owned())
+        })
+    };
+    path(&|_, controllers| controllers == "name=systemd")
+        .or_else(|| path(&|number, controllers| number == "0" && controllers.is_empty()))
 }
 
 /// The limits of `/proc/PID/limits`.
@@ -302,5 +309,7 @@ mod tests {
     fn cgroups_of_both_hierarchies() {
         assert_eq!(parse_cgroup("0::/system.slice/x.service\n").as_deref(), Some("/system.slice/x.service"));
         assert_eq!(parse_cgroup("3:cpu:/\n1:name=systemd:/y\n0::/\n").as_deref(), Some("/y"));
+        let own = "/user.slice/x:name=systemd:/system.slice/ovs-vswitchd.service";
+        assert_eq!(parse_cgroup(&format!("0::{own}\n")).as_deref(), Some(own), "a name that a user has chosen");
     }
 }

@@ -130,9 +130,17 @@ fn save_into(daemon: &Daemon, version: &str, folder: &Path, until: Instant) -> R
     let name = daemon.exe.file_name().unwrap_or(daemon.kind.program().as_ref());
     make(folder).about(&object)?;
     let program = folder.join(name);
-    copy(&of_root(Path::new(&format!("/proc/{pid}/exe"))).about(daemon.exe.display().to_string())?, &program)
-        .about(&object)?;
-    let replaced = replaced_objects(pid).about(&object)?;
+    let exe = of_root(Path::new(&format!("/proc/{pid}/exe"))).about(daemon.exe.display().to_string())?;
+    // A user can give a file of root's any name, by a mount in a namespace of his own.
+    let may_lie = !trusted::is_ours(daemon.uid);
+    if may_lie && !is_where_it_is_named(&exe, &daemon.exe).unwrap_or(false) {
+        return Err(HostError::new(
+            daemon.exe.display().to_string(),
+            "it does not lie where it says, in a folder of root's",
+        ));
+    }
+    copy(&exe, &program).about(&object)?;
+    let replaced = replaced_objects(pid, may_lie).about(&object)?;
     let libraries = folder.join("lib");
     if !replaced.is_empty() {
         make(&libraries).about(&object)?;
@@ -220,7 +228,7 @@ fn is_version(program: &str, text: &str, version: &str) -> Result<()> {
 
 /// The shared objects of root's that the process has mapped and that are no longer what their names stand for, but for
 /// those of the C library: each, and its name. A process maps whatever it likes; what is not root's is passed over.
-fn replaced_objects(pid: i32) -> io::Result<Vec<(File, String)>> {
+fn replaced_objects(pid: i32, may_lie: bool) -> io::Result<Vec<(File, String)>> {
     let exe = identity(Path::new(&format!("/proc/{pid}/exe")))?;
     let mut found: Vec<(File, String)> = Vec::new();
     for Mapped { file, path } in mapped_code(pid)? {
@@ -232,11 +240,26 @@ fn replaced_objects(pid: i32) -> io::Result<Vec<(File, String)>> {
         if identity(&file)? == exe || !is_replaced(&file, &path)? {
             continue;
         }
-        if let Ok(file) = of_root(&file) {
+        let Ok(file) = of_root(&file) else { continue };
+        if !may_lie || is_where_it_is_named(&file, &path).unwrap_or(false) {
             found.push((file, name.to_owned()));
         }
     }
     Ok(found)
+}
+
+/// Is, or was, the file in this very folder of ours, which is root's? In another mount namespace the same names lead
+/// elsewhere; a mount has its number there.
+fn is_where_it_is_named(file: &File, path: &Path) -> io::Result<bool> {
+    let folder = trusted::directory(path.parent().unwrap_or(Path::new("/")))?;
+    Ok(trusted::only_ours(&folder.metadata()?) && mount_of(file)? == mount_of(&folder.file)?)
+}
+
+/// The number of the mount that an open file was reached by (`/proc/PID/fdinfo`, proc(5)).
+fn mount_of(file: &impl AsRawFd) -> io::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::other("the kernel does not tell its mount"))
 }
 
 /// The files whose code the process has mapped, its executable among them, that are no longer what their names stand for.
@@ -434,12 +457,28 @@ mod tests {
     }
 
     #[test]
+    fn a_file_lies_where_the_same_mount_leads() {
+        let sh = fs::canonicalize("/bin/sh").unwrap();
+        let file = File::open(&sh).unwrap();
+        assert!(is_where_it_is_named(&file, &sh).unwrap());
+        assert!(!is_where_it_is_named(&file, Path::new("/proc/sh")).unwrap(), "another mount");
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let copied = directory.path().join("sh");
+        fs::copy(&sh, &copied).unwrap();
+        assert!(
+            !is_where_it_is_named(&File::open(&copied).unwrap(), &copied).unwrap_or(false),
+            "a folder of everybody's"
+        );
+    }
+
+    #[test]
     fn nothing_of_our_own_process_has_been_replaced() {
         // map_files is root's (proc_map_files_get_link in fs/proc/base.c).
         if !nix::unistd::geteuid().is_root() {
             return;
         }
-        let found = replaced_objects(std::process::id() as i32).unwrap();
+        let found = replaced_objects(std::process::id() as i32, false).unwrap();
         assert!(found.is_empty(), "{found:?}");
         let found = replaced(std::process::id() as i32).unwrap();
         // The test's own program may be built anew beside it.
