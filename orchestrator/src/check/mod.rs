@@ -14,7 +14,7 @@ use crate::host::real::RealSurroundings;
 use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
-use crate::report::{CheckReport, Findings, Level, Name, Severity, Strategy};
+use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strategy};
 use crate::steps::notes::RULE_REMEDY;
 use crate::steps::{Host, Wish};
 
@@ -100,6 +100,11 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
 /// Can every OpenFlow rule be put back? Asks the daemon that has them; changes nothing.
 pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     let (Some(daemon), Some(facts)) = (&checked.vswitchd, &checked.facts) else { return };
+    let no_tools = |one: &Finding| one.name == Name::Tools && one.severity == Severity::Refused;
+    if checked.report.findings.iter().any(no_tools) {
+        // They are what rules are read with: said once.
+        return;
+    }
     let mut found = Findings::default();
     found.extend(std::mem::take(&mut checked.report.findings));
     let openflow = host.openflow.as_ref();
