@@ -33,6 +33,11 @@ impl Custom for MemoryLimit {
         Ok(2)
     }
 
+    /// Of the matrix: two whole runs for what is a comparison of numbers.
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
