@@ -623,7 +623,7 @@ static __always_inline int is_port_change(struct halt *of, u64 data, u32 len, u1
  * Stops the thread by a signal that only its tracer sees (ignored by default, so harmless should the tracer die just
  * now), and lets it send the message again. Whoever has no tracer is let by.
  */
-static __always_inline int halts(struct sk_buff *skb, u16 protocol)
+static __always_inline int halts(u64 data, u32 len, u16 protocol)
 {
 	u32 zero = 0;
 	struct halt *of = bpf_map_lookup_elem(&halt, &zero);
@@ -632,7 +632,7 @@ static __always_inline int halts(struct sk_buff *skb, u16 protocol)
 	if (!of || !of->tid || (u32)bpf_get_current_pid_tgid() != of->tid)
 		return 0;
 	task = (void *)bpf_get_current_task();
-	if (!BPF_CORE_READ(task, ptrace) || !is_port_change(of, (u64)skb->data, skb->len, protocol))
+	if (!BPF_CORE_READ(task, ptrace) || !is_port_change(of, data, len, protocol))
 		return 0;
 	bpf_send_signal_thread(SIGURG);
 	return 1;
@@ -642,10 +642,13 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 {
 	struct config *conf = get_config();
 	u16 protocol = sk->sk_protocol;
+	/* By a helper: since Linux 6.17 the pointer read directly is of a type to which no unbounded offset may be added. */
+	u64 data = (u64)BPF_CORE_READ(skb, data);
+	u32 len = skb->len;
 	struct net *net;
 	u64 now;
 
-	if (halts(skb, protocol))
+	if (halts(data, len, protocol))
 		return -EINTR;
 	if (protocol != NETLINK_GENERIC && protocol != NETLINK_NETFILTER)
 		return 0;
@@ -664,7 +667,7 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 		return 0;
 	if (!capable(net))
 		return 0;
-	return walk(conf, (u64)skb->data, skb->len, protocol);
+	return walk(conf, data, len, protocol);
 }
 
 /*
