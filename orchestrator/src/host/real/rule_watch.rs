@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use serde_json::json;
+use serde_json::{json, Value};
 
 use super::jsonrpc::remaining;
 use super::openflow::{
@@ -27,6 +27,8 @@ const TEXT_MAX: usize = 32 << 20;
 /// A monitor that an older daemon refuses waits for ever (ovs-ofctl 3.1 and ovs-vswitchd 2.15: "bad flags 0xffff"). So long
 /// is waited for the first, and after each for the next: hundreds of them take longer.
 const ESTABLISHED_WITHIN: Duration = Duration::from_secs(10);
+/// The version that every Open vSwitch can watch rules in; 2.15 can in no other ("OFPBRC_BAD_VERSION").
+const OLDEST: &str = "OpenFlow10";
 /// What the monitor prints when a barrier has come back.
 const BARRIER: &str = "OFPT_BARRIER_REPLY";
 
@@ -36,22 +38,41 @@ pub struct Watch(Vec<Watcher>);
 impl Watch {
     /// Starts one for each bridge and waits until they are established, or have failed.
     pub fn start(openflow: &RealOpenFlow, bridges: &[Bridge], until: Instant) -> Result<Self> {
+        let (mut watch, refused) = Self::start_some(openflow, bridges, None, until)?;
+        let may = |bridge: &Bridge| bridge.protocols.is_empty() || bridge.protocols.iter().any(|p| p == OLDEST);
+        let again: Vec<Bridge> = bridges.iter().filter(|b| refused.contains(&b.name) && may(b)).cloned().collect();
+        if !again.is_empty() {
+            watch.0.retain(|watcher| again.iter().all(|bridge| bridge.name != watcher.bridge));
+            watch.0.extend(Self::start_some(openflow, &again, Some(OLDEST), until)?.0 .0);
+        }
+        Ok(watch)
+    }
+
+    /// Also returns the bridges that refused to be watched.
+    fn start_some(
+        openflow: &RealOpenFlow,
+        bridges: &[Bridge],
+        version: Option<&str>,
+        until: Instant,
+    ) -> Result<(Self, BTreeSet<String>)> {
         let mut watch = Watch(Vec::new());
         let mut pipes = Vec::new();
         for bridge in bridges {
-            let (watcher, pipe) = Watcher::start(openflow, bridge)?;
+            let (watcher, pipe) = Watcher::start(openflow, bridge, version)?;
             pipes.extend(pipe.map(|pipe| Pipe { pipe, printed: watcher.printed.clone(), rest: Vec::new() }));
             watch.0.push(watcher);
         }
         let thread = std::thread::Builder::new().name("rules".into()).stack_size(STACK);
         thread.spawn(move || follow_all(pipes)).about(OVS_OFCTL)?;
-        let mut last = Instant::now();
+        let (mut last, mut refused) = (Instant::now(), BTreeSet::new());
         for watcher in &mut watch.0 {
-            if watcher.establish(until.min(last + ESTABLISHED_WITHIN)) {
-                last = Instant::now();
+            match watcher.establish(until.min(last + ESTABLISHED_WITHIN)) {
+                Established::Yes => last = Instant::now(),
+                Established::Refused => drop(refused.insert(watcher.bridge.clone())),
+                Established::No => {}
             }
         }
-        Ok(watch)
+        Ok((watch, refused))
     }
 }
 
@@ -105,6 +126,14 @@ impl Text {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Established {
+    Yes,
+    No,
+    /// The bridge does not tell of changes in the connection's version.
+    Refused,
+}
+
 struct Watcher {
     bridge: String,
     child: Child,
@@ -120,8 +149,10 @@ struct Watcher {
 }
 
 impl Watcher {
-    fn start(openflow: &RealOpenFlow, bridge: &Bridge) -> Result<(Self, Option<ChildStderr>)> {
-        let versions = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
+    /// With this OpenFlow version only, or any that the bridge speaks.
+    fn start(openflow: &RealOpenFlow, bridge: &Bridge, version: Option<&str>) -> Result<(Self, Option<ChildStderr>)> {
+        let spoken = if bridge.protocols.is_empty() { ANY_VERSION.into() } else { bridge.protocols.join(",") };
+        let versions = version.map_or(spoken, str::to_owned);
         let target = openflow.target(&bridge.name);
         let words = ["--no-names", "-O", &versions, "monitor", &target, "watch:!initial"];
         let mut child = command::start(OVS_OFCTL, &words, Stdio::null())?;
@@ -135,20 +166,25 @@ impl Watcher {
         ))
     }
 
-    /// It is established once a barrier has passed; one that cannot watch has ended by then, or is ended, and counts as
-    /// changed.
-    fn establish(&mut self, until: Instant) -> bool {
-        while !(self.ask(until) && self.answered(until)) {
+    /// It is established once a barrier has passed and nothing was refused; one that cannot watch has ended by then, or
+    /// is ended, and counts as changed.
+    fn establish(&mut self, until: Instant) -> Established {
+        while !(self.barrier(until) && self.answered(until)) {
             if !matches!(self.child.try_wait(), Ok(None)) {
-                return false;
+                return Established::No;
             }
             let Some(left) = remaining(until) else {
                 self.end();
-                return false;
+                return Established::No;
             };
             std::thread::sleep(left.min(LOOK_AGAIN));
         }
-        true
+        // It prints the error and stays, and its barriers are answered all the same.
+        if self.text().text.contains("OFPT_ERROR") {
+            self.end();
+            return Established::Refused;
+        }
+        Established::Yes
     }
 
     fn end(&mut self) {
@@ -161,13 +197,21 @@ impl Watcher {
         self.printed.text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sends a barrier.
+    fn barrier(&mut self, until: Instant) -> bool {
+        self.send(Vec::new(), until)
+    }
+
     /// Sends the requests for the small tables, where the connection's version has them all, and a barrier behind them.
     fn ask(&mut self, until: Instant) -> bool {
         let requests = self.protocol().and_then(requests);
         let from = self.text().text.len();
-        let mut commands: Vec<_> = requests.iter().map(|requests| ("ofctl/send", json!(requests))).collect();
-        commands.push(("ofctl/barrier", json!([])));
         self.answers_at = requests.is_some().then_some(from);
+        self.send(requests.iter().map(|requests| ("ofctl/send", json!(requests))).collect(), until)
+    }
+
+    fn send(&mut self, mut commands: Vec<(&'static str, Value)>, until: Instant) -> bool {
+        commands.push(("ofctl/barrier", json!([])));
         let exists = Path::new(&self.control).exists();
         self.asked = exists.then(|| unixctl::ask(&self.control, commands, until).ok()).flatten();
         self.asked.is_some()
