@@ -100,13 +100,22 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
 /// Can every OpenFlow rule be put back? Asks the daemon that has them; changes nothing.
 pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     let (Some(daemon), Some(facts)) = (&checked.vswitchd, &checked.facts) else { return };
-    let no_tools = |one: &Finding| one.name == Name::Tools && one.severity == Severity::Refused;
-    if checked.report.findings.iter().any(no_tools) {
-        // They are what rules are read with: said once.
+    let is_refused = |name| {
+        checked.report.findings.iter().any(|one: &Finding| one.name == name && one.severity == Severity::Refused)
+    };
+    // The tools are what rules are read with: said once.
+    let (no_tools, no_memory) = (is_refused(Name::Tools), is_refused(Name::Memory));
+    if no_tools {
         return;
     }
     let mut found = Findings::default();
     found.extend(std::mem::take(&mut checked.report.findings));
+    if no_memory {
+        let cause = "not looked at: the daemon would take memory for that, and has none to spare (memory)";
+        found.warn(Name::Rule, "rules", cause, "the remedy of memory; then check again");
+        checked.report.findings = found.into_inner();
+        return;
+    }
     let openflow = host.openflow.as_ref();
     let rules = openflow.snapshot(&facts.bridges, until);
     let refused = rules.and_then(|rules| Ok(openflow.prepare_restore(daemon, &rules, until)?.refused));

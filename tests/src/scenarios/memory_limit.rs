@@ -112,6 +112,8 @@ fn one(property: &str, file: &str, out: &Path, outcome: &mut Outcome) -> Result<
     outcome.check(check("names the property"), said.contains(property), &said);
     let (command, looked) = remedy("systemctl set-property");
     outcome.check(check("check prints a command"), command.contains(&format!("{property}=")), &looked);
+    // What check itself has the daemon do must not be what kills it.
+    outcome.check(check("check leaves the daemon alone"), facts::daemons("ovs-vswitchd") == daemons, &looked);
     shell(&command)?;
 
     let (code, said) = restart("done")?;

@@ -33,6 +33,8 @@ const OBJECT: &str = "ovs-ofctl";
 const RECORDING_MAX: usize = 256 << 20;
 /// More rules of one bridge that ovs-ofctl does not take are not looked for: each costs a start of it.
 const UNREADABLE_MAX: usize = 200;
+/// As many rules the daemon is given at a time where they are only tried: less than a MB of its memory.
+const BUNDLE_RULES: usize = 500;
 /// Lines of a bundle before the first rule.
 const DELETE_ALL: [&str; 2] = ["flow delete", "group delete"];
 
@@ -140,9 +142,7 @@ impl Recording {
         socket: &Path,
         until: Instant,
     ) -> Result<Vec<RefusedRule>> {
-        let stream = messages::each(&self.stream).flat_map(without_effect).collect();
-        let tried = Recording { stream, ..self.clone() };
-        let mut played = tried.play(socket, until)?;
+        let mut played = self.without_effect().play(socket, until)?;
         played.errors.retain(|_, error| error.get(HEADER..HEADER + 4) != Some(&BUFFER_UNKNOWN));
         let names = openflow.names_of(played.errors.values(), until);
         let of = |(xid, error): (&u32, &Vec<u8>)| Some(self.items.get(xid)?.refused(rules, name(&names, error)));
@@ -222,6 +222,28 @@ impl Recording {
             }
             looked += 1;
         }
+    }
+
+    /// The same, so that it changes nothing; in several bundles, each thrown away before the next one begins: the daemon
+    /// keeps what is in a bundle beside its rules, and may live under a limit of memory.
+    fn without_effect(&self) -> Recording {
+        let harmless: Vec<Vec<u8>> = messages::each(&self.stream).map(without_effect).collect();
+        let mut controls = harmless.iter().filter(|message| bundle_control(message).is_some());
+        let (open, discard) = (controls.next(), controls.next_back());
+        let (mut stream, mut acknowledged, mut inside) = (Vec::new(), self.acknowledged, 0);
+        for message in &harmless {
+            if let (true, true, Some(open), Some(discard)) =
+                (inside == BUNDLE_RULES, inner(message).is_some(), open, discard)
+            {
+                stream.extend_from_slice(discard);
+                stream.extend_from_slice(open);
+                acknowledged += 2;
+                inside = 0;
+            }
+            inside += usize::from(inner(message).is_some());
+            stream.extend_from_slice(message);
+        }
+        Recording { stream, acknowledged, items: self.items.clone() }
     }
 
     /// The same without some of its messages.
@@ -580,6 +602,28 @@ mod tests {
             }
             all
         })
+    }
+
+    #[test]
+    fn what_is_tried_is_thrown_away_a_few_rules_at_a_time() {
+        let add = message(BUNDLE_ADD, &[&[0, 0, 0, 9, 0, 0, 0, 3][..], &message(FLOW_MOD, &[0; 40])].concat());
+        let adds = add.repeat(2 * BUNDLE_RULES + 1);
+        let stream = [message(HELLO, &[]), control(0), adds, control(2), control(4)].concat();
+        let made = Recording { stream, acknowledged: 3, items: BTreeMap::new() };
+        let tried = made.without_effect();
+        let (mut inside, mut most, mut added, mut kinds) = (0, 0, 0, Vec::new());
+        for message in messages::each(&tried.stream) {
+            if let Some(at) = bundle_control(message) {
+                kinds.push(message[at]);
+                inside = 0;
+            }
+            inside += usize::from(inner(message).is_some());
+            added += usize::from(inner(message).is_some());
+            most = most.max(inside);
+        }
+        // Opened (0) and thrown away (6) in turn; the last one is closed (2) first, as ovs-ofctl does.
+        assert_eq!(kinds, [0, 6, 0, 6, 0, 2, 6]);
+        assert_eq!((most, added, tried.acknowledged), (BUNDLE_RULES, 2 * BUNDLE_RULES + 1, 7));
     }
 
     #[test]
