@@ -185,7 +185,8 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             check_ms: 60_000,
-            snapshot_ms: 60_000,
+            // Hundreds of bridges: four programs are started for each, and nothing waits for it.
+            snapshot_ms: 180_000,
             arm_ms: 60_000,
             standby_ms: 60_000,
             switch_prepare_ms: 10_000,
