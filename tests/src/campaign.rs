@@ -112,11 +112,15 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 12] = [
+const ELSEWHERE: [(&str, &str); 16] = [
     ("bad_upgrade", "trixie"),
+    ("database_disk", "bullseye"),
+    ("database_disk", "trixie"),
     ("doors", "bullseye"),
     ("doors", "trixie"),
     ("many_ports", "bullseye"),
+    ("odd_rules", "bullseye"),
+    ("odd_rules", "trixie"),
     ("other_init", "bullseye"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),

@@ -144,8 +144,12 @@ pub fn promised(bridges: &[String]) -> Promised {
             format!("flows of {bridge}"),
             shell_lenient(&format!("timeout 60 ovs-ofctl --no-stats dump-flows {bridge} | sort")),
         );
-        for kind in ["groups", "meters"] {
-            let script = format!("timeout 60 ovs-ofctl -O OpenFlow13 dump-{kind} {bridge} | grep -v xid=");
+        // In no order; a meter is several lines, with an empty one behind them.
+        for (kind, in_lines) in
+            [("groups", "cat"), ("meters", "awk 'BEGIN { RS = \"\"; FS = \"\\n\" } { $1 = $1; print }'")]
+        {
+            let script =
+                format!("timeout 60 ovs-ofctl -O OpenFlow13 dump-{kind} {bridge} | grep -v xid= | {in_lines} | sort");
             all.insert(format!("{kind} of {bridge}"), shell_lenient(&script));
         }
     }

@@ -34,7 +34,7 @@ const SCRIPT: &str = "/run/ovs-graceful-chaos";
 /// The database's folder becomes a disk of its own, whose image is in memory.
 const SET_UP: &str = "dir=$(dirname $(readlink -f /etc/openvswitch/conf.db)); echo $dir > /run/lab-database; \
     systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server; image=/dev/shm/database; echo $image > /run/lab-image; \
-    truncate -s 8M $image; mkfs.ext4 -qF -b 1024 $image; mount -o loop $image /mnt; \
+    truncate -s 8M $image; mkfs.ext4 -qF -b 1024 $image || busybox mke2fs -F -b 1024 $image; mount -o loop $image /mnt; \
     cp -a $dir/. /mnt; umount /mnt; mount -o loop,errors=remount-ro $image $dir; \
     systemctl start openvswitch-switch; ovs-vsctl show > /dev/null";
 /// To the last byte of the database's last block.
