@@ -26,6 +26,8 @@ use crate::host::{
     Versions,
 };
 
+/// Its process, which stays the peer of a socket that it has begun to listen on (SO_PEERCRED, unix(7)).
+const SYSTEMD: i32 = 1;
 /// How long systemd may take to say what its unit starts.
 const UNIT_LIMIT: Duration = Duration::from_secs(5);
 /// Between two looks at a file or a socket that somebody else makes.
@@ -100,9 +102,26 @@ impl RealDaemons {
         Ok(file.holder()?.filter(is_it))
     }
 
-    /// The process behind the database socket, by its credentials.
+    /// The process behind the database socket, by its credentials; where systemd listens for it, the one that systemd has
+    /// handed this very socket to.
     fn database_listener(&self) -> Result<i32> {
-        Ok(Connection::connect(&self.database_socket)?.peer()?.pid())
+        let object = || self.database_socket.display().to_string();
+        let listener = Connection::connect(&self.database_socket)?.peer()?.pid();
+        if listener != SYSTEMD {
+            return Ok(listener);
+        }
+        let systemds = procfs::socket_inodes(SYSTEMD).about(object())?;
+        let listening = procfs::listening(&self.database_socket).about(object())?;
+        let inodes: BTreeSet<u64> = listening.intersection(&systemds).copied().collect();
+        let (kind, run_directory) = (DaemonKind::OvsdbServer, self.run_directory()?);
+        let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
+        let all = procfs::pids().about("/proc")?.into_iter();
+        let owners = all.filter(|pid| run_directory.admits(kind, *pid)).filter(has_it).collect();
+        match the_one_with_a_lock(&run_directory, kind, owners).as_slice() {
+            [pid] => Ok(*pid),
+            [] => Err(HostError::new(object(), "systemd listens, and no ovsdb-server runs that has its socket")),
+            many => Err(HostError::new(object(), format!("processes {many:?} all have the socket of systemd"))),
+        }
     }
 }
 

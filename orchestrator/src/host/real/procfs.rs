@@ -232,6 +232,28 @@ pub fn socket_inodes(pid: i32) -> io::Result<BTreeSet<u64>> {
     Ok(links.filter_map(inode).collect())
 }
 
+/// The inodes of the sockets that listen at `path`, in our network namespace (`unix_seq_show`, net/unix/af_unix.c). A
+/// socket may have this name and lie elsewhere: it says nothing about whose it is.
+pub fn listening(path: &Path) -> io::Result<BTreeSet<u64>> {
+    Ok(fs::read_to_string("/proc/net/unix")?.lines().filter_map(|line| listens_at(line, path)).collect())
+}
+
+/// `Num RefCount Protocol Flags Type St Inode Path`; a path may have spaces.
+fn listens_at(line: &str, path: &Path) -> Option<u64> {
+    /// `__SO_ACCEPTCON` of linux/net.h.
+    const ACCEPTS: u32 = 1 << 16;
+    let mut rest = line;
+    let mut word = || {
+        let (word, after) = rest.trim_start().split_once(' ')?;
+        rest = after;
+        Some(word)
+    };
+    let (flags, inode) =
+        (word().and(word()).and(word()).and_then(|_| word())?, word().and(word()).and_then(|_| word())?);
+    let accepts = u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & ACCEPTS != 0);
+    (accepts && Path::new(rest) == path).then(|| inode.parse().ok())?
+}
+
 /// Has process `pid` the file at `path` open?
 pub fn has_open(pid: i32, path: &Path) -> bool {
     let file = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
@@ -248,6 +270,23 @@ pub fn runs(pid: i32, name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_socket_that_listens_is_found_by_its_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db with spaces.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let inodes = listening(&path).unwrap();
+        assert_eq!(inodes.len(), 1);
+        assert!(inodes.is_subset(&socket_inodes(std::process::id() as i32).unwrap()));
+        // One that has connected has the name, too, and does not listen.
+        let client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+        let served = listener.accept().unwrap();
+        assert_eq!(listening(&path).unwrap(), inodes);
+        drop((listener, client, served));
+        assert!(listening(&path).unwrap().is_empty());
+        assert_eq!(listens_at("Num       RefCount Protocol Flags    Type St Inode Path", Path::new("Path")), None);
+    }
 
     #[test]
     fn our_own_process_is_found_again() {
