@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ use crate::host::{Bridge, BridgeRules, Context, Result, RuleWatch};
 
 /// More text than this is not kept: the bridge then counts as changed.
 const TEXT_MAX: usize = 32 << 20;
+/// An error is a line; the answer of a bridge that is watched has no more, because no rules are asked for.
+const FIRST_MAX: usize = 64 << 10;
 /// A monitor that an older daemon refuses waits for ever (ovs-ofctl 3.1 and ovs-vswitchd 2.15: "bad flags 0xffff"). So long
 /// is waited for the first, and after each for the next: hundreds of them take longer.
 const ESTABLISHED_WITHIN: Duration = Duration::from_secs(10);
@@ -126,6 +128,11 @@ impl Text {
     }
 }
 
+fn is_readable(pipe: &ChildStdout) -> bool {
+    let mut looked = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    poll(&mut looked, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Established {
     Yes,
@@ -138,6 +145,8 @@ struct Watcher {
     bridge: String,
     child: Child,
     control: PathBuf,
+    /// What the bridge says to the request itself, before anything else is asked (`dump_transaction`).
+    first: Option<ChildStdout>,
     printed: Arc<Printed>,
     barriers: usize,
     /// What its control socket was asked and has not answered: a barrier is answered when the bridge has.
@@ -156,12 +165,21 @@ impl Watcher {
         let target = openflow.target(&bridge.name);
         let words = ["--no-names", "-O", &versions, "monitor", &target, "watch:!initial"];
         let mut child = command::start(OVS_OFCTL, &words, Stdio::null())?;
-        drop(child.stdout.take());
-        let pipe = child.stderr.take();
+        let (first, pipe) = (child.stdout.take(), child.stderr.take());
         let control = openflow.run_directory().join(format!("{OVS_OFCTL}.{}.ctl", child.id()));
         let (bridge, printed) = (bridge.name.clone(), Arc::default());
         Ok((
-            Watcher { bridge, child, control, printed, barriers: 0, asked: None, complete: false, answers_at: None },
+            Watcher {
+                bridge,
+                child,
+                control,
+                first,
+                printed,
+                barriers: 0,
+                asked: None,
+                complete: false,
+                answers_at: None,
+            },
             pipe,
         ))
     }
@@ -179,12 +197,26 @@ impl Watcher {
             };
             std::thread::sleep(left.min(LOOK_AGAIN));
         }
-        // It prints the error and stays, and its barriers are answered all the same.
-        if self.text().text.contains("OFPT_ERROR") {
+        // Then it stays all the same, and its barriers are answered.
+        if self.was_refused() {
             self.end();
             return Established::Refused;
         }
         Established::Yes
+    }
+
+    /// Reads what there is and closes the pipe: nothing more is wanted from it.
+    fn was_refused(&mut self) -> bool {
+        let Some(mut first) = self.first.take() else { return false };
+        let mut text = Vec::new();
+        let mut chunk = [0; 4096];
+        while text.len() < FIRST_MAX && is_readable(&first) {
+            match first.read(&mut chunk) {
+                Ok(n) if n > 0 => text.extend_from_slice(chunk.get(..n).unwrap_or_default()),
+                _ => break,
+            }
+        }
+        String::from_utf8_lossy(&text).contains("OFPT_ERROR")
     }
 
     fn end(&mut self) {
