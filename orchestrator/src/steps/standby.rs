@@ -19,6 +19,8 @@ const UNSEEN_HOOK: Duration = Duration::from_secs(1);
 /// A daemon writes its PID file before it reads the database; TCG makes that half a second.
 const UNSEEN: Duration = Duration::from_secs(3);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Between two looks at the old daemon and at systemd's job while a hook is waited for.
+const HOOK_LOOK: Duration = Duration::from_millis(20);
 /// After the command that has started its container: a start script may have the database to convert first.
 const LATE_START: Duration = Duration::from_secs(20);
 
@@ -104,8 +106,7 @@ pub(super) fn end_unseen_daemon(run: &mut Run, until: Instant) -> Result<(), Sto
 fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     if run.wish.elsewhere {
-        let connects = || Stop::TimedOut("whoever starts the new ovs-vswitchd to connect".into());
-        let link = run.control.wait_hook(until).ok_or_else(connects)?;
+        let link = wait_hook(run, "the starter of the new ovs-vswitchd to connect", None)?;
         run.known.start = Some(Start::Elsewhere { link, runs: false, done: None });
         return run.checkpoint();
     }
@@ -125,22 +126,40 @@ fn prepare_start(run: &mut Run) -> Result<(), Stop> {
     };
     services.prepare_hand_over(&hand_over, until).context("preparing the unit's reload")?;
     no_other_job(run)?;
-    let job = match called_by_it {
+    let mut job = match called_by_it {
         true => services.job_of(&unit.name, until)?.with_context(|| format!("{} is not being reloaded", unit.name))?,
         false => services.start_job(&unit.name, JobKind::Reload, until).context("asking systemd for a reload")?,
     };
-    let link = run.control.wait_hook(until).ok_or_else(|| {
-        Stop::TimedOut(format!("the reload hook of {} to connect; see `journalctl -u {}`", unit.name, unit.name))
-    })?;
+    let what = format!("the reload hook of {} to connect; see `journalctl -u {}`", unit.name, unit.name);
+    let link = wait_hook(run, &what, Some(job.as_mut()))?;
     run.known.start = Some(Start::Unit { unit: unit.name, job, link });
     run.checkpoint()
+}
+
+/// Waits for the process that the unit's `job` starts, as long as the old daemon lives and the job has not ended.
+fn wait_hook(run: &mut Run, what: &str, mut job: Option<&mut dyn Job>) -> Result<Box<dyn Hook>, Stop> {
+    let mut link = None;
+    run.wait_for(what, |run| {
+        link = run.control.wait_hook(run.now() + HOOK_LOOK);
+        if let (None, Some(job)) = (&link, job.as_mut()) {
+            if let Some(ended) = job.wait(run.now())? {
+                // It may have connected just before its end.
+                link = run.control.wait_hook(run.now());
+                if link.is_none() {
+                    return Err(anyhow!("systemd's job ended as {ended}, and nobody connected: {what}").into());
+                }
+            }
+        }
+        Ok(link.is_some())
+    })?;
+    Ok(link.context("the hook has vanished")?)
 }
 
 /// The unit is being restarted, and its ExecStop= waits for us.
 fn prepare_restart(run: &mut Run, unit: String) -> Result<(), Stop> {
     let until = run.deadline;
-    let job = run.host.services.job_of(&unit, until)?.with_context(|| format!("{unit} is not being restarted"))?;
-    let link = run.control.wait_hook(until).ok_or_else(|| Stop::TimedOut(format!("ExecStop= of {unit} to connect")))?;
+    let mut job = run.host.services.job_of(&unit, until)?.with_context(|| format!("{unit} is not being restarted"))?;
+    let link = wait_hook(run, &format!("ExecStop= of {unit} to connect"), Some(job.as_mut()))?;
     run.known.start = Some(Start::Restart { unit, job, link });
     run.checkpoint()
 }

@@ -648,6 +648,18 @@ fn a_dump_that_lacks_flows_is_looked_at_again() {
 }
 
 #[test]
+fn the_way_back_from_a_daemon_that_dies_by_itself_begins_at_once() {
+    let usual = play(PLAIN, Script::default()).report.unwrap().duration_ms;
+    for place in trace(PLAIN, Script::default()) {
+        if place.name == "services.start_job" || place.name == "services.prepare_hand_over" {
+            let played = play(PLAIN, Script::of([(place, Fault::OldDies)]));
+            let took = played.report.as_ref().unwrap().duration_ms;
+            assert!(took < usual + 20_000, "{took} ms, usually {usual}; {}", played.told());
+        }
+    }
+}
+
+#[test]
 fn a_daemon_that_sees_less_than_the_one_before_is_told() {
     let place = Place { life: 0, name: "datapath.arm", nth: 0 };
     let played = play(PLAIN, Script::of([(place, Fault::ProbeLeft)]));
