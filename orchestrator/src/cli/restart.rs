@@ -21,10 +21,12 @@ use super::{containers, load, RestartArgs, SuperviseArgs};
 use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, Subscription, LOCK, SOCKET};
 use crate::journal::{new_id, Runs};
 use crate::machine::ExitCode;
+use crate::recovery::RECOVERY;
 use crate::report::{summary, Report};
 
-/// How long a supervisor that has closed its socket may take to write its report.
-const REPORT_LIMIT: Duration = Duration::from_secs(5);
+/// How long a supervisor that has closed its socket may take to write its report, and systemd to start a recovery in the
+/// place of one that has died: it restarts no unit before all of its processes have ended.
+const REPORT_LIMIT: Duration = Duration::from_secs(15);
 
 /// How often is looked how far the phase under way is.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -284,6 +286,9 @@ fn interrupt(socket: &Path, id: &str, display: &Display) -> Option<u8> {
 
 /// The connection broke before the end was told.
 fn orphaned(id: &str, json: bool) -> u8 {
+    if let Ok(report) = Runs::default().report(id) {
+        return end(&report, json);
+    }
     match wait_for_report(id) {
         Some(report) => end(&report, json),
         None => fail(
@@ -294,17 +299,34 @@ fn orphaned(id: &str, json: bool) -> u8 {
     }
 }
 
-/// That of a run whose supervisor has closed its socket.
+/// That of a run whose supervisor has gone. systemd starts a recovery in its place, and that writes the report: it is
+/// waited for as long as it takes, and for its beginning so long as systemd may need.
 pub(super) fn wait_for_report(id: &str) -> Option<Report> {
     let runs = Runs::default();
-    let until = Instant::now() + REPORT_LIMIT;
-    while Instant::now() < until {
-        if let Ok(report) = runs.report(id) {
+    let holder = || RunLock::holder(Path::new(LOCK)).ok().flatten().map(|holder| holder.id);
+    await_report(|| runs.report(id).ok(), || holder().is_some_and(|of| of == id || of == RECOVERY), REPORT_LIMIT)
+}
+
+fn await_report<T>(report: impl Fn() -> Option<T>, is_worked_on: impl Fn() -> bool, patience: Duration) -> Option<T> {
+    let (mut until, mut told) = (Instant::now() + patience, false);
+    loop {
+        // In this order: what has been written before the lock was given back is found.
+        let worked_on = is_worked_on();
+        if let Some(report) = report() {
             return Some(report);
+        }
+        if worked_on {
+            until = Instant::now() + patience;
+        }
+        if worked_on && !told {
+            complain("the supervisor has gone; its run is being recovered");
+            told = true;
+        }
+        if Instant::now() >= until {
+            return None;
         }
         thread::sleep(Duration::from_millis(100));
     }
-    None
 }
 
 /// Tells how a run ended; returns its exit code.
@@ -323,6 +345,19 @@ mod tests {
     use crate::control::Server;
     use crate::machine::{Outcome, Phase};
     use crate::report::Strategy;
+
+    #[test]
+    fn a_report_is_waited_for_as_long_as_a_recovery_works_on_it() {
+        let began = Instant::now();
+        let patience = Duration::from_millis(300);
+        let since = |ms| began.elapsed() >= Duration::from_millis(ms);
+        assert!(await_report(|| None::<()>, || false, patience).is_none());
+        let began = Instant::now();
+        let since_again = |ms| began.elapsed() >= Duration::from_millis(ms);
+        let made = || since_again(900).then_some(());
+        assert!(await_report(made, || !since_again(900), patience).is_some(), "longer than the patience");
+        assert!(since(900));
+    }
 
     struct Run {
         _dir: tempfile::TempDir,

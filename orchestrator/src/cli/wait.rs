@@ -8,10 +8,11 @@ use anyhow::{bail, Context};
 
 use super::containers::under_way;
 use super::ended::answered;
-use super::restart::{end, follow_to_the_end, Follow};
+use super::restart::{end, follow_to_the_end, wait_for_report, Follow};
 use crate::control::{RunLock, LOCK};
 use crate::journal::Runs;
 use crate::recovery::RECOVERY;
+use crate::report::Report;
 
 /// Between two looks at a run that does not listen: it is being recovered, or about to end.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
@@ -20,7 +21,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(200);
 pub(super) fn wait(id: Option<String>, json: bool) -> u8 {
     match find(id) {
         Ok(Found::Running(id, events)) => follow_to_the_end(&id, events, Follow { json, only_waits: true }),
-        Ok(Found::Over(id)) => match Runs::default().report(&id).with_context(|| no_report(&id)) {
+        Ok(Found::Over(id)) => match report_of(&id).with_context(|| no_report(&id)) {
             Ok(report) => end(&report, json),
             Err(error) => answered(json, Err(error)),
         },
@@ -31,6 +32,16 @@ pub(super) fn wait(id: Option<String>, json: bool) -> u8 {
 enum Found {
     Running(String, crate::control::Subscription),
     Over(String),
+}
+
+/// That of a run that is over; one whose supervisor has just died is about to be recovered.
+fn report_of(id: &str) -> Option<Report> {
+    let runs = Runs::default();
+    match runs.report(id) {
+        Ok(report) => Some(report),
+        Err(_) if runs.is_over(id) => None,
+        Err(_) => wait_for_report(id),
+    }
 }
 
 fn no_report(id: &str) -> String {
