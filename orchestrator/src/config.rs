@@ -189,7 +189,8 @@ impl Default for Limits {
             snapshot_ms: 180_000,
             arm_ms: 60_000,
             standby_ms: 60_000,
-            switch_prepare_ms: 10_000,
+            // Learned addresses of hundreds of bridges take seconds of a daemon that is busy with them.
+            switch_prepare_ms: 20_000,
             switch_commit_ms: 15_000,
             elsewhere_ms: 60_000,
             restore_ms: 60_000,

@@ -23,6 +23,8 @@ pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
 pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow13,OpenFlow14,OpenFlow15";
 /// So many bridges are read table by table, with a process for each.
 const FEW_BRIDGES: usize = 32;
+/// Over so many connections the daemon is asked about its bridges.
+const FDB_CONNECTIONS: usize = 16;
 /// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
 const COMPARISONS: u32 = 3;
 /// Between two looks at a daemon that starts.
@@ -353,14 +355,19 @@ impl OpenFlow for RealOpenFlow {
     }
 
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
-        let questions: Vec<_> = bridges.iter().map(|bridge| ("fdb/show", json!([bridge.name]))).collect();
-        let answers = unixctl::commands(daemon, &questions, until)?;
+        // A turn of the daemon's main loop, long where there are hundreds of bridges, answers one question of a connection.
+        let some: Vec<&[Bridge]> = bridges.chunks(bridges.len().div_ceil(FDB_CONNECTIONS).max(1)).collect();
+        let answers = side_by_side(&some, |some| {
+            let questions: Vec<_> = some.iter().map(|bridge| ("fdb/show", json!([bridge.name]))).collect();
+            unixctl::commands(daemon, &questions, until)
+        })?;
+        let answers = answers.into_iter().flatten();
         let latest_first = |text: String| {
             let mut entries = fdb::parse(&text);
             entries.sort_by_key(|entry| entry.age_s);
             entries
         };
-        Ok(answers.into_iter().map(latest_first).collect())
+        Ok(answers.map(latest_first).collect())
     }
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
