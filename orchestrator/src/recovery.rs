@@ -157,7 +157,10 @@ pub(crate) fn recover_interrupted(
     let duration = recovery.clock.now().saturating_duration_since(begun);
     let mut report = recovery.report;
     report.warnings.extend(recovery.errors);
-    report.finish(&outcome, duration.as_millis() as u64);
+    // From the start of the run, not of its recovery: `started_ms` and this tell when it ended.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let whole = (now.as_millis() as u64).saturating_sub(report.started_ms).max(duration.as_millis() as u64);
+    report.finish(&outcome, whole);
     runs.keep_report(&id, &mut report)?;
     runs.note_end(&report);
     runs.clear_memory(&id);

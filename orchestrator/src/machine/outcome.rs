@@ -107,7 +107,7 @@ impl Cause {
             Cause::Failed => "failed",
             Cause::TimedOut => "did not end within its time limit",
             Cause::Aborted => "was aborted on request",
-            Cause::LeaseLost => "lost the lease of the freeze",
+            Cause::LeaseLost => "saw the freeze end before it should",
             Cause::BoundByOther => "saw another process bind the upcalls",
             Cause::RestoreWaitRemoved => "saw somebody else remove flow-restore-wait",
             Cause::NewDaemonDied => "saw the new ovs-vswitchd die",

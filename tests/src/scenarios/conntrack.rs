@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::network::{self, UNWILDCARD};
 use super::{Expect, Traffic};
@@ -74,7 +74,10 @@ impl Traffic for Conntrack {
             Duration::from_secs(5),
             Duration::from_millis(200),
             governed,
-        )?;
+        )
+        .with_context(|| {
+            shell_lenient("conntrack -L -p udp 2>&1 | head; ovs-vsctl list-zone-tp system; lsmod | grep ^nf")
+        })?;
         outcome.note("timer before", timer());
         Ok(())
     }
