@@ -133,6 +133,7 @@ fn a_bad_configuration_ends_with_2_and_names_the_key_once() {
     assert!(code == 2 && message.contains("leese_ms"), "{code} {message}");
     // It may be the reason why somebody asks.
     let Some(output) = as_root(&["--config", path, "status"]) else { return };
+    assert_eq!(self::code(&output), 2, "{}", stderr(&output));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("leese_ms") && text.contains("no run begins"), "{text}");
 }

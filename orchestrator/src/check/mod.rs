@@ -18,7 +18,8 @@ use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strat
 use crate::steps::notes::RULE_REMEDY;
 use crate::steps::{Host, Wish};
 
-const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
+/// Starts both daemons.
+pub(crate) const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
 
 /// What was found, for the report and for the steps that follow.
 #[derive(Debug)]

@@ -41,7 +41,7 @@ pub enum Command {
     ///
     /// Exit codes, for monitoring: 0 quiet; 11 a run is under way; 40 needs a person: a run was cut off, the last one ended
     /// with 40 and nothing has put the host right since, or flow-restore-wait is set without a run; 1 that could not be
-    /// found out.
+    /// found out, or a daemon that is installed does not run; 2 the configuration cannot be read.
     Status {
         /// Print the answer as JSON.
         #[arg(long)]

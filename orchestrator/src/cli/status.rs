@@ -8,14 +8,15 @@ use dpfreeze::freeze;
 use serde::Serialize;
 
 use super::connect;
-use super::ended::FAILED;
+use super::ended::{FAILED, USAGE};
 use super::output::{say, say_json};
 use crate::config::Config;
+use crate::check::START;
 use crate::control::{Holder, RunLock, Status, LOCK};
 use crate::guard;
 use crate::host::real::assemble::DATABASE_SOCKET;
-use crate::host::real::{Ovsdb, RealDaemons};
-use crate::host::{Daemon, DaemonKind, Daemons, Database};
+use crate::host::real::{is_program_installed, Ovsdb, RealDaemons, Systemd};
+use crate::host::{Daemon, DaemonKind, Daemons, Database, ServiceManager, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::recovery::MARK;
@@ -26,6 +27,9 @@ const SCHEMA: u32 = 1;
 
 /// How long the database may take to answer.
 const DATABASE_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long systemd may take to answer.
+const SYSTEMD_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long a daemon may take to say its version.
 const VERSION_LIMIT: Duration = Duration::from_secs(3);
@@ -57,6 +61,8 @@ struct Answer {
     flow_restore_wait_of: Option<String>,
     /// The daemons that run; none while a run is under way.
     daemons: Vec<RunningDaemon>,
+    /// The daemons that are installed and do not run; none while a run is under way.
+    not_running: Vec<&'static str>,
     /// The configuration.
     configuration: Configuration,
     /// What could not be found out.
@@ -120,13 +126,15 @@ pub fn status(config: &Path, json: bool) -> u8 {
     answer.exit_code
 }
 
-/// For monitoring: 0 quiet, 11 a run is under way, 40 needs a person, 1 that could not be found out.
+/// For monitoring: 0 quiet, 11 a run is under way, 40 needs a person, 1 that could not be found out or a daemon does not
+/// run, 2 the configuration cannot be read.
 fn exit_code(answer: &Answer) -> u8 {
     let stuck = answer.flow_restore_wait == Some(true);
     match answer.run.is_some() || answer.lock.is_some() {
         true => ExitCode::Busy.code(),
         false if answer.interrupted.is_some() || answer.needs_person.is_some() || stuck => ExitCode::NeedsPerson.code(),
-        false if answer.undecided => FAILED,
+        false if answer.undecided || !answer.not_running.is_empty() => FAILED,
+        false if answer.configuration.error.is_some() => USAGE,
         false => ExitCode::Done.code(),
     }
 }
@@ -153,7 +161,7 @@ fn ask(config: &Path) -> Answer {
     // A host without ovsdb-server has no flag.
     undecided |= flow_restore_wait.is_none() && Path::new(DATABASE_SOCKET).exists();
     let flow_restore_wait_of = facts.and_then(|facts| facts.external_ids.get(MARK).cloned());
-    let daemons = if quiet { daemons(&mut unknown) } else { Vec::new() };
+    let (daemons, not_running) = if quiet { daemons(&mut unknown, &mut undecided) } else { Default::default() };
     let error = Config::load(config).err().map(|error| error.to_string());
     let configuration = Configuration { file: config.display().to_string(), error };
     Answer {
@@ -168,6 +176,7 @@ fn ask(config: &Path) -> Answer {
         flow_restore_wait,
         flow_restore_wait_of,
         daemons,
+        not_running,
         configuration,
         unknown,
         undecided,
@@ -189,15 +198,29 @@ fn last_run(runs: &Runs) -> anyhow::Result<Option<LastRun>> {
     Ok(real.or(reports.last()).map(LastRun::of))
 }
 
-fn daemons(unknown: &mut Vec<String>) -> Vec<RunningDaemon> {
+/// The daemons that run, and those that are installed and do not.
+fn daemons(unknown: &mut Vec<String>, undecided: &mut bool) -> (Vec<RunningDaemon>, Vec<&'static str>) {
     let daemons = RealDaemons::new(DATABASE_SOCKET);
-    let mut found = Vec::new();
+    // A host that has ovsdb-server alone has it for something else.
+    let installed = is_installed();
+    let (mut found, mut missing) = (Vec::new(), Vec::new());
     for kind in [DaemonKind::OvsVswitchd, DaemonKind::OvsdbServer] {
-        for daemon in known(unknown, daemons.find_all(kind).map(Some)).unwrap_or_default() {
-            found.push(running(&daemons, &daemon, unknown));
+        match known(unknown, daemons.find_all(kind).map(Some)) {
+            Some(all) if all.is_empty() && installed => missing.push(kind.program()),
+            Some(all) => found.extend(all.iter().map(|daemon| running(&daemons, daemon, unknown))),
+            None => *undecided |= installed,
         }
     }
-    found
+    (found, missing)
+}
+
+/// Does this host have an ovs-vswitchd to start: its program, or its unit? One in a container is not this host's.
+fn is_installed() -> bool {
+    let systemd = Systemd::default();
+    let unit = || systemd.is_running().then(|| systemd.unit(SWITCH_UNIT, Instant::now() + SYSTEMD_LIMIT).ok()).flatten();
+    is_program_installed(DaemonKind::OvsVswitchd)
+        // A drop-in alone is no unit.
+        || unit().flatten().is_some_and(|unit| unit.fragment.is_some())
 }
 
 fn running(daemons: &RealDaemons, daemon: &Daemon, unknown: &mut Vec<String>) -> RunningDaemon {
@@ -225,6 +248,7 @@ fn in_words(answer: &Answer, now_ms: u64) -> String {
     lines.extend(answer.guard.as_ref().map(guard_lines));
     lines.push(flag_line(answer));
     lines.extend(answer.daemons.iter().map(daemon_line));
+    lines.extend(answer.not_running.iter().map(|program| format!("{program} does not run; remedy: {START}")));
     lines.extend(answer.configuration.error.as_ref().map(|error| {
         format!(
             "{error}\nuntil then no run begins: an upgrade leaves the daemons of Open vSwitch as they are, and a restart \
@@ -417,6 +441,20 @@ mod tests {
             assert_eq!(exit_code(&Answer { lock: lock.clone(), ..answer }), 11);
         }
         assert_eq!(exit_code(&Answer { undecided: true, ..quiet() }), 1);
+    }
+
+    #[test]
+    fn a_daemon_that_does_not_run_and_a_configuration_that_cannot_be_read_are_no_quiet_host() {
+        let stopped = Answer { not_running: vec!["ovs-vswitchd"], ..quiet() };
+        assert_eq!(exit_code(&stopped), 1);
+        let text = in_words(&stopped, NOW);
+        assert!(text.contains("ovs-vswitchd does not run; remedy: `systemctl start openvswitch-switch`"), "{text}");
+        let error = Some("unknown field".to_owned());
+        let unread = |answer| Answer { configuration: Configuration { error: error.clone(), ..Default::default() }, ..answer };
+        assert_eq!(exit_code(&unread(quiet())), 2);
+        // What is worse comes first.
+        assert_eq!(exit_code(&unread(stopped)), 1);
+        assert_eq!(exit_code(&unread(Answer { interrupted: Some("run-7".into()), ..quiet() })), 40);
     }
 
     #[test]

@@ -142,6 +142,11 @@ fn may_follow(old: &Daemon, pid: i32) -> bool {
     !bound || procfs::cgroup(pid).is_ok_and(|cgroup| cgroup == old.cgroup)
 }
 
+/// Is the program of the kind in one of the places of packages?
+pub fn is_program_installed(kind: DaemonKind) -> bool {
+    container::search(container::directories(), kind.program(), trusted::program).is_ok()
+}
+
 /// The program of the kind that this host has installed, which the daemon itself has no say in: its unit's, where that
 /// starts it without a script; that in one of the places of packages; where there is none the file that the kernel says
 /// a daemon of root's runs. Nobody but root can have put it there.

@@ -37,7 +37,7 @@ mod trusted;
 pub mod unixctl;
 
 pub use clock::RealClock;
-pub use daemons::RealDaemons;
+pub use daemons::{is_program_installed, RealDaemons};
 pub use disk::RealDisk;
 pub use module::RealModule;
 pub use openflow::RealOpenFlow;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::check::refuse;
+use crate::check::{refuse, START};
 use crate::host::real::assemble::RUN_DIRECTORY;
 use crate::host::real::{identity, procfs};
 use crate::host::surroundings::{CheckOptions, Known};
@@ -10,7 +10,6 @@ use crate::host::{Daemon, DaemonKind, Daemons};
 use crate::report::{Findings, Name};
 
 const SWITCH: DaemonKind = DaemonKind::OvsVswitchd;
-const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
 
 /// The two daemons, if each runs once and the upcalls go to the ovs-vswitchd that runs.
 pub(super) fn running(daemons: &dyn Daemons, known: &Known<'_>, found: &mut Findings) -> Option<(Daemon, Daemon)> {
