@@ -116,19 +116,26 @@ pub fn what_is_wrong(config: &Config) -> Vec<String> {
         Ok(_) => {}
         Err(error) => wrong.push(format!("the database does not answer: {error}")),
     }
-    if let Err(error) = bound_daemon(config) {
+    if let Err(error) = Host::real(config).and_then(|mut host| prove_bound(&mut host)) {
         wrong.push(format!("{error:#}; remedy: start Open vSwitch again (`systemctl restart openvswitch-switch`)"));
     }
     wrong
 }
 
-/// The one ovs-vswitchd that the upcalls go to.
-fn bound_daemon(config: &Config) -> anyhow::Result<Daemon> {
-    let mut host = Host::real(config)?;
+/// The ovs-vswitchd that the upcalls go to; none where no bridge was made, and nothing is to be bound.
+fn bound_daemon(host: &mut Host) -> anyhow::Result<Option<Daemon>> {
+    if !host.datapath.is_there()? {
+        return Ok(None);
+    }
     let bound = host.datapath.upcall_port_ids()?;
-    let daemon = host.daemons.find_vswitchd(&bound)?;
+    Ok(Some(host.daemons.find_vswitchd(&bound)?))
+}
+
+/// It is bound, and the only one.
+fn prove_bound(host: &mut Host) -> anyhow::Result<()> {
+    bound_daemon(host)?;
     match host.daemons.find_all(DaemonKind::OvsVswitchd)?.len() {
-        0 | 1 => Ok(daemon),
+        0 | 1 => Ok(()),
         several => bail!("{several} ovs-vswitchd run, and one may"),
     }
 }
@@ -295,9 +302,10 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
         }
         _ => {}
     }
-    let bound = host.datapath.upcall_port_ids()?;
-    let daemon = host.daemons.find_vswitchd(&bound)?;
-    println!("thaw: ovs-vswitchd (process {}) is bound to the upcalls", daemon.id.pid);
+    match bound_daemon(&mut host)? {
+        Some(daemon) => println!("thaw: ovs-vswitchd (process {}) is bound to the upcalls", daemon.id.pid),
+        None => println!("thaw: there is no kernel datapath: nothing is bound to it"),
+    }
     Ok(0)
 }
 
@@ -1003,5 +1011,21 @@ fn job(host: &Host, unit: &str, kind: JobKind, until: Instant) -> anyhow::Result
         Some("done") => Ok(()),
         Some(other) => bail!("the job of {unit} ended as `{other}`; see `journalctl -u {unit}`"),
         None => bail!("the job of {unit} has not ended in time"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::simulated::{Script, Sim, Variant};
+
+    #[test]
+    fn where_no_bridge_was_made_nobody_has_to_be_bound() {
+        let sim = Sim::new(Variant::USUAL, Script::default());
+        assert!(bound_daemon(&mut sim.host()).unwrap().is_some());
+        sim.world().kernel.no_datapath = true;
+        sim.world().kernel.bound.clear();
+        assert!(bound_daemon(&mut sim.host()).unwrap().is_none());
+        prove_bound(&mut sim.host()).unwrap();
     }
 }

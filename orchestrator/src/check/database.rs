@@ -57,7 +57,7 @@ fn root(facts: &DatabaseFacts, found: &mut Findings) {
 
 fn bridge(bridge: &Bridge, found: &mut Findings) {
     let object = format!("bridge {}", bridge.name);
-    if !matches!(bridge.datapath_type.as_str(), "" | "system") {
+    if !bridge.is_of_kernel() {
         let cause = format!("its datapath ({}) is not the kernel's and ends with the daemon", bridge.datapath_type);
         found.refuse(Name::NetdevBridge, &object, cause, PLAIN);
     }

@@ -12,7 +12,7 @@ use crate::control::RUN_DIR;
 use crate::host::datapath::DATAPATH;
 use crate::host::real::RealSurroundings;
 use crate::host::surroundings::{CheckOptions, Known, Surroundings};
-use crate::host::{Daemon, DatabaseFacts, HostError, Versions};
+use crate::host::{Bridge, Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strategy};
 use crate::steps::notes::RULE_REMEDY;
@@ -20,6 +20,9 @@ use crate::steps::{Host, Wish};
 
 /// Starts both daemons.
 pub(crate) const START: &str = "`systemctl start openvswitch-switch` (RHEL: openvswitch)";
+
+/// A restart that loses what it loses without us.
+const PLAIN: &str = "`ovs-graceful restart --plain`";
 
 /// What was found, for the report and for the steps that follow.
 #[derive(Debug)]
@@ -55,7 +58,11 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
         prove_freeze(host, &mut found, &mut level);
     }
     let may_dispatch_per_vport = level == Level::Full || wish.reloads_module();
-    let vswitchd = find_vswitchd(host, may_dispatch_per_vport, &mut found);
+    let is_there = keep(host.datapath.is_there(), Name::Datapath, START, &mut found);
+    let vswitchd = match is_there {
+        Some(true) => find_vswitchd(host, may_dispatch_per_vport, &mut found),
+        Some(false) | None => None,
+    };
     let versions = vswitchd.as_ref().and_then(|daemon| daemon.as_ref().ok()).map(|daemon| {
         let remedy =
             "install Open vSwitch's package again, if its ovs-vswitchd does not run; else look at the daemon's log";
@@ -89,6 +96,9 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
         Err(error) if runs => keep(Err(error), Name::Database, "look at ovsdb-server and its log", &mut found),
         Err(_) => None,
     };
+    if is_there == Some(false) {
+        no_datapath(facts.as_ref(), &others, &mut found);
+    }
     if let Some(facts) = &facts {
         database::look(facts, &mut found);
         database_disk::look(host.database.look_at_disk(), &mut found);
@@ -156,6 +166,22 @@ fn find_vswitchd(
     Some(host.daemons.find_vswitchd(&ids))
 }
 
+/// There is no kernel datapath. Where both daemons run, `others` say nothing else, and nothing started helps.
+fn no_datapath(facts: Option<&DatabaseFacts>, others: &[Finding], found: &mut Findings) {
+    let is_refused = |name| others.iter().any(|one| one.name == name && one.severity == Severity::Refused);
+    let has_bridge = facts.is_some_and(|facts| facts.bridges.iter().any(Bridge::is_of_kernel));
+    let (cause, remedy) = if is_refused(Name::OvsRunning) {
+        ("there is no such datapath", START)
+    } else if is_refused(Name::NetworkNamespace) {
+        ("there is no such datapath in this network namespace", "that of network-namespace")
+    } else if has_bridge {
+        ("there is no such datapath: ovs-vswitchd has made none of its bridges (its log says why)", PLAIN)
+    } else {
+        ("there is no bridge of the kernel's datapath, so there is nothing to keep", PLAIN)
+    };
+    found.refuse(Name::Datapath, DATAPATH, cause, remedy);
+}
+
 /// The port ids that upcalls go to, where the kernel tells them and somebody is bound.
 fn bound_ids(ids: Option<Vec<u32>>, per_cpu: bool, kernel: &str, found: &mut Findings) -> Option<Vec<u32>> {
     let Some(ids) = ids else {
@@ -172,7 +198,7 @@ fn bound_ids(ids: Option<Vec<u32>>, per_cpu: bool, kernel: &str, found: &mut Fin
     if per_cpu && nobody_bound(&ids) {
         let cause = "ovs-vswitchd has bound no socket for its upcalls: every packet without a kernel flow is lost \
                      already (OVS 3.1 does so when it was started in the first 10 s after boot)";
-        found.refuse(Name::Upcalls, DATAPATH, cause, "`ovs-graceful restart --plain`");
+        found.refuse(Name::Upcalls, DATAPATH, cause, PLAIN);
         return None;
     }
     Some(ids)
@@ -266,6 +292,7 @@ fn of_fact(fact: &Fact, found: &mut Findings) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::simulated::{Script, Sim, Variant};
 
     /// The finding where the kernel tells `ids`.
     fn told(ids: Option<Vec<u32>>) -> Option<crate::report::Finding> {
@@ -283,6 +310,40 @@ mod tests {
         assert!(text.contains("5.15.0-91-generic") && text.contains("none on this kernel"), "{text}");
         assert!(!text.contains("lost") && !text.contains('`'), "{text}");
         assert_eq!(told(Some(vec![])).unwrap().name, Name::Upcalls);
+    }
+
+    #[test]
+    fn a_host_without_a_bridge_has_nothing_to_keep_and_is_not_told_to_start_what_runs() {
+        let sim = Sim::new(Variant::USUAL, Script::default());
+        sim.world().kernel.no_datapath = true;
+        let mut host = sim.host();
+        let until = host.clock.now() + std::time::Duration::from_secs(60);
+        let wish = Wish {
+            strategy: Strategy::Standby,
+            ovsdb: true,
+            if_needed: false,
+            gate_command: None,
+            called_by: None,
+            elsewhere: false,
+        };
+        let report = check(&mut host, &wish, until).report;
+        let all: Vec<_> = report.findings.iter().filter(|one| one.severity == Severity::Refused).collect();
+        let [one] = all.as_slice() else { panic!("{report}") };
+        assert_eq!((one.name, one.remedy.as_str()), (Name::Datapath, PLAIN));
+
+        let told = |facts: Option<&DatabaseFacts>, others: &[Finding]| {
+            let mut found = Findings::default();
+            no_datapath(facts, others, &mut found);
+            let [one] = found.into_inner().try_into().unwrap();
+            (one.cause, one.remedy)
+        };
+        let none = DatabaseFacts::default();
+        assert!(told(Some(&none), &[]).0.contains("there is no bridge"));
+        let other = |name| {
+            [Finding { name, severity: Severity::Refused, object: "o".into(), cause: "c".into(), remedy: "r".into() }]
+        };
+        assert_eq!(told(None, &other(Name::OvsRunning)).1, START);
+        assert!(told(Some(&none), &other(Name::NetworkNamespace)).0.contains("namespace"));
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub enum FreezeEvent {
 
 /// The kernel datapath.
 pub trait Datapath {
+    /// Is there one at all? A daemon makes it with its first bridge and deletes it with the last.
+    fn is_there(&mut self) -> Result<bool>;
     /// All of the state that can be compared after the run.
     fn snapshot(&mut self) -> Result<Snapshot>;
     /// How often each flow has matched: a small part of [`Datapath::snapshot`], and cheap.

@@ -301,6 +301,13 @@ pub struct Bridge {
     pub ports: Vec<Port>,
 }
 
+impl Bridge {
+    /// Is it of the kernel's datapath?
+    pub fn is_of_kernel(&self) -> bool {
+        matches!(self.datapath_type.as_str(), "" | "system")
+    }
+}
+
 /// What the database says about this host.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatabaseFacts {

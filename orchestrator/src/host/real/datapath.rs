@@ -117,6 +117,10 @@ impl KernelDatapath {
 }
 
 impl Datapath for KernelDatapath {
+    fn is_there(&mut self) -> Result<bool> {
+        Ok(self.ovs.datapath(DATAPATH).about(DATAPATH)?.is_some())
+    }
+
     fn snapshot(&mut self) -> Result<Snapshot> {
         let snapshot = snapshot::capture(&mut self.ovs).about(DATAPATH)?;
         if self.chosen.is_none() {

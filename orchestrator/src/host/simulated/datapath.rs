@@ -75,6 +75,10 @@ fn reads(world: &World, daemon: ProcessId, port_ids: &[u32]) -> Result<()> {
 }
 
 impl Datapath for SimDatapath {
+    fn is_there(&mut self) -> Result<bool> {
+        Ok(!self.sim.look().kernel.no_datapath)
+    }
+
     fn snapshot(&mut self) -> Result<Snapshot> {
         self.sim.operate("datapath.snapshot", None, |world| {
             let datapath = Dp { ifindex: 1, name: DATAPATH.into(), ..Dp::default() };

@@ -189,6 +189,8 @@ pub struct Kernel {
     pub left_probe: bool,
     /// The next dump of flows has none.
     pub table_made_anew: bool,
+    /// No bridge was ever made.
+    pub no_datapath: bool,
     /// Nobody binds before, and what is captured until then cannot be read.
     pub binds_from: Option<Duration>,
 }

@@ -21,7 +21,7 @@ const WITH_TABLE_CONFIG: [&str; 2] = ["OpenFlow14", "OpenFlow15"];
 
 /// Looks at bridges and ports.
 pub(super) fn look(facts: &DatabaseFacts, until: Instant, found: &mut Findings) {
-    let kernel = facts.bridges.iter().filter(|bridge| matches!(bridge.datapath_type.as_str(), "" | "system"));
+    let kernel = facts.bridges.iter().filter(|bridge| bridge.is_of_kernel());
     let bridges: Vec<Bridge> = kernel.cloned().collect();
     // Three programs for each of hundreds of bridges: what else is looked at needs its time, too.
     let now = Instant::now();
