@@ -25,7 +25,7 @@ use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
 use crate::host::real::{RealClock, Systemd};
 use crate::host::{
-    BridgeRules, Cleared, Daemon, DaemonKind, Database, GuardUnits, JobKind, ProcessId, RefusedRule, ServiceManager,
+    BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId, RefusedRule, ServiceManager,
     Signal, DATABASE_UNIT, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
@@ -108,11 +108,7 @@ pub fn what_is_wrong(config: &Config) -> Vec<String> {
         Err(error) => wrong.push(format!("what is frozen is not known: {error}")),
     }
     match Host::real_database().facts(Instant::now() + SHORT) {
-        Ok(facts) if facts.is_on("flow-restore-wait") => wrong.push(
-            "flow-restore-wait is set, and not by us; remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . \
-             other_config flow-restore-wait`"
-                .to_owned(),
-        ),
+        Ok(facts) if facts.is_on("flow-restore-wait") => wrong.push(FOREIGN_FLAG.to_owned()),
         Ok(_) => {}
         Err(error) => wrong.push(format!("the database does not answer: {error}")),
     }
@@ -138,6 +134,19 @@ fn prove_bound(host: &mut Host) -> anyhow::Result<()> {
         0 | 1 => Ok(()),
         several => bail!("{several} ovs-vswitchd run, and one may"),
     }
+}
+
+/// What is told of a flow-restore-wait without our mark.
+const FOREIGN_FLAG: &str = "flow-restore-wait is set, and not by us: an ovs-vswitchd that starts with it answers no misses; \
+     remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`";
+
+/// A flow-restore-wait that is somebody else's, in words; none where the database cannot be asked.
+pub fn foreign_flag() -> Option<&'static str> {
+    told_of_flag(&Host::real_database().facts(Instant::now() + SHORT).ok()?)
+}
+
+fn told_of_flag(facts: &DatabaseFacts) -> Option<&'static str> {
+    (facts.is_on("flow-restore-wait") && !facts.external_ids.contains_key(MARK)).then_some(FOREIGN_FLAG)
 }
 
 /// Is there a flow-restore-wait with our mark? False where the database cannot be asked.
@@ -292,15 +301,11 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
     let mut host = Host::real(config)?;
     let until = Instant::now() + SHORT;
     let facts = host.database.facts(until)?;
-    match facts.external_ids.get(MARK) {
-        Some(_) => tidy_database(host.database.as_ref(), &RealClock)?.iter().for_each(|line| println!("thaw: {line}")),
-        _ if facts.is_on("flow-restore-wait") => {
-            bail!(
-                "flow-restore-wait is set and not by us; remedy, if nobody is restoring flows: `ovs-vsctl remove \
-                   open_vswitch . other_config flow-restore-wait`"
-            );
-        }
-        _ => {}
+    if facts.external_ids.contains_key(MARK) {
+        tidy_database(host.database.as_ref(), &RealClock)?.iter().for_each(|line| println!("thaw: {line}"));
+    }
+    if let Some(told) = told_of_flag(&facts) {
+        bail!(told);
     }
     match bound_daemon(&mut host)? {
         Some(daemon) => println!("thaw: ovs-vswitchd (process {}) is bound to the upcalls", daemon.id.pid),
@@ -1018,6 +1023,18 @@ fn job(host: &Host, unit: &str, kind: JobKind, until: Instant) -> anyhow::Result
 mod tests {
     use super::*;
     use crate::host::simulated::{Script, Sim, Variant};
+
+    #[test]
+    fn a_flag_without_our_mark_is_somebody_else_s() {
+        let set = DatabaseFacts {
+            other_config: [("flow-restore-wait".to_owned(), "true".to_owned())].into(),
+            ..DatabaseFacts::default()
+        };
+        let told = told_of_flag(&set).unwrap();
+        assert!(told.contains("not by us") && told.contains("`ovs-vsctl remove"), "{told}");
+        let marked = DatabaseFacts { external_ids: [(MARK.to_owned(), "run-1".to_owned())].into(), ..set };
+        assert_eq!((told_of_flag(&marked), told_of_flag(&DatabaseFacts::default())), (None, None));
+    }
 
     #[test]
     fn where_no_bridge_was_made_nobody_has_to_be_bound() {

@@ -1,6 +1,7 @@
 //! What the database alone tells.
 
 use crate::host::{Bridge, DatabaseFacts};
+use crate::recovery::MARK;
 use crate::report::{Findings, Name};
 
 /// For what no run keeps.
@@ -22,13 +23,15 @@ pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
 /// The row of table Open_vSwitch.
 fn root(facts: &DatabaseFacts, found: &mut Findings) {
     if facts.is_on("flow-restore-wait") {
-        found.refuse(
-            Name::RestoreWaitStuck,
-            "other_config:flow-restore-wait",
-            "it is set: ovs-vswitchd would start and forward nothing, even after a reboot",
-            "`ovs-graceful recover`; if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config \
-             flow-restore-wait`",
-        );
+        let (whose, remedy) = match facts.external_ids.get(MARK) {
+            Some(run) => (format!("by run {run}"), "`ovs-graceful recover`"),
+            None => (
+                "and not by us".to_owned(),
+                "if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`",
+            ),
+        };
+        let cause = format!("it is set, {whose}: ovs-vswitchd would start and forward nothing, even after a reboot");
+        found.refuse(Name::RestoreWaitStuck, "other_config:flow-restore-wait", cause, remedy);
     }
     if facts.is_on("hw-offload") {
         found.refuse(
@@ -141,6 +144,16 @@ mod tests {
         assert_eq!(names(&netdev), [(Name::NetdevBridge, Severity::Refused)]);
         let rstp = with(Bridge { rstp: true, ..Bridge::default() });
         assert_eq!(names(&rstp), [(Name::SpanningTree, Severity::Refused)]);
+    }
+
+    #[test]
+    fn recover_is_the_remedy_of_our_own_flag_alone() {
+        let other_config = BTreeMap::from([("flow-restore-wait".to_owned(), "true".to_owned())]);
+        let foreign = DatabaseFacts { other_config, ..DatabaseFacts::default() };
+        let remedy = |facts: &DatabaseFacts| look(facts).pop().unwrap().remedy;
+        assert!(remedy(&foreign).contains("`ovs-vsctl remove") && !remedy(&foreign).contains("recover"));
+        let external_ids = BTreeMap::from([(MARK.to_owned(), "run-7".to_owned())]);
+        assert_eq!(remedy(&DatabaseFacts { external_ids, ..foreign }), "`ovs-graceful recover`");
     }
 
     #[test]

@@ -191,10 +191,19 @@ fn recover(config: &Path, by_hand: bool) -> anyhow::Result<i32> {
     told.iter().for_each(|line| say(line));
     match runs.needs_person()?.filter(|_| by_hand) {
         Some(id) => look_after(&id, &runs, &load_in_an_emergency(config)),
-        None => {
-            say(if told.is_empty() { "nothing to recover" } else { "no run was cut off" });
-            Ok(0)
+        None => Ok(none_cut_off(&told, recovery::foreign_flag().filter(|_| by_hand))),
+    }
+}
+
+/// No run was cut off. `flag` is what is told of a flow-restore-wait that is not ours to remove, as `thaw` tells it.
+fn none_cut_off(told: &[String], flag: Option<&str>) -> i32 {
+    say(if told.is_empty() { "nothing to recover" } else { "no run was cut off" });
+    match flag {
+        Some(flag) => {
+            complain(flag);
+            ExitCode::NeedsPerson.code().into()
         }
+        None => 0,
     }
 }
 
@@ -244,4 +253,15 @@ fn thawed(limit: Duration) -> bool {
 
 fn connect() -> anyhow::Result<Option<Connection>> {
     Connection::open(Path::new(SOCKET)).with_context(|| format!("cannot connect to {SOCKET}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_that_recover_leaves_alone_needs_a_person() {
+        assert_eq!(none_cut_off(&[], None), 0);
+        assert_eq!(none_cut_off(&["tidied".to_owned()], Some("flow-restore-wait is set, and not by us")), 40);
+    }
 }

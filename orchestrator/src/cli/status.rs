@@ -303,12 +303,12 @@ fn flag_line(answer: &Answer) -> String {
     match (answer.flow_restore_wait, &answer.flow_restore_wait_of) {
         (Some(true), _) if under_way => "flow-restore-wait is set".to_string(),
         (Some(true), Some(run)) => format!(
-            "flow-restore-wait is SET by run {run}, which is over: ovs-vswitchd answers no misses; \
+            "flow-restore-wait is SET by run {run}, which is over: an ovs-vswitchd that starts with it answers no misses; \
              remedy: `ovs-graceful recover`"
         ),
         (Some(true), None) => {
-            "flow-restore-wait is SET and no run is under way: ovs-vswitchd answers no misses; if nobody else set it, \
-             remedy: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`"
+            "flow-restore-wait is SET and no run is under way: the next start of ovs-vswitchd will wait, and answer no \
+             misses; remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`"
                 .to_string()
         }
         (Some(false), _) => "flow-restore-wait is not set".to_string(),
@@ -538,6 +538,7 @@ mod tests {
         let answer = Answer { flow_restore_wait: Some(true), interrupted: Some("run-7".into()), ..quiet() };
         let text = in_words(&answer, NOW);
         assert!(text.contains("run-7") && text.contains("recover") && text.contains("ovs-vsctl remove"), "{text}");
+        assert!(text.contains("the next start of ovs-vswitchd will wait"), "{text}");
         let holder = Holder { id: "run-8".into(), pid: 1 };
         let text = in_words(&Answer { flow_restore_wait: Some(true), lock: Some(holder), ..quiet() }, NOW);
         assert!(!text.contains("remedy"), "{text}");
