@@ -64,9 +64,16 @@ pub fn restart(config: &Path, args: RestartArgs) -> u8 {
     }
 }
 
-/// Can the report be written there? The folder is tried as the report itself will be written; an older report stays.
+/// Can the report be written there? The folder is tried as the report itself will be written; an older report stays, and
+/// what is no file is not to be replaced by one.
 fn can_be_written(report: &Path) -> anyhow::Result<()> {
-    let tried = AtomicWriteFile::open(report).and_then(AtomicWriteFile::discard);
+    let is_free = match report.metadata() {
+        Ok(there) if there.is_file() => Ok(()),
+        Ok(_) => Err(io::Error::other("it is there, and is no regular file")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    };
+    let tried = is_free.and_then(|()| AtomicWriteFile::open(report)).and_then(AtomicWriteFile::discard);
     tried.with_context(|| {
         format!(
             "the report {} cannot be written; remedy: name a file in a folder that root can write to",
@@ -459,5 +466,24 @@ mod tests {
         can_be_written(&path).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "older");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_report_does_not_take_the_place_of_what_is_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = |name: &str, to: &Path| {
+            let path = dir.path().join(name);
+            std::os::unix::fs::symlink(to, &path).unwrap();
+            path
+        };
+        let (lasting, ring) = (link("to-folder", dir.path()), dir.path().join("ring"));
+        let ring = link("ring", &ring);
+        for wrong in [dir.path(), Path::new("/dev/null"), &lasting, &ring] {
+            let error = can_be_written(wrong).unwrap_err();
+            let text = format!("{error:#}");
+            assert!(code_of(&error) == FAILED && text.contains(&*wrong.to_string_lossy()), "{text}");
+        }
+        can_be_written(&link("to-nothing", &dir.path().join("none"))).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
     }
 }
