@@ -546,7 +546,19 @@ fn in_words(error: &str) -> String {
     let words = numbers.iter().fold(error.trim_end().to_owned(), |text, kind| {
         text.replace(kind, "expected a whole number, without a unit and without quotes")
     });
-    words.replace("expected struct ", "expected a section `[…]` like ")
+    words.replace("expected struct ", "expected a section `[…]` like ") + &its_section(error).unwrap_or_default()
+}
+
+/// Under which section a key belongs that the parser did not know where it stood.
+fn its_section(error: &str) -> Option<String> {
+    let key = error.split("unknown field `").nth(1)?.split('`').next()?;
+    let defaults = toml::Table::try_from(Config::default()).ok()?;
+    let sections: Vec<String> = defaults
+        .iter()
+        .filter(|(_, section)| section.get(key).is_some())
+        .map(|(name, _)| format!("`[{name}]`"))
+        .collect();
+    (!sections.is_empty()).then(|| format!("\n`{key}` belongs under {}", sections.join(" or ")))
 }
 
 #[cfg(test)]
@@ -602,11 +614,11 @@ mod tests {
 
     #[test]
     fn a_run_takes_no_longer_than_all_its_limits() {
-        // 60 s of each but switch (10 + 60 elsewhere), restore (3 times) and settle (90); five undos of 30 s are longer
-        // than the way back; 10 s of thaw.
-        assert_eq!(Config::default().longest_run(), Duration::from_secs(760 + 150 + 10));
+        // 60 s of each but snapshot (180), switch (10 + 60 elsewhere), restore (3 times) and settle (90); five undos of
+        // 30 s are longer than the way back; 10 s of thaw.
+        assert_eq!(Config::default().longest_run(), Duration::from_secs(880 + 150 + 10));
         let config = Config::parse("[limits]\nsettle_ms = 91000\nback_ms = 200000\n", "x").unwrap();
-        assert_eq!(config.longest_run(), Duration::from_secs(761 + 200 + 10));
+        assert_eq!(config.longest_run(), Duration::from_secs(881 + 200 + 10));
     }
 
     #[test]
@@ -621,6 +633,26 @@ mod tests {
             let error = Config::parse(text, "/etc/x.toml").unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("/etc/x.toml"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_key_outside_its_section_is_told_where_it_belongs() {
+        let error = Config::parse("keep = 9\n", "x").unwrap_err().to_string();
+        assert!(error.contains("`keep` belongs under `[run]`"), "{error}");
+        let error = Config::parse("[park]\nlease_ms = 9\n", "x").unwrap_err().to_string();
+        assert!(error.contains("`lease_ms` belongs under `[freeze]` or `[guard]`"), "{error}");
+        let error = Config::parse("[park]\nmax_packet = 9\n", "x").unwrap_err().to_string();
+        assert!(!error.contains("belongs"), "{error}");
+    }
+
+    #[test]
+    fn the_file_of_the_packages_is_all_defaults_and_takes_one_key() {
+        // As debian/rules and the RPM's spec make it.
+        let commented = |line: &str| if line.is_empty() || line.starts_with(['#', '[']) { "" } else { "#" };
+        let file: String = EXAMPLE.lines().map(|line| format!("{}{line}\n", commented(line))).collect();
+        assert_eq!(Config::parse(&file, "x").unwrap(), Config::default());
+        let config = Config::parse(&file.replace("\n#keep = 20\n", "\nkeep = 9\n"), "x").unwrap();
+        assert_eq!(config, Config { run: RunConfig { keep: 9 }, ..Config::default() });
     }
 
     #[test]
