@@ -13,8 +13,9 @@ use crate::report::Strategy;
 ///
 /// Exit codes: 0 done; 1 the command could not do it (no root, no such run, no run to abort); 2 wrong usage, or a
 /// configuration that cannot be read; 10 refused, nothing touched; 11 a run is under way; 12 the client detached, the run
-/// goes on (`ovs-graceful wait`); 20 failed or aborted before the point of no return, undone; 21 failed after it, back on
-/// the old version; 30 done, with differences; 40 needs a person.
+/// goes on (`ovs-graceful wait`); 20 failed or aborted before the point of no return, undone (an ovsdb-server that was
+/// restarted stays restarted); 21 failed after it, or the old daemon ended by itself: an ovs-vswitchd, the one of before or
+/// the new one, runs again, with its rules; 30 done, with differences; 40 needs a person.
 #[derive(Debug, Parser)]
 #[command(name = "ovs-graceful", version)]
 pub struct Cli {

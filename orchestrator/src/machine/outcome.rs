@@ -19,7 +19,7 @@ pub enum ExitCode {
     Busy = 11,
     /// Failed or aborted before the point of no return; undone; traffic untouched.
     Undone = 20,
-    /// Failed after the point of no return; back on the old version.
+    /// Failed after the point of no return; an ovs-vswitchd runs again, with its rules.
     Back = 21,
     /// Done, but verification found differences.
     Differences = 30,
