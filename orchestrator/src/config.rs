@@ -614,11 +614,11 @@ mod tests {
 
     #[test]
     fn a_run_takes_no_longer_than_all_its_limits() {
-        // 60 s of each but snapshot (180), switch (10 + 60 elsewhere), restore (3 times) and settle (90); five undos of
+        // 60 s of each but snapshot (180), switch (20 + 60 elsewhere), restore (3 times) and settle (90); five undos of
         // 30 s are longer than the way back; 10 s of thaw.
-        assert_eq!(Config::default().longest_run(), Duration::from_secs(880 + 150 + 10));
+        assert_eq!(Config::default().longest_run(), Duration::from_secs(890 + 150 + 10));
         let config = Config::parse("[limits]\nsettle_ms = 91000\nback_ms = 200000\n", "x").unwrap();
-        assert_eq!(config.longest_run(), Duration::from_secs(881 + 200 + 10));
+        assert_eq!(config.longest_run(), Duration::from_secs(891 + 200 + 10));
     }
 
     #[test]

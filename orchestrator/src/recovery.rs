@@ -25,8 +25,8 @@ use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
 use crate::host::real::{RealClock, Systemd};
 use crate::host::{
-    BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId, RefusedRule, ServiceManager,
-    Signal, DATABASE_UNIT, SWITCH_UNIT,
+    BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId, RefusedRule,
+    ServiceManager, Signal, DATABASE_UNIT, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
@@ -137,7 +137,8 @@ fn prove_bound(host: &mut Host) -> anyhow::Result<()> {
 }
 
 /// What is told of a flow-restore-wait without our mark.
-const FOREIGN_FLAG: &str = "flow-restore-wait is set, and not by us: an ovs-vswitchd that starts with it answers no misses; \
+const FOREIGN_FLAG: &str =
+    "flow-restore-wait is set, and not by us: an ovs-vswitchd that starts with it answers no misses; \
      remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`";
 
 /// A flow-restore-wait that is somebody else's, in words; none where the database cannot be asked.

@@ -65,6 +65,21 @@ impl DrainWatch {
         }
     }
 
+    /// What keeps the last look from being idle: how much is queued, and the handlers that are awake.
+    pub fn held_up_by(&self) -> String {
+        let rows = table::read().unwrap_or_default();
+        let is_its = |row: &&table::NetlinkSocketRow| self.port_ids.contains(&row.port_id);
+        let queued: u64 = rows.iter().filter(is_its).map(|row| row.rmem).sum();
+        let state = |tid: &u32| {
+            let folder = format!("/proc/{}/task/{tid}", self.pid);
+            let read = |name: &str| fs::read_to_string(format!("{folder}/{name}")).unwrap_or_default();
+            let number = read("syscall").split(' ').next().unwrap_or_default().trim().to_owned();
+            format!("thread {tid}: system call {number}, waits in {}", read("wchan"))
+        };
+        let awake = self.handlers.iter().filter(|tid| !sleeps(self.pid, **tid).unwrap_or(true)).map(state);
+        [vec![format!("{queued} bytes are queued")], awake.collect()].concat().join("; ")
+    }
+
     /// How many handler threads the last look saw.
     pub fn handlers(&self) -> usize {
         self.handlers.len()

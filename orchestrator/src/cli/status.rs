@@ -10,8 +10,8 @@ use serde::Serialize;
 use super::connect;
 use super::ended::{FAILED, USAGE};
 use super::output::{say, say_json};
-use crate::config::Config;
 use crate::check::START;
+use crate::config::Config;
 use crate::control::{Holder, RunLock, Status, LOCK};
 use crate::guard;
 use crate::host::real::assemble::DATABASE_SOCKET;
@@ -217,7 +217,8 @@ fn daemons(unknown: &mut Vec<String>, undecided: &mut bool) -> (Vec<RunningDaemo
 /// Does this host have an ovs-vswitchd to start: its program, or its unit? One in a container is not this host's.
 fn is_installed() -> bool {
     let systemd = Systemd::default();
-    let unit = || systemd.is_running().then(|| systemd.unit(SWITCH_UNIT, Instant::now() + SYSTEMD_LIMIT).ok()).flatten();
+    let unit =
+        || systemd.is_running().then(|| systemd.unit(SWITCH_UNIT, Instant::now() + SYSTEMD_LIMIT).ok()).flatten();
     is_program_installed(DaemonKind::OvsVswitchd)
         // A drop-in alone is no unit.
         || unit().flatten().is_some_and(|unit| unit.fragment.is_some())
@@ -450,7 +451,8 @@ mod tests {
         let text = in_words(&stopped, NOW);
         assert!(text.contains("ovs-vswitchd does not run; remedy: `systemctl start openvswitch-switch`"), "{text}");
         let error = Some("unknown field".to_owned());
-        let unread = |answer| Answer { configuration: Configuration { error: error.clone(), ..Default::default() }, ..answer };
+        let unread =
+            |answer| Answer { configuration: Configuration { error: error.clone(), ..Default::default() }, ..answer };
         assert_eq!(exit_code(&unread(quiet())), 2);
         // What is worse comes first.
         assert_eq!(exit_code(&unread(stopped)), 1);

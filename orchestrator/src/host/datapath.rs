@@ -134,6 +134,8 @@ pub trait Datapath {
     fn return_parked(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
     /// Has the old daemon nothing queued and nothing in hand (hazards 9)? Ask twice.
     fn is_drained(&mut self) -> Result<bool>;
+    /// What keeps it from being drained, in words.
+    fn undrained(&self) -> String;
     /// Reads what the old daemon left in its sockets, which it can no longer read.
     fn read_left_over(&mut self) -> Result<()>;
     /// How much is parked.

@@ -265,7 +265,7 @@ fn a_lost_lease_in_the_gap_goes_forward_and_ends_with_30() {
     });
     assert_eq!(seen, Phase::ALL.map(Action::Do));
     assert_eq!(outcome.exit_code, ExitCode::Differences);
-    assert!(outcome.reason.contains("lease"), "{}", outcome.reason);
+    assert!(outcome.reason.contains("saw the freeze end"), "{}", outcome.reason);
 }
 
 #[test]

@@ -117,14 +117,21 @@ fn wait_until_drained(run: &mut Run) -> Result<(), Stop> {
     // Hazards 9: two looks, this far apart.
     let apart = Duration::from_millis(run.config.switch.drain_poll_ms);
     let mut idle_since: Option<Instant> = None;
-    run.wait_for("the old ovs-vswitchd to finish the upcalls it holds", |run| {
+    let drained = run.wait_until(run.deadline, |run| {
         if !run.host.datapath.is_drained()? {
             idle_since = None;
             return Ok(false);
         }
         let now = run.now();
         Ok(now.saturating_duration_since(*idle_since.get_or_insert(now)) >= apart)
-    })
+    })?;
+    match drained {
+        true => Ok(()),
+        false => {
+            let held = run.host.datapath.undrained();
+            Err(Stop::TimedOut(format!("the old ovs-vswitchd to finish the upcalls it holds ({held})")))
+        }
+    }
 }
 
 /// Hazards 22: rules deleted since the snapshot must not come back; what was learned until now must not be forgotten.

@@ -391,6 +391,10 @@ impl Datapath for KernelDatapath {
         }
     }
 
+    fn undrained(&self) -> String {
+        self.drain.as_ref().map(|watch| watch.held_up_by()).unwrap_or_default()
+    }
+
     fn read_left_over(&mut self) -> Result<()> {
         // Per vport the old daemon may have bound a new port, or all of them anew, until its end.
         if self.dp()?.dispatch() == Dispatch::PerVport && self.park.is_some() {

@@ -345,6 +345,10 @@ impl Datapath for SimDatapath {
         Ok(self.sim.look().drained())
     }
 
+    fn undrained(&self) -> String {
+        String::new()
+    }
+
     fn read_left_over(&mut self) -> Result<()> {
         self.sim.operate("datapath.read_left_over", None, |_| Ok(()))
     }
