@@ -11,7 +11,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -25,6 +25,7 @@ use super::messages::{
     Inbox, BUFFER_UNKNOWN, ECHO_REPLY, ECHO_REQUEST, ERROR, HEADER, HELLO,
 };
 use super::openflow::{first_field, has_bundles, RealOpenFlow, LOOK_AGAIN, OVS_OFCTL};
+use super::{container, trusted};
 use crate::host::{BridgeRules, Context, HostError, RefusedRule, Result};
 
 /// Who speaks while we record.
@@ -95,17 +96,11 @@ impl Recording {
     /// Has ovs-ofctl say what makes a bridge's rules `rules`, without those that it cannot read, which are returned with
     /// its words. It finds us at a socket in a folder that only we can enter, which is gone afterwards.
     pub fn make(openflow: &RealOpenFlow, rules: &BridgeRules, until: Instant) -> Result<(Self, Vec<RefusedRule>)> {
-        let socket = openflow.private_directory().join(format!("{}.recording", rules.bridge));
+        let folder = Folder::for_bridge(openflow, &rules.bridge)?;
+        let socket = folder.path.join(format!("{}.recording", rules.bridge));
         let groups = if has_bundles(rules) { rules.groups.len() } else { 0 };
         let mut items: Vec<Item> = (0..groups).map(Item::Group).chain((0..rules.flows.len()).map(Item::Flow)).collect();
         let mut unreadable = Vec::new();
-        // `check` may be the first that needs it.
-        match std::fs::DirBuilder::new().mode(0o700).create(openflow.private_directory()) {
-            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-                return Err(HostError::new(openflow.private_directory().display().to_string(), error));
-            }
-            _ => {}
-        }
         loop {
             match record_items(openflow, rules, &items, &socket, until)? {
                 Recorded::All(recording) => return Ok((recording, unreadable)),
@@ -305,6 +300,48 @@ impl Recording {
             }
         }
         Ok(played)
+    }
+}
+
+/// The folder of our socket, which nobody else may enter.
+struct Folder {
+    path: PathBuf,
+    /// Made for this bridge, and removed with it.
+    own: bool,
+}
+
+impl Folder {
+    /// An ovs-ofctl of this host finds us in our own folder. One in the daemons' container sees no more of this host than
+    /// their run directory: there, where that is root's.
+    fn for_bridge(openflow: &RealOpenFlow, bridge: &str) -> Result<Self> {
+        let (_, root) = container::of_program(OVS_OFCTL).about(OVS_OFCTL)?;
+        let folder = match root {
+            None => Folder { path: openflow.private_directory().to_owned(), own: false },
+            Some(_) => {
+                let run = openflow.run_directory();
+                let object = run.display().to_string();
+                if !trusted::only_ours(&std::fs::metadata(run).about(&object)?) {
+                    let cause = "others than root may write there, and this host has no ovs-ofctl of its own";
+                    return Err(HostError::new(object, cause).remedy("install Open vSwitch's ovs-ofctl on this host"));
+                }
+                Folder { path: run.join(format!(".ovs-graceful.{bridge}")), own: true }
+            }
+        };
+        // `check` may be the first that needs it; one that was killed may have left it.
+        match std::fs::DirBuilder::new().mode(0o700).create(&folder.path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                Err(HostError::new(folder.path.display().to_string(), error))
+            }
+            _ => Ok(folder),
+        }
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if self.own {
+            let _ = std::fs::remove_dir(&self.path);
+        }
     }
 }
 
