@@ -15,7 +15,7 @@ use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Bridge, Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strategy};
-use crate::steps::notes::RULE_REMEDY;
+use crate::steps::notes::rule_remedy;
 use crate::steps::{Host, Wish};
 
 /// Starts both daemons.
@@ -133,7 +133,7 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     let refused = keep(refused, Name::Rule, "see what `ovs-ofctl dump-flows` says of that bridge", &mut found);
     for rule in refused.unwrap_or_default() {
         let cause = format!("{} `{}` could not be put back as it is: {}", rule.kind, rule.rule, rule.reason);
-        found.refuse(Name::Rule, format!("bridge {}", rule.bridge), cause, RULE_REMEDY);
+        found.refuse(Name::Rule, format!("bridge {}", rule.bridge), cause, &rule_remedy(&rule, &facts.bridges));
     }
     checked.report.findings = found.into_inner();
 }

@@ -7,8 +7,9 @@ use dpfreeze::park::{doom_of, feature_probes, suspicious_since, ParkStats, Remov
 use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
 
 use crate::host::datapath::DATAPATH;
+use crate::host::real::faithful::deletion;
 use crate::host::real::openflow::compare as compare_rules;
-use crate::host::{BridgeRules, LearnReport, RefusedRule, RestoredRules, RuleDifference};
+use crate::host::{Bridge, BridgeRules, LearnReport, RefusedRule, RestoredRules, RuleDifference};
 use crate::report::{DatapathReport, OpenFlowReport, Parked, Report};
 
 /// The state before, as far as the report wants it.
@@ -193,15 +194,33 @@ fn named(refused: &[RefusedRule]) -> String {
 }
 
 /// Rules that a restore could not put back as they are, before anything was touched.
-pub(super) fn cannot_be_put_back(refused: &[RefusedRule]) -> Option<String> {
-    let told =
-        || format!("OpenFlow rules that could not be put back as they are:\n{}\nremedy: {RULE_REMEDY}", named(refused));
+pub(super) fn cannot_be_put_back(refused: &[RefusedRule], bridges: &[Bridge]) -> Option<String> {
+    let first: Vec<String> =
+        refused.iter().take(RULES_NAMED).filter_map(|rule| deletion(rule, protocols(rule, bridges))).collect();
+    let typed = first.iter().map(|command| format!("`{command}`")).collect::<Vec<_>>().join("\n");
+    let told = || {
+        let rules = named(refused);
+        format!("OpenFlow rules that could not be put back as they are:\n{rules}\nremedy: delete each of them; {ANEW}:\n{typed}")
+    };
     (!refused.is_empty()).then(told)
 }
 
+/// The versions that the rule's bridge speaks.
+fn protocols<'a>(rule: &RefusedRule, bridges: &'a [Bridge]) -> &'a [String] {
+    bridges.iter().find(|bridge| bridge.name == rule.bridge).map_or(&[], |bridge| &bridge.protocols)
+}
+
 /// What an operator can do about such a rule.
-pub(crate) const RULE_REMEDY: &str =
-    "delete the rule, or add it anew in a form that the bridge's highest OpenFlow version prints and takes alike";
+pub(crate) fn rule_remedy(rule: &RefusedRule, bridges: &[Bridge]) -> String {
+    match deletion(rule, protocols(rule, bridges)) {
+        Some(command) => format!("`{command}` deletes it; {ANEW}"),
+        None => format!("delete it; {ANEW}"),
+    }
+}
+
+/// The other half of the remedy.
+const ANEW: &str = "where it is wanted, add it anew in a form that the bridge's highest OpenFlow version prints and takes \
+                    alike";
 
 /// Rules that a restore has not put back; all others are in place.
 pub(crate) fn not_put_back(refused: &[RefusedRule]) -> Option<String> {
@@ -234,4 +253,24 @@ pub(crate) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[
 
 fn milliseconds(duration: std::time::Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_that_cannot_be_put_back_is_told_with_a_command_in_the_version_of_its_bridge() {
+        let rule = "reset_counts,priority=7,ip actions=strip_vlan";
+        let (bridge, kind, reason) = ("br1".to_owned(), "flow".to_owned(), "OFPBAC_MATCH_INCONSISTENT".to_owned());
+        let refused = RefusedRule { bridge: bridge.clone(), kind, rule: rule.to_owned(), reason };
+        let bridges = [Bridge { name: bridge, protocols: vec!["OpenFlow13".to_owned()], ..Bridge::default() }];
+        let command = "`ovs-ofctl -O OpenFlow13 --strict del-flows br1 'table=0,priority=7,ip'`";
+        assert!(rule_remedy(&refused, &bridges).starts_with(command));
+        let told = cannot_be_put_back(&[refused], &bridges).unwrap();
+        for part in [rule, "OFPBAC_MATCH_INCONSISTENT", "bridge br1", command] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        assert_eq!(cannot_be_put_back(&[], &bridges), None);
+    }
 }

@@ -33,7 +33,7 @@ impl Step for Restore {
 /// Every rule can be put back, or the run ends here: nothing has been touched yet.
 pub(super) fn prepare(run: &mut Run) -> Result<(), Stop> {
     let (old, until) = (run.old()?.clone(), run.deadline);
-    let Known { rules, prepared, .. } = &mut run.known;
+    let Known { rules, prepared, facts, .. } = &mut run.known;
     let refused = match prepared {
         Some(prepared) => prepared.update(&old, rules, until),
         None => run.host.openflow.prepare_restore(&old, rules, until).map(|Preparation { restore, refused }| {
@@ -41,7 +41,7 @@ pub(super) fn prepare(run: &mut Run) -> Result<(), Stop> {
             refused
         }),
     };
-    match notes::cannot_be_put_back(&refused.context("preparing the restore of OpenFlow rules")?) {
+    match notes::cannot_be_put_back(&refused.context("preparing the restore of OpenFlow rules")?, &facts.bridges) {
         None => run.checkpoint(),
         Some(told) => Err(anyhow!(told).into()),
     }

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::openflow::flow;
+use super::openflow::{first_field, flow};
 use crate::host::{BridgeRules, RefusedRule};
 
 /// Actions that must be told as often as the daemon has them.
@@ -77,9 +77,32 @@ pub fn key(rule: &str) -> String {
     fields.into_iter().collect::<Vec<_>>().join(",")
 }
 
-/// Table, priority and match as ovs-ofctl takes them, to delete the rule.
+/// Table, priority and match as ovs-ofctl takes them, to delete the rule. A dump does not name the first table, and a
+/// deletion that names none is one from all.
 pub fn to_delete(rule: &str) -> String {
-    criteria(rule).collect::<Vec<_>>().join(",")
+    let mut fields: Vec<&str> = criteria(rule).collect();
+    if !fields.iter().any(|field| field.starts_with("table=")) {
+        fields.insert(0, "table=0");
+    }
+    fields.join(",")
+}
+
+/// The command that deletes a rule, as one types it, where there is one. `protocols` are the versions that its bridge
+/// speaks; none are all.
+pub fn deletion(refused: &RefusedRule, protocols: &[String]) -> Option<String> {
+    let RefusedRule { bridge, kind, rule, .. } = refused;
+    let highest = protocols.iter().max().map_or("OpenFlow15", String::as_str);
+    match kind.as_str() {
+        "flow" => {
+            // What ovs-ofctl speaks where it is not told. With the extensions it takes every match.
+            let default = protocols.is_empty() || protocols.iter().any(|version| version == "OpenFlow10");
+            let version = if default { String::new() } else { format!("-O {highest} ") };
+            Some(format!("ovs-ofctl {version}--strict del-flows {bridge} '{}'", to_delete(rule)))
+        }
+        "group" => Some(format!("ovs-ofctl -O {highest} del-groups {bridge} {}", first_field(rule))),
+        "meter" => Some(format!("ovs-ofctl -O {highest} del-meter {bridge} {}", first_field(rule))),
+        _ => None,
+    }
 }
 
 fn criteria(rule: &str) -> impl Iterator<Item = &str> {
@@ -193,8 +216,32 @@ mod tests {
             ),
             "table=1,priority=3,vlan_tci=0x0000/0x1fff,tun_metadata0=0x5"
         );
+        assert_eq!(to_delete("reset_counts,priority=7,ip actions=drop"), "table=0,priority=7,ip");
         // A tag whose number is 0, or none: the bit is not compared.
         assert_eq!(key("vlan_tci=0x0000/0x0fff actions=drop"), "vlan_tci=0x0000/0x0fff");
+    }
+
+    #[test]
+    fn a_rule_is_deleted_by_a_command_that_ovs_ofctl_takes() {
+        let typed = |kind: &str, rule: &str, protocols: &[&str]| {
+            let (bridge, kind, rule, reason) = ("br0".into(), kind.into(), rule.into(), String::new());
+            let protocols: Vec<String> = protocols.iter().map(|version| (*version).to_owned()).collect();
+            deletion(&RefusedRule { bridge, kind, rule, reason }, &protocols)
+        };
+        let rule = "cookie=0x7,idle_timeout=9,importance=2,send_flow_rem,check_overlap,reset_counts,no_packet_counts,\
+                    no_byte_counts,priority=7,ip actions=learn(table=1,priority=3),output:2";
+        let flow = |protocols| typed("flow", rule, protocols).unwrap();
+        assert_eq!(flow(&[]), "ovs-ofctl --strict del-flows br0 'table=0,priority=7,ip'");
+        assert_eq!(flow(&["OpenFlow10", "OpenFlow13"]), flow(&[]));
+        assert_eq!(
+            flow(&["OpenFlow13", "OpenFlow14"]),
+            "ovs-ofctl -O OpenFlow14 --strict del-flows br0 'table=0,priority=7,ip'"
+        );
+        let group = typed("group", "group_id=5,type=all,bucket=actions=output:1", &[]).unwrap();
+        assert_eq!(group, "ovs-ofctl -O OpenFlow15 del-groups br0 group_id=5");
+        let meter = typed("meter", "meter=3 kbps bands=type=drop rate=1", &["OpenFlow13"]).unwrap();
+        assert_eq!(meter, "ovs-ofctl -O OpenFlow13 del-meter br0 meter=3");
+        assert_eq!(typed("tlv-map", "{class=0x1,type=0x1,len=4}->tun_metadata0", &[]), None);
     }
 
     #[test]

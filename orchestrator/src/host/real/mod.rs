@@ -11,7 +11,7 @@ mod daemons;
 mod database_file;
 mod datapath;
 mod disk;
-mod faithful;
+pub mod faithful;
 mod fdb;
 mod identity;
 pub mod jsonrpc;
