@@ -43,6 +43,9 @@ enum Cmd {
         /// Debian suite of the image
         #[arg(long, default_value = "bookworm")]
         suite: String,
+        /// Its kernel is that of the suite's backports
+        #[arg(long)]
+        backports: bool,
         /// Runs in a row in the same VM, each judged for itself
         #[arg(long, default_value_t = 1)]
         rounds: usize,
@@ -91,7 +94,7 @@ enum Cmd {
     List,
     /// Build the image if the cache has none
     Image {
-        /// Debian suite
+        /// Debian suite (bullseye, bookworm, trixie, testing), or one with the kernel of its backports (bookworm+backports)
         #[arg(default_value = "bookworm")]
         suite: String,
     },
@@ -137,7 +140,10 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Cmd) -> anyhow::Result<bool> {
     match command {
-        Cmd::Run { scenario, action, out, suite, rounds, slower, extra } => {
+        Cmd::Run { scenario, action, out, mut suite, backports, rounds, slower, extra } => {
+            if backports {
+                suite.push_str(image::BACKPORTS);
+            }
             let load = Load::full(slower);
             let request = bench::Request { scenario, action, suite, out, extra_args: extra, load };
             let results = bench::rounds(&request, rounds, &places::vm_lock()?)?;

@@ -60,6 +60,7 @@ pub const NEW: &str = "0.1.1~lab";
 
 /// Puts what `wanted` names into `folder`, for a guest of `suite`.
 pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
+    let suite = image::suite_of(suite);
     if wanted == Packages::None {
         return Ok(());
     }
@@ -101,6 +102,11 @@ fn next(suite: &str) -> &'static str {
         "bookworm" => "trixie",
         _ => "bookworm",
     }
+}
+
+/// The folder with the kernel of the suite's backports.
+pub fn kernel(suite: &str, package: &str) -> Result<PathBuf> {
+    apt(suite, &format!("{suite}-backports"), &[package])
 }
 
 /// For apt in the guest.

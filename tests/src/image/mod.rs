@@ -13,11 +13,11 @@ use anyhow::{bail, Context, Result};
 
 use crate::apt_sources;
 use crate::command::{capture, run};
-use crate::places;
+use crate::{packages, places};
 
 /// What debootstrap adds to a minimal Debian. Scenarios need no more than this; none of our own files is among it.
 const PACKAGES: &[&str] = &[
-    "linux-image-cloud-amd64",
+    KERNEL_PACKAGE,
     "systemd-sysv",
     "udev",
     "dbus",
@@ -102,6 +102,16 @@ pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Behind the name of a suite: with the kernel of its backports.
+pub const BACKPORTS: &str = "+backports";
+/// What Debian's kernels come as.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// The suite without its kernel.
+pub fn suite_of(name: &str) -> &str {
+    name.strip_suffix(BACKPORTS).unwrap_or(name)
+}
+
 fn tree_folder(cache: &Path, suite: &str, mirror: &str) -> PathBuf {
     cache.join(format!("tree-{suite}-{}", tree_hash(suite, mirror)))
 }
@@ -110,19 +120,23 @@ fn tree_hash(suite: &str, mirror: &str) -> String {
     hash(&(RECIPE, suite, mirror, PACKAGES))
 }
 
-/// Gives the image of `suite`, building it when the cache has none (about two minutes).
-pub fn ensure(suite: &str) -> Result<Image> {
+/// Gives the image of `suite`, building it when the cache has none (about two minutes). `SUITE+backports` has the kernel
+/// of the suite's backports.
+pub fn ensure(name: &str) -> Result<Image> {
+    let suite = suite_of(name);
+    // Before the lock: it asks for the tree, too.
+    let kernel = if name == suite { None } else { Some(packages::kernel(suite, KERNEL_PACKAGE)?) };
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let image_hash =
         hash(&(tree_hash(suite, &mirror).as_str(), INIT, SERVICE, RUN, INITTAB, BOOT, MASKED, INITRAMFS_MODULES));
     let cache = places::cache()?;
     let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
-    let folder = cache.join(format!("image-{suite}-{image_hash}"));
+    let folder = cache.join(format!("image-{name}-{image_hash}"));
     let image = Image {
         disk: folder.join("disk.ext4"),
         kernel: folder.join("vmlinuz"),
         initrd: folder.join("initrd.cpio"),
-        suite: suite.to_owned(),
+        suite: name.to_owned(),
     };
     if folder.join("complete").exists() {
         return Ok(image);
@@ -133,6 +147,11 @@ pub fn ensure(suite: &str) -> Result<Image> {
     }
     fs::create_dir_all(&folder)?;
     println!("lab: making the image {}", folder.display());
+    let changed = folder.join("tree");
+    let tree = match &kernel {
+        Some(kernel) => with_kernel(&tree, kernel, &changed)?,
+        None => tree,
+    };
     prepare_tree(&tree)?;
     fs::write(&image.initrd, initramfs(&tree)?)?;
     fs::copy(kernel_of(&tree)?, &image.kernel)?;
@@ -140,12 +159,46 @@ pub fn ensure(suite: &str) -> Result<Image> {
     let args: [&OsStr; 6] =
         ["-q".as_ref(), "-t".as_ref(), "ext4".as_ref(), "-d".as_ref(), tree.as_os_str(), image.disk.as_os_str()];
     run(Command::new("mke2fs").args(args).env("PATH", admin_path()))?;
+    if kernel.is_some() {
+        fs::remove_dir_all(&changed)?;
+    }
     fs::write(folder.join("complete"), "")?;
     Ok(image)
 }
 
+/// A copy of the tree with the kernel of these packages in the place of its own.
+fn with_kernel(tree: &Path, packages: &Path, to: &Path) -> Result<PathBuf> {
+    run(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(tree).arg(to))?;
+    for old in ["boot", "usr/lib/modules"] {
+        fs::remove_dir_all(to.join(old))?;
+    }
+    for package in fs::read_dir(packages)?.flatten() {
+        run(Command::new("dpkg-deb").arg("--extract").arg(package.path()).arg(to.join("new-kernel")))?;
+    }
+    for part in ["boot", "usr/lib/modules", "lib/modules"] {
+        let from = to.join("new-kernel").join(part);
+        if from.is_dir() {
+            // `/lib` is a link there.
+            fs::rename(&from, to.join(part.replace("usr/lib", "lib").replace("lib/modules", "usr/lib/modules")))?;
+        }
+    }
+    fs::remove_dir_all(to.join("new-kernel"))?;
+    fs::create_dir_all(to.join("boot"))?;
+    for version in fs::read_dir(to.join("usr/lib/modules"))?.flatten() {
+        // Where Debian has it since Linux 7.3; a script copies it at installation.
+        let kernel = version.path().join("vmlinuz");
+        if kernel.exists() {
+            let name = format!("vmlinuz-{}", version.file_name().to_string_lossy());
+            fs::copy(&kernel, to.join("boot").join(name))?;
+        }
+        run(Command::new("chroot").arg(to).arg("depmod").arg(version.file_name()).env("PATH", admin_path()))?;
+    }
+    Ok(to.to_owned())
+}
+
 /// The files that the image of `suite` is made of.
-pub fn tree(suite: &str) -> Result<PathBuf> {
+pub fn tree(name: &str) -> Result<PathBuf> {
+    let suite = suite_of(name);
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let cache = places::cache()?;
     let _lock = places::lock(&cache.join("image.lock"), "another lab builds the image")?;
