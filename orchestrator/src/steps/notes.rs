@@ -219,7 +219,8 @@ pub(crate) fn rule_remedy(rule: &RefusedRule, bridges: &[Bridge]) -> String {
 }
 
 /// The other half of the remedy.
-const ANEW: &str = "where it is wanted, add it anew in a form that the bridge's highest OpenFlow version prints and takes \
+const ANEW: &str =
+    "where it is wanted, add it anew in a form that the bridge's highest OpenFlow version prints and takes \
                     alike";
 
 /// Rules that a restore has not put back; all others are in place.
