@@ -42,7 +42,7 @@ impl DrainWatch {
     /// [`Error::Unsupported`] where the threads' system calls cannot be seen; [`Error::Io`].
     pub fn idle(&mut self) -> Result<bool> {
         // The queues first: when they are empty and nobody fills them, a handler seen asleep after that holds nothing.
-        Ok(self.queues_are_empty()? && self.handlers_sleep()?)
+        Ok(self.queued()? == 0 && self.handlers_sleep()?)
     }
 
     /// Looks until two looks in a row, 5 ms apart, say idle, but not longer than `limit`. Returns whether they did.
@@ -67,9 +67,7 @@ impl DrainWatch {
 
     /// What keeps the last look from being idle: how much is queued, and the handlers that are awake.
     pub fn held_up_by(&self) -> String {
-        let rows = table::read().unwrap_or_default();
-        let is_its = |row: &&table::NetlinkSocketRow| self.port_ids.contains(&row.port_id);
-        let queued: u64 = rows.iter().filter(is_its).map(|row| row.rmem).sum();
+        let queued = self.queued().unwrap_or_default();
         let state = |tid: &u32| {
             let folder = format!("/proc/{}/task/{tid}", self.pid);
             let read = |name: &str| fs::read_to_string(format!("{folder}/{name}")).unwrap_or_default();
@@ -85,12 +83,12 @@ impl DrainWatch {
         self.handlers.len()
     }
 
-    fn queues_are_empty(&self) -> Result<bool> {
-        let rows = table::read()?;
-        Ok(rows
-            .iter()
-            .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32 && self.port_ids.contains(&row.port_id))
-            .all(|row| row.rmem == 0))
+    /// Bytes that wait in the upcall sockets.
+    fn queued(&self) -> Result<u64> {
+        let is_its = |row: &table::NetlinkSocketRow| {
+            row.protocol == libc::NETLINK_GENERIC as u32 && self.port_ids.contains(&row.port_id)
+        };
+        Ok(table::read()?.into_iter().filter(is_its).map(|row| row.rmem).sum())
     }
 
     fn handlers_sleep(&mut self) -> Result<bool> {
