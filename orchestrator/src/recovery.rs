@@ -10,7 +10,7 @@ mod record;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context};
 use dpfreeze::freeze::{self, Captured, Classes};
@@ -19,7 +19,7 @@ use dpfreeze::park::ReplayReport;
 
 use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
-use crate::host::clock::Clock;
+use crate::host::clock::{unix_ms, Clock};
 use crate::host::database_disk;
 use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
@@ -175,8 +175,7 @@ pub(crate) fn recover_interrupted(
     let mut report = recovery.report;
     report.warnings.extend(recovery.errors);
     // From the start of the run, not of its recovery: `started_ms` and this tell when it ended.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let whole = (now.as_millis() as u64).saturating_sub(report.started_ms).max(duration.as_millis() as u64);
+    let whole = unix_ms().saturating_sub(report.started_ms).max(duration.as_millis() as u64);
     report.finish(&outcome, whole);
     runs.keep_report(&id, &mut report)?;
     runs.note_end(&report);
@@ -345,8 +344,7 @@ struct Recovery {
 
 impl Recovery {
     fn new(runs: &Runs, id: &str, config: &Config, clock: Arc<dyn Clock>) -> Recovery {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let report = Report::new(id, Strategy::Standby, now.as_millis() as u64);
+        let report = Report::new(id, Strategy::Standby, unix_ms());
         let end = clock.now() + LIMIT;
         let flow_limit = config.restore.flow_limit;
         let (runs, id) = (runs.clone(), id.to_owned());

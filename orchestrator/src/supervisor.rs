@@ -5,7 +5,7 @@ mod simulation;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
@@ -13,7 +13,7 @@ use crate::check::check_without_host;
 use crate::cli::SuperviseArgs;
 use crate::config::Config;
 use crate::control::{Control, Holder, LockError, Progress, RunLock, Server, LOCK, SOCKET};
-use crate::host::clock::Clock;
+use crate::host::clock::{unix_ms, Clock};
 use crate::host::real::limits::raise_descriptors;
 use crate::host::real::systemd::inherited;
 use crate::host::real::RealClock;
@@ -422,10 +422,6 @@ fn protect_from_paging_and_oom() {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
         tracing::warn!("not protected from the OOM killer: {error}");
     }
-}
-
-fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //! lock, past runs, the freeze's pins, the daemons and the database. Touches nothing.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use dpfreeze::freeze;
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::check::START;
 use crate::config::Config;
 use crate::control::{Holder, RunLock, Status, LOCK};
 use crate::guard;
+use crate::host::clock::unix_ms;
 use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::{is_program_installed, Ovsdb, RealDaemons, Systemd};
 use crate::host::{Daemon, DaemonKind, Daemons, Database, ServiceManager, SWITCH_UNIT};
@@ -121,7 +122,7 @@ pub fn status(config: &Path, json: bool) -> u8 {
     answer.exit_code = exit_code(&answer);
     match json {
         true => say_json(&answer),
-        false => say(in_words(&answer, now_ms()).trim_end()),
+        false => say(in_words(&answer, unix_ms()).trim_end()),
     }
     answer.exit_code
 }
@@ -137,10 +138,6 @@ fn exit_code(answer: &Answer) -> u8 {
         false if answer.configuration.error.is_some() => USAGE,
         false => ExitCode::Done.code(),
     }
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
 }
 
 fn ask(config: &Path) -> Answer {

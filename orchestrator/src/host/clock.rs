@@ -1,6 +1,6 @@
 //! Time, and the boot that it counts from.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Result;
 
@@ -14,4 +14,9 @@ pub trait Clock: Send + Sync {
     fn boot(&self) -> String;
     /// When this process was started, in clock ticks after boot.
     fn started(&self) -> Result<u64>;
+}
+
+/// Milliseconds since 1970-01-01 UTC, for what people and other programs read; 0 before that.
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|since| since.as_millis() as u64).unwrap_or_default()
 }
