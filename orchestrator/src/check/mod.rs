@@ -89,7 +89,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     let known = Known { vswitchd: vswitchd.as_ref(), versions: versions.as_ref(), facts: facts.as_ref().ok() };
     let Host { daemons, services, surroundings, .. } = &*host;
     let others = surroundings.findings(daemons.as_ref(), services.as_ref(), &known, &options, until);
-    let runs = !others.iter().any(|one| one.name == Name::OvsRunning && one.severity == Severity::Refused);
+    let runs = !is_refused(&others, Name::OvsRunning);
     let facts = match facts {
         Ok(facts) => Some(facts),
         // A server that does not run is named as that.
@@ -111,14 +111,11 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
 /// Can every OpenFlow rule be put back? Asks the daemon that has them; changes nothing.
 pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     let (Some(daemon), Some(facts)) = (&checked.vswitchd, &checked.facts) else { return };
-    let is_refused = |name| {
-        checked.report.findings.iter().any(|one: &Finding| one.name == name && one.severity == Severity::Refused)
-    };
     // The tools are what rules are read with: said once.
-    let (no_tools, no_memory) = (is_refused(Name::Tools), is_refused(Name::Memory));
-    if no_tools {
+    if is_refused(&checked.report.findings, Name::Tools) {
         return;
     }
+    let no_memory = is_refused(&checked.report.findings, Name::Memory);
     let mut found = Findings::default();
     found.extend(std::mem::take(&mut checked.report.findings));
     if no_memory {
@@ -166,13 +163,17 @@ fn find_vswitchd(
     Some(host.daemons.find_vswitchd(&ids))
 }
 
+/// Does a finding of this name refuse a run?
+fn is_refused(findings: &[Finding], name: Name) -> bool {
+    findings.iter().any(|one| one.name == name && one.severity == Severity::Refused)
+}
+
 /// There is no kernel datapath. Where both daemons run, `others` say nothing else, and nothing started helps.
 fn no_datapath(facts: Option<&DatabaseFacts>, others: &[Finding], found: &mut Findings) {
-    let is_refused = |name| others.iter().any(|one| one.name == name && one.severity == Severity::Refused);
     let has_bridge = facts.is_some_and(|facts| facts.bridges.iter().any(Bridge::is_of_kernel));
-    let (cause, remedy) = if is_refused(Name::OvsRunning) {
+    let (cause, remedy) = if is_refused(others, Name::OvsRunning) {
         ("there is no such datapath", START)
-    } else if is_refused(Name::NetworkNamespace) {
+    } else if is_refused(others, Name::NetworkNamespace) {
         ("there is no such datapath in this network namespace", "that of network-namespace")
     } else if has_bridge {
         ("there is no such datapath: ovs-vswitchd has made none of its bridges (its log says why)", PLAIN)
