@@ -471,9 +471,7 @@ fn face(pid: i32) -> std::io::Result<((u64, u64), Vec<u32>)> {
 
 /// Has `pid` been forked by `parent` to be the daemon that it looks after? Then both run one file as one user.
 fn is_monitor(parent: i32, pid: i32) -> bool {
-    let file = |pid: i32| fs::metadata(format!("/proc/{pid}/exe")).map(|exe| (exe.dev(), exe.ino()));
-    let same_file = file(parent).is_ok_and(|theirs| file(pid).is_ok_and(|own| own == theirs));
-    same_file && procfs::users(parent).is_ok_and(|theirs| procfs::users(pid).is_ok_and(|own| own == theirs))
+    face(parent).is_ok_and(|theirs| face(pid).is_ok_and(|own| own == theirs))
 }
 
 /// The value of option `name` in `argv`: `Some(None)` where it stands without one.
