@@ -178,16 +178,16 @@ fn recover(config: &Path, by_hand: bool) -> anyhow::Result<i32> {
         return Ok(i32::from(ExitCode::Busy.code()));
     }
     let runs = Runs::default();
-    let mut told = Vec::new();
-    if runs.interrupted()?.is_some() || recovery::is_marked() {
+    let told = if runs.interrupted()?.is_some() || recovery::is_marked() {
         let code = supervisor::recover(&load_in_an_emergency(config))?;
         if code != 0 || !by_hand {
             return Ok(code);
         }
+        Vec::new()
     } else {
         runs.clear_left_over()?;
-        told = recovery::tidy()?;
-    }
+        recovery::tidy()?
+    };
     told.iter().for_each(|line| say(line));
     match runs.needs_person()?.filter(|_| by_hand) {
         Some(id) => look_after(&id, &runs, &load_in_an_emergency(config)),

@@ -293,9 +293,6 @@ fn interrupt(socket: &Path, id: &str, display: &Display) -> Option<u8> {
 
 /// The connection broke before the end was told.
 fn orphaned(id: &str, json: bool) -> u8 {
-    if let Ok(report) = Runs::default().report(id) {
-        return end(&report, json);
-    }
     match wait_for_report(id) {
         Some(report) => end(&report, json),
         None => fail(

@@ -37,10 +37,9 @@ enum Found {
 /// That of a run that is over; one whose supervisor has just died is about to be recovered.
 fn report_of(id: &str) -> Option<Report> {
     let runs = Runs::default();
-    match runs.report(id) {
-        Ok(report) => Some(report),
-        Err(_) if runs.is_over(id) => None,
-        Err(_) => wait_for_report(id),
+    match runs.is_over(id) {
+        true => runs.report(id).ok(),
+        false => wait_for_report(id),
     }
 }
 
