@@ -175,11 +175,11 @@ fn with_kernel(tree: &Path, packages: &Path, to: &Path) -> Result<PathBuf> {
     for package in fs::read_dir(packages)?.flatten() {
         run(Command::new("dpkg-deb").arg("--extract").arg(package.path()).arg(to.join("new-kernel")))?;
     }
-    for part in ["boot", "usr/lib/modules", "lib/modules"] {
-        let from = to.join("new-kernel").join(part);
+    // `/lib` is a link in the tree, and no more in the packages.
+    for (from, part) in [("boot", "boot"), ("lib/modules", "usr/lib/modules"), ("usr/lib/modules", "usr/lib/modules")] {
+        let from = to.join("new-kernel").join(from);
         if from.is_dir() {
-            // `/lib` is a link there.
-            fs::rename(&from, to.join(part.replace("usr/lib", "lib").replace("lib/modules", "usr/lib/modules")))?;
+            fs::rename(&from, to.join(part))?;
         }
     }
     fs::remove_dir_all(to.join("new-kernel"))?;
