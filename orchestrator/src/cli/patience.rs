@@ -13,8 +13,10 @@ const SOCKET: &str = "/run/systemd/notify";
 /// How much time is asked for, each time.
 const MORE: Duration = Duration::from_secs(60);
 
-/// How often.
-const AGAIN: Duration = Duration::from_secs(2);
+/// How often. A daemon-reload, of which a run makes several, forgets what was granted and counts the unit's own limit from
+/// the beginning (`service_coldplug`, src/core/service.c of systemd): a message that came meanwhile is read before that
+/// limit is looked at, so one has to come within each reload.
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// From now on this process, a command of a unit, is given the time that it needs, for `most` at most. Where systemd does
 /// not listen, or the unit does not let it, the unit's own limits stay.
