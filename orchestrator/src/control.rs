@@ -25,7 +25,7 @@ mod tests;
 
 pub use client::{Connection, HookClient, HookReporter, Subscription};
 pub use gate::{AbortGate, TooLate};
-pub use lock::{Holder, LockError, RunLock};
+pub use lock::{Holder, LockError, RunLock, PLAIN};
 pub use protocol::{AbortAnswer, HookCommand, HookEvent, Progress, Status, Vitals};
 pub use server::{HookLink, Server};
 

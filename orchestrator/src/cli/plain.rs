@@ -7,13 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context};
 
 use super::output::{complain, tell};
-use crate::control::{Holder, LockError, RunLock, LOCK};
+use crate::control::{Holder, LockError, RunLock, LOCK, PLAIN};
 use crate::host::real::Systemd;
 use crate::host::{ServiceManager, Unit, SWITCH_UNIT, UMBRELLAS};
 use crate::machine::ExitCode;
-
-/// Who holds the lock of runs meanwhile: the commands of the units then do what the package wrote.
-pub(super) const PLAIN: &str = "plain-restart";
 
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);

@@ -126,10 +126,7 @@ fn supervise_args(config: &Path, args: &RestartArgs) -> anyhow::Result<Supervise
 
 /// What to tell who comes while another run is under way.
 pub(super) fn busy(holder: &Holder) -> String {
-    format!(
-        "another run holds {LOCK}: {}, process {}; wait for it (`ovs-graceful status`) or undo it (`ovs-graceful abort`)",
-        holder.id, holder.pid
-    )
+    format!("{LOCK} is held: {holder}")
 }
 
 fn follow_new_run(supervise: &SuperviseArgs, args: &RestartArgs) -> u8 {

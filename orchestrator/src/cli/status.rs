@@ -12,7 +12,7 @@ use super::ended::{FAILED, USAGE};
 use super::output::{say, say_json};
 use crate::check::START;
 use crate::config::Config;
-use crate::control::{Holder, RunLock, Status, LOCK};
+use crate::control::{Holder, RunLock, Status, LOCK, PLAIN};
 use crate::guard;
 use crate::host::clock::unix_ms;
 use crate::host::real::assemble::DATABASE_SOCKET;
@@ -20,7 +20,7 @@ use crate::host::real::{is_program_installed, Ovsdb, RealDaemons, Systemd};
 use crate::host::{Daemon, DaemonKind, Daemons, Database, ServiceManager, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::recovery::MARK;
+use crate::recovery::{MARK, RECOVERY};
 use crate::report::Report;
 
 /// The schema of [`Answer`]: keys may be added, never renamed or removed.
@@ -317,6 +317,7 @@ fn flag_line(answer: &Answer) -> String {
 fn run_line(answer: &Answer) -> String {
     match (&answer.run, &answer.lock) {
         (Some(run), _) => run_lines(run),
+        (None, Some(holder)) if [RECOVERY, PLAIN].contains(&holder.id.as_str()) => holder.to_string(),
         (None, Some(holder)) => {
             format!("run {} (process {}) holds the lock and does not listen", holder.id, holder.pid)
         }
@@ -454,6 +455,15 @@ mod tests {
         // What is worse comes first.
         assert_eq!(exit_code(&unread(stopped)), 1);
         assert_eq!(exit_code(&unread(Answer { interrupted: Some("run-7".into()), ..quiet() })), 40);
+    }
+
+    #[test]
+    fn a_recovery_is_told_as_one_that_can_be_waited_for() {
+        let line = |id: &str| run_line(&Answer { lock: Some(Holder { id: id.into(), pid: 7 }), ..quiet() });
+        let text = line(RECOVERY);
+        assert!(text.contains("a recovery is under way (process 7); `ovs-graceful wait` waits"), "{text}");
+        assert!(line(PLAIN).contains("an ordinary restart"), "{}", line(PLAIN));
+        assert!(line("run-8").contains("does not listen"), "{}", line("run-8"));
     }
 
     #[test]

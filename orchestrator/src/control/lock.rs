@@ -1,5 +1,6 @@
 //! One run at a time.
 
+use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -10,6 +11,8 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+
+use crate::recovery::RECOVERY;
 
 /// Who only asks for the holder has the lock for a moment, too, and is none: so often, so far apart, it is tried again.
 const LOOKS: u32 = 20;
@@ -24,13 +27,31 @@ pub struct Holder {
     pub pid: u32,
 }
 
+/// The id of an ordinary restart in the lock: the commands of the units then do what the package wrote.
+pub const PLAIN: &str = "plain-restart";
+
+impl fmt::Display for Holder {
+    /// What is under way, and what one can do about it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Holder { id, pid } = self;
+        match id.as_str() {
+            RECOVERY => write!(f, "a recovery is under way (process {pid}); `ovs-graceful wait` waits for it"),
+            PLAIN => write!(f, "an ordinary restart is under way (process {pid}), and ends by itself; try again then"),
+            _ => write!(
+                f,
+                "run {id} is under way (process {pid}); wait for it (`ovs-graceful wait`) or undo it (`ovs-graceful abort`)"
+            ),
+        }
+    }
+}
+
 /// Why the lock was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another run has it: exit code 11.
-    #[error("another run holds {}: {}; wait for it (`ovs-graceful status`) or undo it (`ovs-graceful abort`)",
-        path.display(), .holder.as_ref().map_or("it has not said yet which".to_string(),
-        |h| format!("{}, process {}", h.id, h.pid)))]
+    #[error("{} is held: {}", path.display(), .holder.as_ref().map_or_else(
+        || "a run is under way that has not said yet which; `ovs-graceful wait` waits for it".to_string(),
+        Holder::to_string))]
     Held {
         /// The lock file.
         path: PathBuf,

@@ -239,7 +239,9 @@ fn the_lock_names_its_holder_and_goes_with_it() {
     let held = RunLock::acquire(&path, &me).unwrap();
     assert_eq!(RunLock::holder(&path).unwrap(), Some(me.clone()));
     let error = RunLock::acquire(&path, &Holder { id: "run-2".into(), pid: 43 }).unwrap_err();
-    assert!(error.to_string().contains("run-1, process 42"), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("run run-1 is under way (process 42)"), "{text}");
+    assert!(text.contains("`ovs-graceful wait`") && !text.contains("status"), "{text}");
     assert!(matches!(error, LockError::Held { holder: Some(holder), .. } if holder == me));
     drop(held);
     assert_eq!(RunLock::holder(&path).unwrap(), None);
