@@ -69,10 +69,10 @@ impl Custom for MemoryLimit {
     }
 }
 
-/// What begins with `word` in the remedies of `ovs-graceful check`, and all that was said.
+/// What begins with `word`, up to the end of the command, in the remedies of `ovs-graceful check`, and all that was said.
 fn remedy(word: &str) -> (String, String) {
     let looked = shell_lenient("ovs-graceful check");
-    let command = looked.split(word).nth(1).map(|rest| rest.split([';', '\n', ')']).next().unwrap_or_default());
+    let command = looked.split(word).nth(1).map(|rest| rest.split(['`', ';', '\n', ')']).next().unwrap_or_default());
     (command.map(|rest| format!("{word}{rest}")).unwrap_or_default(), looked)
 }
 

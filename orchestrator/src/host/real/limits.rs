@@ -83,12 +83,12 @@ fn descriptors(size: Size, limit: u64, nr_open: Option<u64>, found: &mut Finding
         }
         Some(nr_open) if nr_open < needed => {
             let cause = format!("fs.nr_open allows {nr_open} open files, and the run needs {what}");
-            let remedy = format!("sysctl -w fs.nr_open={}", needed.next_power_of_two());
+            let remedy = format!("`sysctl -w fs.nr_open={}`", needed.next_power_of_two());
             found.refuse(Name::Descriptors, "supervisor", cause, &remedy);
         }
         _ => {
             let cause = format!("it may open {limit} files, and the run needs {what}");
-            let remedy = format!("prlimit --pid $$ --nofile={needed}:{needed}, or the same limit for the container");
+            let remedy = format!("`prlimit --pid $$ --nofile={needed}:{needed}`, or the same limit for the container");
             found.refuse(Name::Descriptors, "supervisor", cause, &remedy);
         }
     }
@@ -236,8 +236,8 @@ fn remedy(low: &[GroupLimit], least: u64) -> String {
         })
         .collect();
     match is_unit {
-        true => format!("systemctl set-property --runtime {unit} {}", set.join(" ")),
-        false => set.join("; "),
+        true => format!("`systemctl set-property --runtime {unit} {}`", set.join(" ")),
+        false => set.iter().map(|echo| format!("`{echo}`")).collect::<Vec<_>>().join("; "),
     }
 }
 
@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(one.severity, Severity::Refused);
         assert!(one.cause.contains("1024") && one.cause.contains("1780") && one.remedy.contains("prlimit"), "{one:?}");
         let [one] = found(LARGE, 1024, Some(1024)).try_into().unwrap();
-        assert!(one.cause.contains("fs.nr_open allows 1024") && one.remedy == "sysctl -w fs.nr_open=2048", "{one:?}");
+        assert!(one.cause.contains("fs.nr_open allows 1024") && one.remedy == "`sysctl -w fs.nr_open=2048`", "{one:?}");
     }
 
     #[test]
@@ -355,10 +355,10 @@ mod tests {
         );
         assert_eq!(
             found[0].remedy,
-            format!("systemctl set-property --runtime ovs-vswitchd.service MemoryMax={}", 171 << 20)
+            format!("`systemctl set-property --runtime ovs-vswitchd.service MemoryMax={}`", 171 << 20)
         );
         let [tasks] = too_low(Name::Tasks, all_limits(dir.path(), groups, "pids"), 9).try_into().unwrap();
-        assert_eq!(tasks.remedy, "systemctl set-property --runtime ovs-vswitchd.service TasksMax=21");
+        assert_eq!(tasks.remedy, "`systemctl set-property --runtime ovs-vswitchd.service TasksMax=21`");
     }
 
     #[test]
@@ -374,7 +374,7 @@ mod tests {
         assert_eq!((one.limit >> 20, one.used >> 20, one.property), (100, 90, "MemoryLimit"));
         let [one] = too_low(Name::Memory, limits, 20 << 20).try_into().unwrap();
         assert!(
-            one.remedy.starts_with("echo 137363456 > ") && one.remedy.ends_with("/memory.limit_in_bytes"),
+            one.remedy.starts_with("`echo 137363456 > ") && one.remedy.ends_with("/memory.limit_in_bytes`"),
             "{one:?}"
         );
         assert!(of_process(dir.path(), "", "memory").is_empty());

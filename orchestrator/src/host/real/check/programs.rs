@@ -11,9 +11,15 @@ use crate::report::{Findings, Name};
 /// The programs of the package that a run works with.
 pub(super) fn tools(until: Instant, found: &mut Findings) {
     for tool in ["ovs-ofctl", "ovsdb-tool"] {
-        if let Err(e) = command::run_well(tool, &["--version"], None, until) {
-            found.refuse(Name::Tools, tool, e.cause, "install the openvswitch package's command line tools");
-        }
+        judge_tool(tool, command::run_well(tool, &["--version"], None, until).map(drop), found);
+    }
+}
+
+fn judge_tool(tool: &str, ran: Result<()>, found: &mut Findings) {
+    if let Err(error) = ran {
+        let remedy = "`apt-get install --reinstall openvswitch-common openvswitch-switch` (RHEL: `dnf reinstall openvswitch`, \
+                      whose name may have a version, as openvswitch3.1)";
+        found.refuse(Name::Tools, tool, error.cause, remedy);
     }
 }
 
@@ -64,4 +70,20 @@ fn try_to_keep(
     scratch.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
     new.iter().for_each(|folder| drop(fs::remove_dir(folder)));
     saved.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::HostError;
+
+    #[test]
+    fn a_tool_that_is_missing_is_named_with_its_package() {
+        let mut found = Findings::default();
+        judge_tool("ovs-ofctl", Ok(()), &mut found);
+        judge_tool("ovsdb-tool", Err(HostError::new("ovsdb-tool", "it is not installed")), &mut found);
+        let [one] = found.into_inner().try_into().unwrap();
+        assert_eq!((one.name, one.object.as_str()), (Name::Tools, "ovsdb-tool"));
+        assert!(one.remedy.contains("`apt-get install") && one.remedy.contains("openvswitch-switch"), "{one}");
+    }
 }
