@@ -38,7 +38,7 @@ pub fn findings(
         schema::look(&server, options, until, &mut found);
     }
     if let Some(facts) = known.facts {
-        switch::look(facts, until, &mut found);
+        switch::look(daemons, &vswitchd, facts, until, &mut found);
     }
     services::look(services, &vswitchd, &server, options, until, &mut found);
     limits::look(&vswitchd, options, &mut found);

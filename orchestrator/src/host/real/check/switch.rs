@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::host::real::command;
 use crate::host::real::openflow::{ANY_VERSION, OVS_OFCTL};
 use crate::host::real::parallel::side_by_side;
-use crate::host::{Bridge, DatabaseFacts, Interface};
+use crate::host::{Bridge, Daemon, Daemons, DatabaseFacts, Interface};
 use crate::report::{Findings, Name};
 
 /// Where the bridges' management sockets are.
@@ -19,8 +19,18 @@ const PORT_FLAGS: [&str; 6] = ["NO_STP", "NO_RECV", "NO_RECV_STP", "NO_FLOOD", "
 /// The versions that have table configuration.
 const WITH_TABLE_CONFIG: [&str; 2] = ["OpenFlow14", "OpenFlow15"];
 
-/// Looks at bridges and ports.
-pub(super) fn look(facts: &DatabaseFacts, until: Instant, found: &mut Findings) {
+/// Looks at the running daemon, bridges and ports.
+pub(super) fn look(
+    daemons: &dyn Daemons,
+    vswitchd: &Daemon,
+    facts: &DatabaseFacts,
+    until: Instant,
+    found: &mut Findings,
+) {
+    // Its length does not grow with the flows, as that of a dump does.
+    let shown = daemons.command(vswitchd, "upcall/show", &[], until).unwrap_or_default();
+    let offloads = offloads(&shown);
+    judge_offload(offloads, facts.is_on("hw-offload"), found);
     let kernel = facts.bridges.iter().filter(|bridge| bridge.is_of_kernel());
     let bridges: Vec<Bridge> = kernel.cloned().collect();
     // Three programs for each of hundreds of bridges: what else is looked at needs its time, too.
@@ -39,7 +49,28 @@ pub(super) fn look(facts: &DatabaseFacts, until: Instant, found: &mut Findings) 
         );
         found.warn(Name::Bridges, "database", cause, "none: the host is busy; a quieter hour, or a longer `check_ms`");
     }
-    ingress(&bridges, until, found);
+    ingress(&bridges, offloads, until, found);
+}
+
+/// Does the daemon offload flows of the kernel's datapath? It tells how many it has only where it may have some
+/// (`upcall_unixctl_show`, ofproto/ofproto-dpif-upcall.c: OVS 2.15 to 3.6 also where it has none now).
+fn offloads(shown: &str) -> bool {
+    let mut datapath = "";
+    shown.lines().any(|line| {
+        if let Some(name) = line.strip_suffix(':').filter(|name| !name.starts_with(' ')) {
+            datapath = name;
+        }
+        datapath.starts_with("system@") && line.trim_start().starts_with("offloaded flows")
+    })
+}
+
+/// What the database asks for holds from the next start on; what it asks for is told of the database.
+fn judge_offload(offloads: bool, asked_for: bool, found: &mut Findings) {
+    if offloads && !asked_for {
+        let cause = "it offloads flows until it is restarted, although hw-offload is off now: they live in TC filters, \
+                     which a freeze of the datapath does not reach";
+        found.refuse(Name::HwOffload, "ovs-vswitchd", cause, "`ovs-graceful restart --plain`");
+    }
 }
 
 /// What OpenFlow has told a bridge. What cannot be read is empty: the run reads the rules again, and fails if it cannot.
@@ -144,7 +175,7 @@ fn has_hard_timeout(rule: &str) -> bool {
 
 /// ovs-vswitchd removes the ingress qdisc of every port when it starts, whoever made it (netdev_linux_set_policing,
 /// lib/netdev-linux.c); one that it makes itself it makes again. Where there is no `tc`, nobody has made one by it.
-fn ingress(bridges: &[Bridge], until: Instant, found: &mut Findings) {
+fn ingress(bridges: &[Bridge], offloads: bool, until: Instant, found: &mut Findings) {
     let Ok(qdiscs) = command::run_well("tc", &["qdisc", "show"], None, until) else { return };
     let interfaces: Vec<&Interface> =
         bridges.iter().flat_map(|bridge| &bridge.ports).flat_map(|port| &port.interfaces).collect();
@@ -154,11 +185,21 @@ fn ingress(bridges: &[Bridge], until: Instant, found: &mut Findings) {
             continue;
         }
         let filters = command::run_well("tc", &["filter", "show", "dev", device, "parent", "ffff:"], None, until);
-        if filters.is_ok_and(|filters| !filters.trim().is_empty()) {
+        if filters.is_ok_and(|filters| others_filters(&filters, offloads)) {
             let cause = "it has an ingress qdisc with filters, which ovs-vswitchd removes when it starts";
             let remedy = "none yet: they are lost in any restart; make them again afterwards, or use a clsact qdisc";
             found.warn(Name::IngressQdisc, format!("device {device}"), cause, remedy);
         }
+    }
+}
+
+/// Is one of these filters not Open vSwitch's own? Where it offloads flows, its are of the kind `flower`:
+/// `filter protocol ip pref 2 flower chain 0 handle 0x1`
+fn others_filters(filters: &str, offloads: bool) -> bool {
+    let mut heads = filters.lines().filter(|line| line.starts_with("filter "));
+    match offloads {
+        true => heads.any(|head| !head.split_whitespace().any(|word| word == "flower")),
+        false => !filters.trim().is_empty(),
     }
 }
 
@@ -212,6 +253,30 @@ mod tests {
         let all: Vec<String> = (0..5).map(|n| format!("p{n}")).collect();
         assert_eq!(named(&all), "p0; p1; p2; and 2 more");
         assert_eq!(named(&all[..2]), "p0; p1");
+    }
+
+    #[test]
+    fn a_daemon_that_still_offloads_is_refused_and_its_own_filters_are_nobody_else_s() {
+        let shown = |name: &str, count: &str| {
+            format!("{name}:\n  flows         : (current 3) (avg 3) (max 5) (limit 10000)\n{count}  dump duration : 1ms\n")
+        };
+        let count = "  offloaded flows : 2\n";
+        assert!(offloads(&shown("system@ovs-system", count)) && !offloads(&shown("system@ovs-system", "")));
+        // Of the other datapath, behind ours.
+        let both = shown("system@ovs-system", "") + &shown("netdev@ovs-netdev", count);
+        assert!(!offloads(&both) && !offloads(""));
+        let judged = |offloads, asked_for| {
+            let mut found = Findings::default();
+            judge_offload(offloads, asked_for, &mut found);
+            found.into_inner().pop().map(|one| (one.name, one.remedy))
+        };
+        assert_eq!(judged(true, false), Some((Name::HwOffload, "`ovs-graceful restart --plain`".to_owned())));
+        // The database's finding has that as well.
+        assert_eq!((judged(true, true), judged(false, false)), (None, None));
+        let own = "filter protocol ip pref 2 flower chain 0 \nfilter protocol ip pref 2 flower chain 0 handle 0x1 \n  eth_type ipv4\n";
+        let other = "filter protocol ip pref 9 u32 chain 0 \n";
+        assert!(others_filters(own, false) && !others_filters(own, true));
+        assert!(others_filters(&format!("{own}{other}"), true) && !others_filters("", false));
     }
 
     #[test]
