@@ -395,6 +395,7 @@ fn guard_lines(guard: &guard::Status) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::LockError;
 
     fn quiet() -> Answer {
         Answer { flow_restore_wait: Some(false), ..Answer::default() }
@@ -462,6 +463,8 @@ mod tests {
         let line = |id: &str| run_line(&Answer { lock: Some(Holder { id: id.into(), pid: 7 }), ..quiet() });
         let text = line(RECOVERY);
         assert!(text.contains("a recovery is under way (process 7); `ovs-graceful wait` waits"), "{text}");
+        let unsaid = LockError::Held { path: LOCK.into(), holder: None }.to_string();
+        assert!(unsaid.contains("a run is under way that has not said"), "{unsaid}");
         assert!(line(PLAIN).contains("an ordinary restart"), "{}", line(PLAIN));
         assert!(line("run-8").contains("does not listen"), "{}", line("run-8"));
     }

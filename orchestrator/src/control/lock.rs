@@ -27,8 +27,17 @@ pub struct Holder {
     pub pid: u32,
 }
 
+/// The id of one that has not said yet who it is.
+const UNKNOWN: &str = "unknown";
+
 /// The id of an ordinary restart in the lock: the commands of the units then do what the package wrote.
 pub const PLAIN: &str = "plain-restart";
+
+impl Holder {
+    fn unknown() -> Holder {
+        Holder { id: UNKNOWN.to_string(), pid: 0 }
+    }
+}
 
 impl fmt::Display for Holder {
     /// What is under way, and what one can do about it.
@@ -37,6 +46,7 @@ impl fmt::Display for Holder {
         match id.as_str() {
             RECOVERY => write!(f, "a recovery is under way (process {pid}); `ovs-graceful wait` waits for it"),
             PLAIN => write!(f, "an ordinary restart is under way (process {pid}), and ends by itself; try again then"),
+            UNKNOWN => write!(f, "a run is under way that has not said yet which; `ovs-graceful wait` waits for it"),
             _ => write!(
                 f,
                 "run {id} is under way (process {pid}); wait for it (`ovs-graceful wait`) or undo it (`ovs-graceful abort`)"
@@ -49,9 +59,7 @@ impl fmt::Display for Holder {
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another run has it: exit code 11.
-    #[error("{} is held: {}", path.display(), .holder.as_ref().map_or_else(
-        || "a run is under way that has not said yet which; `ovs-graceful wait` waits for it".to_string(),
-        Holder::to_string))]
+    #[error("{} is held: {}", path.display(), .holder.clone().unwrap_or_else(Holder::unknown))]
     Held {
         /// The lock file.
         path: PathBuf,
@@ -112,8 +120,7 @@ impl RunLock {
         match Flock::lock(file, FlockArg::LockSharedNonblock) {
             Ok(_) => Ok(None),
             Err((mut file, Errno::EWOULDBLOCK)) => {
-                let unknown = Holder { id: "unknown".to_string(), pid: 0 };
-                Ok(Some(read_holder(&mut file).unwrap_or(unknown)))
+                Ok(Some(read_holder(&mut file).unwrap_or_else(Holder::unknown)))
             }
             Err((_, errno)) => Err(io_error(errno.into())),
         }

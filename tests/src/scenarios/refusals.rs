@@ -87,7 +87,7 @@ const CASES: &[Case] = &[
                   systemd-run -q --unit=lab-holder flock /run/ovs-graceful/lock sleep 600; sleep 1",
         restore: "systemctl stop lab-holder",
         exit: 11,
-        cause: &["another run"],
+        cause: &["a run is under way"],
         ..BASE
     },
     Case {
