@@ -575,6 +575,33 @@ impl Runs {
         }
     }
 
+    fn container_run_file(&self) -> PathBuf {
+        self.run.join("container-run")
+    }
+
+    /// Notes that `hook container-stop` begins run `id`, for `hook container-started`.
+    ///
+    /// # Errors
+    /// Where that cannot be written.
+    pub fn note_container_run(&self, id: &str) -> anyhow::Result<()> {
+        self.files.make_folder(&self.run).with_context(|| format!("cannot create {}", self.run.display()))?;
+        self.replace(&self.container_run_file(), id.as_bytes())
+    }
+
+    /// The run that `hook container-stop` began last, until its end has been told.
+    ///
+    /// # Errors
+    /// Where that cannot be read.
+    pub fn container_run(&self) -> anyhow::Result<Option<String>> {
+        let Some(text) = read(self.files.as_ref(), &self.container_run_file())? else { return Ok(None) };
+        Ok(Some(String::from_utf8_lossy(&text).trim().to_owned()).filter(|id| is_id(id)))
+    }
+
+    /// Its end has been told, or it never began. A note that stays is another's end told twice, and no more.
+    pub fn forget_container_run(&self) {
+        let _not_there_is_fine = self.files.remove(&self.container_run_file());
+    }
+
     /// The host has been found well after a run that ended with 40.
     ///
     /// # Errors

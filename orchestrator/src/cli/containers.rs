@@ -14,12 +14,13 @@ use super::ended::answered;
 use super::hook::report_on;
 use super::launch::{launch, Launched};
 use super::output::{complain, complain_of, say};
-use super::restart::{follow_to_the_end, no_run_now, wait_for_report, Follow};
+use super::restart::{no_run_now, wait_for_report};
+use super::wait::wait;
 use super::SuperviseArgs;
-use crate::control::{Connection, HookClient, HookCommand, Progress, Subscription, SOCKET};
+use crate::control::{Connection, Holder, HookClient, HookCommand, Progress, RunLock, Subscription, LOCK, SOCKET};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
-use crate::report::{summary, Report, Strategy};
+use crate::report::Strategy;
 
 /// `hook container-stop`: 0 once everything is parked; then the caller ends the old container and starts the new one.
 pub(super) fn stop(config: &Path) -> u8 {
@@ -38,7 +39,9 @@ pub(super) fn stop(config: &Path) -> u8 {
 fn wait_until_parked(config: &Path) -> anyhow::Result<u8> {
     let config = std::path::absolute(config)?;
     let args = SuperviseArgs { no_ovsdb: true, elsewhere: true, ..SuperviseArgs::new(Strategy::StopStart, config) };
-    match launch(&args)? {
+    let runs = Runs::default();
+    runs.note_container_run(&args.id)?;
+    match launch(&args).inspect_err(|_| runs.forget_container_run())? {
         Launched::Running(_) => {}
         Launched::Over(report) => return Ok(complain_of(&report)),
     }
@@ -58,18 +61,31 @@ fn wait_until_parked(config: &Path) -> anyhow::Result<u8> {
     }
 }
 
-/// `hook container-started`: the exit code of the run that is under way, or of the last one.
+/// `hook container-started`: the exit code of the run that `hook container-stop` began, once it has ended.
 pub(super) fn started() -> u8 {
-    match under_way() {
-        Ok(Some((id, events))) => follow_to_the_end(&id, events, Follow::default()),
-        Ok(None) => match last_report() {
-            Ok(report) => {
-                say(summary(&report, false).trim_end());
-                report.exit_code.code()
+    let runs = Runs::default();
+    let holder = RunLock::holder(Path::new(LOCK)).ok().flatten();
+    match begun_by_stop(&runs, holder.as_ref()) {
+        Ok(id) => {
+            let code = wait(Some(id.clone()), false);
+            if runs.is_over(&id) {
+                runs.forget_container_run();
             }
-            Err(error) => answered(false, Err(error)),
-        },
+            code
+        }
         Err(error) => answered(false, Err(error)),
+    }
+}
+
+/// What another run came to says nothing of a container.
+fn begun_by_stop(runs: &Runs, holder: Option<&Holder>) -> anyhow::Result<String> {
+    match (runs.container_run()?, holder) {
+        (Some(id), _) => Ok(id),
+        (None, Some(holder)) => bail!("`hook container-stop` has begun no run: {holder}"),
+        (None, None) => bail!(
+            "`hook container-stop` has begun no run; remedy: `ovs-graceful hook container-stop` before the container is \
+             restarted (past runs: `ovs-graceful runs`)"
+        ),
     }
 }
 
@@ -80,12 +96,6 @@ pub(super) fn under_way() -> anyhow::Result<Option<(String, Subscription)>> {
         Some(Progress::Hello { id, .. }) => Ok(Some((id, events))),
         _ => Ok(None),
     }
-}
-
-fn last_report() -> anyhow::Result<Report> {
-    let last = Runs::default().list()?.pop();
-    let last = last.context("there was no run; remedy: `ovs-graceful hook container-stop` first")?;
-    last.report.with_context(|| format!("run {} has left no report; remedy: `ovs-graceful recover`", last.id))
 }
 
 /// `restart --restart-command`: connects to the run just started and waits, in a thread of its own, for the word to run
@@ -128,4 +138,25 @@ fn spawn(command: &str) -> anyhow::Result<Child> {
     let mut shell = Command::new("/bin/sh");
     shell.args(["-c", command]).stdin(Stdio::null()).stdout(std::io::stderr()).process_group(0);
     shell.spawn().context("cannot run /bin/sh")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_run_that_container_stop_began_is_answered_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = Runs::at(&dir.path().join("state"), &dir.path().join("run"));
+        runs.create("run-1", 20).unwrap();
+        let told = |holder: Option<&Holder>| format!("{:#}", begun_by_stop(&runs, holder).unwrap_err());
+        assert!(told(None).contains("remedy: `ovs-graceful hook container-stop`"), "{}", told(None));
+        let other = Holder { id: "run-1".into(), pid: 7 };
+        assert!(told(Some(&other)).contains("run run-1 is under way"), "{}", told(Some(&other)));
+        runs.note_container_run("run-2").unwrap();
+        assert_eq!(begun_by_stop(&runs, Some(&other)).unwrap(), "run-2");
+        runs.forget_container_run();
+        assert!(begun_by_stop(&runs, None).is_err());
+        runs.forget_container_run();
+    }
 }
