@@ -45,9 +45,27 @@ fn restart() -> anyhow::Result<bool> {
         bail!("systemd does not run; remedy: `/etc/init.d/openvswitch-switch restart` is the ordinary restart here");
     }
     let unit = unit_of_all(&systemd)?;
-    tell(&format!("an ordinary restart of {unit}, without ovs-graceful"));
+    tell(&before(&unit));
     let status = Command::new("systemctl").args(["restart", &unit]).status().context("cannot run systemctl")?;
+    tell(&after(&unit, status.success()));
     Ok(status.success())
+}
+
+/// Nobody should find out afterwards what it costs.
+fn before(unit: &str) -> String {
+    format!(
+        "an ordinary restart of {unit}, without ovs-graceful: OpenFlow rules that no controller gives anew are lost, and \
+         packets until there are rules again"
+    )
+}
+
+fn after(unit: &str, well: bool) -> String {
+    match well {
+        true => format!("{unit} was restarted; OpenFlow rules that no controller gives are yours to put back now"),
+        false => {
+            format!("{unit} was not restarted; remedy: see `systemctl status {unit}`, then `systemctl start {unit}`")
+        }
+    }
 }
 
 /// The unit whose restart is that of both daemons: the one that is active, or else the one that is there.
@@ -59,4 +77,20 @@ fn unit_of_all(systemd: &Systemd) -> anyhow::Result<String> {
     let active = |unit: &&Unit| unit.active_state == "active";
     let chosen = there.iter().find(active).or(there.first());
     chosen.map(|unit| unit.name.clone()).context("no unit of Open vSwitch is installed")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ordinary_restart_says_what_it_costs_and_when_it_is_over() {
+        let text = before(SWITCH_UNIT);
+        assert!(text.contains(SWITCH_UNIT) && text.contains("rules") && text.contains("are lost"), "{text}");
+        let text = after(SWITCH_UNIT, true);
+        assert!(text.contains("was restarted") && text.contains("put back"), "{text}");
+        let text = after(SWITCH_UNIT, false);
+        assert!(text.contains("was not restarted; remedy") && text.contains("`systemctl start"), "{text}");
+        assert!([before(SWITCH_UNIT), after(SWITCH_UNIT, true)].iter().all(|text| !text.contains('\n')));
+    }
 }
