@@ -119,9 +119,7 @@ impl RunLock {
         };
         match Flock::lock(file, FlockArg::LockSharedNonblock) {
             Ok(_) => Ok(None),
-            Err((mut file, Errno::EWOULDBLOCK)) => {
-                Ok(Some(read_holder(&mut file).unwrap_or_else(Holder::unknown)))
-            }
+            Err((mut file, Errno::EWOULDBLOCK)) => Ok(Some(read_holder(&mut file).unwrap_or_else(Holder::unknown))),
             Err((_, errno)) => Err(io_error(errno.into())),
         }
     }

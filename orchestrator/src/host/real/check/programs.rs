@@ -17,7 +17,8 @@ pub(super) fn tools(until: Instant, found: &mut Findings) {
 
 fn judge_tool(tool: &str, ran: Result<()>, found: &mut Findings) {
     if let Err(error) = ran {
-        let remedy = "`apt-get install --reinstall openvswitch-common openvswitch-switch` (RHEL: `dnf reinstall openvswitch`, \
+        let remedy =
+            "`apt-get install --reinstall openvswitch-common openvswitch-switch` (RHEL: `dnf reinstall openvswitch`, \
                       whose name may have a version, as openvswitch3.1)";
         found.refuse(Name::Tools, tool, error.cause, remedy);
     }

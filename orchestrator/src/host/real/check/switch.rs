@@ -67,7 +67,8 @@ fn offloads(shown: &str) -> bool {
 /// What the database asks for holds from the next start on; what it asks for is told of the database.
 fn judge_offload(offloads: bool, asked_for: bool, found: &mut Findings) {
     if offloads && !asked_for {
-        let cause = "it offloads flows until it is restarted, although hw-offload is off now: they live in TC filters, \
+        let cause =
+            "it offloads flows until it is restarted, although hw-offload is off now: they live in TC filters, \
                      which a freeze of the datapath does not reach";
         found.refuse(Name::HwOffload, "ovs-vswitchd", cause, "`ovs-graceful restart --plain`");
     }
@@ -258,7 +259,9 @@ mod tests {
     #[test]
     fn a_daemon_that_still_offloads_is_refused_and_its_own_filters_are_nobody_else_s() {
         let shown = |name: &str, count: &str| {
-            format!("{name}:\n  flows         : (current 3) (avg 3) (max 5) (limit 10000)\n{count}  dump duration : 1ms\n")
+            format!(
+                "{name}:\n  flows         : (current 3) (avg 3) (max 5) (limit 10000)\n{count}  dump duration : 1ms\n"
+            )
         };
         let count = "  offloaded flows : 2\n";
         assert!(offloads(&shown("system@ovs-system", count)) && !offloads(&shown("system@ovs-system", "")));
