@@ -61,6 +61,10 @@ impl Custom for Back {
         }
     }
 
+    fn by_hand(&self) -> bool {
+        self.tunnel
+    }
+
     fn about(&self) -> &'static str {
         if self.tunnel {
             "back, across a VXLAN tunnel"

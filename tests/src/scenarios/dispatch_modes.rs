@@ -3,7 +3,7 @@
 
 use anyhow::{bail, Result};
 
-use super::{plain, Traffic};
+use super::{findings, plain, Traffic};
 use crate::command::shell;
 use crate::guest::Evidence;
 use crate::outcome::Outcome;
@@ -29,6 +29,10 @@ impl Traffic for DispatchModes {
             true => "per_cpu_to_vport",
             false => "per_vport_to_cpu",
         }
+    }
+
+    fn by_hand(&self) -> bool {
+        self.down
     }
 
     fn about(&self) -> &'static str {
@@ -59,7 +63,10 @@ impl Traffic for DispatchModes {
         is_per_cpu(self.down)
     }
 
-    fn before_action(&self, _outcome: &mut Outcome) -> Result<()> {
+    fn before_action(&self, outcome: &mut Outcome) -> Result<()> {
+        if !self.down {
+            findings::dispatch_needs_bpf(outcome)?;
+        }
         match self.down {
             true => install("/lab/older/ovs-vswitchd"),
             false => install("/root/newer-vswitchd"),

@@ -46,6 +46,9 @@ struct Group {
     all: &'static [Provoked],
 }
 
+/// A command that may not use BPF.
+const NO_BPF: &str = "systemd-run -q --pipe --wait -p SystemCallFilter=~bpf -p SystemCallErrorNumber=EPERM";
+
 const CHECK: [&str; 2] = ["check --json", "restart"];
 const ONLY_CHECK: [&str; 2] = ["check --json", ""];
 
@@ -56,6 +59,23 @@ const fn warned(name: &'static str, prepare: &'static str, remedy: Remedy) -> Pr
 const fn refused(name: &'static str, prepare: &'static str, remedy: Remedy) -> Provoked {
     Provoked { name, refused: true, prepare, remedy }
 }
+
+/// The unit's reload, while it lasts, is its state.
+const HANGING_RELOAD: &str = "mkdir -p /run/systemd/system/ovs-vswitchd.service.d
+     printf '[Service]\\nExecReload=\\nExecReload=/bin/sleep 600\\n' \
+        > /run/systemd/system/ovs-vswitchd.service.d/lab.conf
+     systemctl daemon-reload";
+const END_RELOAD: &str = "kill $(systemctl show -p ControlPID --value ovs-vswitchd); sleep 1";
+
+/// A shutdown that waits for the start of something before it, and stops nothing until then.
+const DELAYED_SHUTDOWN: &str = "mkdir -p /run/systemd/system/shutdown.target.d
+     printf '[Unit]\\nRefuseManualStart=no\\n' > /run/systemd/system/shutdown.target.d/lab.conf
+     systemctl daemon-reload
+     systemd-run -q --no-block --unit=lab-before -p DefaultDependencies=no -p Before=shutdown.target \
+        -p Type=oneshot sleep 600
+     sleep 1";
+const CANCELLED_SHUTDOWN: &str =
+    "systemctl cancel $(systemctl list-jobs --no-legend shutdown.target | awk '{ print $1 }'); systemctl stop lab-before";
 
 const GROUPS: &[Group] = &[
     Group {
@@ -197,8 +217,43 @@ const GROUPS: &[Group] = &[
         )],
     },
     Group {
+        name: "a reload that hangs",
+        prefix: "",
+        words: CHECK,
+        around: [HANGING_RELOAD, "rm -r /run/systemd/system/ovs-vswitchd.service.d; systemctl daemon-reload"],
+        all: &[
+            refused("unit", "systemctl --no-block reload ovs-vswitchd; sleep 1", Remedy::ByHand(END_RELOAD)),
+        ],
+    },
+    Group {
+        name: "the machine goes down",
+        prefix: "",
+        words: CHECK,
+        around: [DELAYED_SHUTDOWN, "rm -r /run/systemd/system/shutdown.target.d; systemctl daemon-reload"],
+        all: &[refused(
+            "shutdown",
+            "systemctl --no-block --job-mode=ignore-requirements start shutdown.target; sleep 1",
+            Remedy::Nothing(CANCELLED_SHUTDOWN),
+        )],
+    },
+    Group {
+        name: "no message bus",
+        // As where dbus has crashed: nobody listens on its socket, in the eyes of this command alone.
+        prefix: "unshare -m sh -c 'mount -t tmpfs lab /run/dbus && exec \"$@\"' sh",
+        words: ONLY_CHECK,
+        around: ["true", "true"],
+        all: &[refused("systemd", "true", Remedy::ByHand("true"))],
+    },
+    Group {
+        name: "a kernel whose hooks are not called",
+        prefix: "",
+        words: ONLY_CHECK,
+        around: ["true", "true"],
+        all: &[warned("canary", "sysctl -qw kernel.ftrace_enabled=0", Remedy::ByHand("sysctl -qw kernel.ftrace_enabled=1"))],
+    },
+    Group {
         name: "no BPF",
-        prefix: "systemd-run -q --pipe --wait -p SystemCallFilter=~bpf -p SystemCallErrorNumber=EPERM",
+        prefix: NO_BPF,
         words: ONLY_CHECK,
         around: ["true", "true"],
         // The filter is the command's own.
@@ -226,6 +281,15 @@ const GROUPS: &[Group] = &[
     },
 ];
 
+/// Part of `per_vport_to_cpu`.
+const PER_VPORT: Group = Group {
+    name: "upcalls per vport",
+    prefix: NO_BPF,
+    words: ONLY_CHECK,
+    around: ["true", "true"],
+    all: &[refused("dispatch", "true", Remedy::ByHand("true")), warned("bpf", "true", Remedy::ByHand("true"))],
+};
+
 /// Those of the cases of `refusals`, whose remedy is tried there.
 pub const REFUSALS: &[(&str, Remedy)] = &[
     ("upcalls", Remedy::Typed),
@@ -237,7 +301,11 @@ pub const REFUSALS: &[(&str, Remedy)] = &[
 /// Those that no command in this VM provokes, and the test that does.
 #[cfg(test)]
 const ELSEWHERE: &[(&str, &str)] = &[
-    ("bridges", "orchestrator: check::database::tests::a_plain_host_is_fine (it is neither refused nor warned about)"),
+    (
+        "bridges",
+        "scenario refusals, and orchestrator: \
+         check::database::tests::a_plain_host_is_fine (it is neither refused nor warned about)",
+    ),
     (
         "database-disk",
         "scenario database_disk, and orchestrator: \
@@ -263,13 +331,15 @@ const ELSEWHERE: &[(&str, &str)] = &[
         "scenario memory_limit, and orchestrator: \
          host::real::limits::tests::limits_of_the_cgroup_and_of_those_above_it_count",
     ),
-    ("canary", "orchestrator: supervisor::simulation::a_hook_that_refuses_nothing_is_no_freeze"),
-    ("dispatch", "orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
-    ("upcalls-untold", "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted"),
-    ("container", "orchestrator: host::real::check::daemons::tests::a_container_is_not_ours_to_start"),
-    ("systemd", "orchestrator: host::real::check::services::tests::a_stop_of_the_machine_a_job_and_a_silent_systemd_are_refused"),
-    ("shutdown", "orchestrator: host::real::check::services::tests::a_stop_of_the_machine_a_job_and_a_silent_systemd_are_refused"),
-    ("unit", "orchestrator: host::real::check::services::tests::a_unit_that_is_not_running_is_refused"),
+    ("dispatch", "scenario per_vport_to_cpu, and orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
+    (
+        "upcalls-untold",
+        "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted",
+    ),
+    (
+        "container",
+        "scenario containers, and orchestrator: host::real::check::daemons::tests::a_container_is_not_ours_to_start",
+    ),
 ];
 
 /// A finding as it is printed.
@@ -356,6 +426,9 @@ fn texts(printed: &[Printed]) -> Vec<&str> {
 
 /// Provokes all findings of all groups.
 pub fn provoke_all(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let plain = shell_lenient("ovs-graceful check --json 2>/dev/null");
+    let well = |name: &str| plain.contains(&format!("\"name\": \"{name}\""));
+    outcome.check("a plain host: bridges is told, and neither refused nor warned about", well("bridges"), &plain);
     for group in GROUPS {
         say(&format!("findings: {}", group.name));
         shell(group.around[0]).with_context(|| group.name)?;
@@ -408,6 +481,11 @@ fn run_lists_the_same(group: &Group, found: &Found, out: &Path, outcome: &mut Ou
         outcome.check(format!("{name}: lists {word} as check does"), times == printed.len(), &said);
     }
     Ok(())
+}
+
+/// Where upcalls are dispatched per vport, a run needs the freeze, and for that BPF: refused without, and well with it.
+pub fn dispatch_needs_bpf(outcome: &mut Outcome) -> Result<()> {
+    provoke(&PER_VPORT, &std::env::temp_dir(), outcome)
 }
 
 /// The remedy of a case of `refusals`, which is prepared.

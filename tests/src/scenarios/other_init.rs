@@ -21,6 +21,10 @@ impl Custom for OtherInit {
         "other_init"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "no systemd: an init script, daemons under --monitor; restart, ovs-ctl, apt, the supervisor killed"
     }

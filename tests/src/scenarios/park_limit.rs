@@ -42,6 +42,10 @@ impl Traffic for ParkLimit {
         self.about
     }
 
+    fn by_hand(&self) -> bool {
+        self.name == OLDEST.name
+    }
+
     fn probes(&self) -> Vec<(String, Spec)> {
         // No TCP: it would hide its losses.
         plain::probes().into_iter().filter(|(name, _)| name != "tcp" && name != "silent").collect()

@@ -83,6 +83,10 @@ impl Traffic for ScaleCt {
         "scale_ct"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "20,000 kernel flows behind ct, established connections and a burst of new ones"
     }

@@ -46,6 +46,10 @@ impl Traffic for ToNamespace {
         self.name
     }
 
+    fn by_hand(&self) -> bool {
+        self.name == GENEVE.name
+    }
+
     fn about(&self) -> &'static str {
         self.about
     }
