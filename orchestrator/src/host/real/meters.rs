@@ -3,6 +3,7 @@
 //!
 //! OpenFlow 1.3 to 1.5: header (A.1), METER_MOD (A.3.4.5), ERROR (A.4.4), BARRIER. Numbers in network order.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -21,54 +22,64 @@ const ADD: u16 = 0;
 const MODIFY: u16 = 1;
 /// Length of a header, bytes.
 const HEADER: usize = 8;
-/// `OFPET_METER_MOD_FAILED` with `OFPMMFC_METER_EXISTS` or `OFPMMFC_UNKNOWN_METER`.
+/// `OFPET_METER_MOD_FAILED` with `OFPMMFC_METER_EXISTS` or `OFPMMFC_UNKNOWN_METER` (A.4.4).
 const FAILED: u16 = 12;
 const ALREADY_THERE: u16 = 1;
-const UNKNOWN: u16 = 2;
+const UNKNOWN: u16 = 3;
 /// So many meters before what was answered is read: an error for each of them fits into a socket.
 const MOST_UNREAD: usize = 200;
 
-/// Gives the bridge behind `socket` the meters of `rules`, whether it has them already or not. False where one of them, or
-/// the version, is not understood here.
-pub(super) fn put(socket: &Path, rules: &BridgeRules, until: Instant) -> Result<bool> {
+/// Gives the bridge behind `socket` the meters of `rules`, whether it has them already or not. Returns those that are not
+/// understood here, or that the bridge refuses.
+pub(super) fn put<'a>(socket: &Path, rules: &'a BridgeRules, until: Instant) -> Result<Vec<&'a str>> {
     // ofp_version: 4 is OpenFlow 1.3.
     let version = version_number(&rules.protocol).checked_sub(13).and_then(|n| u8::try_from(n + 4).ok());
-    let meters: Option<Vec<Vec<u8>>> = rules.meters.iter().map(|text| meter(text)).collect();
-    let (Some(version), Some(meters)) = (version, meters) else { return Ok(false) };
+    let Some(version) = version else { return Ok(rules.meters.iter().map(String::as_str).collect()) };
     let object = format!("meters of bridge {}", rules.bridge);
     let mut stream = UnixStream::connect(socket).about(&object)?;
     let mut first = message(version, HELLO, 0, &[]);
-    for some in meters.chunks(MOST_UNREAD) {
+    let mut left = Vec::new();
+    for some in rules.meters.chunks(MOST_UNREAD) {
         let mut bytes = std::mem::take(&mut first);
-        for (meter, xid) in some.iter().zip(1..) {
+        let mut given = BTreeMap::new();
+        for (text, xid) in some.iter().zip(1u32..) {
+            let Some(meter) = meter(text) else {
+                left.push(text.as_str());
+                continue;
+            };
+            given.insert(xid, text.as_str());
             // One of the two fails: that one is there, or not yet.
-            bytes.extend(message(version, METER_MOD, xid, &[&MODIFY.to_be_bytes()[..], meter].concat()));
-            bytes.extend(message(version, METER_MOD, xid, &[&ADD.to_be_bytes()[..], meter].concat()));
+            bytes.extend(message(version, METER_MOD, xid, &[&MODIFY.to_be_bytes()[..], &meter].concat()));
+            bytes.extend(message(version, METER_MOD, xid, &[&ADD.to_be_bytes()[..], &meter].concat()));
         }
         bytes.extend(message(version, BARRIER_REQUEST, u32::MAX, &[]));
         stream.set_write_timeout(remaining(until)).about(&object)?;
         stream.write_all(&bytes).about(&object)?;
-        wait_for_barrier(&mut stream, &object, until)?;
+        let refused = refused_until_barrier(&mut stream, &object, until)?;
+        left.extend(refused.iter().filter_map(|xid| given.get(xid)));
     }
-    Ok(true)
+    Ok(left)
 }
 
-fn wait_for_barrier(stream: &mut UnixStream, object: &str, until: Instant) -> Result<()> {
+/// The xids of what the bridge refuses for another reason than that the meter is there, or not yet.
+fn refused_until_barrier(stream: &mut UnixStream, object: &str, until: Instant) -> Result<BTreeSet<u32>> {
+    let mut refused = BTreeSet::new();
     loop {
         let Some(left) = remaining(until) else { return Err(HostError::timeout(object, "giving them to the bridge")) };
         stream.set_read_timeout(Some(left)).about(object)?;
         let mut header = [0; HEADER];
         stream.read_exact(&mut header).about(object)?;
-        let [_, kind, high, low, ..] = header;
+        let [_, kind, high, low, xid @ ..] = header;
         let rest = usize::from(u16::from_be_bytes([high, low])).checked_sub(HEADER);
         let mut body = vec![0; rest.ok_or_else(|| HostError::new(object, "a message shorter than its header"))?];
         stream.read_exact(&mut body).about(object)?;
         match (kind, body.as_slice()) {
-            (BARRIER_REPLY, _) => return Ok(()),
+            (BARRIER_REPLY, _) => return Ok(refused),
             (ERROR, [a, b, c, d, ..]) => {
                 let (kind, code) = (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d]));
                 if kind != FAILED || !matches!(code, ALREADY_THERE | UNKNOWN) {
-                    return Err(HostError::new(object, format!("OFPT_ERROR type {kind} code {code}")));
+                    tracing::warn!("{object}: OFPT_ERROR type {kind} code {code}");
+                    refused.insert(u32::from_be_bytes(xid));
                 }
             }
             _ => {}
@@ -136,7 +147,6 @@ fn band(words: &[&str]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
     use std::os::unix::net::UnixListener;
     use std::time::Duration;
 
@@ -167,16 +177,17 @@ mod tests {
             while stream.read_exact(&mut header).is_ok() {
                 let mut body = vec![0; usize::from(u16::from_be_bytes([header[2], header[3]])) - HEADER];
                 stream.read_exact(&mut body).unwrap();
-                let error =
-                    |kind: u16, code: u16| message(6, ERROR, 1, &[kind.to_be_bytes(), code.to_be_bytes()].concat());
+                let xid = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+                // The numbers of the specification (OpenFlow 1.3.5, A.4.4): 1 METER_EXISTS, 3 UNKNOWN_METER, 11 OUT_OF_BANDS.
+                let error = |code: u16| message(6, ERROR, xid, &[12u16.to_be_bytes(), code.to_be_bytes()].concat());
                 let answer = match header[1] {
                     BARRIER_REQUEST => message(6, BARRIER_REPLY, 9, &[]),
                     METER_MOD => {
                         let id = u32::from_be_bytes([body[4], body[5], body[6], body[7]]);
                         match (body[1], meters.contains_key(&id)) {
-                            _ if id == 13 => error(FAILED, 12),
-                            (0, true) => error(FAILED, ALREADY_THERE),
-                            (1, false) => error(FAILED, UNKNOWN),
+                            (1, false) => error(3),
+                            _ if id == 113 => error(11),
+                            (0, true) => error(1),
                             _ => {
                                 meters.insert(id, body[2..].to_vec());
                                 continue;
@@ -194,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn all_meters_come_by_one_connection_those_that_are_there_too() {
+    fn all_meters_come_by_one_connection_and_what_is_refused_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("br0.mgmt");
         let text = |id: u32| format!("meter={id} kbps bands=type=drop rate={id}");
@@ -207,16 +218,15 @@ mod tests {
         let ids: Vec<u32> = (100..700).collect();
         let there = BTreeMap::from([(100, Vec::new()), (650, vec![1])]);
         let listening = bridge(UnixListener::bind(&socket).unwrap(), there);
-        assert!(put(&socket, &rules(ids.clone()), until).unwrap());
-        let wanted: BTreeMap<u32, Vec<u8>> = ids.into_iter().map(|id| (id, meter(&text(id)).unwrap())).collect();
+        let mut all = rules(ids.clone());
+        all.meters.push("meter=9 new bands=".into());
+        // What is not understood, and what the bridge refuses.
+        assert_eq!(put(&socket, &all, until).unwrap(), [&text(113), "meter=9 new bands="]);
+        let taken = ids.into_iter().filter(|id| *id != 113);
+        let wanted: BTreeMap<u32, Vec<u8>> = taken.map(|id| (id, meter(&text(id)).unwrap())).collect();
         assert_eq!(listening.join().unwrap(), wanted);
 
-        std::fs::remove_file(&socket).unwrap();
-        let listening = bridge(UnixListener::bind(&socket).unwrap(), BTreeMap::new());
-        let error = put(&socket, &rules(vec![13]), until).unwrap_err();
-        assert!(error.cause.contains("type 12 code 12"), "{error}");
-        listening.join().unwrap();
-
-        assert!(!put(&socket, &BridgeRules { protocol: "OpenFlow10".into(), ..rules(vec![1]) }, until).unwrap());
+        let old = BridgeRules { protocol: "OpenFlow10".into(), ..rules(vec![1]) };
+        assert_eq!(put(&socket, &old, until).unwrap(), [text(1)]);
     }
 }

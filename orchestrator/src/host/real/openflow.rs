@@ -185,8 +185,7 @@ impl RealOpenFlow {
                 Ok(())
             }
         };
-        let at_once = !rules.meters.is_empty() && self.meters_at_once(rules, until);
-        for meter in rules.meters.iter().filter(|_| !at_once) {
+        for meter in self.meters_at_once(rules, until) {
             // It is there already when this is the second time: then it is made what it should be.
             if say(&["add-meter", &target, meter]).is_err() {
                 say(&["mod-meter", &target, meter]).map(drop).or_else(|error| note("meter", meter, error))?;
@@ -204,11 +203,14 @@ impl RealOpenFlow {
         Ok(refused)
     }
 
-    /// All meters over one connection; what that does not take is said by ovs-ofctl, one meter after the other.
-    fn meters_at_once(&self, rules: &BridgeRules, until: Instant) -> bool {
+    /// All meters over one connection. Returns what that does not take, for ovs-ofctl, one meter after the other.
+    fn meters_at_once<'a>(&self, rules: &'a BridgeRules, until: Instant) -> Vec<&'a str> {
+        if rules.meters.is_empty() {
+            return Vec::new();
+        }
         meters::put(&self.socket(&rules.bridge), rules, until).unwrap_or_else(|error| {
             tracing::warn!(%error, "meters are not given all at once");
-            false
+            rules.meters.iter().map(String::as_str).collect()
         })
     }
 
