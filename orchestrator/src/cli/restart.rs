@@ -195,9 +195,18 @@ pub(super) fn follow_to_the_end(id: &str, events: Subscription, how: Follow) -> 
 }
 
 fn forward(mut events: Subscription, sender: &Sender<Happening>) {
-    while let Ok(Some(progress)) = events.next_event() {
-        if sender.send(Happening::Progress(Box::new(progress))).is_err() {
-            return;
+    loop {
+        match events.next_event() {
+            Ok(Some(progress)) => {
+                if sender.send(Happening::Progress(Box::new(progress))).is_err() {
+                    return;
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                complain(&format!("the words of the supervisor are lost ({error}); its report is waited for"));
+                break;
+            }
         }
     }
     let _ = sender.send(Happening::Closed);
@@ -256,6 +265,10 @@ fn wait_until_gone(id: &str, happenings: &Receiver<Happening>) {
             Ok(Happening::Interrupted) | Err(_) => return,
         }
     }
+    wait_until_free(id, until);
+}
+
+fn wait_until_free(id: &str, until: Instant) {
     let held = || matches!(RunLock::holder(Path::new(LOCK)), Ok(Some(holder)) if holder.id == id);
     while held() && Instant::now() < until {
         thread::sleep(Duration::from_millis(5));
@@ -291,7 +304,11 @@ fn interrupt(socket: &Path, id: &str, display: &Display) -> Option<u8> {
 /// The connection broke before the end was told.
 fn orphaned(id: &str, json: bool) -> u8 {
     match wait_for_report(id) {
-        Some(report) => end(&report, json),
+        Some(report) => {
+            let code = end(&report, json);
+            wait_until_free(id, Instant::now() + GONE_LIMIT);
+            code
+        }
         None => fail(
             json,
             ExitCode::NeedsPerson.code(),

@@ -19,7 +19,8 @@ use std::str::FromStr;
 use anyhow::Context;
 use atomic_write_file::unix::OpenOptionsExt as _;
 pub use dpfreeze::freeze::Refused;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::machine::{ExitCode, Outcome, Phase};
 
@@ -172,11 +173,17 @@ pub struct ConntrackReport {
     /// Of these, set again because they were lost.
     pub zone_limits_restored: u64,
     /// Connections by zone in the snapshot; zones without one are left out.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "by_zone")]
     pub connections_before: BTreeMap<u16, u64>,
     /// The same at the end: they come and go.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "by_zone")]
     pub connections_after: BTreeMap<u16, u64>,
+}
+
+/// serde gives the keys of a map as text where the report is part of a tagged message, and does not make numbers of them.
+fn by_zone<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<u16, u64>, D::Error> {
+    let zones = BTreeMap::<String, u64>::deserialize(deserializer)?;
+    zones.into_iter().map(|(zone, count)| Ok((zone.parse().map_err(D::Error::custom)?, count))).collect()
 }
 
 /// A bridge's OpenFlow state, before against after.
