@@ -139,6 +139,13 @@ pub(super) fn require_bpf() -> Result<()> {
             "use a kernel with CONFIG_DEBUG_INFO_BTF, or run at level park, without a freeze",
         );
     }
+    // Without it a hook is attached and never called, and Linux 6.1 then takes none until the next boot.
+    if read_trimmed("/proc/sys/kernel/ftrace_enabled").as_deref() == Some("0") {
+        return unsupported(
+            "kernel.ftrace_enabled is 0, so the kernel calls no hook".into(),
+            "`sysctl kernel.ftrace_enabled=1`, or run at level park, without a freeze",
+        );
+    }
     Ok(())
 }
 
