@@ -264,7 +264,8 @@ fn prove_freeze(host: &mut Host, found: &mut Findings, level: &mut Level) {
         Ok(()) => found.ok(Name::Canary, "freeze", "the kernel refuses, and stops when the lease ends"),
         Err(error) => {
             *level = Level::Park;
-            let remedy = "the run goes on at level park: kernel flows are flushed once, misses are parked";
+            let remedy =
+                "none: the run goes on at level park, where kernel flows are flushed once and misses are parked";
             found.warn(Name::Canary, error.object, error.cause, remedy);
         }
     }

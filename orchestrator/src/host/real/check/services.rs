@@ -19,7 +19,12 @@ pub(super) fn look(
     if !services.is_running() {
         return found.ok(Name::Systemd, "systemd", "it does not run; daemons are started as they were");
     }
-    jobs(services.jobs(until), options, found);
+    let queued = services.jobs(until);
+    let answers = queued.is_ok();
+    jobs(queued, options, found);
+    if !answers {
+        return;
+    }
     match services.owner(vswitchd, until) {
         Ok(Some(unit)) => owner_findings(&unit, options.called_by.as_deref() == Some(&unit.name), found),
         Ok(None) if options.elsewhere => {}
