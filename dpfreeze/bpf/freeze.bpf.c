@@ -52,6 +52,9 @@ typedef unsigned long long u64;
 /* lib/dpif-netlink.c, probe_broken_meters__(): left undeleted, these two would stay in the datapath for ever */
 #define PROBE_METER_1 54545401
 #define PROBE_METER_2 54545402
+/* The same since 3.3.7, 3.4.5, 3.5.3, 3.6.1 and 3.7. A controller's meters may have these ids: then none is probed */
+#define NEW_PROBE_METER_1 1021
+#define NEW_PROBE_METER_2 1022
 
 #define RTM_DELLINK 17 /* linux/rtnetlink.h */
 
@@ -107,6 +110,7 @@ struct config {
 	u64 fam_meter;
 	u64 timeout_names; /* how many names `timeouts` holds */
 	u64 armed_ns;	   /* CLOCK_BOOTTIME of the arming, for reports */
+	u64 probe_meters;  /* not 0: NEW_PROBE_METER_1 and _2 were nobody's when it was armed */
 };
 
 /* The thread that is stopped for its tracer when it adds or deletes a port (tunnel::Adoption). */
@@ -513,13 +517,18 @@ __attribute__((noinline)) int classify_flow(u64 data, u32 off, u32 end, u32 cmd,
 
 __attribute__((noinline)) int classify_meter(u64 data, u32 off, u32 end, u32 cmd, u32 dp_ifindex)
 {
+	struct config *conf = get_config();
 	u32 at, id;
 
 	if (cmd != OVS_METER_CMD_DEL || !bpf_map_lookup_elem(&datapaths, &dp_ifindex))
 		return NONE;
 	at = find_attr(data, off, end, OVS_METER_ATTR_ID);
 	id = at ? attr_u32(data, at) : 0;
-	return id == PROBE_METER_1 || id == PROBE_METER_2 ? NONE : METER_DEL;
+	if (id == PROBE_METER_1 || id == PROBE_METER_2)
+		return NONE;
+	if (conf && conf->probe_meters && (id == NEW_PROBE_METER_1 || id == NEW_PROBE_METER_2))
+		return NONE;
+	return METER_DEL;
 }
 
 /* nfnetlink_cttimeout DELETE: with a name that one policy, without every policy that is not in use. */

@@ -31,7 +31,7 @@ use crate::host::{
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::{notes, remove_left_probes, Host};
+use crate::steps::{make_room_for_probes, notes, remove_left_probes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -820,14 +820,14 @@ impl Recovery {
             self.keep("ending what could not take over", ended);
             let removed = host.daemons.remove_stale_pid_files(old);
             self.keep("PID file", removed);
-            self.report.warnings.extend(remove_left_probes(host));
+            self.report.warnings.extend([remove_left_probes(host), make_room_for_probes(host)].into_iter().flatten());
             host.daemons.start_like(old)?;
             return Ok(host.daemons.wait_pid_file(old, until)?);
         }
         let unit = mark.unit.clone().unwrap_or_else(|| SWITCH_UNIT.to_owned());
         let ended = host.services.end_hand_over(&unit, until);
         self.keep("drop-in", ended);
-        self.report.warnings.extend(remove_left_probes(host));
+        self.report.warnings.extend([remove_left_probes(host), make_room_for_probes(host)].into_iter().flatten());
         job(host, &unit, JobKind::Restart, until)?;
         self.wait_for_another(host, None, until, &format!("{unit} was started, and no ovs-vswitchd runs"))
     }

@@ -36,10 +36,11 @@ pub struct Config {
     pub fam_meter: u64,
     pub timeout_names: u64,
     pub armed_ns: u64,
+    pub probe_meters: u64,
 }
 
 impl Config {
-    const WORDS: usize = 14;
+    const WORDS: usize = 15;
 
     pub fn encode(&self) -> Vec<u8> {
         let words: [u64; Self::WORDS] = [
@@ -57,6 +58,7 @@ impl Config {
             self.fam_meter,
             self.timeout_names,
             self.armed_ns,
+            self.probe_meters,
         ];
         words.iter().flat_map(|word| word.to_ne_bytes()).collect()
     }
@@ -78,6 +80,7 @@ impl Config {
             fam_meter: w[11],
             timeout_names: w[12],
             armed_ns: w[13],
+            probe_meters: w[14],
         })
     }
 }
@@ -199,7 +202,15 @@ mod tests {
 
     #[test]
     fn config_survives_the_trip() {
-        let config = Config { classes: 1, lease_ns: 2, end_ns: 3, netns: 4, armed_ns: 14, ..Config::default() };
+        let config = Config {
+            classes: 1,
+            lease_ns: 2,
+            end_ns: 3,
+            netns: 4,
+            armed_ns: 14,
+            probe_meters: 15,
+            ..Config::default()
+        };
         assert_eq!(Config::decode(&config.encode()).unwrap(), config);
         assert!(Config::decode(&config.encode()[8..]).is_err());
     }

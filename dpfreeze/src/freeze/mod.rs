@@ -35,7 +35,7 @@ pub use halt::Halt;
 pub use hook::Hook;
 pub use pins::PIN_DIR;
 pub use process::{start_time, ProcessId};
-pub use scope::{Families, Scope};
+pub use scope::{Families, Scope, PROBE_METERS};
 pub use state::{state, Refused, State};
 
 use crate::error::{Error, Result};
@@ -200,6 +200,7 @@ impl Freeze {
             fam_meter: scope.families.meter.into(),
             timeout_names: scope.timeout_names.len() as u64,
             armed_ns: nanos(now),
+            probe_meters: scope.probe_meters.into(),
             ..Config::default()
         };
         self.write_config(&config)

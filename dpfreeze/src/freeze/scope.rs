@@ -59,7 +59,13 @@ pub struct Scope {
     pub timeout_names: Vec<String>,
     /// The family ids.
     pub families: Families,
+    /// Whether the meters [`PROBE_METERS`] are nobody's. Their deletion passes then: an ovs-vswitchd that starts makes them
+    /// for a moment to find out whether meters work, and only where neither is there.
+    pub probe_meters: bool,
 }
+
+/// lib/dpif-netlink.c, `probe_broken_meters__()`, since Open vSwitch 3.3.7, 3.4.5, 3.5.3, 3.6.1 and 3.7.
+pub const PROBE_METERS: [u32; 2] = [1021, 1022];
 
 impl Scope {
     /// These datapaths and timeout policies, in the network namespace of the calling thread.
@@ -79,6 +85,7 @@ impl Scope {
             names,
             timeout_names: timeout_names.to_vec(),
             families,
+            probe_meters: false,
         })
     }
 }

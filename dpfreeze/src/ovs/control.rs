@@ -307,6 +307,42 @@ impl Ovs {
         Ok(meters)
     }
 
+    /// Which of these meters are there.
+    ///
+    /// # Errors
+    /// As [`Ovs::meters`].
+    pub fn meters_among(&mut self, ifindex: u32, ids: &[u32]) -> Result<Vec<u32>> {
+        let Some(family) = self.families.meter else { return Ok(Vec::new()) };
+        let what = format!("OVS_METER_CMD_GET in datapath {ifindex}");
+        let bodies: Vec<Vec<u8>> = ids.iter().map(|id| meter::ask(ifindex, *id)).collect();
+        let mut there = Vec::new();
+        for (id, answer) in ids.iter().zip(self.socket.exchange(&what, family, 0, &bodies)?) {
+            match answer.errno {
+                None => there.push(*id),
+                Some(Errno::ENOENT) => {}
+                Some(errno) => return Err(Error::Netlink { what, errno, text: answer.text }),
+            }
+        }
+        Ok(there)
+    }
+
+    /// Deletes the meters whose slots in the kernel's table an ovs-vswitchd needs when it starts: it sets two meters with
+    /// ids of its own to find out whether meters work, and without a slot for them it goes without meters. Packets of a
+    /// deleted meter's flows pass unmetered until it is set again. Returns how many there were.
+    ///
+    /// # Errors
+    /// As [`Ovs::meters`].
+    pub fn make_room_for_probes(&mut self, ifindex: u32) -> Result<usize> {
+        let (Some(family), Some(features)) = (self.families.meter, self.meter_features(ifindex)?) else { return Ok(0) };
+        let candidates: Vec<u32> = meter::in_place_of_probes(features.max_meters).into_iter().collect();
+        let there = self.meters_among(ifindex, &candidates)?;
+        let what = format!("OVS_METER_CMD_DEL in datapath {ifindex}");
+        for id in &there {
+            self.socket.request(&what, family, 0, &meter::delete(ifindex, *id))?;
+        }
+        Ok(there.len())
+    }
+
     /// The connection limits of the conntrack zones, the default ([`super::DEFAULT_ZONE`]) among them. Empty where the
     /// kernel has none.
     ///

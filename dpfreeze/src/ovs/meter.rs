@@ -1,5 +1,7 @@
 //! Meters of a datapath: family `ovs_meter`.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::header;
@@ -10,6 +12,7 @@ use crate::netlink::attr::{AttrBuf, Attrs};
 // enum ovs_meter_cmd
 const VERSION: u8 = 1; // OVS_METER_VERSION
 const CMD_FEATURES: u8 = 1;
+const CMD_DEL: u8 = 3;
 const CMD_GET: u8 = 4;
 // enum ovs_meter_attr
 const ATTR_ID: u16 = 1;
@@ -122,6 +125,26 @@ pub(crate) fn parse_features(payload: &[u8]) -> Result<MeterFeatures> {
     Ok(features)
 }
 
+/// The ids of lib/dpif-netlink.c, `probe_broken_meters__()`, before Open vSwitch 3.3.7, 3.4.5, 3.5.3, 3.6.1 and 3.7.
+const PROBES: [u32; 2] = [54_545_401, 54_545_402];
+/// The kernel's table of meters has so many slots, or this times a power of two (net/openvswitch/meter.h).
+const LEAST_SLOTS: u32 = 1024;
+
+/// The meters that may have the slot of a probe in the kernel's table (`meter_hash()`: the id, modulo its size), which holds
+/// `max_meters` at the most. The probe then fails, and the daemon that asks takes all meters for broken.
+pub(crate) fn in_place_of_probes(max_meters: u32) -> BTreeSet<u32> {
+    let sizes = std::iter::successors(Some(LEAST_SLOTS), |slots| slots.checked_mul(2));
+    let sizes = sizes.take_while(|slots| *slots / 2 <= max_meters);
+    // Ids are given out from below, so each is below the size of the table that holds it.
+    sizes.flat_map(|slots| PROBES.map(|id| id % slots)).collect()
+}
+
+pub(crate) fn delete(ifindex: u32, id: u32) -> Vec<u8> {
+    let mut attrs = AttrBuf::new();
+    attrs.push_u32(ATTR_ID, id);
+    header::build(CMD_DEL, VERSION, ifindex, attrs.as_bytes())
+}
+
 pub(crate) fn ask_features(ifindex: u32) -> Vec<u8> {
     header::build(CMD_FEATURES, VERSION, ifindex, &[])
 }
@@ -139,6 +162,13 @@ mod tests {
     use super::super::testing::{bytes_of, mixed, unknown};
     use super::*;
     use crate::netlink::attr::NLA_F_NESTED;
+
+    #[test]
+    fn the_slots_of_the_probes_are_known_for_every_size_of_the_table() {
+        assert_eq!(in_place_of_probes(1000), BTreeSet::from([1017, 1018]));
+        assert_eq!(in_place_of_probes(200_000), BTreeSet::from([1017, 1018, 3065, 3066, 19_449, 19_450]));
+        assert!(in_place_of_probes(u32::MAX).len() > 6);
+    }
 
     proptest! {
         #[test]

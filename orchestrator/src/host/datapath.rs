@@ -140,6 +140,10 @@ pub trait Datapath {
     fn read_left_over(&mut self) -> Result<()>;
     /// How much is parked.
     fn park_stats(&self) -> ParkStats;
+    /// Deletes the meters, where there are a thousand and more, without whose slots in the kernel's table the next daemon
+    /// takes all meters for broken (hazards 24). Restore sets them again; until then their flows pass unmetered. To be
+    /// called just before a daemon starts. Returns how many.
+    fn make_room_for_probes(&mut self) -> Result<u64>;
     /// Removes what a daemon that was killed while it started has left of its feature probes, and returns how many: the
     /// next one would take the datapath for one that can do less (hazards 6). To be called while no daemon starts.
     fn remove_left_probes(&mut self) -> Result<u64>;

@@ -115,15 +115,21 @@ pub(crate) fn remove_left_probes(host: &mut Host) -> Option<String> {
     ))
 }
 
+/// An ovs-vswitchd that starts finds out whether meters work with two of its own. Returns a warning where there may be no
+/// room for them.
+pub(crate) fn make_room_for_probes(host: &mut Host) -> Option<String> {
+    let error = host.datapath.make_room_for_probes().or_else(|_| host.datapath.make_room_for_probes()).err()?;
+    Some(format!("the next ovs-vswitchd may take more than 1,000 meters for broken: {error}"))
+}
+
 /// The program that ran before, in the cgroup of its unit, whose reload still waits; else the installed one, as its
 /// unit or ovs-ctl would start it.
 fn start_again(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.host.daemons.remove_stale_pid_files(&old)?;
     // The one that was ended may have been finding out what the datapath can do.
-    if let Some(warning) = remove_left_probes(&mut run.host) {
-        run.warn(warning);
-    }
+    let warnings = [remove_left_probes(&mut run.host), make_room_for_probes(&mut run.host)];
+    warnings.into_iter().flatten().for_each(|warning| run.warn(warning));
     if let Some(saved) = run.known.saved.clone() {
         // A unit without a reload under way would not take a daemon for its own that it has not started.
         let started = match (run.known.owner.clone(), &run.known.start) {

@@ -6,7 +6,7 @@ use anyhow::{anyhow, Context};
 
 use super::standby::{let_others_restart, others_done_for, start_has_not_failed, start_new_daemon};
 use super::switch_prepare::{keep_parked, take_upcalls};
-use super::{reload, tunnels, Ended, Run, Step, Stop};
+use super::{make_room_for_probes, reload, tunnels, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
 use crate::host::Signal;
@@ -46,10 +46,15 @@ impl Step for SwitchCommit {
             let_others_restart(run)?;
         } else if run.host.daemons.is_alive(old.id) {
             run.known.old_told = true;
+            // The standby looks whether meters work as soon as the old daemon has let go of the database.
+            make_room(run);
             // Never `ovs-appctl exit`: it deletes rules while handlers still run (hazards 8).
             run.host.daemons.signal(old.id, Signal::Terminate).context("ending the old ovs-vswitchd")?;
         }
         wait_for_end(run)?;
+        if !run.known.old_told {
+            make_room(run);
+        }
         if reloads {
             reload::reload(run)?;
         } else {
@@ -64,6 +69,12 @@ impl Step for SwitchCommit {
             run.host.datapath.choose_doomed_meanwhile()?;
         }
         Ok(Event::Done)
+    }
+}
+
+fn make_room(run: &mut Run) {
+    if let Some(warning) = make_room_for_probes(&mut run.host) {
+        run.warn(warning);
     }
 }
 

@@ -84,20 +84,20 @@ pub const BRIDGES: Many = Many {
 /// No bundle takes them.
 pub const METERS: Many = Many {
     name: "many_meters",
-    about: "600 meters, some of them used by rules",
+    about: "1,100 meters, some of them used by rules",
     cpus: vm::CPUS,
     set_up: || {
         shell(
-            "seq 1 600 | xargs -P 2 -I N ovs-ofctl -O OpenFlow13 add-meter br0 \
+            "seq 1 1100 | xargs -P 2 -I N ovs-ofctl -O OpenFlow13 add-meter br0 \
                meter=N,kbps,burst,stats,band=type=drop,rate=N000000,burst_size=1000
-             for i in 1 300 600; do
+             for i in 1 300 1018 1019 1100; do
                ovs-ofctl -O OpenFlow13 add-flow br0 priority=50,udp,tp_dst=$i,actions=meter:$i,NORMAL
              done",
         )
         .map(drop)
     },
     count: "ovs-ofctl -O OpenFlow13 dump-meters br0 | grep -c meter=",
-    least: 600,
+    least: 1100,
 };
 
 /// The rules of every bridge as they were when the network was made.

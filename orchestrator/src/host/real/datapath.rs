@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::freeze::{
     self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Port, Refused, Renewal,
-    Scope,
+    Scope, PROBE_METERS,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::binding::{self, Binding};
@@ -181,7 +181,9 @@ impl Datapath for KernelDatapath {
         let names: Vec<String> = policies.into_iter().map(|policy| policy.name).collect();
         let canary = CanaryCommand::own(&["hook", "canary"]);
         let (mut freeze, _report) = Freeze::load_proven(&canary, self.families()).about("freeze")?;
+        let probed = self.ovs.meters_among(dp.ifindex, &PROBE_METERS).about(DATAPATH)?;
         let scope = Scope::here(&[dp.ifindex], &names, self.families()).about("freeze")?;
+        let scope = Scope { probe_meters: probed.is_empty(), ..scope };
         freeze.arm(&scope, classes, lease.lease, lease.end).about("freeze")?;
         self.freeze = Some(freeze);
         Ok(())
@@ -405,6 +407,11 @@ impl Datapath for KernelDatapath {
 
     fn park_stats(&self) -> ParkStats {
         self.park.as_ref().map(Park::stats).unwrap_or_default()
+    }
+
+    fn make_room_for_probes(&mut self) -> Result<u64> {
+        let Some(dp) = self.ovs.datapath(DATAPATH).about(DATAPATH)? else { return Ok(0) };
+        Ok(self.ovs.make_room_for_probes(dp.ifindex).about("meters of the datapath")? as u64)
     }
 
     fn remove_left_probes(&mut self) -> Result<u64> {

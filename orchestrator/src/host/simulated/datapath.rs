@@ -124,6 +124,10 @@ impl Datapath for SimDatapath {
         self.sim.operate("datapath.withdraw_guard", None, |_| Ok(()))
     }
 
+    fn make_room_for_probes(&mut self) -> Result<u64> {
+        self.sim.operate("datapath.make_room_for_probes", None, |_world| Ok(0))
+    }
+
     fn remove_left_probes(&mut self) -> Result<u64> {
         self.sim.operate("datapath.remove_left_probes", None, |world| {
             Ok(u64::from(std::mem::take(&mut world.kernel.left_probe)))
