@@ -321,6 +321,7 @@ impl Custom for Refusals {
         findings::provoke_all(out, outcome)?;
         guest::wait_for_daemons()?;
         doors_when_refused(out, outcome)?;
+        findings::provoke_the_last(out, outcome)?;
         for case in CASES {
             say(&format!("refusal: {}", case.name));
             shell(case.prepare).with_context(|| format!("preparing {}", case.name))?;
