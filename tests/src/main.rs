@@ -162,7 +162,8 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
         }
         Cmd::List => {
             for scenario in scenarios::ALL {
-                println!("{:16} {}", scenario.name(), scenario.about());
+                let matrix = if scenario.by_hand() { " (tests/matrix)" } else { "" };
+                println!("{:19} {}{matrix}", scenario.name(), scenario.about());
             }
             Ok(true)
         }
