@@ -26,7 +26,7 @@ use crate::host::real::procfs::own_program;
 use crate::host::real::{RealClock, Systemd};
 use crate::host::{
     BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId, RefusedRule,
-    ServiceManager, Signal, DATABASE_UNIT, SWITCH_UNIT,
+    ServiceManager, Signal, DATABASE_UNIT, OVN_MANAGED_ASIDE, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
@@ -108,7 +108,9 @@ pub fn what_is_wrong(config: &Config) -> Vec<String> {
         Err(error) => wrong.push(format!("what is frozen is not known: {error}")),
     }
     match Host::real_database().facts(Instant::now() + SHORT) {
-        Ok(facts) if facts.is_on("flow-restore-wait") => wrong.push(FOREIGN_FLAG.to_owned()),
+        Ok(facts) if facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for() => {
+            wrong.push(FOREIGN_FLAG.to_owned());
+        }
         Ok(_) => {}
         Err(error) => wrong.push(format!("the database does not answer: {error}")),
     }
@@ -147,12 +149,15 @@ pub fn foreign_flag() -> Option<&'static str> {
 }
 
 fn told_of_flag(facts: &DatabaseFacts) -> Option<&'static str> {
-    (facts.is_on("flow-restore-wait") && !facts.external_ids.contains_key(MARK)).then_some(FOREIGN_FLAG)
+    let is_ours = facts.external_ids.contains_key(MARK);
+    (facts.is_on("flow-restore-wait") && !is_ours && !facts.is_ovn_waited_for()).then_some(FOREIGN_FLAG)
 }
 
 /// Is there a flow-restore-wait with our mark? False where the database cannot be asked.
 pub fn is_marked() -> bool {
-    Host::real_database().facts(Instant::now() + SHORT).is_ok_and(|facts| facts.external_ids.contains_key(MARK))
+    let is_marked =
+        |facts: DatabaseFacts| [MARK, OVN_MANAGED_ASIDE].iter().any(|key| facts.external_ids.contains_key(*key));
+    Host::real_database().facts(Instant::now() + SHORT).is_ok_and(is_marked)
 }
 
 /// Finishes or undoes the run that has no report yet, if there is one: it is over once it has.
@@ -205,6 +210,7 @@ pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyho
             Cleared::NotOurs => {}
         }
     }
+    let returned = database.return_ovn_wait(until);
     if database.drop_ballast()? {
         told.push("the room that was kept beside the database is free again".into());
     }
@@ -215,6 +221,7 @@ pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyho
     if written.with_context(|| told.join("; "))? {
         told.push("the database is on its disk again".into());
     }
+    returned.context("the flow-restore-wait of ovn-controller is not put back")?;
     Ok(told)
 }
 

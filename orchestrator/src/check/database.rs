@@ -22,7 +22,7 @@ pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
 
 /// The row of table Open_vSwitch.
 fn root(facts: &DatabaseFacts, found: &mut Findings) {
-    if facts.is_on("flow-restore-wait") {
+    if facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for() {
         let (whose, remedy) = match facts.external_ids.get(MARK) {
             Some(run) => (format!("by run {run}"), "`ovs-graceful recover`"),
             None => (
@@ -105,6 +105,7 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
 
 #[cfg(test)]
 mod tests {
+    use crate::host::OVN_MANAGED;
     use std::collections::BTreeMap;
 
     use super::*;
@@ -134,6 +135,9 @@ mod tests {
             other_config: BTreeMap::from([(key.to_owned(), "true".to_owned())]),
             ..DatabaseFacts::default()
         };
+        let external_ids = BTreeMap::from([(OVN_MANAGED.to_owned(), "true".to_owned())]);
+        let ovn_s = DatabaseFacts { external_ids, ..on("flow-restore-wait") };
+        assert_eq!(names(&ovn_s), [(Name::Bridges, Severity::Ok)]);
         for (key, name) in
             [("flow-restore-wait", Name::RestoreWaitStuck), ("hw-offload", Name::HwOffload), ("dpdk-init", Name::Dpdk)]
         {

@@ -17,7 +17,7 @@ use crate::guard;
 use crate::host::clock::unix_ms;
 use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::{is_program_installed, Ovsdb, RealDaemons, Systemd};
-use crate::host::{Daemon, DaemonKind, Daemons, Database, ServiceManager, SWITCH_UNIT};
+use crate::host::{Daemon, DaemonKind, Daemons, Database, DatabaseFacts, ServiceManager, SWITCH_UNIT};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::recovery::{MARK, RECOVERY};
@@ -154,7 +154,8 @@ fn ask(config: &Path) -> Answer {
     let guard = known(&mut unknown, guard::status());
     let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
     let facts = known(&mut unknown, facts.map(Some));
-    let flow_restore_wait = facts.as_ref().map(|facts| facts.is_on("flow-restore-wait"));
+    let is_stuck = |facts: &DatabaseFacts| facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for();
+    let flow_restore_wait = facts.as_ref().map(is_stuck);
     // A host without ovsdb-server has no flag.
     undecided |= flow_restore_wait.is_none() && Path::new(DATABASE_SOCKET).exists();
     let flow_restore_wait_of = facts.and_then(|facts| facts.external_ids.get(MARK).cloned());

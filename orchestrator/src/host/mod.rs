@@ -342,7 +342,19 @@ impl DatabaseFacts {
     pub fn is_on(&self, key: &str) -> bool {
         self.other_config.get(key).is_some_and(|v| v == "true")
     }
+
+    /// Is flow-restore-wait set for ovn-controller to take it away after a reboot? The running ovs-vswitchd has seen it
+    /// false once, and looks no more.
+    pub fn is_ovn_waited_for(&self) -> bool {
+        self.is_on("flow-restore-wait") && self.external_ids.get(OVN_MANAGED).is_some_and(|v| v == "true")
+    }
 }
+
+/// The key of `external_ids` by which ovn-controller (24.03.8, 25.03.3, 25.09.3, 26.03.1) says that flow-restore-wait is its
+/// own. Later ones delete a flag that has it.
+pub const OVN_MANAGED: &str = "ovn-managed-flow-restore-wait";
+/// Ours, in its place while a run has a flag of its own: ovn-controller leaves that alone then.
+pub const OVN_MANAGED_ASIDE: &str = "ovs-graceful-ovn-managed-flow-restore-wait";
 
 /// What became of a request to remove flow-restore-wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -371,6 +383,9 @@ pub trait Database: DatabaseDisk + Send + Sync {
     fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()>;
     /// Changes the marked ones back. May be run twice.
     fn clear_touched_policies(&self, until: Instant) -> Result<()>;
+    /// Gives ovn-controller back the flow-restore-wait that [`Database::set_restore_wait`] has set aside, once the running
+    /// ovs-vswitchd has seen none. May be run twice.
+    fn return_ovn_wait(&self, until: Instant) -> Result<()>;
     /// Leaves nothing of run `run`: the flag with its mark, and marked timeout policies.
     fn clear_all(&self, run: &str, until: Instant) -> Result<Cleared> {
         let cleared = self.clear_restore_wait(run, until)?;

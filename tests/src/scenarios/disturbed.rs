@@ -28,7 +28,7 @@ pub const WHOLE: Disturbed = Disturbed { whole: true };
 pub const SAMPLE: Disturbed = Disturbed { whole: false };
 
 /// One of each kind: a disk, the database, a signal, a second run, the clock.
-const SAMPLED: [&str; 8] = [
+const SAMPLED: [&str; 9] = [
     "disk full before",
     "disk fails in Arm",
     "disk full in Restore",
@@ -36,6 +36,7 @@ const SAMPLED: [&str; 8] = [
     "Ctrl-C twice in Standby",
     "a second run",
     "the clock is set",
+    "OVN's own flow-restore-wait",
     "a newer schema",
 ];
 
@@ -102,6 +103,10 @@ const REMOVE_FLAG: What = What::Shell(
     "for i in $(seq 200); do ovs-vsctl get open_vswitch . other_config:flow-restore-wait > /dev/null 2>&1 && break; \
        sleep 0.05; done; ovs-vsctl --no-wait remove open_vswitch . other_config flow-restore-wait",
 );
+const OVN_WAITS: &str = "ovs-vsctl --no-wait set open_vswitch . other_config:flow-restore-wait=true \
+                         external_ids:ovn-managed-flow-restore-wait=true";
+const OVN_ENDS: &str = "ovs-vsctl --no-wait remove open_vswitch . other_config flow-restore-wait \
+                        -- remove open_vswitch . external_ids ovn-managed-flow-restore-wait";
 const KEEP_SCHEMA: &str = "cp /usr/share/openvswitch/vswitch.ovsschema /root/kept.ovsschema";
 const RESTORE_SCHEMA: &str = "mv /root/kept.ovsschema /usr/share/openvswitch/vswitch.ovsschema";
 
@@ -228,6 +233,34 @@ const CASES: &[Case] = &[
         what: What::Shell("ovs-vsctl del-port br0 v-ns4 -- del-br br2"),
         holds: &["! ovs-dpctl show | grep -w -e v-ns4 -e br2"],
         changes: true,
+        ..BASE
+    },
+    Case {
+        // 24.03.8, 25.03.3, 25.09.3 and 26.03.1 leave it set on a chassis of a gateway.
+        name: "OVN's own flow-restore-wait",
+        prepare: &[OVN_WAITS],
+        holds: &[
+            "ovs-vsctl get open_vswitch . external_ids:ovn-managed-flow-restore-wait | grep true",
+            "ovs-vsctl get open_vswitch . other_config:flow-restore-wait | grep true",
+            "ovs-graceful status",
+            "ovs-graceful check",
+            OVN_ENDS,
+        ],
+        phase: "standby",
+        ..BASE
+    },
+    Case {
+        // The versions after those.
+        name: "OVN deletes its flow-restore-wait",
+        prepare: &[OVN_WAITS],
+        phase: "arm",
+        what: What::Shell(
+            "systemd-run -q --unit=lab-ovn sh -c 'while sleep 0.02; do \
+               ovs-vsctl --no-wait get open_vswitch . external_ids:ovn-managed-flow-restore-wait 2>&1 | grep -q true && \
+               ovs-vsctl --no-wait remove open_vswitch . other_config flow-restore-wait \
+                 -- remove open_vswitch . external_ids ovn-managed-flow-restore-wait; done'",
+        ),
+        heal: "systemctl stop lab-ovn",
         ..BASE
     },
     Case {

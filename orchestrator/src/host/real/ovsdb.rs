@@ -13,6 +13,7 @@ use super::jsonrpc::Connection;
 use crate::host::database_disk::DISK_REMEDY;
 use crate::host::{
     Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result, SwitchLock,
+    OVN_MANAGED, OVN_MANAGED_ASIDE,
 };
 
 /// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
@@ -171,7 +172,9 @@ impl Database for Ovsdb {
             ["external_ids", "delete", ["set", [MARK]]],
         ]});
         let [mutate, select] = Self::increment();
-        let results = self.transact(vec![flag_is(false), drop, set, mutate, select], until).map_err(|e| {
+        let is_ovn_s = self.facts(until)?.is_ovn_waited_for();
+        let nobody_s = if is_ovn_s { comment("set aside") } else { flag_is(false) };
+        let results = self.transact(vec![nobody_s, aside(), drop, set, mutate, select], until).map_err(|e| {
             match e.cause.contains("timed out") {
                 true => HostError::new(self.object(), "flow-restore-wait is set already").remedy(format!(
                     "find out who set it; if nobody is restoring flows: ovs-vsctl remove open_vswitch . other_config {FLAG}"
@@ -201,6 +204,18 @@ impl Database for Ovsdb {
             (_, Some(1)) => Cleared::AlreadyGone,
             _ => Cleared::NotOurs,
         })
+    }
+
+    fn return_ovn_wait(&self, until: Instant) -> Result<()> {
+        let aside = json!([["external_ids", "includes", ["map", [[OVN_MANAGED_ASIDE, "true"]]]]]);
+        // It may have been started meanwhile and have made its own.
+        let returned = json!({"op": "mutate", "table": DATABASE, "where": aside, "mutations": [
+            ["external_ids", "delete", ["set", [OVN_MANAGED_ASIDE]]],
+            ["external_ids", "insert", ["map", [[OVN_MANAGED, "true"]]]],
+            ["other_config", "delete", ["set", [FLAG]]],
+            ["other_config", "insert", ["map", [[FLAG, "true"]]]],
+        ]});
+        self.transact_again(&[returned], until).map(drop)
     }
 
     fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
@@ -322,6 +337,21 @@ fn refused(failed: &Value) -> HostError {
 }
 
 /// The operation that lets a transaction fail unless the flag is (or is not) `true`.
+/// An operation that does nothing.
+fn comment(words: &str) -> Value {
+    json!({"op": "comment", "comment": words})
+}
+
+/// Has ovn-controller's key set aside, where it is there.
+fn aside() -> Value {
+    json!({"op": "mutate", "table": DATABASE,
+    "where": [["external_ids", "includes", ["map", [[OVN_MANAGED, "true"]]]]],
+    "mutations": [
+        ["external_ids", "delete", ["set", [OVN_MANAGED]]],
+        ["external_ids", "insert", ["map", [[OVN_MANAGED_ASIDE, "true"]]]],
+    ]})
+}
+
 fn flag_is(set: bool) -> Value {
     json!({"op": "wait", "timeout": 0, "table": DATABASE, "columns": ["other_config"], "rows": [],
         "where": [["other_config", "includes", ["map", [[FLAG, "true"]]]]],

@@ -163,6 +163,10 @@ impl Database for SimDatabase {
         })
     }
 
+    fn return_ovn_wait(&self, until: Instant) -> Result<()> {
+        self.table("database.return_ovn_wait", until, |_table| Ok(()))
+    }
+
     fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
         self.table("database.touch_policies", until, |table| {
             table.touched |= zones.contains(&ZONE);
