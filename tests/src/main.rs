@@ -46,6 +46,9 @@ enum Cmd {
         /// Its kernel is that of the suite's backports
         #[arg(long)]
         backports: bool,
+        /// Its openvswitch module does not tell who the upcalls go to, as those of Linux 5.15 to 6.0 (bookworm)
+        #[arg(long, conflicts_with = "backports")]
+        untold: bool,
         /// Runs in a row in the same VM, each judged for itself
         #[arg(long, default_value_t = 1)]
         rounds: usize,
@@ -140,9 +143,12 @@ fn main() -> ExitCode {
 
 fn dispatch(command: Cmd) -> anyhow::Result<bool> {
     match command {
-        Cmd::Run { scenario, action, out, mut suite, backports, rounds, slower, extra } => {
+        Cmd::Run { scenario, action, out, mut suite, backports, untold, rounds, slower, extra } => {
             if backports {
                 suite.push_str(image::BACKPORTS);
+            }
+            if untold {
+                suite.push_str(image::UNTOLD);
             }
             let load = Load::full(slower);
             let request = bench::Request { scenario, action, suite, out, extra_args: extra, load };

@@ -195,6 +195,16 @@ fn repack(package: &Path, version: &str, to: &Path, change: impl Fn(&Path) -> Re
 /// The folder with what apt would fetch to make `packages` in the image of `from` those of `to`; where they are the same,
 /// to install them (again).
 fn apt(from: &str, to: &str, packages: &[&str]) -> Result<PathBuf> {
+    let how = "--yes --download-only --no-install-recommends --allow-downgrades --reinstall install";
+    fetch(from, to, packages, how)
+}
+
+/// The folder with these packages of `suite` and with nothing that they ask for.
+pub fn download(suite: &str, names: &[String]) -> Result<PathBuf> {
+    fetch(suite, suite, &names.iter().map(String::as_str).collect::<Vec<_>>(), "download")
+}
+
+fn fetch(from: &str, to: &str, packages: &[&str], how: &str) -> Result<PathBuf> {
     let tree = image::tree(from)?;
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let cache = places::cache()?;
@@ -228,14 +238,13 @@ fn apt(from: &str, to: &str, packages: &[&str]) -> Result<PathBuf> {
     ];
     let get = |words: &[&str]| {
         let mut command = Command::new("apt-get");
-        command.args(options.iter().flat_map(|option| ["-o", option])).arg("-q").args(words);
+        command.args(options.iter().flat_map(|option| ["-o", option])).arg("-q").args(words).current_dir(&archives);
         capture(&mut command)
     };
     get(&["update"]).with_context(|| format!("the mirror has no {to}"))?;
     let names: Vec<String> = packages.iter().map(|name| format!("{name}/{to}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let how = ["--yes", "--download-only", "--no-install-recommends", "--allow-downgrades", "--reinstall"];
-    get(&[&["install"], how.as_slice(), &names].concat())?;
+    get(&[how.split(' ').collect::<Vec<_>>(), names].concat())?;
     fs::remove_dir_all(archives.join("partial"))?;
     let _lock_file = fs::remove_file(archives.join("lock"));
     if fs::read_dir(&archives)?.count() == 0 {

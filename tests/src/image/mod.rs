@@ -1,6 +1,7 @@
 //! The disk image: Debian from the machine's own mirror, cached by the hash of what it is made of.
 
 mod cpio;
+mod untold;
 
 use std::ffi::OsStr;
 use std::fs;
@@ -104,12 +105,14 @@ pub fn put_vswitchd(suite: &str, folder: &Path) -> Result<()> {
 
 /// Behind the name of a suite: with the kernel of its backports.
 pub const BACKPORTS: &str = "+backports";
+/// Behind the name of a suite: with an openvswitch module that does not tell who the upcalls go to.
+pub const UNTOLD: &str = "+untold";
 /// What Debian's kernels come as.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// The suite without its kernel.
 pub fn suite_of(name: &str) -> &str {
-    name.strip_suffix(BACKPORTS).unwrap_or(name)
+    [BACKPORTS, UNTOLD].iter().find_map(|other| name.strip_suffix(other)).unwrap_or(name)
 }
 
 fn tree_folder(cache: &Path, suite: &str, mirror: &str) -> PathBuf {
@@ -121,11 +124,12 @@ fn tree_hash(suite: &str, mirror: &str) -> String {
 }
 
 /// Gives the image of `suite`, building it when the cache has none (about two minutes). `SUITE+backports` has the kernel
-/// of the suite's backports.
+/// of the suite's backports, `SUITE+untold` the module of [`untold`].
 pub fn ensure(name: &str) -> Result<Image> {
     let suite = suite_of(name);
     // Before the lock: it asks for the tree, too.
-    let kernel = if name == suite { None } else { Some(packages::kernel(suite, KERNEL_PACKAGE)?) };
+    let kernel = name.ends_with(BACKPORTS).then(|| packages::kernel(suite, KERNEL_PACKAGE)).transpose()?;
+    let sources = name.ends_with(UNTOLD).then(|| untold::sources(suite)).transpose()?;
     let mirror = apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?;
     let image_hash =
         hash(&(tree_hash(suite, &mirror).as_str(), INIT, SERVICE, RUN, INITTAB, BOOT, MASKED, INITRAMFS_MODULES));
@@ -148,9 +152,10 @@ pub fn ensure(name: &str) -> Result<Image> {
     fs::create_dir_all(&folder)?;
     println!("lab: making the image {}", folder.display());
     let changed = folder.join("tree");
-    let tree = match &kernel {
-        Some(kernel) => with_kernel(&tree, kernel, &changed)?,
-        None => tree,
+    let tree = match (&kernel, &sources) {
+        (Some(kernel), _) => with_kernel(&tree, kernel, &changed)?,
+        (None, Some(sources)) => with_module(sources, &tree, &changed)?,
+        (None, None) => tree,
     };
     prepare_tree(&tree)?;
     fs::write(&image.initrd, initramfs(&tree)?)?;
@@ -159,11 +164,27 @@ pub fn ensure(name: &str) -> Result<Image> {
     let args: [&OsStr; 6] =
         ["-q".as_ref(), "-t".as_ref(), "ext4".as_ref(), "-d".as_ref(), tree.as_os_str(), image.disk.as_os_str()];
     run(Command::new("mke2fs").args(args).env("PATH", admin_path()))?;
-    if kernel.is_some() {
+    if changed.exists() {
         fs::remove_dir_all(&changed)?;
     }
     fs::write(folder.join("complete"), "")?;
     Ok(image)
+}
+
+/// A copy of the tree with the module of [`untold`].
+fn with_module(sources: &Path, tree: &Path, to: &Path) -> Result<PathBuf> {
+    run(Command::new("cp").args(["--archive", "--reflink=auto"]).arg(tree).arg(to))?;
+    let version = kernel_version(to)?;
+    untold::replace_module(sources, to, &version)?;
+    run(Command::new("chroot").arg(to).args(["depmod", &version]).env("PATH", admin_path()))?;
+    Ok(to.to_owned())
+}
+
+/// What `uname -r` will say.
+fn kernel_version(tree: &Path) -> Result<String> {
+    let kernel = kernel_of(tree)?;
+    let name = kernel.file_name().and_then(OsStr::to_str).and_then(|name| name.strip_prefix("vmlinuz-"));
+    name.map(str::to_owned).context("a kernel without a version")
 }
 
 /// A copy of the tree with the kernel of these packages in the place of its own.
