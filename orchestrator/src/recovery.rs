@@ -786,7 +786,8 @@ impl Recovery {
         let until = self.until(BIND_LIMIT);
         loop {
             host.datapath.follow(survivor.id)?;
-            if bound_to(host, survivor.id)? {
+            let tells = host.datapath.tells_upcalls()?;
+            if tells && bound_to(host, survivor.id)? {
                 return Ok(());
             }
             if self.clock.now() >= until {
@@ -805,6 +806,15 @@ impl Recovery {
             if let Some(captured) = own {
                 host.datapath.bind_upcalls(captured.features, &captured.port_ids)?;
                 self.told("the upcalls were bound to what the new ovs-vswitchd had asked for");
+                if !tells {
+                    return Ok(());
+                }
+            } else if !tells {
+                // What cannot be seen is made so: once more what it was, where the daemon has bound it itself.
+                let port_ids = host.datapath.port_ids_waited_for(survivor.id)?;
+                if !port_ids.is_empty() {
+                    return Ok(host.datapath.bind_upcalls(None, &port_ids)?);
+                }
             }
             self.clock.sleep(LOOK_AGAIN);
         }
@@ -997,7 +1007,7 @@ fn bound_to(host: &mut Host, process: ProcessId) -> anyhow::Result<bool> {
 }
 
 fn bind_back(host: &mut Host, mark: &Mark, old: &Daemon) -> anyhow::Result<()> {
-    if bound_to(host, old.id)? {
+    if host.datapath.tells_upcalls()? && bound_to(host, old.id)? {
         return Ok(());
     }
     // Port ids of sockets that have been closed since could be anybody's.

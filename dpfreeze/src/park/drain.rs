@@ -136,6 +136,16 @@ pub fn drained(pid: u32, port_ids: &[u32]) -> Result<bool> {
     DrainWatch::new(pid, port_ids).idle()
 }
 
+/// The handler threads of process `pid`, in the order of their numbers; none where it has ended.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn handler_threads(pid: u32) -> Result<Vec<u32>> {
+    let mut watch = DrainWatch::new(pid, &[]);
+    watch.find_handlers()?;
+    Ok(watch.handlers.into_iter().collect())
+}
+
 /// Whether thread `tid` sleeps in poll or one of its kin. A thread that has ended does.
 fn sleeps(pid: u32, tid: u32) -> Result<bool> {
     let path = format!("/proc/{pid}/task/{tid}/syscall");

@@ -7,6 +7,7 @@
 pub mod binding;
 mod bundle;
 mod drain;
+mod handlers;
 mod plan;
 mod reader;
 mod receiver;
@@ -19,6 +20,7 @@ mod successors;
 mod undo;
 
 pub use drain::{drained, DrainWatch};
+pub use handlers::port_ids_of_handlers;
 pub use plan::{Origins, Replay, Then, Unreplayable};
 pub use removal::{
     doom_of, feature_probes, grace_period, remove_doomed, remove_doomed_from, remove_left_probes, suspicious_since,

@@ -153,12 +153,10 @@ fn find_vswitchd(
     found: &mut Findings,
 ) -> Option<Result<Daemon, HostError>> {
     let per_cpu = keep(host.datapath.dispatches_per_cpu(), Name::Datapath, START, found)?;
-    let ids = match keep(host.datapath.tells_upcalls(), Name::Datapath, START, found)? {
-        true => Some(keep(host.datapath.upcall_port_ids(), Name::Datapath, START, found)?),
-        false => None,
-    };
-    let kernel = host.surroundings.environment().kernel;
-    let ids = bound_ids(ids, per_cpu, &kernel, found)?;
+    let told = keep(host.datapath.tells_upcalls(), Name::Datapath, START, found)?;
+    let name = if told { Name::Datapath } else { Name::UpcallsUntold };
+    let ids = keep(host.datapath.upcall_port_ids(), name, START, found)?;
+    let ids = bound_ids(ids, per_cpu, found)?;
     judge_dispatch(per_cpu || may_dispatch_per_vport, found);
     Some(host.daemons.find_vswitchd(&ids))
 }
@@ -183,19 +181,8 @@ fn no_datapath(facts: Option<&DatabaseFacts>, others: &[Finding], found: &mut Fi
     found.refuse(Name::Datapath, DATAPATH, cause, remedy);
 }
 
-/// The port ids that upcalls go to, where the kernel tells them and somebody is bound.
-fn bound_ids(ids: Option<Vec<u32>>, per_cpu: bool, kernel: &str, found: &mut Findings) -> Option<Vec<u32>> {
-    let Some(ids) = ids else {
-        let cause = format!(
-            "Linux {kernel} dispatches upcalls per CPU and does not tell to which sockets; ovs-graceful could not give \
-             them back to the running ovs-vswitchd"
-        );
-        let remedy =
-            "none on this kernel, which ovs-graceful does not serve yet; Linux 6.1 and later are served. Open \
-                      vSwitch works, and nothing has to be restarted";
-        found.refuse(Name::UpcallsUntold, DATAPATH, cause, remedy);
-        return None;
-    };
+/// The port ids that upcalls go to, where somebody is bound.
+fn bound_ids(ids: Vec<u32>, per_cpu: bool, found: &mut Findings) -> Option<Vec<u32>> {
     if per_cpu && nobody_bound(&ids) {
         let cause = "ovs-vswitchd has bound no socket for its upcalls: every packet without a kernel flow is lost \
                      already (OVS 3.1 does so when it was started in the first 10 s after boot)";
@@ -296,22 +283,40 @@ mod tests {
     use super::*;
     use crate::host::simulated::{Script, Sim, Variant};
 
-    /// The finding where the kernel tells `ids`.
-    fn told(ids: Option<Vec<u32>>) -> Option<crate::report::Finding> {
-        let mut found = Findings::default();
-        bound_ids(ids, true, "5.15.0-91-generic", &mut found);
-        found.into_inner().pop()
+    #[test]
+    fn a_datapath_without_sockets_for_its_upcalls_is_refused() {
+        let told = |ids: Vec<u32>| {
+            let mut found = Findings::default();
+            bound_ids(ids, true, &mut found);
+            found.into_inner().pop().map(|one| one.name)
+        };
+        assert_eq!(told(vec![0, 7]), None);
+        assert_eq!(told(vec![0, 0]), Some(Name::Upcalls));
+        assert_eq!(told(vec![]), Some(Name::Upcalls));
     }
 
     #[test]
-    fn a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted() {
-        assert_eq!(told(Some(vec![0, 7])), None);
-        let untold = told(None).unwrap();
-        assert_eq!((untold.name, untold.severity), (Name::UpcallsUntold, Severity::Refused));
-        let text = untold.to_string();
-        assert!(text.contains("5.15.0-91-generic") && text.contains("none on this kernel"), "{text}");
-        assert!(!text.contains("lost") && !text.contains('`'), "{text}");
-        assert_eq!(told(Some(vec![])).unwrap().name, Name::Upcalls);
+    fn a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either() {
+        let untold = Variant { untold: true, ..Variant::USUAL };
+        let names = |variant: Variant, refused: bool| {
+            let sim = Sim::new(variant, Script::default());
+            if refused {
+                // A second one with sockets for upcalls: whose they go to is not to be told.
+                let mut world = sim.world();
+                let second = world.processes.values().find(|one| !one.port_ids.is_empty()).cloned();
+                if let Some(mut second) = second {
+                    second.id.pid += 1000;
+                    second.opened = true;
+                    world.processes.insert(second.id.pid, second);
+                }
+            }
+            let mut found = Findings::default();
+            find_vswitchd(&mut sim.host(), true, &mut found);
+            found.into_inner().into_iter().map(|one| (one.name, one.severity)).collect::<Vec<_>>()
+        };
+        assert_eq!(names(untold, false), []);
+        assert_eq!(names(untold, true), [(Name::UpcallsUntold, Severity::Refused)]);
+        assert_eq!(names(Variant::USUAL, true), []);
     }
 
     #[test]

@@ -53,6 +53,41 @@ pub enum FreezeEvent {
     },
 }
 
+/// Who the upcalls go to, as far as this process has had a say in it: all there is to know where the kernel does not tell
+/// ([`Datapath::tells_upcalls`]).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum GoesTo {
+    /// It has had none: to the daemon that waits for them.
+    #[default]
+    TheDaemon,
+    /// To the parking sockets, unless a daemon has bound its own since.
+    Us,
+    /// To these port ids.
+    Given(Vec<u32>),
+}
+
+impl GoesTo {
+    /// The port ids, of which `park` are those of the parking sockets and `theirs` those that a daemon waits for. A daemon
+    /// waits whether its binding was refused or not: where one may have been, or nobody knows (`may_be_refused`), it is not
+    /// taken for bound.
+    ///
+    /// # Errors
+    /// Those of `theirs`.
+    pub fn port_ids(
+        &self,
+        park: Option<Vec<u32>>,
+        may_be_refused: bool,
+        theirs: impl FnOnce() -> Result<Vec<u32>>,
+    ) -> Result<Vec<u32>> {
+        match (self, park) {
+            (GoesTo::Given(port_ids), _) => Ok(port_ids.clone()),
+            (GoesTo::Us, Some(park)) if may_be_refused => Ok(park),
+            (GoesTo::Us, Some(park)) => Ok(Some(theirs()?).filter(|theirs| !theirs.is_empty()).unwrap_or(park)),
+            (GoesTo::Us | GoesTo::TheDaemon, _) => theirs(),
+        }
+    }
+}
+
 /// The kernel datapath.
 pub trait Datapath {
     /// Is there one at all? A daemon makes it with its first bridge and deletes it with the last.
@@ -65,9 +100,11 @@ pub trait Datapath {
     fn timeout_policies(&mut self) -> Result<Vec<TimeoutPolicy>>;
     /// Sets connection limits of conntrack zones.
     fn set_ct_limits(&mut self, limits: &[ZoneLimit]) -> Result<()>;
-    /// The port ids that upcalls go to now: one for each CPU, or those of all ports. An error where the kernel does not
-    /// tell them ([`Datapath::tells_upcalls`]).
+    /// The port ids that upcalls go to now: one for each CPU, or those of all ports. Where the kernel does not tell them
+    /// ([`Datapath::tells_upcalls`]): those that this process has given it last, or else those that the daemon waits for.
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>>;
+    /// The port ids, one for each CPU, that the handler threads of `daemon` wait for: it has bound them, or was refused to.
+    fn port_ids_waited_for(&mut self, daemon: ProcessId) -> Result<Vec<u32>>;
     /// Does the kernel tell which port ids upcalls go to? Linux 5.15 to 6.0 do not where they dispatch per CPU.
     fn tells_upcalls(&mut self) -> Result<bool>;
     /// Does the datapath dispatch upcalls per CPU? The alternative, per vport, comes with OVS before 2.16.

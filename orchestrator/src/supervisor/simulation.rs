@@ -319,8 +319,10 @@ fn settings() -> Vec<(&'static str, Setting)> {
     let no_systemd = Variant { systemd: false, ..PLAIN.variant };
     let no_freeze = Variant { freeze: false, ..PLAIN.variant };
     let per_vport = Variant { per_vport: true, ..PLAIN.variant };
+    let untold = Variant { untold: true, ..PLAIN.variant };
     vec![
         ("plain", PLAIN),
+        ("untold", Setting { variant: untold, ..PLAIN }),
         ("stop-start", Setting { strategy: Strategy::StopStart, ..PLAIN }),
         ("no systemd, stop-start", Setting { variant: no_systemd, ovsdb: false, strategy: Strategy::StopStart }),
         ("no systemd", Setting { variant: no_systemd, ovsdb: false, ..PLAIN }),

@@ -345,7 +345,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("dispatch", "scenario per_vport_to_cpu, and orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
     (
         "upcalls-untold",
-        "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_for_that_and_nothing_is_to_be_restarted",
+        "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either",
     ),
     (
         "container",

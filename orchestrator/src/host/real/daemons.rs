@@ -14,6 +14,7 @@ use dpfreeze::netlink::Protocol;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
+use super::assemble::RUN_DIRECTORY;
 use super::command::Question;
 use super::container::{self, Root};
 use super::credentials::Credentials;
@@ -145,6 +146,30 @@ fn may_follow(old: &Daemon, pid: i32) -> bool {
 /// Is the program of the kind in one of the places of packages?
 pub fn is_program_installed(kind: DaemonKind) -> bool {
     container::search(container::directories(), kind.program(), trusted::program).is_ok()
+}
+
+/// The port ids of the upcall sockets that an ovs-vswitchd, another than `but`, has bound, by CPU, where the kernel does not
+/// tell; none where none has handler threads.
+///
+/// # Errors
+/// Where several have; as [`dpfreeze::park::port_ids_of_handlers`].
+pub(super) fn port_ids_of_handlers(but: Option<ProcessId>, patience: Duration) -> Result<Vec<u32>> {
+    let run_directory = RunDirectory::open(Path::new(RUN_DIRECTORY))?;
+    let kind = DaemonKind::OvsVswitchd;
+    let is_one = |pid: &i32| {
+        run_directory.admits(kind, *pid)
+            && run_directory.holds_pid_file(kind, *pid)
+            && !but.is_some_and(|but| procfs::identity(*pid).is_ok_and(|id| id == but))
+    };
+    let pids = procfs::pids().about("/proc")?.into_iter().filter(is_one).filter_map(|pid| u32::try_from(pid).ok());
+    let of_each = pids.map(|pid| dpfreeze::park::port_ids_of_handlers(pid, patience).about("ovs-vswitchd"));
+    let mut found: Vec<Vec<u32>> = of_each.collect::<Result<_>>()?;
+    found.retain(|port_ids| !port_ids.is_empty());
+    match found.len() {
+        0 | 1 => Ok(found.pop().unwrap_or_default()),
+        many => Err(HostError::new("ovs-vswitchd", format!("{many} of them have sockets for upcalls"))
+            .remedy("only one may run: stop the one that systemd or the PID file does not know")),
+    }
 }
 
 /// The program of the kind that this host has installed, which the daemon itself has no say in: its unit's, where that

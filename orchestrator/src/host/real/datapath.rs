@@ -20,8 +20,9 @@ use dpfreeze::park::{
 use dpfreeze::snapshot::{self, Snapshot};
 use dpfreeze::tunnel::{self, Adoption, Guard};
 
+use super::daemons;
 use crate::guard::{self, Guarded, Terms};
-use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
+use crate::host::datapath::{Datapath, FreezeEvent, GoesTo, HandedOver, Lease, DATAPATH};
 use crate::host::{Context, HostError, ProcessId, Result};
 
 /// How long the replay to the old daemon may take, when a run is undone.
@@ -51,7 +52,14 @@ pub struct KernelDatapath {
     stale_tunnels: Vec<String>,
     /// The upcall sockets of the new daemon.
     bound: Option<Duplicates>,
+    /// Who the upcalls go to, for a kernel that does not tell.
+    goes_to: GoesTo,
+    /// A daemon that binds is refused.
+    binding_is_refused: bool,
 }
+
+/// How long a handler thread may be too busy to be seen waiting.
+const HANDLER_PATIENCE: Duration = Duration::from_secs(2);
 
 impl KernelDatapath {
     /// Opens it.
@@ -76,14 +84,27 @@ impl KernelDatapath {
             adoption: None,
             stale_tunnels: Vec::new(),
             bound: None,
+            goes_to: GoesTo::TheDaemon,
+            binding_is_refused: false,
         })
     }
 
+    /// The datapath, with the port ids by CPU even where the kernel does not tell them.
     fn dp(&mut self) -> Result<Dp> {
-        self.ovs
-            .datapath(DATAPATH)
-            .about(DATAPATH)?
-            .ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath"))
+        let dp = self.ovs.datapath(DATAPATH).about(DATAPATH)?;
+        let mut dp = dp.ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath"))?;
+        if dp.dispatch() == Dispatch::PerCpu && dp.per_cpu_pids.is_none() {
+            dp.per_cpu_pids = Some(self.untold()?);
+        }
+        Ok(dp)
+    }
+
+    /// Linux 5.15 to 6.0 take the port ids by CPU and do not give them back.
+    fn untold(&self) -> Result<Vec<u32>> {
+        // Whether a daemon that is refused has tried is not seen in it, nor, once its supervisor is gone, who was who.
+        let may_be_refused = self.binding_is_refused || self.old.is_none();
+        let park = self.park.as_ref().map(Park::port_ids);
+        self.goes_to.port_ids(park, may_be_refused, || daemons::port_ids_of_handlers(self.old, HANDLER_PATIENCE))
     }
 
     /// Waits until `daemon` has bound every port, and dispatches by port from then on. Returns the port ids.
@@ -150,9 +171,7 @@ impl Datapath for KernelDatapath {
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
         let dp = self.dp()?;
         match dp.dispatch() {
-            Dispatch::PerCpu => dp
-                .per_cpu_pids
-                .ok_or_else(|| HostError::new(DATAPATH, "this kernel does not tell which sockets the upcalls go to")),
+            Dispatch::PerCpu => Ok(dp.per_cpu_pids.unwrap_or_default()),
             Dispatch::PerVport => {
                 let vports = self.ovs.vports(dp.ifindex).about(DATAPATH)?;
                 Ok(binding::port_ids_of(&vports))
@@ -160,9 +179,14 @@ impl Datapath for KernelDatapath {
         }
     }
 
+    fn port_ids_waited_for(&mut self, daemon: ProcessId) -> Result<Vec<u32>> {
+        let object = format!("ovs-vswitchd (pid {})", daemon.pid);
+        park::port_ids_of_handlers(number(daemon)?, HANDLER_PATIENCE).about(object)
+    }
+
     fn tells_upcalls(&mut self) -> Result<bool> {
-        let dp = self.dp()?;
-        Ok(dp.dispatch() == Dispatch::PerVport || dp.per_cpu_pids.is_some())
+        let dp = self.ovs.datapath(DATAPATH).about(DATAPATH)?;
+        Ok(dp.is_none_or(|dp| dp.dispatch() == Dispatch::PerVport || dp.per_cpu_pids.is_some()))
     }
 
     fn dispatches_per_cpu(&mut self) -> Result<bool> {
@@ -185,6 +209,7 @@ impl Datapath for KernelDatapath {
         let scope = Scope::here(&[dp.ifindex], &names, self.families()).about("freeze")?;
         let scope = Scope { probe_meters: probed.is_empty(), ..scope };
         freeze.arm(&scope, classes, lease.lease, lease.end).about("freeze")?;
+        self.binding_is_refused = classes.contains(Classes::UPCALL_BIND);
         self.freeze = Some(freeze);
         Ok(())
     }
@@ -192,7 +217,11 @@ impl Datapath for KernelDatapath {
     fn take_up_freeze(&mut self) -> Result<bool> {
         self.freeze = Freeze::open().about("freeze")?;
         match &mut self.freeze {
-            Some(freeze) => freeze.take_over().about("freeze").map(|()| true),
+            Some(freeze) => {
+                freeze.take_over().about("freeze")?;
+                self.binding_is_refused = freeze.state().about("freeze")?.classes.contains(Classes::UPCALL_BIND);
+                Ok(true)
+            }
             None => Ok(false),
         }
     }
@@ -202,7 +231,9 @@ impl Datapath for KernelDatapath {
     }
 
     fn refuse(&mut self, classes: Classes) -> Result<()> {
-        self.freeze()?.set_classes(classes).about("freeze")
+        self.freeze()?.set_classes(classes).about("freeze")?;
+        self.binding_is_refused = classes.contains(Classes::UPCALL_BIND);
+        Ok(())
     }
 
     fn renew(&mut self, lease: Duration) -> Result<()> {
@@ -327,7 +358,9 @@ impl Datapath for KernelDatapath {
         }
         let port_ids = self.park()?.port_ids();
         let dp = self.dp()?;
-        binding::take(&mut self.ovs, &dp, &port_ids).about(DATAPATH)
+        binding::take(&mut self.ovs, &dp, &port_ids).about(DATAPATH)?;
+        self.goes_to = GoesTo::Us;
+        Ok(())
     }
 
     fn return_upcalls(&mut self) -> Result<()> {
@@ -337,6 +370,7 @@ impl Datapath for KernelDatapath {
         if let Some(binding) = self.returned_to.clone() {
             let dp = self.dp()?;
             binding.put_back(&mut self.ovs, &dp).about(DATAPATH)?;
+            self.goes_to = GoesTo::Given(binding.port_ids());
         }
         if let Some(old) = self.old {
             self.return_parked(old, Instant::now() + RETURN_LIMIT)?;
@@ -349,7 +383,9 @@ impl Datapath for KernelDatapath {
 
     fn bind_upcalls(&mut self, features: Option<u32>, port_ids: &[u32]) -> Result<()> {
         let dp = self.dp()?;
-        binding::give(&mut self.ovs, &dp, features, port_ids).about(DATAPATH)
+        binding::give(&mut self.ovs, &dp, features, port_ids).about(DATAPATH)?;
+        self.goes_to = GoesTo::Given(port_ids.to_vec());
+        Ok(())
     }
 
     fn follow(&mut self, daemon: ProcessId) -> Result<()> {
@@ -370,6 +406,7 @@ impl Datapath for KernelDatapath {
 
     fn take_up_park(&mut self, kept: Vec<(String, OwnedFd)>) -> Result<()> {
         self.park = Some(Park::resume(self.limits, kept).about("parked packets of a supervisor that died")?);
+        self.goes_to = GoesTo::Us;
         Ok(())
     }
 
@@ -471,6 +508,7 @@ impl Datapath for KernelDatapath {
         if to.dispatch == Dispatch::PerCpu {
             let features = to.features.unwrap_or(dp.user_features);
             self.ovs.set_per_cpu_pids(&dp, features, &to.port_ids).about(DATAPATH)?;
+            self.goes_to = GoesTo::Given(to.port_ids.clone());
         }
         let bound = Instant::now();
         let reader = self.bound.insert(reader);

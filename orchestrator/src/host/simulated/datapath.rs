@@ -11,10 +11,10 @@ use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::{DatapathSnapshot, Snapshot};
 
-use super::world::{Frost, World, POLICY_S};
+use super::world::{Frost, Process, World, POLICY_S};
 use super::Sim;
 use crate::guard::{Guarded, Terms};
-use crate::host::datapath::{Datapath, FreezeEvent, HandedOver, Lease, DATAPATH};
+use crate::host::datapath::{Datapath, FreezeEvent, GoesTo, HandedOver, Lease, DATAPATH};
 use crate::host::{HostError, ProcessId, Result};
 
 /// The kernel takes so long to remove flows, grace periods included.
@@ -26,6 +26,8 @@ pub(super) struct SimDatapath {
     open: bool,
     returned_to: Vec<u32>,
     handed_over: bool,
+    goes_to: GoesTo,
+    old: Option<ProcessId>,
     removed: Option<RemovalReport>,
     /// What freezes that were lifted had refused.
     refused_before: Refused,
@@ -38,6 +40,8 @@ impl SimDatapath {
             open: false,
             returned_to: Vec::new(),
             handed_over: false,
+            goes_to: GoesTo::TheDaemon,
+            old: None,
             removed: None,
             refused_before: Refused::default(),
         }
@@ -72,6 +76,11 @@ fn reads(world: &World, daemon: ProcessId, port_ids: &[u32]) -> Result<()> {
         true => Ok(()),
         false => Err(HostError::new("upcall sockets", format!("they are not those of process {}", daemon.pid))),
     }
+}
+
+/// Does it have handler threads? It has been told to bind, whatever came of that.
+fn waits_for_upcalls(world: &World, process: &Process) -> bool {
+    process.opened || process.refused || process.port_ids.iter().any(|id| world.kernel.bound.contains(id))
 }
 
 impl Datapath for SimDatapath {
@@ -144,15 +153,36 @@ impl Datapath for SimDatapath {
             world.bind(park);
             Ok(())
         })?;
+        self.goes_to = GoesTo::Us;
         Ok(true)
     }
 
     fn upcall_port_ids(&mut self) -> Result<Vec<u32>> {
-        self.sim.operate("datapath.upcall_port_ids", None, |world| Ok(world.kernel.bound.clone()))
+        let (goes_to, old, open) = (self.goes_to.clone(), self.old, self.open);
+        self.sim.operate("datapath.upcall_port_ids", None, |world| {
+            if !world.variant.untold {
+                return Ok(world.kernel.bound.clone());
+            }
+            let refused =
+                open && world.kernel.frost.as_ref().is_some_and(|one| one.classes.contains(Classes::UPCALL_BIND));
+            let waiting = world.processes.values().filter(|one| Some(one.id) != old && waits_for_upcalls(world, one));
+            let mut theirs: Vec<Vec<u32>> = waiting.map(|one| one.port_ids.clone()).collect();
+            goes_to.port_ids(world.kernel.park.clone(), refused || old.is_none(), || match theirs.len() {
+                0 | 1 => Ok(theirs.pop().unwrap_or_default()),
+                _ => Err(HostError::new("ovs-vswitchd", "several of them have sockets for upcalls")),
+            })
+        })
+    }
+
+    fn port_ids_waited_for(&mut self, daemon: ProcessId) -> Result<Vec<u32>> {
+        self.sim.operate("datapath.port_ids_waited_for", None, |world| {
+            let process = world.processes.get(&daemon.pid).filter(|process| waits_for_upcalls(world, process));
+            Ok(process.map(|process| process.port_ids.clone()).unwrap_or_default())
+        })
     }
 
     fn tells_upcalls(&mut self) -> Result<bool> {
-        Ok(true)
+        Ok(!self.sim.look().variant.untold)
     }
 
     fn dispatches_per_cpu(&mut self) -> Result<bool> {
@@ -276,6 +306,7 @@ impl Datapath for SimDatapath {
             open_park(world);
             Ok(bound)
         })?;
+        self.old = Some(old);
         Ok(())
     }
 
@@ -285,7 +316,9 @@ impl Datapath for SimDatapath {
             let park = world.kernel.park.clone().unwrap_or_default();
             world.bind(park);
             Ok(())
-        })
+        })?;
+        self.goes_to = GoesTo::Us;
+        Ok(())
     }
 
     fn return_upcalls(&mut self) -> Result<()> {
@@ -311,14 +344,18 @@ impl Datapath for SimDatapath {
                 world.kernel.park = None;
                 Ok(())
             },
-        )
+        )?;
+        self.goes_to = GoesTo::Given(returned_to);
+        Ok(())
     }
 
     fn bind_upcalls(&mut self, _features: Option<u32>, port_ids: &[u32]) -> Result<()> {
         self.sim.operate("datapath.bind_upcalls", None, |world| {
             world.bind(port_ids.to_vec());
             Ok(())
-        })
+        })?;
+        self.goes_to = GoesTo::Given(port_ids.to_vec());
+        Ok(())
     }
 
     fn follow(&mut self, _daemon: ProcessId) -> Result<()> {
@@ -409,6 +446,7 @@ impl Datapath for SimDatapath {
                 Ok(world.replay())
             },
         )?;
+        self.goes_to = GoesTo::Given(to.port_ids.clone());
         self.handed_over = true;
         let replay = ReplayReport { replayed, ..ReplayReport::default() };
         Ok(HandedOver { bound: self.sim.now(), replay })

@@ -52,6 +52,8 @@ pub struct Variant {
     pub reloading: bool,
     /// Upcalls are dispatched per vport: a refused binding is tried again, with sockets that nobody has seen.
     pub per_vport: bool,
+    /// The kernel does not tell who the upcalls go to (Linux 5.15 to 6.0).
+    pub untold: bool,
     /// The daemons run in containers, and whoever runs that of the switch restarts it once he is told.
     pub containers: bool,
     /// A rule of the first switch that is not like others.
@@ -81,6 +83,7 @@ impl Variant {
         restarting: false,
         reloading: false,
         per_vport: false,
+        untold: false,
         containers: false,
         odd: Odd::None,
     };

@@ -1,0 +1,153 @@
+//! The upcall sockets of a daemon, where the kernel does not tell to whom it sends upcalls (Linux 5.15 to 6.0 take
+//! `OVS_DP_ATTR_PER_CPU_PIDS` and never give it back): those that its handler threads wait for.
+//!
+//! A handler thread has one upcall socket, polls it, and polls no other netlink socket (lib/dpif-netlink.c,
+//! `dpif_netlink_recv_wait_cpu_dispatch`). It begins to when the daemon has bound it (ofproto/ofproto-dpif-upcall.c).
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use super::drain::handler_threads;
+use super::possible_cpus;
+use crate::error::{Error, Result};
+use crate::netlink::table;
+
+/// Between two looks at a thread that was busy.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// More descriptors than a handler polls: its socket, a latch, and what it waits to change.
+const MOST_POLLED: usize = 64;
+
+/// The port ids of the upcall sockets of process `pid`, by CPU as it binds them: handler after handler, again from the
+/// first where there are more CPUs. Any other order is as good, as every handler deals with every upcall. Empty where it
+/// has no handler threads: it has bound nothing.
+///
+/// # Errors
+/// [`Error::Unsupported`] where a handler was not seen waiting for its socket within `patience`; [`Error::Io`].
+pub fn port_ids_of_handlers(pid: u32, patience: Duration) -> Result<Vec<u32>> {
+    let until = Instant::now() + patience;
+    let threads = handler_threads(pid)?;
+    let mut found = Vec::with_capacity(threads.len());
+    for thread in &threads {
+        let port_id = loop {
+            if let Some(port_id) = port_id_of(pid, *thread)? {
+                break port_id;
+            }
+            if Instant::now() >= until {
+                return Err(Error::Unsupported {
+                    what: format!("handler thread {thread} of process {pid}"),
+                    why: "this kernel does not tell which sockets the upcalls go to, and the thread was not seen waiting \
+                          for its own"
+                        .into(),
+                    remedy: "try again when there are fewer new flows, or use Linux 6.1 or later".into(),
+                });
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        };
+        found.push(port_id);
+    }
+    let cpus = if found.is_empty() { 0 } else { possible_cpus()? };
+    Ok(found.iter().copied().cycle().take(cpus.max(found.len())).collect())
+}
+
+/// The port id of the generic netlink socket that a thread polls now; None where it does not poll, or none.
+fn port_id_of(pid: u32, thread: u32) -> Result<Option<u32>> {
+    let path = format!("/proc/{pid}/task/{thread}/syscall");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io(path, error)),
+    };
+    let Some((address, count)) = polled(&text) else { return Ok(None) };
+    // It may go on while we look: then this is nothing, or not sockets.
+    let Ok(bytes) = read_memory(thread, address, count * size_of::<libc::pollfd>()) else { return Ok(None) };
+    let descriptors = bytes.as_chunks::<{ size_of::<libc::pollfd>() }>().0.iter();
+    let descriptors = descriptors.filter_map(|entry| entry.first_chunk::<4>()).map(|fd| i32::from_ne_bytes(*fd));
+    let generic: HashMap<u64, u32> = table::read_of(pid)?
+        .into_iter()
+        .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32)
+        .map(|row| (row.inode, row.port_id))
+        .collect();
+    let inode = |fd: i32| {
+        let target = fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
+        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
+    };
+    let mut sockets = descriptors.filter_map(inode).filter_map(|inode| generic.get(&inode).copied());
+    Ok(match (sockets.next(), sockets.next()) {
+        (Some(port_id), None) => Some(port_id),
+        _ => None,
+    })
+}
+
+/// Address and number of the pollfds in a line of `/proc/PID/task/TID/syscall` (Documentation/filesystems/proc.rst).
+fn polled(text: &str) -> Option<(usize, usize)> {
+    let mut words = text.split_whitespace();
+    let number: libc::c_long = words.next()?.parse().ok()?;
+    #[cfg(target_arch = "x86_64")]
+    let polls = [libc::SYS_poll, libc::SYS_ppoll];
+    #[cfg(not(target_arch = "x86_64"))]
+    let polls = [libc::SYS_ppoll];
+    let mut hex = || usize::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
+    let (address, count) = (hex()?, hex()?);
+    (polls.contains(&number) && (1..=MOST_POLLED).contains(&count)).then_some((address, count))
+}
+
+fn read_memory(thread: u32, address: usize, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0u8; length];
+    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
+    let remote = libc::iovec { iov_base: ptr::without_provenance_mut(address), iov_len: length };
+    let thread = libc::pid_t::try_from(thread).map_err(io::Error::other)?;
+    // SAFETY: `local` describes `bytes`, which outlives the call; `remote` is in the other process, and the kernel
+    // checks it.
+    let count = unsafe { libc::process_vm_readv(thread, &local, 1, &remote, 1, 0) };
+    match usize::try_from(count) {
+        Ok(count) if count == length => Ok(bytes),
+        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::mpsc::channel;
+
+    use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+
+    use super::*;
+    use crate::park::UpcallSocket;
+
+    #[test]
+    fn only_poll_tells_what_a_thread_waits_for() {
+        let poll = libc::SYS_ppoll;
+        assert_eq!(polled(&format!("{poll} 0x7f10 0x2 0x0 0x0 0x0 0x0 0x7ffd 0x7f00")), Some((0x7f10, 2)));
+        let other = libc::SYS_futex;
+        for text in ["running", "-1 0x7ffd 0x7f00", &format!("{poll} 0x7f10 0x400 0x0"), &format!("{other} 0x7f10 0x2")]
+        {
+            assert_eq!(polled(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_socket_that_a_handler_waits_for_is_its_own() {
+        let socket = UpcallSocket::open(0).unwrap();
+        let _another = UpcallSocket::open(0).unwrap();
+        let (wake, woken) = nix::unistd::pipe().unwrap();
+        let port_id = socket.port_id();
+        let (say, said) = channel();
+        let handler = std::thread::Builder::new().name("handler7".into()).spawn(move || {
+            say.send(()).unwrap();
+            let mut polled =
+                [PollFd::new(wake.as_fd(), PollFlags::POLLIN), PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+            poll(&mut polled, PollTimeout::NONE).unwrap();
+        });
+        said.recv().unwrap();
+        let found = port_ids_of_handlers(std::process::id(), Duration::from_secs(5)).unwrap();
+        drop(woken);
+        handler.unwrap().join().unwrap();
+        assert!(!found.is_empty() && found.iter().all(|found| *found == port_id), "{found:?} {port_id}");
+        assert_eq!(port_ids_of_handlers(std::process::id(), Duration::ZERO).unwrap(), [0u32; 0]);
+    }
+}
