@@ -92,6 +92,7 @@ const TESTS: &[(&str, fn())] = &[
     ("end_is_not_moved", end_is_not_moved),
     ("held_by_another", held_by_another),
     ("loader_killed", loader_killed),
+    ("meters_of_the_newer_probe", meters_of_the_newer_probe),
     ("take_over", take_over),
     ("thaw_removes_everything", thaw_removes_everything),
     ("real_flow_survives", real_flow_survives),
@@ -235,6 +236,24 @@ fn probes_pass() {
     }
     assert_eq!(freeze.refused().unwrap(), Refused::default());
     assert_eq!(freeze.captured().unwrap(), None);
+}
+
+/// A controller's meters may have the ids of the newer probe: it deletes them only where nobody had them.
+fn meters_of_the_newer_probe() {
+    let f = families();
+    let mut freeze = Freeze::load().unwrap();
+    let mut sender = Sender::root();
+    for nobody_s in [true, false] {
+        let scope = Scope { probe_meters: nobody_s, ..ghost_scope() };
+        freeze.arm(&scope, Classes::METER_DEL, LONG, LONG).unwrap();
+        for id in freeze::PROBE_METERS {
+            let fate = sender.send(&meter_del(f, GHOST, id));
+            assert_eq!(fate.passed(), nobody_s, "{id}: {fate:?}");
+        }
+        assert_eq!(sender.send(&meter_del(f, GHOST, 1020)), BUSY);
+        let counted = if nobody_s { 1 } else { 3 };
+        assert_eq!(freeze.refused().unwrap(), Refused { meter_del: counted, ..Refused::default() });
+    }
 }
 
 fn messages_behind_others() {
