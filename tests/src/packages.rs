@@ -20,7 +20,7 @@ pub enum Packages {
     None,
     /// Ours in two versions, [`OLD`] and [`NEW`].
     Ours,
-    /// Ours, and what it takes to go to Open vSwitch of the release after the guest's; of the one before where we know of
+    /// Ours, and what it takes to go to Open vSwitch of the release after the guest's; of the one before where there is
     /// none.
     OursAndNext,
     /// Ours, and Open vSwitch of the guest's own suite.
@@ -86,7 +86,7 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
         Packages::OursAndSame => copy_all(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndNext => copy_all(&apt(suite, next(suite), &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndAll => {
-            for to in ["bullseye", "bookworm", "trixie"] {
+            for to in around(suite) {
                 copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?;
             }
         }
@@ -97,9 +97,20 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
 
 const OPEN_VSWITCH: [&str; 2] = ["openvswitch-switch", "openvswitch-common"];
 
+/// The releases that one of this suite goes through.
+fn around(suite: &str) -> [&'static str; 3] {
+    match suite {
+        "trixie" | "testing" => ["bookworm", "trixie", "testing"],
+        _ => ["bullseye", "bookworm", "trixie"],
+    }
+}
+
 fn next(suite: &str) -> &'static str {
     match suite {
         "bookworm" => "trixie",
+        "trixie" => "testing",
+        // Back: a version before the guest's own.
+        "testing" => "trixie",
         _ => "bookworm",
     }
 }

@@ -59,7 +59,7 @@ pub const WITHIN: Upgrade = Upgrade {
 /// All releases, one after the other.
 pub const CHAIN: Upgrade = Upgrade {
     name: "upgrade_chain",
-    about: "apt-get from release to release in one VM: up to 3.5 and down to 3.1",
+    about: "apt-get from release to release in one VM: up to the last and down again",
     way: Way::Chain,
 };
 
