@@ -11,6 +11,7 @@ mod controller;
 mod ct_guard;
 mod ct_policies;
 mod ct_zones;
+mod database_clients;
 mod database_disk;
 mod dispatch_modes;
 mod disturbed;
@@ -390,6 +391,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&back::Back { tunnel: true }),
     Scenario::Custom(&disturbed::SAMPLE),
     Scenario::Custom(&disturbed::WHOLE),
+    Scenario::Custom(&database_clients::DatabaseClients),
     Scenario::Custom(&database_disk::SAMPLE),
     Scenario::Custom(&database_disk::WHOLE),
     Scenario::Custom(&reboot::Reboot),
