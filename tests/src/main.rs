@@ -6,6 +6,7 @@ mod apt_sources;
 mod bench;
 mod campaign;
 mod command;
+mod compatibility;
 mod guest;
 mod image;
 mod outcome;
@@ -101,6 +102,12 @@ enum Cmd {
         #[arg(default_value = "bookworm")]
         suite: String,
     },
+    /// Write what the results below FOLDERS show into docs/reference/compatibility.md
+    Compatibility {
+        /// Where runs have left a result.json
+        #[arg(required = true)]
+        folders: Vec<std::path::PathBuf>,
+    },
     /// Say which Debian mirror this machine's apt uses
     Mirror,
     /// Build the static binaries and say where they are
@@ -162,6 +169,7 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
         }
         Cmd::Matrix { only, lanes } => campaign::matrix(&only, lanes),
         Cmd::Demo { suite } => campaign::demo(&suite),
+        Cmd::Compatibility { folders } => compatibility::take_in(&folders),
         Cmd::Mirror => {
             println!("{}", apt_sources::mirror(&apt_sources::read_machine()?, &apt_sources::codename()?)?);
             Ok(true)
