@@ -16,6 +16,7 @@ use comfy_table::{presets::ASCII_MARKDOWN, Table};
 
 use crate::bench::{self, Request};
 use crate::command::capture;
+use crate::image;
 use crate::outcome::{Action, Direction, Load, Outcome, ProbeOutcome, UdpOutcome};
 use crate::places::{self, VmLock};
 use crate::scenarios::{self, Scenario};
@@ -77,24 +78,34 @@ fn closing(passed: usize, failed: usize, started: Instant) -> bool {
     failed == 0
 }
 
-/// Every scenario once with ours, in so many VMs at a time; `only` narrows it down.
+/// Every scenario once with ours, in so many VMs at a time; `only` narrows it down, with a suite of its own where a name is
+/// `NAME:SUITE`.
 pub fn all(only: &[String], suite: &str, lanes: Option<usize>) -> Result<bool> {
     let started = Instant::now();
     let lock = places::vm_lock()?;
     let lanes = lanes.unwrap_or_else(lanes_of_this_machine);
-    for name in only {
-        scenarios::find(name)?;
-    }
-    let wanted = |s: &Scenario| if only.is_empty() { !s.by_hand() } else { only.iter().any(|o| o == s.name()) };
-    let chosen: Vec<Scenario> = scenarios::ALL.iter().copied().filter(wanted).collect();
+    let chosen = chosen(only, suite)?;
     println!("\nrunning {} tests", chosen.len());
-    let (alone, beside): (Vec<Scenario>, Vec<Scenario>) = chosen.iter().partition(|s| s.alone());
+    let (alone, beside): (Vec<_>, Vec<_>) = chosen.iter().copied().partition(|(scenario, _)| scenario.alone());
     let mut passed = 0;
     for (scenarios, lanes) in [(beside, lanes), (alone, 1)] {
-        let requests = longest_first(scenarios)?.into_iter().map(|s| once(s, suite)).collect();
+        let requests = longest_first(scenarios)?.into_iter().map(|(scenario, suite)| once(scenario, suite)).collect();
         passed += told_in_lanes(requests, lanes, &lock);
     }
     Ok(closing(passed, chosen.len() - passed, started))
+}
+
+/// Each with its suite.
+fn chosen<'a>(only: &'a [String], suite: &'a str) -> Result<Vec<(Scenario, &'a str)>> {
+    if only.is_empty() {
+        let all = scenarios::ALL.iter().copied().filter(|scenario| !scenario.by_hand());
+        return Ok(all.map(|scenario| (scenario, suite)).collect());
+    }
+    let one = |words: &'a String| {
+        let (name, suite) = words.split_once(':').unwrap_or((words, suite));
+        Ok((scenarios::find(name)?, suite))
+    };
+    only.iter().map(one).collect()
 }
 
 /// A VM for each core.
@@ -112,22 +123,41 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 16] = [
+const ELSEWHERE: [(&str, &str); 35] = [
     ("bad_upgrade", "trixie"),
+    ("back", "bookworm+backports"),
+    ("back", "bookworm+untold"),
+    ("back", "testing"),
+    ("ct_policies", "bookworm+backports"),
+    ("ct_policies", "trixie+backports"),
     ("database_disk", "bullseye"),
     ("database_disk", "trixie"),
     ("doors", "bullseye"),
+    ("doors", "testing"),
     ("doors", "trixie"),
+    ("killed", "bookworm+backports"),
+    ("killed", "bookworm+untold"),
+    ("killed", "testing"),
+    ("killed", "trixie+backports"),
+    ("many_meters", "testing"),
+    ("many_meters", "trixie"),
     ("many_ports", "bullseye"),
     ("odd_rules_whole", "bullseye"),
     ("odd_rules_whole", "trixie"),
     ("other_init", "bullseye"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),
+    ("selftest", "bookworm+backports"),
+    ("selftest", "testing"),
+    ("selftest", "trixie+backports"),
+    ("upgrade", "testing"),
+    ("upgrade", "trixie"),
     ("upgrade_both", "bullseye"),
     ("upgrade_chain", "bullseye"),
+    ("upgrade_chain", "trixie"),
     ("upgrade_stock", "bullseye"),
     ("upgrade_within", "bullseye"),
+    ("upgrade_within", "testing"),
     ("upgrade_within", "trixie"),
 ];
 
@@ -154,12 +184,17 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
     let by_hand = scenarios::ALL.iter().copied().filter(|scenario| scenario.by_hand());
     let mut requests: Vec<Request> = by_hand.map(|scenario| once(scenario, "bookworm")).collect();
     requests.extend(ELSEWHERE.iter().map(|(scenario, suite)| cell(scenario, Action::Ours, suite)));
-    for suite in ["bookworm", "trixie", "bullseye"] {
-        // OVS 3.5 makes no timeout policy that is set before its first restart, which `conntrack` asks for.
-        let tracked = if suite == "trixie" { "ct_policies" } else { "conntrack" };
-        for scenario in ["plain", tracked, "nat", "vxlan_ns"] {
+    // OVS 3.5 makes no timeout policy that is set before its first restart, which `conntrack` asks for.
+    let tracked = |suite: &str| if ["trixie", "testing"].contains(&suite) { "ct_policies" } else { "conntrack" };
+    for suite in ["bookworm", "trixie", "testing", "bullseye"] {
+        for scenario in ["plain", tracked(suite), "nat", "vxlan_ns"] {
             requests.extend(MATRIX_ACTIONS.map(|action| cell(scenario, action, suite)));
         }
+    }
+    // Other kernels are nothing to the doors.
+    for suite in ["bookworm+backports", "trixie+backports", "bookworm+untold"] {
+        let base = image::suite_of(suite);
+        requests.extend(["plain", tracked(base), "nat", "vxlan_ns"].map(|name| cell(name, Action::Ours, suite)));
     }
     let contained = ["plain", "conntrack", "nat", "vxlan_ns"];
     requests.extend(contained.map(|scenario| cell(scenario, Action::Container, "bookworm")));
@@ -175,14 +210,15 @@ pub fn matrix(only: &[String], lanes: Option<usize>) -> Result<bool> {
 }
 
 fn once(scenario: Scenario, suite: &str) -> Request {
-    Request { load: Load::BRIEF, ..request(scenario.name(), Action::Ours, suite, None) }
+    let out = (suite != "bookworm").then(|| format!("{}-{suite}", scenario.name()));
+    Request { load: Load::BRIEF, ..request(scenario.name(), Action::Ours, suite, out) }
 }
 
 /// So that no lane has one to itself at the end.
-fn longest_first(scenarios: Vec<Scenario>) -> Result<Vec<Scenario>> {
-    let mut known = scenarios.into_iter().map(|s| Ok((s.runs(&[])?, s))).collect::<Result<Vec<_>>>()?;
+fn longest_first(scenarios: Vec<(Scenario, &str)>) -> Result<Vec<(Scenario, &str)>> {
+    let mut known = scenarios.into_iter().map(|one| Ok((one.0.runs(&[])?, one))).collect::<Result<Vec<_>>>()?;
     known.sort_by_key(|(runs, _)| Reverse(*runs));
-    Ok(known.into_iter().map(|(_, scenario)| scenario).collect())
+    Ok(known.into_iter().map(|(_, one)| one).collect())
 }
 
 /// Makes these runs, so many at a time, and hands on how each ended.
