@@ -36,12 +36,14 @@ pub fn patient_veth() -> Result<()> {
 
 /// Makes namespace `ns`, whose device `e-ns` is the other end of port `v-ns` of `bridge`.
 ///
-/// IPv6 is off, so that a silent port hears nothing but what the switch sends it.
+/// IPv6 is off, so that a silent port hears nothing but what the switch sends it. Ports that nobody asks for by number come
+/// from the end, so that a probe which takes each in turn finds them free.
 pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Result<()> {
     let address = if address.is_empty() { String::new() } else { format!("ip -n {ns} addr add {address} dev e-{ns}") };
     shell(&format!(
         "ip netns add {ns}
-         ip netns exec {ns} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1
+         ip netns exec {ns} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1 \
+            net.ipv4.ip_local_port_range='61000 65535'
          sysctl -qw net.ipv6.conf.default.disable_ipv6=1
          ip link add v-{ns} type veth peer name e-{ns}
          ip link set e-{ns} netns {ns}
