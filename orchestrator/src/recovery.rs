@@ -811,9 +811,12 @@ impl Recovery {
                 }
             } else if !tells {
                 // What cannot be seen is made so: once more what it was, where the daemon has bound it itself.
-                let port_ids = host.datapath.port_ids_waited_for(survivor.id)?;
-                if !port_ids.is_empty() {
-                    return Ok(host.datapath.bind_upcalls(None, &port_ids)?);
+                match host.datapath.port_ids_waited_for(survivor.id) {
+                    Ok(port_ids) if !port_ids.is_empty() => return Ok(host.datapath.bind_upcalls(None, &port_ids)?),
+                    Ok(_) => {}
+                    Err(error) if self.clock.now() >= until => return Err(error.into()),
+                    // Its handlers are busy.
+                    Err(_) => {}
                 }
             }
             self.clock.sleep(LOOK_AGAIN);

@@ -4,7 +4,7 @@
 //! A handler thread has one upcall socket, polls it, and polls no other netlink socket (lib/dpif-netlink.c,
 //! `dpif_netlink_recv_wait_cpu_dispatch`). It begins to when the daemon has bound it (ofproto/ofproto-dpif-upcall.c).
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
 use std::ptr;
@@ -20,36 +20,74 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// More descriptors than a handler polls: its socket, a latch, and what it waits to change.
 const MOST_POLLED: usize = 64;
 
-/// The port ids of the upcall sockets of process `pid`, by CPU as it binds them: handler after handler, again from the
-/// first where there are more CPUs. Any other order is as good, as every handler deals with every upcall. Empty where it
-/// has no handler threads: it has bound nothing.
-///
-/// # Errors
-/// [`Error::Unsupported`] where a handler was not seen waiting for its socket within `patience`; [`Error::Io`].
-pub fn port_ids_of_handlers(pid: u32, patience: Duration) -> Result<Vec<u32>> {
-    let until = Instant::now() + patience;
-    let threads = handler_threads(pid)?;
-    let mut found = Vec::with_capacity(threads.len());
-    for thread in &threads {
-        let port_id = loop {
-            if let Some(port_id) = port_id_of(pid, *thread)? {
-                break port_id;
+/// What was seen of the handler threads of a daemon.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Handlers {
+    /// The port ids of their upcall sockets.
+    port_ids: Vec<u32>,
+    /// The first thread that was not seen waiting for its own: it is busy.
+    unseen: Option<u32>,
+    pid: u32,
+}
+
+impl Handlers {
+    /// Looks at the handler threads of process `pid` until each was seen waiting, for `patience` at the most.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn of(pid: u32, patience: Duration) -> Result<Handlers> {
+        let until = Instant::now() + patience;
+        let threads = handler_threads(pid)?;
+        let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
+        loop {
+            for thread in &threads {
+                if let (false, Some(port_id)) = (seen.contains_key(thread), port_id_of(pid, *thread)?) {
+                    seen.insert(*thread, port_id);
+                }
             }
-            if Instant::now() >= until {
-                return Err(Error::Unsupported {
-                    what: format!("handler thread {thread} of process {pid}"),
-                    why: "this kernel does not tell which sockets the upcalls go to, and the thread was not seen waiting \
-                          for its own"
-                        .into(),
-                    remedy: "try again when there are fewer new flows, or use Linux 6.1 or later".into(),
-                });
+            let unseen = threads.iter().find(|thread| !seen.contains_key(thread)).copied();
+            if unseen.is_none() || Instant::now() >= until {
+                return Ok(Handlers { port_ids: seen.into_values().collect(), unseen, pid });
             }
             std::thread::sleep(LOOK_AGAIN);
-        };
-        found.push(port_id);
+        }
     }
-    let cpus = if found.is_empty() { 0 } else { possible_cpus()? };
-    Ok(found.iter().copied().cycle().take(cpus.max(found.len())).collect())
+
+    /// The port ids by CPU as the daemon binds them: handler after handler, again from the first where there are more CPUs.
+    /// Any other order is as good, as every handler deals with every upcall. Empty where it has no handler threads: it has
+    /// bound nothing.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where a handler was not seen waiting for its socket.
+    pub fn all(self) -> Result<Vec<u32>> {
+        match self.unseen {
+            None => self.by_cpu(),
+            Some(thread) => Err(Error::Unsupported {
+                what: format!("handler thread {thread} of process {}", self.pid),
+                why: "this kernel does not tell which sockets the upcalls go to, and the thread was not seen waiting for its \
+                      own"
+                .into(),
+                remedy: "try again when there are fewer new flows, or use Linux 6.1 or later".into(),
+            }),
+        }
+    }
+
+    /// As [`Handlers::all`], of those that were seen: they can deal with the upcalls of all CPUs.
+    ///
+    /// # Errors
+    /// As there, where none was.
+    pub fn some(self) -> Result<Vec<u32>> {
+        match self.port_ids.is_empty() {
+            true => self.all(),
+            false => self.by_cpu(),
+        }
+    }
+
+    fn by_cpu(self) -> Result<Vec<u32>> {
+        let cpus = if self.port_ids.is_empty() { 0 } else { possible_cpus()? };
+        let wanted = cpus.max(self.port_ids.len());
+        Ok(self.port_ids.into_iter().cycle().take(wanted).collect())
+    }
 }
 
 /// The port id of the generic netlink socket that a thread polls now; None where it does not poll, or none.
@@ -144,10 +182,19 @@ mod tests {
             poll(&mut polled, PollTimeout::NONE).unwrap();
         });
         said.recv().unwrap();
-        let found = port_ids_of_handlers(std::process::id(), Duration::from_secs(5)).unwrap();
+        let found = Handlers::of(std::process::id(), Duration::from_secs(5)).unwrap().all().unwrap();
         drop(woken);
         handler.unwrap().join().unwrap();
         assert!(!found.is_empty() && found.iter().all(|found| *found == port_id), "{found:?} {port_id}");
-        assert_eq!(port_ids_of_handlers(std::process::id(), Duration::ZERO).unwrap(), [0u32; 0]);
+        assert_eq!(Handlers::of(std::process::id(), Duration::ZERO).unwrap().all().unwrap(), [0u32; 0]);
+    }
+
+    #[test]
+    fn a_handler_that_is_busy_costs_the_others_nothing() {
+        let busy = Handlers { port_ids: vec![7], unseen: Some(12), pid: 3 };
+        let told = busy.clone().all().unwrap_err().to_string();
+        assert!(told.contains("handler thread 12 of process 3"), "{told}");
+        assert!(busy.some().unwrap().iter().all(|port_id| *port_id == 7));
+        assert!(Handlers { port_ids: Vec::new(), unseen: Some(12), pid: 3 }.some().is_err());
     }
 }

@@ -20,7 +20,7 @@ mod successors;
 mod undo;
 
 pub use drain::{drained, DrainWatch};
-pub use handlers::port_ids_of_handlers;
+pub use handlers::Handlers;
 pub use plan::{Origins, Replay, Then, Unreplayable};
 pub use removal::{
     doom_of, feature_probes, grace_period, remove_doomed, remove_doomed_from, remove_left_probes, suspicious_since,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use dpfreeze::netlink::table::{self, NetlinkSocketRow};
 use dpfreeze::netlink::Protocol;
+use dpfreeze::park::Handlers;
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
@@ -152,8 +153,8 @@ pub fn is_program_installed(kind: DaemonKind) -> bool {
 /// tell; none where none has handler threads.
 ///
 /// # Errors
-/// Where several have; as [`dpfreeze::park::port_ids_of_handlers`].
-pub(super) fn port_ids_of_handlers(but: Option<ProcessId>, patience: Duration) -> Result<Vec<u32>> {
+/// Where several have; as [`Handlers::all`], or where `some` will do as [`Handlers::some`].
+pub(super) fn port_ids_of_handlers(but: Option<ProcessId>, some: bool, patience: Duration) -> Result<Vec<u32>> {
     let run_directory = RunDirectory::open(Path::new(RUN_DIRECTORY))?;
     let kind = DaemonKind::OvsVswitchd;
     let is_one = |pid: &i32| {
@@ -162,7 +163,15 @@ pub(super) fn port_ids_of_handlers(but: Option<ProcessId>, patience: Duration) -
             && !but.is_some_and(|but| procfs::identity(*pid).is_ok_and(|id| id == but))
     };
     let pids = procfs::pids().about("/proc")?.into_iter().filter(is_one).filter_map(|pid| u32::try_from(pid).ok());
-    let of_each = pids.map(|pid| dpfreeze::park::port_ids_of_handlers(pid, patience).about("ovs-vswitchd"));
+    let of_one = |pid| {
+        let seen = Handlers::of(pid, patience)?;
+        if some {
+            seen.some()
+        } else {
+            seen.all()
+        }
+    };
+    let of_each = pids.map(|pid| of_one(pid).about("ovs-vswitchd"));
     let mut found: Vec<Vec<u32>> = of_each.collect::<Result<_>>()?;
     found.retain(|port_ids| !port_ids.is_empty());
     match found.len() {

@@ -14,7 +14,7 @@ use dpfreeze::freeze::{
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::binding::{self, Binding};
 use dpfreeze::park::{
-    self, Chosen, DrainWatch, Duplicates, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput,
+    self, Chosen, DrainWatch, Duplicates, Handlers, Origins, Park, ParkLimits, ParkStats, RemovalReport, ReplayInput,
     ReplayReport,
 };
 use dpfreeze::snapshot::{self, Snapshot};
@@ -104,7 +104,9 @@ impl KernelDatapath {
         // Whether a daemon that is refused has tried is not seen in it, nor, once its supervisor is gone, who was who.
         let may_be_refused = self.binding_is_refused || self.old.is_none();
         let park = self.park.as_ref().map(Park::port_ids);
-        self.goes_to.port_ids(park, may_be_refused, || daemons::port_ids_of_handlers(self.old, HANDLER_PATIENCE))
+        // What the old daemon goes on with, or leaves behind, is all of its sockets.
+        let some = self.goes_to != GoesTo::TheDaemon;
+        self.goes_to.port_ids(park, may_be_refused, || daemons::port_ids_of_handlers(self.old, some, HANDLER_PATIENCE))
     }
 
     /// Waits until `daemon` has bound every port, and dispatches by port from then on. Returns the port ids.
@@ -181,7 +183,7 @@ impl Datapath for KernelDatapath {
 
     fn port_ids_waited_for(&mut self, daemon: ProcessId) -> Result<Vec<u32>> {
         let object = format!("ovs-vswitchd (pid {})", daemon.pid);
-        park::port_ids_of_handlers(number(daemon)?, HANDLER_PATIENCE).about(object)
+        Handlers::of(number(daemon)?, HANDLER_PATIENCE).and_then(Handlers::some).about(object)
     }
 
     fn tells_upcalls(&mut self) -> Result<bool> {
