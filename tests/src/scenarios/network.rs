@@ -43,7 +43,7 @@ pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Resu
     shell(&format!(
         "ip netns add {ns}
          ip netns exec {ns} sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1 \
-            net.ipv4.ip_local_port_range='61000 65535'
+            net.ipv4.ip_local_port_range='45000 65535'
          sysctl -qw net.ipv6.conf.default.disable_ipv6=1
          ip link add v-{ns} type veth peer name e-{ns}
          ip link set e-{ns} netns {ns}
