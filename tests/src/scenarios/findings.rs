@@ -294,26 +294,6 @@ const DEAF_HOOKS: Group = Group {
     all: &[warned("canary", "true", Remedy::Nothing("true"))],
 };
 
-/// Where the kernel does not tell who the upcalls go to, and whoever asks may not see what the daemon's threads wait for.
-const UNTOLD: Group = Group {
-    name: "a kernel that does not tell",
-    prefix: "setpriv --bounding-set=-sys_ptrace --inh-caps=-sys_ptrace",
-    words: ONLY_CHECK,
-    around: ["true", "true"],
-    all: &[refused("upcalls-untold", "true", Remedy::ByHand("true"))],
-};
-
-/// Part of `refusals` in an image `+untold`.
-pub fn provoke_untold(out: &Path, outcome: &mut Outcome) -> Result<()> {
-    let told = shell("/lab/bin/dpfreeze snapshot /tmp/told.json >&2; cat /tmp/told.json")?;
-    let kernel: Value = serde_json::from_str(&told)?;
-    let is_told = |datapath: &Value| !datapath["datapath"]["per_cpu_pids"].is_null();
-    match kernel["datapaths"].as_array().into_iter().flatten().all(is_told) {
-        true => Ok(()),
-        false => provoke(&UNTOLD, out, outcome),
-    }
-}
-
 /// Provokes what leaves a kernel behind that is not the same any more.
 pub fn provoke_the_last(out: &Path, outcome: &mut Outcome) -> Result<()> {
     shell(DEAF_HOOKS.around[0])?;
@@ -365,8 +345,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("dispatch", "scenario per_vport_to_cpu, and orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
     (
         "upcalls-untold",
-        "scenario refusals in the image bookworm+untold, and orchestrator: \
-         check::tests::a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either",
+        "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either",
     ),
     (
         "container",
