@@ -288,42 +288,39 @@ impl Ovs {
         let (Some(family), Some(features)) = (self.families.meter, self.meter_features(ifindex)?) else {
             return Ok(Vec::new());
         };
-        let what = format!("OVS_METER_CMD_GET in datapath {ifindex}");
         let mut meters = Vec::new();
         let mut from = 0;
         let mut end = METER_GAP.min(features.max_meters);
         while from < end {
-            let bodies: Vec<Vec<u8>> = (from..end).map(|id| meter::ask(ifindex, id)).collect();
-            for answer in self.socket.exchange(&what, family, 0, &bodies)? {
-                match answer.errno {
-                    None => meters.extend(answer.payloads.first().map(|p| Meter::parse(p)).transpose()?),
-                    Some(Errno::ENOENT) => {}
-                    Some(errno) => return Err(Error::Netlink { what, errno, text: answer.text }),
-                }
-            }
+            meters.extend(self.meters_of(family, ifindex, from..end)?);
             let highest = meters.last().map_or(0, |m: &Meter| m.id);
             (from, end) = (end, highest.saturating_add(METER_GAP).min(features.max_meters));
         }
         Ok(meters)
     }
 
-    /// Which of these meters are there.
-    ///
-    /// # Errors
-    /// As [`Ovs::meters`].
-    pub fn meters_among(&mut self, ifindex: u32, ids: &[u32]) -> Result<Vec<u32>> {
-        let Some(family) = self.families.meter else { return Ok(Vec::new()) };
+    /// Those of these meters that are there.
+    fn meters_of(&mut self, family: u16, ifindex: u32, ids: impl IntoIterator<Item = u32>) -> Result<Vec<Meter>> {
         let what = format!("OVS_METER_CMD_GET in datapath {ifindex}");
-        let bodies: Vec<Vec<u8>> = ids.iter().map(|id| meter::ask(ifindex, *id)).collect();
-        let mut there = Vec::new();
-        for (id, answer) in ids.iter().zip(self.socket.exchange(&what, family, 0, &bodies)?) {
+        let bodies: Vec<Vec<u8>> = ids.into_iter().map(|id| meter::ask(ifindex, id)).collect();
+        let mut meters = Vec::new();
+        for answer in self.socket.exchange(&what, family, 0, &bodies)? {
             match answer.errno {
-                None => there.push(*id),
+                None => meters.extend(answer.payloads.first().map(|p| Meter::parse(p)).transpose()?),
                 Some(Errno::ENOENT) => {}
                 Some(errno) => return Err(Error::Netlink { what, errno, text: answer.text }),
             }
         }
-        Ok(there)
+        Ok(meters)
+    }
+
+    /// Is one of these meters there?
+    ///
+    /// # Errors
+    /// As [`Ovs::meters`].
+    pub fn has_meters(&mut self, ifindex: u32, ids: &[u32]) -> Result<bool> {
+        let Some(family) = self.families.meter else { return Ok(false) };
+        Ok(!self.meters_of(family, ifindex, ids.iter().copied())?.is_empty())
     }
 
     /// Deletes the meters whose slots in the kernel's table an ovs-vswitchd needs when it starts: it sets two meters with
@@ -334,11 +331,10 @@ impl Ovs {
     /// As [`Ovs::meters`].
     pub fn make_room_for_probes(&mut self, ifindex: u32) -> Result<usize> {
         let (Some(family), Some(features)) = (self.families.meter, self.meter_features(ifindex)?) else { return Ok(0) };
-        let candidates: Vec<u32> = meter::in_place_of_probes(features.max_meters).into_iter().collect();
-        let there = self.meters_among(ifindex, &candidates)?;
+        let there = self.meters_of(family, ifindex, meter::in_place_of_probes(features.max_meters))?;
         let what = format!("OVS_METER_CMD_DEL in datapath {ifindex}");
-        for id in &there {
-            self.socket.request(&what, family, 0, &meter::delete(ifindex, *id))?;
+        for meter in &there {
+            self.socket.request(&what, family, 0, &meter::delete(ifindex, meter.id))?;
         }
         Ok(there.len())
     }

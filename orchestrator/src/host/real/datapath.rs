@@ -207,9 +207,9 @@ impl Datapath for KernelDatapath {
         let names: Vec<String> = policies.into_iter().map(|policy| policy.name).collect();
         let canary = CanaryCommand::own(&["hook", "canary"]);
         let (mut freeze, _report) = Freeze::load_proven(&canary, self.families()).about("freeze")?;
-        let probed = self.ovs.meters_among(dp.ifindex, &PROBE_METERS).about(DATAPATH)?;
+        let somebody_s = self.ovs.has_meters(dp.ifindex, &PROBE_METERS).about(DATAPATH)?;
         let scope = Scope::here(&[dp.ifindex], &names, self.families()).about("freeze")?;
-        let scope = Scope { probe_meters: probed.is_empty(), ..scope };
+        let scope = Scope { probe_meters: !somebody_s, ..scope };
         freeze.arm(&scope, classes, lease.lease, lease.end).about("freeze")?;
         self.binding_is_refused = classes.contains(Classes::UPCALL_BIND);
         self.freeze = Some(freeze);
