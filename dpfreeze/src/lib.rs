@@ -5,6 +5,7 @@ pub mod conntrack;
 pub mod error;
 pub mod flow_key;
 pub mod freeze;
+mod memory;
 pub mod netlink;
 pub mod ovs;
 pub mod packet;

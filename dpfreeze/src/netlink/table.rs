@@ -1,6 +1,7 @@
 //! The table of netlink sockets, `/proc/PID/net/netlink` (net/netlink/af_netlink.c, `netlink_native_seq_show`).
 
 use std::fs;
+use std::path::Path;
 
 use crate::error::{Error, Result};
 
@@ -17,6 +18,11 @@ pub struct NetlinkSocketRow {
     pub drops: u64,
     /// Inode of the socket: `/proc/PID/fd` shows it as `socket:[inode]`.
     pub inode: u64,
+}
+
+/// The inode of the socket that a link in `/proc/PID/fd` says a descriptor is; None where it is another file, or closed.
+pub(crate) fn socket_inode(link: &Path) -> Option<u64> {
+    fs::read_link(link).ok()?.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// The sockets of our own network namespace.

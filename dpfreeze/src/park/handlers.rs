@@ -7,12 +7,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io;
-use std::ptr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::drain::handler_threads;
 use super::possible_cpus;
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::netlink::table;
 
 /// Between two looks at a thread that was busy.
@@ -40,8 +41,9 @@ impl Handlers {
         let threads = handler_threads(pid)?;
         let mut seen: BTreeMap<u32, u32> = BTreeMap::new();
         loop {
+            let sockets = generic_sockets(pid)?;
             for thread in &threads {
-                if let (false, Some(port_id)) = (seen.contains_key(thread), port_id_of(pid, *thread)?) {
+                if let (false, Some(port_id)) = (seen.contains_key(thread), port_id_of(pid, *thread, &sockets)?) {
                     seen.insert(*thread, port_id);
                 }
             }
@@ -90,8 +92,14 @@ impl Handlers {
     }
 }
 
-/// The port id of the generic netlink socket that a thread polls now; None where it does not poll, or none.
-fn port_id_of(pid: u32, thread: u32) -> Result<Option<u32>> {
+/// The port ids of the generic netlink sockets, by inode.
+fn generic_sockets(pid: u32) -> Result<HashMap<u64, u32>> {
+    let rows = table::read_of(pid)?.into_iter().filter(|row| row.protocol == libc::NETLINK_GENERIC as u32);
+    Ok(rows.map(|row| (row.inode, row.port_id)).collect())
+}
+
+/// The port id of the one among these sockets that a thread polls now; None where it does not poll, or none.
+fn port_id_of(pid: u32, thread: u32, sockets: &HashMap<u64, u32>) -> Result<Option<u32>> {
     let path = format!("/proc/{pid}/task/{thread}/syscall");
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -100,51 +108,30 @@ fn port_id_of(pid: u32, thread: u32) -> Result<Option<u32>> {
     };
     let Some((address, count)) = polled(&text) else { return Ok(None) };
     // It may go on while we look: then this is nothing, or not sockets.
-    let Ok(bytes) = read_memory(thread, address, count * size_of::<libc::pollfd>()) else { return Ok(None) };
+    let Ok(bytes) = memory::read(thread as libc::pid_t, address, count * size_of::<libc::pollfd>()) else {
+        return Ok(None);
+    };
     let descriptors = bytes.as_chunks::<{ size_of::<libc::pollfd>() }>().0.iter();
     let descriptors = descriptors.filter_map(|entry| entry.first_chunk::<4>()).map(|fd| i32::from_ne_bytes(*fd));
-    let generic: HashMap<u64, u32> = table::read_of(pid)?
-        .into_iter()
-        .filter(|row| row.protocol == libc::NETLINK_GENERIC as u32)
-        .map(|row| (row.inode, row.port_id))
-        .collect();
-    let inode = |fd: i32| {
-        let target = fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()?;
-        target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
-    };
-    let mut sockets = descriptors.filter_map(inode).filter_map(|inode| generic.get(&inode).copied());
-    Ok(match (sockets.next(), sockets.next()) {
+    let inodes = descriptors.filter_map(|fd| table::socket_inode(Path::new(&format!("/proc/{pid}/fd/{fd}"))));
+    let mut polled = inodes.filter_map(|inode| sockets.get(&inode).copied());
+    Ok(match (polled.next(), polled.next()) {
         (Some(port_id), None) => Some(port_id),
         _ => None,
     })
 }
 
 /// Address and number of the pollfds in a line of `/proc/PID/task/TID/syscall` (Documentation/filesystems/proc.rst).
-fn polled(text: &str) -> Option<(usize, usize)> {
+fn polled(text: &str) -> Option<(u64, usize)> {
     let mut words = text.split_whitespace();
     let number: libc::c_long = words.next()?.parse().ok()?;
     #[cfg(target_arch = "x86_64")]
     let polls = [libc::SYS_poll, libc::SYS_ppoll];
     #[cfg(not(target_arch = "x86_64"))]
     let polls = [libc::SYS_ppoll];
-    let mut hex = || usize::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
-    let (address, count) = (hex()?, hex()?);
+    let mut hex = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
+    let (address, count) = (hex()?, usize::try_from(hex()?).ok()?);
     (polls.contains(&number) && (1..=MOST_POLLED).contains(&count)).then_some((address, count))
-}
-
-fn read_memory(thread: u32, address: usize, length: usize) -> io::Result<Vec<u8>> {
-    let mut bytes = vec![0u8; length];
-    let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
-    let remote = libc::iovec { iov_base: ptr::without_provenance_mut(address), iov_len: length };
-    let thread = libc::pid_t::try_from(thread).map_err(io::Error::other)?;
-    // SAFETY: `local` describes `bytes`, which outlives the call; `remote` is in the other process, and the kernel
-    // checks it.
-    let count = unsafe { libc::process_vm_readv(thread, &local, 1, &remote, 1, 0) };
-    match usize::try_from(count) {
-        Ok(count) if count == length => Ok(bytes),
-        Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
-        Err(_) => Err(io::Error::last_os_error()),
-    }
 }
 
 #[cfg(test)]

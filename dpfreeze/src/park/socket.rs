@@ -155,7 +155,9 @@ impl Duplicates {
         let folder = format!("/proc/{pid}/fd");
         for entry in fs::read_dir(&folder).map_err(|e| Error::io(what(), e))? {
             let entry = entry.map_err(|e| Error::io(what(), e))?;
-            let Some(port_id) = socket_inode(&entry).and_then(|inode| wanted.get(&inode)).copied() else { continue };
+            let Some(port_id) = table::socket_inode(&entry.path()).and_then(|inode| wanted.get(&inode)).copied() else {
+                continue;
+            };
             let Some(number) = entry.file_name().to_str().and_then(|s| s.parse().ok()) else { continue };
             // The same socket may be open twice, and a descriptor may be closed between the two looks.
             if found.contains(&port_id) {
@@ -219,11 +221,6 @@ impl UpcallSocket {
     fn is_what_it_should_be(&self) -> bool {
         socket::getsockname::<NetlinkAddr>(self.fd.as_raw_fd()).is_ok_and(|a| a.pid() == self.port_id)
     }
-}
-
-fn socket_inode(entry: &fs::DirEntry) -> Option<u64> {
-    let target = fs::read_link(entry.path()).ok()?;
-    target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 fn open_process(pid: u32) -> Result<OwnedFd> {

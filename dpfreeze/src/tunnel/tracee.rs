@@ -6,6 +6,8 @@ use std::ptr;
 
 use libc::{c_int, c_long, c_uint, c_void, pid_t};
 
+use crate::memory;
+
 /// `PTRACE_EVENT_STOP` (linux/ptrace.h)
 const EVENT_STOP: c_int = 128;
 
@@ -105,14 +107,7 @@ impl Tracee {
 
     /// Reads `length` bytes at `address`, or as many of them as can be read.
     pub(super) fn read(&self, address: u64, length: usize) -> io::Result<Vec<u8>> {
-        let mut bytes = vec![0u8; length];
-        let local = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: length };
-        let remote = libc::iovec { iov_base: ptr::without_provenance_mut(address as usize), iov_len: length };
-        // SAFETY: `local` describes `bytes`, which outlives the call; `remote` is in the other process, and the kernel
-        // checks it.
-        let count = unsafe { libc::process_vm_readv(self.0, &local, 1, &remote, 1, 0) };
-        bytes.truncate(usize::try_from(count).map_err(|_| io::Error::last_os_error())?);
-        Ok(bytes)
+        memory::read(self.0, address, length)
     }
 
     /// Writes `bytes` at `address`; an error unless all were written.
