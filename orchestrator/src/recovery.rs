@@ -31,7 +31,7 @@ use crate::host::{
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::{make_room_for_probes, notes, remove_left_probes, Host};
+use crate::steps::{make_ready_for_a_daemon, notes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -108,9 +108,7 @@ pub fn what_is_wrong(config: &Config) -> Vec<String> {
         Err(error) => wrong.push(format!("what is frozen is not known: {error}")),
     }
     match Host::real_database().facts(Instant::now() + SHORT) {
-        Ok(facts) if facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for() => {
-            wrong.push(FOREIGN_FLAG.to_owned());
-        }
+        Ok(facts) if facts.is_restore_wait_stuck() => wrong.push(FOREIGN_FLAG.to_owned()),
         Ok(_) => {}
         Err(error) => wrong.push(format!("the database does not answer: {error}")),
     }
@@ -149,8 +147,7 @@ pub fn foreign_flag() -> Option<&'static str> {
 }
 
 fn told_of_flag(facts: &DatabaseFacts) -> Option<&'static str> {
-    let is_ours = facts.external_ids.contains_key(MARK);
-    (facts.is_on("flow-restore-wait") && !is_ours && !facts.is_ovn_waited_for()).then_some(FOREIGN_FLAG)
+    (facts.is_restore_wait_stuck() && !facts.external_ids.contains_key(MARK)).then_some(FOREIGN_FLAG)
 }
 
 /// Is there a flow-restore-wait with our mark? False where the database cannot be asked.
@@ -840,14 +837,14 @@ impl Recovery {
             self.keep("ending what could not take over", ended);
             let removed = host.daemons.remove_stale_pid_files(old);
             self.keep("PID file", removed);
-            self.report.warnings.extend([remove_left_probes(host), make_room_for_probes(host)].into_iter().flatten());
+            self.report.warnings.extend(make_ready_for_a_daemon(host));
             host.daemons.start_like(old)?;
             return Ok(host.daemons.wait_pid_file(old, until)?);
         }
         let unit = mark.unit.clone().unwrap_or_else(|| SWITCH_UNIT.to_owned());
         let ended = host.services.end_hand_over(&unit, until);
         self.keep("drop-in", ended);
-        self.report.warnings.extend([remove_left_probes(host), make_room_for_probes(host)].into_iter().flatten());
+        self.report.warnings.extend(make_ready_for_a_daemon(host));
         job(host, &unit, JobKind::Restart, until)?;
         self.wait_for_another(host, None, until, &format!("{unit} was started, and no ovs-vswitchd runs"))
     }

@@ -22,7 +22,7 @@ pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
 
 /// The row of table Open_vSwitch.
 fn root(facts: &DatabaseFacts, found: &mut Findings) {
-    if facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for() {
+    if facts.is_restore_wait_stuck() {
         let (whose, remedy) = match facts.external_ids.get(MARK) {
             Some(run) => (format!("by run {run}"), "`ovs-graceful recover`"),
             None => (

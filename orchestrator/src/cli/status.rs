@@ -154,8 +154,7 @@ fn ask(config: &Path) -> Answer {
     let guard = known(&mut unknown, guard::status());
     let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
     let facts = known(&mut unknown, facts.map(Some));
-    let is_stuck = |facts: &DatabaseFacts| facts.is_on("flow-restore-wait") && !facts.is_ovn_waited_for();
-    let flow_restore_wait = facts.as_ref().map(is_stuck);
+    let flow_restore_wait = facts.as_ref().map(DatabaseFacts::is_restore_wait_stuck);
     // A host without ovsdb-server has no flag.
     undecided |= flow_restore_wait.is_none() && Path::new(DATABASE_SOCKET).exists();
     let flow_restore_wait_of = facts.and_then(|facts| facts.external_ids.get(MARK).cloned());

@@ -343,10 +343,15 @@ impl DatabaseFacts {
         self.other_config.get(key).is_some_and(|v| v == "true")
     }
 
-    /// Is flow-restore-wait set for ovn-controller to take it away after a reboot? The running ovs-vswitchd has seen it
-    /// false once, and looks no more.
-    pub fn is_ovn_waited_for(&self) -> bool {
-        self.is_on("flow-restore-wait") && self.external_ids.get(OVN_MANAGED).is_some_and(|v| v == "true")
+    /// Has ovn-controller a hand in flow-restore-wait, now or before this run set its key aside?
+    pub fn has_ovn_wait(&self) -> bool {
+        [OVN_MANAGED, OVN_MANAGED_ASIDE].iter().any(|key| self.external_ids.contains_key(*key))
+    }
+
+    /// Is flow-restore-wait set, and not for ovn-controller to take it away after a reboot? In that case the running
+    /// ovs-vswitchd has seen it false once, and looks no more.
+    pub fn is_restore_wait_stuck(&self) -> bool {
+        self.is_on("flow-restore-wait") && self.external_ids.get(OVN_MANAGED).is_none_or(|v| v != "true")
     }
 }
 

@@ -105,9 +105,15 @@ fn stay(run: &mut Run) -> Result<bool, Stop> {
     Ok(true)
 }
 
+/// The datapath as a daemon that starts should find it. To be called while none starts. Returns warnings where it may not
+/// be.
+pub(crate) fn make_ready_for_a_daemon(host: &mut Host) -> Vec<String> {
+    [remove_left_probes(host), make_room_for_probes(host)].into_iter().flatten().collect()
+}
+
 /// What a daemon that was killed has left of its feature probes: the next one would take the datapath for one that can do
-/// less, and forward less. To be called while no daemon starts. Returns a warning where it may not have worked.
-pub(crate) fn remove_left_probes(host: &mut Host) -> Option<String> {
+/// less, and forward less. Returns a warning where it may not have worked.
+fn remove_left_probes(host: &mut Host) -> Option<String> {
     let error = host.datapath.remove_left_probes().or_else(|_| host.datapath.remove_left_probes()).err()?;
     Some(format!(
         "feature probes of an ovs-vswitchd that was killed may be left: {error}; remedy, where \
@@ -117,7 +123,7 @@ pub(crate) fn remove_left_probes(host: &mut Host) -> Option<String> {
 
 /// An ovs-vswitchd that starts finds out whether meters work with two of its own. Returns a warning where there may be no
 /// room for them.
-pub(crate) fn make_room_for_probes(host: &mut Host) -> Option<String> {
+pub(super) fn make_room_for_probes(host: &mut Host) -> Option<String> {
     let error = host.datapath.make_room_for_probes().or_else(|_| host.datapath.make_room_for_probes()).err()?;
     Some(format!("the next ovs-vswitchd may take more than 1,000 meters for broken: {error}"))
 }
@@ -128,8 +134,7 @@ fn start_again(run: &mut Run) -> Result<(), Stop> {
     let old = run.old()?.clone();
     run.host.daemons.remove_stale_pid_files(&old)?;
     // The one that was ended may have been finding out what the datapath can do.
-    let warnings = [remove_left_probes(&mut run.host), make_room_for_probes(&mut run.host)];
-    warnings.into_iter().flatten().for_each(|warning| run.warn(warning));
+    make_ready_for_a_daemon(&mut run.host).into_iter().for_each(|warning| run.warn(warning));
     if let Some(saved) = run.known.saved.clone() {
         // A unit without a reload under way would not take a daemon for its own that it has not started.
         let started = match (run.known.owner.clone(), &run.known.start) {

@@ -33,7 +33,7 @@ use crate::config::Config;
 use crate::machine::Phase;
 
 pub use back::go_back;
-pub(crate) use back::{make_room_for_probes, remove_left_probes};
+pub(crate) use back::make_ready_for_a_daemon;
 pub use run::{Ended, Host, Known, Run, Start, Stop, Wish};
 pub use thaw::thaw;
 

@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::{anyhow, Context};
 
+use super::back::make_room_for_probes;
 use super::standby::{let_others_restart, others_done_for, start_has_not_failed, start_new_daemon};
 use super::switch_prepare::{keep_parked, take_upcalls};
-use super::{make_room_for_probes, reload, tunnels, Ended, Run, Step, Stop};
+use super::{reload, tunnels, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::control::Progress;
 use crate::host::Signal;

@@ -15,8 +15,12 @@ pub fn thaw(run: &mut Run) -> Ended {
     run.host.datapath.thaw()?;
     run.restore_wait = None;
     clear(run)?;
-    if let Err(error) = run.host.database.return_ovn_wait(run.now() + run.config.limits.undo()) {
-        run.warn(format!("the flow-restore-wait of ovn-controller is not put back, which sets it by itself: {error}"));
+    if run.known.facts.has_ovn_wait() {
+        if let Err(error) = run.host.database.return_ovn_wait(run.now() + run.config.limits.undo()) {
+            run.warn(format!(
+                "the flow-restore-wait of ovn-controller is not put back, which sets it by itself: {error}"
+            ));
+        }
     }
     database_disk::tidy(run);
     let_start_go(run)?;

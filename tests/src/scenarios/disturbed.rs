@@ -12,7 +12,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::{aftermath, network, plain, Custom};
+use super::{aftermath, is_chosen, network, plain, Custom};
 use crate::command::{shell, shell_lenient};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
@@ -250,6 +250,18 @@ const CASES: &[Case] = &[
         ..BASE
     },
     Case {
+        // As where somebody has removed the flag by hand.
+        name: "OVN's key without its flag",
+        prepare: &["ovs-vsctl set open_vswitch . external_ids:ovn-managed-flow-restore-wait=true"],
+        holds: &[
+            "ovs-vsctl get open_vswitch . external_ids:ovn-managed-flow-restore-wait | grep true",
+            "! ovs-vsctl get open_vswitch . other_config | grep flow-restore-wait",
+            OVN_ENDS,
+        ],
+        phase: "standby",
+        ..BASE
+    },
+    Case {
         // The versions after those.
         name: "OVN deletes its flow-restore-wait",
         prepare: &[OVN_WAITS],
@@ -292,10 +304,7 @@ const CASES: &[Case] = &[
 
 impl Disturbed {
     fn cases<'a>(&'a self, arguments: &'a [String]) -> impl Iterator<Item = &'static Case> + 'a {
-        CASES.iter().filter(move |case| match arguments {
-            [] => self.whole || SAMPLED.contains(&case.name),
-            words => words.iter().any(|word| case.name.contains(word.as_str())),
-        })
+        CASES.iter().filter(|case| is_chosen(case.name, arguments, self.whole, &SAMPLED))
     }
 }
 

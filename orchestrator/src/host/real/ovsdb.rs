@@ -20,6 +20,9 @@ use crate::host::{
 const FLAG: &str = "flow-restore-wait";
 /// The key of `external_ids` that says which run set the flag, so that a later one knows whether it may remove it.
 const MARK: &str = "ovs-graceful-run";
+/// What ovn-controller's key is set aside with: its flag was set, or not.
+const WITH_FLAG: &str = "true";
+const ALONE: &str = "false";
 /// The key of `external_ids` of a timeout policy that says by which key of `timeouts` we have changed it for a moment.
 const TOUCHED: &str = "ovs-graceful-touched";
 /// The keys of `CT_Timeout_Policy:timeouts` (vswitchd/vswitch.ovsschema); the kernel has no limit for the first two.
@@ -172,9 +175,8 @@ impl Database for Ovsdb {
             ["external_ids", "delete", ["set", [MARK]]],
         ]});
         let [mutate, select] = Self::increment();
-        let is_ovn_s = self.facts(until)?.is_ovn_waited_for();
-        let nobody_s = if is_ovn_s { comment("set aside") } else { flag_is(false) };
-        let results = self.transact(vec![nobody_s, aside(), drop, set, mutate, select], until).map_err(|e| {
+        let [ovn_s, its_key] = aside();
+        let results = self.transact(vec![ovn_s, its_key, flag_is(false), drop, set, mutate, select], until).map_err(|e| {
             match e.cause.contains("timed out") {
                 true => HostError::new(self.object(), "flow-restore-wait is set already").remedy(format!(
                     "find out who set it; if nobody is restoring flows: ovs-vsctl remove open_vswitch . other_config {FLAG}"
@@ -207,15 +209,7 @@ impl Database for Ovsdb {
     }
 
     fn return_ovn_wait(&self, until: Instant) -> Result<()> {
-        let aside = json!([["external_ids", "includes", ["map", [[OVN_MANAGED_ASIDE, "true"]]]]]);
-        // It may have been started meanwhile and have made its own.
-        let returned = json!({"op": "mutate", "table": DATABASE, "where": aside, "mutations": [
-            ["external_ids", "delete", ["set", [OVN_MANAGED_ASIDE]]],
-            ["external_ids", "insert", ["map", [[OVN_MANAGED, "true"]]]],
-            ["other_config", "delete", ["set", [FLAG]]],
-            ["other_config", "insert", ["map", [[FLAG, "true"]]]],
-        ]});
-        self.transact_again(&[returned], until).map(drop)
+        self.transact_again(&returned(), until).map(drop)
     }
 
     fn touch_policies(&self, zones: &[u16], until: Instant) -> Result<()> {
@@ -336,22 +330,39 @@ fn refused(failed: &Value) -> HostError {
     }
 }
 
+/// Sets ovn-controller's key aside, and its flag with it where that is set: what follows in the transaction finds neither.
+fn aside() -> [Value; 2] {
+    let key = json!(["external_ids", "includes", ["map", [[OVN_MANAGED, "true"]]]]);
+    let flag = json!(["other_config", "includes", ["map", [[FLAG, "true"]]]]);
+    let renamed = |to: &str| {
+        [
+            json!(["external_ids", "delete", ["set", [OVN_MANAGED]]]),
+            json!(["external_ids", "insert", ["map", [[OVN_MANAGED_ASIDE, to]]]]),
+        ]
+    };
+    let [forget, note] = renamed(WITH_FLAG);
+    [
+        json!({"op": "mutate", "table": DATABASE, "where": [key, flag],
+            "mutations": [forget, note, ["other_config", "delete", ["set", [FLAG]]]]}),
+        json!({"op": "mutate", "table": DATABASE, "where": [key], "mutations": renamed(ALONE)}),
+    ]
+}
+
+/// Gives back what [`aside`] has taken. It may have been started meanwhile and have made its own.
+fn returned() -> [Value; 2] {
+    let was = |what: &str| json!([["external_ids", "includes", ["map", [[OVN_MANAGED_ASIDE, what]]]]]);
+    let [forget, key] = [
+        json!(["external_ids", "delete", ["set", [OVN_MANAGED_ASIDE]]]),
+        json!(["external_ids", "insert", ["map", [[OVN_MANAGED, "true"]]]]),
+    ];
+    [
+        json!({"op": "mutate", "table": DATABASE, "where": was(WITH_FLAG), "mutations": [forget, key,
+            ["other_config", "delete", ["set", [FLAG]]], ["other_config", "insert", ["map", [[FLAG, "true"]]]]]}),
+        json!({"op": "mutate", "table": DATABASE, "where": was(ALONE), "mutations": [forget, key]}),
+    ]
+}
+
 /// The operation that lets a transaction fail unless the flag is (or is not) `true`.
-/// An operation that does nothing.
-fn comment(words: &str) -> Value {
-    json!({"op": "comment", "comment": words})
-}
-
-/// Has ovn-controller's key set aside, where it is there.
-fn aside() -> Value {
-    json!({"op": "mutate", "table": DATABASE,
-    "where": [["external_ids", "includes", ["map", [[OVN_MANAGED, "true"]]]]],
-    "mutations": [
-        ["external_ids", "delete", ["set", [OVN_MANAGED]]],
-        ["external_ids", "insert", ["map", [[OVN_MANAGED_ASIDE, "true"]]]],
-    ]})
-}
-
 fn flag_is(set: bool) -> Value {
     json!({"op": "wait", "timeout": 0, "table": DATABASE, "columns": ["other_config"], "rows": [],
         "where": [["other_config", "includes", ["map", [[FLAG, "true"]]]]],
