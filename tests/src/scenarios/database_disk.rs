@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use serde_json::{json, Value};
 
 use super::chaos::{PROGRAM, STEPS};
-use super::{aftermath, network, plain, Custom, Program};
+use super::{aftermath, is_chosen, network, plain, Custom, Program};
 use crate::command::{shell, shell_lenient};
 use crate::guest::{self, facts, run, say};
 use crate::outcome::{Job, Outcome};
@@ -95,11 +95,7 @@ impl DatabaseDisk {
     fn cases(&self, arguments: &[String]) -> Vec<Case> {
         let sample =
             ["snapshot:after:full", "standby:after:read-only", "handover:before:full", "handover:before:read-only"];
-        let wanted = |case: &Case| match arguments {
-            [] => self.whole || sample.contains(&case.name().as_str()),
-            words => words.iter().any(|word| case.name().contains(word)),
-        };
-        all().into_iter().filter(wanted).collect()
+        all().into_iter().filter(|case| is_chosen(&case.name(), arguments, self.whole, &sample)).collect()
     }
 }
 

@@ -296,9 +296,7 @@ const DEAF_HOOKS: Group = Group {
 
 /// Provokes what leaves a kernel behind that is not the same any more.
 pub fn provoke_the_last(out: &Path, outcome: &mut Outcome) -> Result<()> {
-    shell(DEAF_HOOKS.around[0])?;
-    provoke(&DEAF_HOOKS, out, outcome)?;
-    shell(DEAF_HOOKS.around[1]).map(drop)
+    provoke_group(&DEAF_HOOKS, out, outcome)
 }
 
 /// Those of the cases of `refusals`, whose remedy is tried there.
@@ -440,13 +438,14 @@ pub fn provoke_all(out: &Path, outcome: &mut Outcome) -> Result<()> {
     let plain = shell_lenient("ovs-graceful check --json 2>/dev/null");
     let well = |name: &str| plain.contains(&format!("\"name\": \"{name}\""));
     outcome.check("a plain host: bridges is told, and neither refused nor warned about", well("bridges"), &plain);
-    for group in GROUPS {
-        say(&format!("findings: {}", group.name));
-        shell(group.around[0]).with_context(|| group.name)?;
-        provoke(group, out, outcome)?;
-        shell(group.around[1]).with_context(|| group.name)?;
-    }
-    Ok(())
+    GROUPS.iter().try_for_each(|group| provoke_group(group, out, outcome))
+}
+
+fn provoke_group(group: &Group, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    say(&format!("findings: {}", group.name));
+    shell(group.around[0]).with_context(|| group.name)?;
+    provoke(group, out, outcome)?;
+    shell(group.around[1]).with_context(|| group.name).map(drop)
 }
 
 fn provoke(group: &Group, out: &Path, outcome: &mut Outcome) -> Result<()> {
@@ -496,7 +495,7 @@ fn run_lists_the_same(group: &Group, found: &Found, out: &Path, outcome: &mut Ou
 
 /// Where upcalls are dispatched per vport, a run needs the freeze, and for that BPF: refused without, and well with it.
 pub fn dispatch_needs_bpf(outcome: &mut Outcome) -> Result<()> {
-    provoke(&PER_VPORT, &std::env::temp_dir(), outcome)
+    provoke_group(&PER_VPORT, &std::env::temp_dir(), outcome)
 }
 
 /// The remedy of a case of `refusals`, which is prepared.

@@ -168,6 +168,15 @@ pub trait Traffic: Sync {
     fn judge(&self, _evidence: &Evidence, _outcome: &mut Outcome) {}
 }
 
+/// Is the case `name` among those that `arguments` ask for by words of it, or without arguments among the whole or the
+/// sample?
+fn is_chosen(name: &str, arguments: &[String], whole: bool, sampled: &[&str]) -> bool {
+    match arguments {
+        [] => whole || sampled.contains(&name),
+        words => words.iter().any(|word| name.contains(word.as_str())),
+    }
+}
+
 /// An example of one of the packages.
 #[derive(Debug, Clone, Copy)]
 pub struct Program {

@@ -10,7 +10,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::{json, Value};
 
-use super::{aftermath, network, plain, Custom};
+use super::{aftermath, is_chosen, network, plain, Custom};
 use crate::command::{shell, shell_lenient};
 use crate::guest::{facts, run, say};
 use crate::outcome::{Job, Outcome};
@@ -171,10 +171,7 @@ const CASES: &[Case] = &[
 
 impl OddRules {
     fn cases<'a>(&'a self, arguments: &'a [String]) -> impl Iterator<Item = &'static Case> + 'a {
-        CASES.iter().filter(move |case| match arguments {
-            [] => self.whole || SAMPLED.contains(&case.name),
-            words => words.iter().any(|word| case.name.contains(word.as_str())),
-        })
+        CASES.iter().filter(|case| is_chosen(case.name, arguments, self.whole, &SAMPLED))
     }
 }
 
