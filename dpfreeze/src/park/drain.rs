@@ -74,7 +74,7 @@ impl DrainWatch {
             let number = read("syscall").split(' ').next().unwrap_or_default().trim().to_owned();
             format!("thread {tid}: system call {number}, waits in {}", read("wchan"))
         };
-        let awake = self.handlers.iter().filter(|tid| !sleeps(self.pid, **tid).unwrap_or(true)).map(state);
+        let awake = self.handlers.iter().filter(|tid| matches!(polls(self.pid, **tid), Ok(Polls::Not))).map(state);
         [vec![format!("{queued} bytes are queued")], awake.collect()].concat().join("; ")
     }
 
@@ -94,7 +94,7 @@ impl DrainWatch {
     fn handlers_sleep(&mut self) -> Result<bool> {
         self.find_handlers()?;
         for tid in &self.handlers {
-            if !sleeps(self.pid, *tid)? {
+            if matches!(polls(self.pid, *tid)?, Polls::Not) {
                 return Ok(false);
             }
         }
@@ -146,19 +146,34 @@ pub(super) fn handler_threads(pid: u32) -> Result<Vec<u32>> {
     Ok(watch.handlers.into_iter().collect())
 }
 
-/// Whether thread `tid` sleeps in poll or one of its kin. A thread that has ended does.
-fn sleeps(pid: u32, tid: u32) -> Result<bool> {
+/// Whether a thread sleeps in poll or one of its kin.
+pub(super) enum Polls {
+    /// It does: the line of `/proc/PID/task/TID/syscall`.
+    Yes(String),
+    Not,
+    /// The thread has ended.
+    Gone,
+}
+
+/// What thread `tid` of process `pid` does now.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the kernel does not show it, [`Error::Io`].
+pub(super) fn polls(pid: u32, tid: u32) -> Result<Polls> {
     let path = format!("/proc/{pid}/task/{tid}/syscall");
     match fs::read_to_string(&path) {
-        Ok(text) => Ok(match sleep_of(&text) {
-            Sleep::InPoll => true,
-            Sleep::Not => false,
-            // Where it waits in the kernel tells what was restarted: poll_schedule_timeout, do_poll, ep_poll.
-            Sleep::InRestarted => {
-                fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).is_ok_and(|at| at.contains("poll"))
-            }
-        }),
-        Err(e) if is_gone(&e) => Ok(true),
+        Ok(text) => {
+            let does = match sleep_of(&text) {
+                Sleep::InPoll => true,
+                Sleep::Not => false,
+                // Where it waits in the kernel tells what was restarted: poll_schedule_timeout, do_poll, ep_poll.
+                Sleep::InRestarted => {
+                    fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).is_ok_and(|at| at.contains("poll"))
+                }
+            };
+            Ok(if does { Polls::Yes(text) } else { Polls::Not })
+        }
+        Err(e) if is_gone(&e) => Ok(Polls::Gone),
         Err(e) if e.raw_os_error() == Some(libc::EPERM) || e.raw_os_error() == Some(libc::EACCES) => {
             Err(Error::Unsupported {
                 what: path,

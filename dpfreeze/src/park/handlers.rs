@@ -5,12 +5,10 @@
 //! `dpif_netlink_recv_wait_cpu_dispatch`). It begins to when the daemon has bound it (ofproto/ofproto-dpif-upcall.c).
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs;
-use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::drain::handler_threads;
+use super::drain::{handler_threads, polls, Polls};
 use super::possible_cpus;
 use crate::error::{Error, Result};
 use crate::memory;
@@ -100,12 +98,7 @@ fn generic_sockets(pid: u32) -> Result<HashMap<u64, u32>> {
 
 /// The port id of the one among these sockets that a thread polls now; None where it does not poll, or none.
 fn port_id_of(pid: u32, thread: u32, sockets: &HashMap<u64, u32>) -> Result<Option<u32>> {
-    let path = format!("/proc/{pid}/task/{thread}/syscall");
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(path, error)),
-    };
+    let Polls::Yes(text) = polls(pid, thread)? else { return Ok(None) };
     let Some((address, count)) = polled(&text) else { return Ok(None) };
     // It may go on while we look: then this is nothing, or not sockets.
     let Ok(bytes) = memory::read(thread as libc::pid_t, address, count * size_of::<libc::pollfd>()) else {
@@ -121,17 +114,18 @@ fn port_id_of(pid: u32, thread: u32, sockets: &HashMap<u64, u32>) -> Result<Opti
     })
 }
 
-/// Address and number of the pollfds in a line of `/proc/PID/task/TID/syscall` (Documentation/filesystems/proc.rst).
+/// Address and number of the pollfds in the line of `/proc/PID/task/TID/syscall` of a thread that polls
+/// (Documentation/filesystems/proc.rst). A poll that was interrupted and goes on has the arguments that it had.
 fn polled(text: &str) -> Option<(u64, usize)> {
     let mut words = text.split_whitespace();
     let number: libc::c_long = words.next()?.parse().ok()?;
     #[cfg(target_arch = "x86_64")]
-    let polls = [libc::SYS_poll, libc::SYS_ppoll];
+    let kinds = [libc::SYS_poll, libc::SYS_ppoll, libc::SYS_restart_syscall];
     #[cfg(not(target_arch = "x86_64"))]
-    let polls = [libc::SYS_ppoll];
+    let kinds = [libc::SYS_ppoll, libc::SYS_restart_syscall];
     let mut hex = || u64::from_str_radix(words.next()?.strip_prefix("0x")?, 16).ok();
     let (address, count) = (hex()?, usize::try_from(hex()?).ok()?);
-    (polls.contains(&number) && (1..=MOST_POLLED).contains(&count)).then_some((address, count))
+    (kinds.contains(&number) && (1..=MOST_POLLED).contains(&count)).then_some((address, count))
 }
 
 #[cfg(test)]
@@ -148,6 +142,8 @@ mod tests {
     fn only_poll_tells_what_a_thread_waits_for() {
         let poll = libc::SYS_ppoll;
         assert_eq!(polled(&format!("{poll} 0x7f10 0x2 0x0 0x0 0x0 0x0 0x7ffd 0x7f00")), Some((0x7f10, 2)));
+        let interrupted = libc::SYS_restart_syscall;
+        assert_eq!(polled(&format!("{interrupted} 0x7f10 0x2 0xffffffff")), Some((0x7f10, 2)));
         let other = libc::SYS_futex;
         for text in ["running", "-1 0x7ffd 0x7f00", &format!("{poll} 0x7f10 0x400 0x0"), &format!("{other} 0x7f10 0x2")]
         {
