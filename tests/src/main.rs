@@ -135,6 +135,11 @@ enum GuestCmd {
         #[arg(value_enum)]
         attack: guest::attack::Attack,
     },
+    /// Hold a handler thread of ovs-vswitchd in a system call, as if it were busy, until this process ends
+    HoldHandler {
+        /// File that is made when the thread is held
+        told: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -193,6 +198,7 @@ fn dispatch(command: Cmd) -> anyhow::Result<bool> {
             println!("errno {}", guest::attack::attempt(attack)?);
             Ok(true)
         }
+        Cmd::Guest { command: GuestCmd::HoldHandler { told } } => guest::busy::hold_handler(&told).map(|()| true),
         Cmd::Guest { command: GuestCmd::Agent { job, out } } => guest::agent(&job, &out).map(|()| true),
     }
 }

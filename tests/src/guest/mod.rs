@@ -1,6 +1,7 @@
 //! The guest agent: makes the scenario's network, runs traffic through it, replaces the daemons, judges.
 
 pub mod attack;
+pub mod busy;
 pub mod controller;
 pub mod facts;
 pub mod inject;

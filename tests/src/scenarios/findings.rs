@@ -294,6 +294,41 @@ const DEAF_HOOKS: Group = Group {
     all: &[warned("canary", "true", Remedy::Nothing("true"))],
 };
 
+/// Where the kernel does not tell who the upcalls go to, and a handler thread has no time to wait for its own.
+const UNTOLD: Group = Group {
+    name: "a kernel that does not tell",
+    prefix: "",
+    words: CHECK,
+    around: ["rm -f /run/lab-busy", "true"],
+    all: &[refused(
+        "upcalls-untold",
+        "systemd-run -q --unit=lab-busy /lab/lab guest hold-handler /run/lab-busy
+         timeout 20 sh -c 'until [ -e /run/lab-busy ]; do sleep 0.1; done'",
+        Remedy::ByHand("systemctl stop lab-busy"),
+    )],
+};
+
+/// Does the kernel of a snapshot by `dpfreeze` say who the upcalls go to?
+fn tells_upcalls() -> Result<bool> {
+    let told = shell("/lab/bin/dpfreeze snapshot /tmp/told.json >&2; cat /tmp/told.json")?;
+    let kernel: Value = serde_json::from_str(&told)?;
+    let is_told = |datapath: &Value| !datapath["datapath"]["per_cpu_pids"].is_null();
+    Ok(kernel["datapaths"].as_array().into_iter().flatten().all(is_told))
+}
+
+/// Part of `refusals` in an image `+untold`.
+pub fn provoke_untold(out: &Path, outcome: &mut Outcome) -> Result<()> {
+    if tells_upcalls()? {
+        return Ok(());
+    }
+    // The handlers of a process that was stopped wait in another system call.
+    shell("kill -STOP $(pidof ovs-vswitchd); sleep 0.2; kill -CONT $(pidof ovs-vswitchd)")?;
+    let (found, _) = printed(&shell_lenient("timeout 120 ovs-graceful check --json 2>/dev/null || true"))?;
+    let left = found.get("upcalls-untold").map(Vec::as_slice).unwrap_or_default();
+    outcome.check("the handlers of a daemon that was stopped are seen", left.is_empty(), json!(texts(left)));
+    provoke_group(&UNTOLD, out, outcome)
+}
+
 /// Provokes what leaves a kernel behind that is not the same any more.
 pub fn provoke_the_last(out: &Path, outcome: &mut Outcome) -> Result<()> {
     provoke_group(&DEAF_HOOKS, out, outcome)
@@ -343,7 +378,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("dispatch", "scenario per_vport_to_cpu, and orchestrator: check::tests::upcalls_per_vport_need_a_freeze"),
     (
         "upcalls-untold",
-        "orchestrator: check::tests::a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either",
+        "scenario refusals in the image bookworm+untold, and orchestrator: \
+         check::tests::a_kernel_that_does_not_tell_is_refused_only_where_the_daemon_does_not_either",
     ),
     (
         "container",

@@ -318,6 +318,7 @@ impl Custom for Refusals {
         for words in ["check", "check --json", "restart --plan"] {
             refused(&well, words, &before, out, outcome)?;
         }
+        findings::provoke_untold(out, outcome)?;
         findings::provoke_all(out, outcome)?;
         guest::wait_for_daemons()?;
         doors_when_refused(out, outcome)?;
