@@ -152,6 +152,11 @@ pub trait Daemons: Send + Sync {
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
     /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
     fn find_ovsdb_server(&self) -> Result<Daemon>;
+    /// Does systemd listen on the database socket, so that the server which its unit starts gets that very socket?
+    fn systemd_listens(&self) -> Result<bool>;
+    /// Holds the listening sockets that this daemon was handed at its start (`--remote=pfd:N`, Open vSwitch 4.0), so that
+    /// they outlive it: clients wait in their queue, and [`Daemons::start_like`] hands them on. May be run twice.
+    fn keep_listening(&self, daemon: &Daemon) -> Result<()>;
     /// Every running daemon of a kind, whatever it is bound to: those that hold the lock of a PID file in the run directory
     /// and have a control socket, so neither monitors nor starters that wait for their child.
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>>;
@@ -467,6 +472,9 @@ pub struct Unit {
     pub environment_files: Vec<PathBuf>,
     /// `Type=`.
     pub kind: String,
+    /// `TriggeredBy=`: the units that start it, such as `ovsdb-server.socket`.
+    #[serde(default)]
+    pub triggered_by: Vec<String>,
 }
 
 /// What the run-time drop-in of a hand-over says.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +21,7 @@ use super::container::{self, Root};
 use super::credentials::Credentials;
 use super::identity::{is_of_unit, the_likely, RunDirectory};
 use super::jsonrpc::{remaining, Connection};
+use super::listener::{self, Listener};
 use super::pid_file::PidFile;
 use super::{process_tree, procfs, program, spawn, trusted, unixctl, Systemd};
 use crate::host::{
@@ -41,12 +42,18 @@ pub struct RealDaemons {
     database_socket: PathBuf,
     held: Mutex<BTreeMap<ProcessId, Arc<OwnedFd>>>,
     roots: Mutex<BTreeMap<ProcessId, Arc<Root>>>,
+    listeners: Mutex<BTreeMap<ProcessId, Vec<Listener>>>,
 }
 
 impl RealDaemons {
     /// The daemons around the database socket `database_socket`, usually `/run/openvswitch/db.sock`.
     pub fn new(database_socket: impl Into<PathBuf>) -> Self {
-        RealDaemons { database_socket: database_socket.into(), held: Mutex::default(), roots: Mutex::default() }
+        RealDaemons {
+            database_socket: database_socket.into(),
+            held: Mutex::default(),
+            roots: Mutex::default(),
+            listeners: Mutex::default(),
+        }
     }
 
     /// The pidfd of this very process, opened now where it is not held yet.
@@ -104,25 +111,39 @@ impl RealDaemons {
         Ok(file.holder()?.filter(is_it))
     }
 
-    /// The process behind the database socket, by its credentials; where systemd listens for it, the one that systemd has
-    /// handed this very socket to.
+    /// The process that began to listen on the database socket (SO_PEERCRED, unix(7)). It may have ended since, where it
+    /// handed the socket on.
+    fn database_peer(&self) -> Result<i32> {
+        Ok(Connection::connect(&self.database_socket)?.peer()?.pid())
+    }
+
+    /// The process behind the database socket, by its credentials; where another has begun to listen, which is systemd or
+    /// one that the server was started by, the one that this very socket was handed to.
     fn database_listener(&self) -> Result<i32> {
         let object = || self.database_socket.display().to_string();
-        let listener = Connection::connect(&self.database_socket)?.peer()?.pid();
-        if listener != SYSTEMD {
+        let listener = self.database_peer()?;
+        let (kind, run_directory) = (DaemonKind::OvsdbServer, self.run_directory()?);
+        let by_systemd = listener == SYSTEMD;
+        if !by_systemd && run_directory.admits(kind, listener) {
             return Ok(listener);
         }
-        let systemds = procfs::socket_inodes(SYSTEMD).about(object())?;
-        let listening = procfs::listening(&self.database_socket).about(object())?;
-        let inodes: BTreeSet<u64> = listening.intersection(&systemds).copied().collect();
-        let (kind, run_directory) = (DaemonKind::OvsdbServer, self.run_directory()?);
+        let mut inodes = procfs::listening(&self.database_socket).about(object())?;
+        if by_systemd {
+            let systemds = procfs::socket_inodes(SYSTEMD).about(object())?;
+            inodes.retain(|inode| systemds.contains(inode));
+        }
         let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
+        let known = |pid: &i32| by_systemd || run_directory.holds_pid_file(kind, *pid);
         let all = procfs::pids().about("/proc")?.into_iter();
-        let owners = all.filter(|pid| run_directory.admits(kind, *pid)).filter(has_it).collect();
+        let owners = all.filter(|pid| run_directory.admits(kind, *pid)).filter(known).filter(has_it).collect();
         match the_one_with_a_lock(&run_directory, kind, owners).as_slice() {
             [pid] => Ok(*pid),
-            [] => Err(HostError::new(object(), "systemd listens, and no ovsdb-server runs that has its socket")),
-            many => Err(HostError::new(object(), format!("processes {many:?} all have the socket of systemd"))),
+            [] if by_systemd => {
+                Err(HostError::new(object(), "systemd listens, and no ovsdb-server runs that has its socket"))
+            }
+            // What is wrong with it is told by who describes it.
+            [] => Ok(listener),
+            many => Err(HostError::new(object(), format!("processes {many:?} all have the socket behind it"))),
         }
     }
 }
@@ -225,6 +246,16 @@ impl Daemons for RealDaemons {
             ));
         }
         self.describe(kind, pid)
+    }
+
+    fn systemd_listens(&self) -> Result<bool> {
+        Ok(self.database_peer()? == SYSTEMD)
+    }
+
+    fn keep_listening(&self, daemon: &Daemon) -> Result<()> {
+        let held = listener::of(daemon, self.hold(daemon.id)?.as_fd())?;
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).insert(daemon.id, held);
+        Ok(())
     }
 
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>> {
@@ -384,7 +415,11 @@ impl Daemons for RealDaemons {
             return Err(HostError::new(model.kind.program(), "it ran in a container, which is not ours to start")
                 .remedy("start that container"));
         }
-        spawn::start_like(model, &installed_program(model, Instant::now() + UNIT_LIMIT)?)
+        let program = installed_program(model, Instant::now() + UNIT_LIMIT)?;
+        let kept = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).remove(&model.id).unwrap_or_default();
+        let by_path = format!("punix:{}", self.database_socket.display());
+        let model = Daemon { argv: listener::without_lost(&model.argv, &kept, &by_path), ..model.clone() };
+        spawn::start_like(&model, &program, kept)
     }
 
     fn start_saved(&self, model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Starting>> {
@@ -565,6 +600,14 @@ fn tail(path: &Path, owner: u32, length: u64) -> std::io::Result<String> {
 pub(super) fn pidfd_open(pid: i32) -> nix::Result<OwnedFd> {
     // SAFETY: the call takes two integers and returns a new descriptor or -1.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// `pidfd_getfd(2)`; the descriptor is close-on-exec.
+pub(super) fn pidfd_getfd(process: BorrowedFd<'_>, number: RawFd) -> nix::Result<OwnedFd> {
+    // SAFETY: the call takes three integers and returns a new descriptor or -1.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })?;
     // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }

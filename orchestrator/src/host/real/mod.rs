@@ -16,6 +16,7 @@ mod fdb;
 mod identity;
 pub mod jsonrpc;
 pub mod limits;
+mod listener;
 mod messages;
 mod meters;
 mod module;

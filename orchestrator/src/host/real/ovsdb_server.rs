@@ -79,7 +79,7 @@ pub fn replace(
     until: Instant,
 ) -> Result<Daemon> {
     match services.owner(old, until)? {
-        Some(unit) => by_unit(services, &unit, until)?,
+        Some(unit) => by_unit(daemons, services, &unit, until)?,
         None => by_hand(daemons, database, clock, old, until)?,
     }
     let new = wait_new(daemons, clock, old, until)?;
@@ -88,19 +88,54 @@ pub fn replace(
     Ok(new)
 }
 
-fn by_unit(services: &dyn ServiceManager, unit: &Unit, until: Instant) -> Result<()> {
+fn by_unit(daemons: &dyn Daemons, services: &dyn ServiceManager, unit: &Unit, until: Instant) -> Result<()> {
+    let lost = lost_sockets(daemons, services, unit, until)?;
     let neutralised = !destructive_options(unit).is_empty();
     if neutralised {
         services.append_to_start(&unit.name, HARMLESS, until)?;
     }
-    let result = services.start_job(&unit.name, JobKind::Restart, until).and_then(|mut job| job.wait(until));
+    let result = match lost.is_empty() {
+        true => job(services, &unit.name, JobKind::Restart, until),
+        false => with_new_sockets(services, unit, &lost, until),
+    };
     // Whatever came of it, the unit goes back to what the package wrote.
     let undone = if neutralised { services.end_hand_over(&unit.name, until) } else { Ok(()) };
-    match result?.as_deref() {
-        Some("done") => undone,
-        Some(other) => Err(HostError::new(&unit.name, format!("its restart ended as {other}"))
-            .remedy(format!("journalctl -u {}", unit.name))),
-        None => Err(HostError::timeout(&unit.name, "restarting it")),
+    result.and(undone)
+}
+
+/// The units of sockets that systemd hands to the server, but that nobody reaches any more: a server which was started
+/// beside systemd, such as by `ovs-ctl restart` in ExecReload=, has put its own in their place. One that the unit starts
+/// would listen where nobody asks.
+fn lost_sockets(
+    daemons: &dyn Daemons,
+    services: &dyn ServiceManager,
+    unit: &Unit,
+    until: Instant,
+) -> Result<Vec<String>> {
+    let mut active = Vec::new();
+    for socket in unit.triggered_by.iter().filter(|name| name.ends_with(".socket")) {
+        if services.unit(socket, until)?.is_some_and(|socket| socket.active_state == "active") {
+            active.push(socket.clone());
+        }
+    }
+    Ok(if active.is_empty() || daemons.systemd_listens()? { Vec::new() } else { active })
+}
+
+/// Restarts the server with its sockets, which systemd makes anew only while the server is away.
+fn with_new_sockets(services: &dyn ServiceManager, unit: &Unit, sockets: &[String], until: Instant) -> Result<()> {
+    job(services, &unit.name, JobKind::Stop, until)?;
+    let made = sockets.iter().try_for_each(|socket| job(services, socket, JobKind::Restart, until));
+    // Without them it listens by itself.
+    job(services, &unit.name, JobKind::Start, until).and(made)
+}
+
+fn job(services: &dyn ServiceManager, unit: &str, kind: JobKind, until: Instant) -> Result<()> {
+    match services.start_job(unit, kind, until)?.wait(until)?.as_deref() {
+        Some("done") => Ok(()),
+        Some(other) => {
+            Err(HostError::new(unit, format!("its restart ended as {other}")).remedy(format!("journalctl -u {unit}")))
+        }
+        None => Err(HostError::timeout(unit, "restarting it")),
     }
 }
 
@@ -117,6 +152,7 @@ fn by_hand(
     let versions = daemons.versions(old, until)?;
     // Asked while it has its file open.
     let file = database_file(old);
+    daemons.keep_listening(old)?;
     daemons.signal(old.id, Signal::Terminate)?;
     if !daemons.wait_end(old.id, until)? {
         return Err(HostError::timeout(format!("ovsdb-server (pid {})", old.id.pid), "waiting for its end"));

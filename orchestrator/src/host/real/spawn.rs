@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use super::container::{Root, PROGRAM_DIRECTORIES};
 use super::credentials::Credentials;
 use super::jsonrpc::remaining;
+use super::listener::Listener;
 use super::program::{self, Folder};
 use super::{process_tree, procfs, trusted};
 use crate::host::{Context, Daemon, HostError, Limit, Result, SavedProgram, Starting};
@@ -55,6 +56,7 @@ struct Preparation {
     user: User,
     root: Option<Arc<Root>>,
     program_folder: Option<Folder>,
+    listeners: Vec<Listener>,
 }
 
 /// As whom the daemon starts.
@@ -66,7 +68,7 @@ enum User {
 }
 
 impl Preparation {
-    fn of(model: &Daemon, root: Option<Arc<Root>>, program_folder: Option<Folder>) -> Result<Self> {
+    fn of(model: &Daemon, place: Place) -> Result<Self> {
         let object = model.kind.program();
         let user = match trusted::is_ours(model.uid) {
             true => User::Root { gid: model.gid },
@@ -87,8 +89,9 @@ impl Preparation {
             nice: model.nice,
             umask: model.umask,
             user,
-            root,
-            program_folder,
+            root: place.root,
+            program_folder: place.program_folder,
+            listeners: place.listeners,
         })
     }
 
@@ -112,6 +115,7 @@ impl Preparation {
             libc::umask(self.umask);
         }
         self.program_folder.as_ref().map_or(Ok(()), Folder::keep_open)?;
+        self.listeners.iter().try_for_each(Listener::hand_on)?;
         match &self.user {
             // SAFETY: as above.
             User::Root { gid } => match unsafe { libc::geteuid() == 0 } {
@@ -162,15 +166,18 @@ struct Place {
     program_folder: Option<Folder>,
     /// Where its shared objects are, before all others.
     libraries: Option<PathBuf>,
+    /// The sockets that it is handed.
+    listeners: Vec<Listener>,
 }
 
-/// Starts `program` with the command line, environment, directory, limits, priorities, user and cgroup of `model`.
+/// Starts `program` with the command line, environment, directory, limits, priorities, user and cgroup of `model`, and with
+/// `listeners`.
 ///
 /// What a daemon says of itself is its own memory. One that ran as another user than root is started as that user, with
 /// the capabilities that it had and none besides: whatever it has written there, it gains nothing. Nor does it lead the
 /// new one astray: that has the daemon's own name, and variables that name files are left out.
-pub fn start_like(model: &Daemon, program: &Path) -> Result<Box<dyn Starting>> {
-    start_in(Place::default(), model, program, &model.cwd)
+pub fn start_like(model: &Daemon, program: &Path, listeners: Vec<Listener>) -> Result<Box<dyn Starting>> {
+    start_in(Place { listeners, ..Place::default() }, model, program, &model.cwd)
 }
 
 /// The same with a program that was kept.
@@ -180,7 +187,7 @@ pub fn start_saved(model: &Daemon, saved: &SavedProgram) -> Result<Box<dyn Start
         return start_in(place, model, &saved.program, &model.cwd);
     }
     let reached = program::reach(saved).about(saved.program.display().to_string())?;
-    let place = Place { program_folder: Some(reached.folder), libraries: reached.libraries, root: None };
+    let place = Place { program_folder: Some(reached.folder), libraries: reached.libraries, ..Place::default() };
     start_in(place, model, &reached.program, &model.cwd)
 }
 
@@ -199,8 +206,8 @@ fn start_in(place: Place, model: &Daemon, program: &Path, folder: &Path) -> Resu
         true => (name.as_str(), arguments.to_vec(), model.environment.clone()),
         false => (object, without_user(arguments), plain_environment(&model.environment)),
     };
-    let libraries = place.libraries.map(|libraries| library_path(&environment, &libraries));
-    let preparation = Preparation::of(model, place.root, place.program_folder)?;
+    let libraries = place.libraries.as_ref().map(|libraries| library_path(&environment, libraries));
+    let preparation = Preparation::of(model, place)?;
     let mut command = Command::new(program);
     command.arg0(name).args(&arguments).process_group(0);
     if roots {
@@ -324,7 +331,7 @@ mod tests {
         let mut blocked = SigSet::empty();
         blocked.add(Signal::SIGTERM);
         blocked.thread_block().unwrap();
-        let mut started = start_like(&model, Path::new("/bin/sleep")).unwrap();
+        let mut started = start_like(&model, Path::new("/bin/sleep"), Vec::new()).unwrap();
         assert!(started.wait(Instant::now() + Duration::from_secs(1)).unwrap());
         let child = procfs::pids().unwrap().into_iter().find(|p| {
             procfs::stat(*p).is_ok_and(|s| s.parent == pid)
@@ -379,7 +386,7 @@ mod tests {
         };
         let as_it_was =
             format!("/srv/x\n4711\n4712\n4712 4713\nCapEff:\t{own:016x}\nCapAmb:\t{own:016x}\nNoNewPrivs:\t1\nlast\n");
-        assert_eq!(ended(start_like(&model, Path::new("/bin/sh")).unwrap()), as_it_was);
+        assert_eq!(ended(start_like(&model, Path::new("/bin/sh"), Vec::new()).unwrap()), as_it_was);
         let closed = folder.path().join("closed");
         std::fs::create_dir_all(closed.join("program/lib")).unwrap();
         std::fs::set_permissions(&closed, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
@@ -392,7 +399,7 @@ mod tests {
     fn a_start_that_is_cancelled_ends_with_what_it_waits_for() {
         let words = ["sh", "-c", "setsid sh -c 'sleep 31 & wait' & wait", "--detach"];
         let model = Daemon { argv: words.map(str::to_owned).to_vec(), ..model() };
-        let mut started = start_like(&model, Path::new("/bin/sh")).unwrap();
+        let mut started = start_like(&model, Path::new("/bin/sh"), Vec::new()).unwrap();
         let sleeper = || {
             let sleeps = |pid: &i32| procfs::words(*pid, "cmdline").is_ok_and(|words| words == ["sleep", "31"]);
             procfs::pids()

@@ -157,6 +157,7 @@ impl Bus {
                 .map(|(path, _)| path.into())
                 .collect(),
             kind: service.text("Type"),
+            triggered_by: unit.get("TriggeredBy").unwrap_or_default(),
         }))
     }
 }

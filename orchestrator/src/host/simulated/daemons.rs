@@ -51,6 +51,14 @@ impl Daemons for SimDaemons {
         })
     }
 
+    fn systemd_listens(&self) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn keep_listening(&self, _daemon: &Daemon) -> Result<()> {
+        Ok(())
+    }
+
     fn find_all(&self, kind: DaemonKind) -> Result<Vec<Daemon>> {
         self.0.operate("daemons.find_all", None, |world| {
             let all = world.processes.values().filter(|process| process.kind == kind);
