@@ -22,7 +22,7 @@ use crate::machine::ExitCode;
 /// Where ovsdb-server listens.
 const DATABASE: &str = "/run/openvswitch/db.sock";
 /// How long the database may take to answer.
-const DATABASE_LIMIT: Duration = Duration::from_secs(10);
+const DATABASE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Does it.
 pub fn ct(command: CtCommand) -> anyhow::Result<ExitCode> {
