@@ -222,6 +222,11 @@ pub fn unit_property(unit: &str, property: &str) -> String {
     shell_lenient(&format!("systemctl show --value -p {property} {unit}")).trim().to_owned()
 }
 
+/// Does systemd listen for ovsdb-server?
+pub fn socket_is_active() -> bool {
+    unit_property("ovsdb-server.socket", "ActiveState") == "active"
+}
+
 /// Failed units, one a line.
 pub fn failed_units() -> String {
     shell_lenient("systemctl list-units --failed --plain --no-legend | cut -d' ' -f1").trim().to_owned()

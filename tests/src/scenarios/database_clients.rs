@@ -13,7 +13,7 @@ use anyhow::{anyhow, Result};
 use serde_json::json;
 
 use super::{aftermath, network, plain, Custom};
-use crate::command::shell_lenient;
+use crate::command::{shell, shell_lenient};
 use crate::guest::{facts, say};
 use crate::outcome::{Job, Outcome};
 
@@ -96,35 +96,104 @@ impl Custom for DatabaseClients {
         true
     }
 
-    fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
-        let waits = facts::unit_property("ovsdb-server.socket", "ActiveState") == "active";
-        say(if waits { "systemd listens" } else { "ovsdb-server listens by itself" });
-        let live = plain::start_probes()?;
-        let before = facts::daemons("ovsdb-server");
-        let ended = Arc::new(AtomicBool::new(false));
-        let clients = [start(false, &ended), start(true, &ended)];
-        thread::sleep(Duration::from_secs(2));
-        let log = out.join("run");
-        let said = shell_lenient(&format!("timeout 300 ovs-graceful restart > {} 2>&1; echo exit=$?", log.display()));
-        outcome.check("exit 0", said.trim() == "exit=0", &said);
-        thread::sleep(Duration::from_secs(2));
-        ended.store(true, Ordering::Relaxed);
-        let replaced = facts::daemons("ovsdb-server") != before;
-        outcome.check("ovsdb-server was replaced", replaced, &before);
-        for (name, client) in ["each time anew", "the same"].into_iter().zip(clients) {
-            let served = client.join().map_err(|_| anyhow!("a client panicked"))?;
-            let value = json!({
-                "answered": served.answered, "refused": served.refused, "cut_off": served.cut_off,
-                "longest_ms": u64::try_from(served.longest_ms).unwrap_or(u64::MAX),
-            });
-            outcome.note(format!("client, {name}"), &value);
-            outcome.check(format!("client, {name}: answered"), served.answered > 100, &value);
-            if waits {
-                outcome.check(format!("client, {name}: never refused a connection"), served.refused == 0, &value);
-            }
+        let plainly: &[Way] = &[Way::AsInstalled];
+        let ways = if facts::socket_is_active() { &WAYS } else { plainly };
+        for way in ways.iter().filter(|way| super::is_chosen(way.name(), &job.extra_args, true, &[])) {
+            through_a_run(*way, out, outcome)?;
         }
-        aftermath::finish("clients", live, false, outcome).map(drop)
+        Ok(())
     }
+}
+
+/// How ovsdb-server was started, where systemd can listen for it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As the package does.
+    AsInstalled,
+    /// `systemctl reload`, without us: that starts one beside systemd, which puts its own socket over that of systemd.
+    Reloaded,
+    /// By ovs-ctl, outside its unit, with a socket that it was handed.
+    ByHand,
+}
+
+const WAYS: [Way; 3] = [Way::AsInstalled, Way::Reloaded, Way::ByHand];
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Way::AsInstalled => "as installed",
+            Way::Reloaded => "reloaded",
+            Way::ByHand => "by hand",
+        }
+    }
+
+    fn prepare(self) -> Result<()> {
+        let script = match self {
+            Way::AsInstalled => "true".to_owned(),
+            Way::Reloaded => "systemctl reload ovsdb-server".to_owned(),
+            // Nobody connects but the one that starts the server by it.
+            Way::ByHand => format!(
+                "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server ovsdb-server.socket
+                 systemd-run -q --scope --unit=by-hand systemd-socket-activate -l {SOCKET} \\
+                    --fdname=ovsdb-server.socket /usr/share/openvswitch/scripts/ovs-ctl --no-monitor \\
+                    --system-id=random start > /dev/null 2>&1 &
+                 until [ -S {SOCKET} ]; do sleep 0.1; done
+                 ovs-vsctl --timeout=60 --no-wait show > /dev/null"
+            ),
+        };
+        shell(&script)?;
+        shell("timeout 90 sh -c 'until ovs-appctl -t ovs-vswitchd version && ovs-vsctl show; do sleep 0.3; done'")
+            .map(drop)
+    }
+
+    /// Does a listening socket outlive the server?
+    fn waits(self) -> bool {
+        match self {
+            Way::AsInstalled => facts::socket_is_active(),
+            Way::Reloaded => false,
+            Way::ByHand => true,
+        }
+    }
+}
+
+/// Replaces both daemons while clients ask.
+fn through_a_run(way: Way, out: &Path, outcome: &mut Outcome) -> Result<()> {
+    let title = way.name();
+    say(title);
+    way.prepare()?;
+    plain::rules()?;
+    let waits = way.waits();
+    let live = plain::start_probes()?;
+    let before = facts::daemons("ovsdb-server");
+    let ended = Arc::new(AtomicBool::new(false));
+    let clients = [start(false, &ended), start(true, &ended)];
+    thread::sleep(Duration::from_secs(2));
+    let log = out.join(format!("run-{}", title.replace(' ', "-")));
+    let said = shell_lenient(&format!("timeout 300 ovs-graceful restart > {} 2>&1; echo exit=$?", log.display()));
+    outcome.check(format!("{title}: exit 0"), said.trim() == "exit=0", &said);
+    thread::sleep(Duration::from_secs(2));
+    ended.store(true, Ordering::Relaxed);
+    let replaced = facts::daemons("ovsdb-server") != before;
+    outcome.check(format!("{title}: ovsdb-server was replaced"), replaced, &before);
+    for (name, client) in ["each time anew", "the same"].into_iter().zip(clients) {
+        let served = client.join().map_err(|_| anyhow!("a client panicked"))?;
+        let value = json!({
+            "answered": served.answered, "refused": served.refused, "cut_off": served.cut_off,
+            "longest_ms": u64::try_from(served.longest_ms).unwrap_or(u64::MAX),
+        });
+        outcome.note(format!("{title}: client, {name}"), &value);
+        outcome.check(format!("{title}: client, {name}: answered"), served.answered > 100, &value);
+        if waits {
+            outcome.check(format!("{title}: client, {name}: never refused"), served.refused == 0, &value);
+        }
+    }
+    if way == Way::Reloaded {
+        let restarted = shell_lenient("systemctl restart ovsdb-server && ovs-vsctl --timeout=20 show; echo exit=$?");
+        let well = restarted.trim_end().ends_with("exit=0");
+        outcome.check(format!("{title}: systemd's socket is reached again"), well, restarted);
+    }
+    aftermath::finish(title, live, false, outcome).map(drop)
 }
