@@ -167,7 +167,11 @@ fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
         let name = format!("step {}: to {version}", step + 1);
         let log = out.join(format!("apt-{}", step + 1)).display().to_string();
         let words = format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}");
-        doors::graceful(&name, || apt(&words, &log), outcome)?;
+        if new_registers() && !has_new_registers(version) {
+            goes_down_without(&name, || apt(&words, &log), outcome)?;
+        } else {
+            doors::graceful(&name, || apt(&words, &log), outcome)?;
+        }
         let number = version.split(['-', '+']).next().unwrap_or_default();
         let now = self::version();
         outcome.check(format!("{name}: that runs"), now.contains(&format!(" {number}")), now);
@@ -176,6 +180,44 @@ fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
     outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
     aftermath::no_unit_failed(outcome);
     Ok(())
+}
+
+/// A rule with a register that came with Open vSwitch 3.7 (NEWS); no packet gets to its table.
+const NEW_RULE: &str = "table=77,priority=7,ip,reg20=0x7";
+
+/// Does the running ovs-vswitchd have 32 registers?
+fn new_registers() -> bool {
+    version().split_whitespace().last().is_some_and(has_new_registers)
+}
+
+fn has_new_registers(version: &str) -> bool {
+    let mut numbers = version.split(['.', '-', '+']).map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(3), Some(7))
+}
+
+/// Down to a version that cannot load one of the rules: that is said, by name, and nothing is touched. Without the rule it
+/// is a run.
+fn goes_down_without(name: &str, apt: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+    let name = format!("{name}, with a rule that it cannot load");
+    shell(&format!("ovs-ofctl add-flow br0 '{NEW_RULE},actions=drop'"))?;
+    shell("mkdir -p /etc/ovs-graceful; printf '[doors]\\nrefused = \"keep\"\\n' > /etc/ovs-graceful/config.toml")?;
+    let before = facts::DAEMONS.map(facts::daemons);
+    let live = plain::start_probes()?;
+    let said = apt();
+    let listed =
+        shell_lenient("timeout 120 ovs-graceful check 2>&1; timeout 120 ovs-graceful restart 2>&1; echo exit=$?");
+    let now = facts::DAEMONS.map(facts::daemons);
+    outcome.check(format!("{name}: the daemons stay"), before == now, json!([before, now, said]));
+    outcome.check(format!("{name}: apt's terminal names it"), said.contains("reg20"), &said);
+    let refused = listed.contains("exit=10") || listed.contains("exit=20");
+    outcome.check(format!("{name}: a run is refused, and names it"), refused && listed.contains("reg20"), &listed);
+    aftermath::finish(&name, live, false, outcome)?;
+    shell("rm /etc/ovs-graceful/config.toml")?;
+    // Only the version that knows the register can name it.
+    shell("ovs-ofctl del-flows br0 table=77")?;
+    let run = || shell_lenient("timeout 240 ovs-graceful restart 2>&1; echo exit=$?");
+    let run = || run().trim_end().rsplit_once('\n').map_or_else(String::new, |(text, exit)| format!("{exit}\n{text}"));
+    doors::graceful(&format!("{name}, which is gone"), run, outcome)
 }
 
 /// Nothing but what the lab has brought.
