@@ -123,7 +123,7 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 35] = [
+const ELSEWHERE: [(&str, &str); 38] = [
     ("bad_upgrade", "trixie"),
     ("back", "bookworm+backports"),
     ("back", "bookworm+untold"),
@@ -132,9 +132,9 @@ const ELSEWHERE: [(&str, &str); 35] = [
     ("ct_policies", "trixie+backports"),
     ("database_disk", "bullseye"),
     ("database_disk", "trixie"),
-    ("doors", "bullseye"),
+    ("doors_whole", "bullseye"),
     ("doors", "testing"),
-    ("doors", "trixie"),
+    ("doors_whole", "trixie"),
     ("killed", "bookworm+backports"),
     ("killed", "bookworm+untold"),
     ("killed", "testing"),
@@ -145,6 +145,9 @@ const ELSEWHERE: [(&str, &str); 35] = [
     ("odd_rules_whole", "bullseye"),
     ("odd_rules_whole", "trixie"),
     ("other_init", "bullseye"),
+    ("ovn", "testing"),
+    ("ovn", "trixie"),
+    ("refusals", "bookworm+untold"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),
     ("selftest", "bookworm+backports"),

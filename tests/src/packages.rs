@@ -32,6 +32,8 @@ pub enum Packages {
     /// No packages but what is in them: crun in `runtime`, Open vSwitch of the guest's suite in `old`, and what an upgrade
     /// of it to this suite takes in `new`: layers over the files of the guest.
     Layers(&'static str),
+    /// Ours, and OVN: that of the guest's suite, or of the one before where it has none.
+    Ovn,
     /// Ours, openvswitch-switch of the guest's own suite, and later versions of it that are no good, [`BAD`].
     OursAndBad,
 }
@@ -89,6 +91,10 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
             for to in around(suite) {
                 copy_all(&apt(suite, to, &OPEN_VSWITCH)?, folder)?;
             }
+        }
+        Packages::Ovn => {
+            let of = if suite == "testing" { "trixie" } else { suite };
+            copy_all(&apt(suite, of, &["ovn-central", "ovn-host"])?, folder)?;
         }
         Packages::OursAndBad => bad_ones(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
     }

@@ -33,6 +33,7 @@ mod new_dies;
 mod no_systemd;
 mod odd_rules;
 mod other_init;
+mod ovn;
 mod package;
 mod park_level;
 mod park_limit;
@@ -382,11 +383,13 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&told::Told),
-    Scenario::Custom(&doors::Doors),
+    Scenario::Custom(&doors::SAMPLE),
+    Scenario::Custom(&doors::WHOLE),
     Scenario::Custom(&package::Package),
     Scenario::Custom(&other_init::OtherInit),
     Scenario::Custom(&upgrade::ONE),
-    Scenario::Custom(&containers::Containers),
+    Scenario::Custom(&containers::SAMPLE),
+    Scenario::Custom(&containers::WHOLE),
     Scenario::Custom(&bad_upgrade::BadUpgrade),
     Scenario::Custom(&rpm::Rpm),
     Scenario::Custom(&upgrade::BOTH),
@@ -406,6 +409,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&reboot::Reboot),
     Scenario::Custom(&reload_module::ReloadModule),
     Scenario::Custom(&chaos::Chaos),
+    Scenario::Custom(&ovn::Ovn),
     Scenario::Custom(&refusals::Refusals),
     Scenario::Custom(&memory_limit::MemoryLimit),
     Scenario::Custom(&unprivileged::Unprivileged),
