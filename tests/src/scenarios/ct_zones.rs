@@ -29,6 +29,10 @@ impl Custom for CtZones {
         "ct_zones"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "65,536 conntrack zones, one of them without a policy"
     }

@@ -122,6 +122,10 @@ impl Traffic for Nat {
         self.name
     }
 
+    fn by_hand(&self) -> bool {
+        self.name == NAT6.name
+    }
+
     fn about(&self) -> &'static str {
         self.about
     }

@@ -24,6 +24,10 @@ impl Custom for NewDies {
         "new_dies"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "the new ovs-vswitchd is killed after the hand-over: back, and the upcalls wait"
     }

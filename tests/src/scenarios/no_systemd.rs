@@ -40,6 +40,10 @@ impl Traffic for StopStart {
         "stop_start"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "plain with --strategy stop-start"
     }

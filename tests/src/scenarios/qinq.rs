@@ -42,6 +42,10 @@ impl Traffic for Qinq {
         "qinq"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "jumbo frames with an 802.1ad and an 802.1Q tag, both popped before ct"
     }

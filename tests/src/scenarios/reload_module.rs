@@ -36,6 +36,10 @@ impl Custom for ReloadModule {
         "reload_module"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "the kernel module taken out and put in again, beside stock's force-reload-kmod"
     }

@@ -96,6 +96,10 @@ impl Traffic for Sampling {
         self.name
     }
 
+    fn by_hand(&self) -> bool {
+        self.name != SFLOW.name
+    }
+
     fn about(&self) -> &'static str {
         self.about
     }

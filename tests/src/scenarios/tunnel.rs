@@ -93,6 +93,10 @@ impl Traffic for VxlanBridges {
         "vxlan_bridges"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn about(&self) -> &'static str {
         "a VXLAN tunnel between two bridges of the host"
     }

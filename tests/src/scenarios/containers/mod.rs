@@ -17,7 +17,14 @@ use crate::outcome::{Job, Outcome};
 use crate::packages::Packages;
 
 /// See the module.
-pub struct Containers;
+pub struct Containers {
+    whole: bool,
+}
+
+/// Every case.
+pub const WHOLE: Containers = Containers { whole: true };
+/// Without what goes wrong with the command that starts the container again.
+pub const SAMPLE: Containers = Containers { whole: false };
 
 /// What the images are made of.
 pub const IMAGES: Packages = Packages::Layers("trixie");
@@ -39,11 +46,21 @@ wait";
 
 impl Custom for Containers {
     fn name(&self) -> &'static str {
-        "containers"
+        match self.whole {
+            true => "containers_whole",
+            false => "containers",
+        }
     }
 
     fn about(&self) -> &'static str {
-        "daemons in containers (crun): restarted, upgraded 3.1 to 3.5 and back, a bad image, a wrong command, both in one"
+        match self.whole {
+            true => "containers, with wrong commands",
+            false => "daemons in containers (crun): restarted, upgraded 3.1 to 3.5 and back, a bad image, both in one",
+        }
+    }
+
+    fn by_hand(&self) -> bool {
+        self.whole
     }
 
     fn packages(&self) -> Packages {
@@ -51,14 +68,14 @@ impl Custom for Containers {
     }
 
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
-        Ok(16)
+        Ok(if self.whole { 16 } else { 10 })
     }
 
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         prepare()?;
         plain::set_up()?;
         network::patient_veth()?;
-        let ended = rounds(out, outcome);
+        let ended = rounds(self.whole, out, outcome);
         shell_lenient(&format!("for log in {TOP}/*.log; do cp $log {}/$(basename $log); done", out.display()));
         ended
     }
@@ -79,7 +96,7 @@ const DONE: &[u64] = &[0, 30];
 const OLD: Wanted = Wanted { exit: DONE, version: "3.1.0", stays: false };
 const NEW: Wanted = Wanted { exit: DONE, version: "3.5.0", stays: false };
 
-fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
+fn rounds(whole: bool, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let impostor = impostor()?;
     refused(outcome);
     let log = |name: &str| out.join(name.replace(' ', "-"));
@@ -96,6 +113,17 @@ fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
     shell_lenient("container stop switch");
     let ended = "kill $(cat /run/openvswitch/ovs-vswitchd.pid); container start switch old";
     restart("a good image after it", ended, OLD, outcome)?;
+    if whole {
+        wrong_commands(&restart, outcome)?;
+    }
+    killed(&log("killed"), outcome)?;
+    let alive = Path::new("/proc").join(impostor.to_string()).exists();
+    outcome.check("a user's own ovs-vswitchd was left alone", alive, impostor);
+    both_in_one(&log("both"), outcome)
+}
+
+/// What starts the container again does not, or takes more down than that.
+fn wrong_commands(restart: Restart<'_>, outcome: &mut Outcome) -> Result<()> {
     let nothing = Wanted { exit: &[21], version: "3.1.0", stays: true };
     restart("a command that fails", "container restart swich", nothing, outcome)?;
     restart("a command that does nothing", "true", nothing, outcome)?;
@@ -103,12 +131,11 @@ fn rounds(out: &Path, outcome: &mut Outcome) -> Result<()> {
     // What the daemon would take down with it is refused (docs/containers.md).
     let cleanup = "ovs-appctl -t /run/openvswitch/ovs-vswitchd.1.ctl exit --cleanup; container restart switch";
     restart("exit with cleanup", cleanup, OLD, outcome)?;
-    without_tools(outcome)?;
-    killed(&log("killed"), outcome)?;
-    let alive = Path::new("/proc").join(impostor.to_string()).exists();
-    outcome.check("a user's own ovs-vswitchd was left alone", alive, impostor);
-    both_in_one(&log("both"), outcome)
+    without_tools(outcome)
 }
+
+/// A round with this name, this command and what must come of it.
+type Restart<'a> = &'a dyn Fn(&str, &str, Wanted, &mut Outcome) -> Result<()>;
 
 /// The daemons of the image make way for containers of the same release.
 pub fn prepare() -> Result<()> {
