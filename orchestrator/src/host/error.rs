@@ -1,5 +1,6 @@
 //! The error of the host: it names the object, the cause and the remedy.
 
+use std::any::Any;
 use std::fmt::Display;
 
 /// What can go wrong between us and the daemons, the database, systemd or the bridges of this host.
@@ -66,8 +67,14 @@ pub trait Context<T> {
     fn about(self, object: impl Into<String>) -> Result<T>;
 }
 
-impl<T, E: Display> Context<T> for std::result::Result<T, E> {
+impl<T, E: Display + 'static> Context<T> for std::result::Result<T, E> {
     fn about(self, object: impl Into<String>) -> Result<T> {
-        self.map_err(|cause| HostError::new(object, cause))
+        self.map_err(|error| match (&error as &dyn Any).downcast_ref() {
+            // A remedy within the cause would stand beside another one.
+            Some(dpfreeze::Error::Unsupported { what, why, remedy }) => {
+                HostError::new(object, format_args!("{what}: {why}")).remedy(remedy)
+            }
+            _ => HostError::new(object, error),
+        })
     }
 }

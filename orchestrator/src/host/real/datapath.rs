@@ -89,10 +89,15 @@ impl KernelDatapath {
         })
     }
 
+    /// The datapath as the kernel tells it.
+    fn told(&mut self) -> Result<Dp> {
+        let dp = self.ovs.datapath(DATAPATH).about(DATAPATH)?;
+        dp.ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath"))
+    }
+
     /// The datapath, with the port ids by CPU even where the kernel does not tell them.
     fn dp(&mut self) -> Result<Dp> {
-        let dp = self.ovs.datapath(DATAPATH).about(DATAPATH)?;
-        let mut dp = dp.ok_or_else(|| HostError::new(DATAPATH, "there is no such datapath"))?;
+        let mut dp = self.told()?;
         if dp.dispatch() == Dispatch::PerCpu && dp.per_cpu_pids.is_none() {
             dp.per_cpu_pids = Some(self.untold()?);
         }
@@ -192,7 +197,7 @@ impl Datapath for KernelDatapath {
     }
 
     fn dispatches_per_cpu(&mut self) -> Result<bool> {
-        Ok(self.dp()?.dispatch() == Dispatch::PerCpu)
+        Ok(self.told()?.dispatch() == Dispatch::PerCpu)
     }
 
     fn prove_freeze(&mut self) -> Result<()> {
