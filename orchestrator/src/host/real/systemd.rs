@@ -136,7 +136,11 @@ impl Bus {
         if unit.text("LoadState") == "not-found" {
             return Ok(None);
         }
-        let service = self.properties(path, "org.freedesktop.systemd1.Service", until)?;
+        // A socket or a timer has no such properties.
+        let service = match unit.text("Id").ends_with(".service") {
+            true => self.properties(path, "org.freedesktop.systemd1.Service", until)?,
+            false => Properties::default(),
+        };
         Ok(Some(Unit {
             name: unit.text("Id"),
             active_state: unit.text("ActiveState"),
@@ -181,6 +185,7 @@ fn within<T>(
 type JobRow = (u32, String, String, String, OwnedObjectPath, OwnedObjectPath);
 
 /// The properties of an object.
+#[derive(Default)]
 struct Properties(HashMap<String, OwnedVariant>);
 
 impl Properties {
