@@ -21,6 +21,8 @@ const DEFAULT_FILE: &str = "/etc/openvswitch/conf.db";
 const DESTRUCTIVE: &[&str] = &["--delete-bridges", "--delete-transient-ports"];
 /// Behind them on the command line, these win.
 const HARMLESS: &[&str] = &["--no-delete-bridges", "--no-delete-transient-ports"];
+/// Where `ovs-ctl` keeps the id of the host that it has made itself (`set_system_ids`).
+const SYSTEM_ID: &str = "/etc/openvswitch/system-id.conf";
 /// Between two looks at a server that starts.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -52,20 +54,38 @@ pub fn schema_file(server: &Daemon) -> PathBuf {
     Path::new(set.unwrap_or(DEFAULT_FOLDER)).join("vswitch.ovsschema")
 }
 
-/// The options in the unit's command or environment files that would delete configuration.
-pub fn destructive_options(unit: &Unit) -> Vec<&'static str> {
+/// The words of the unit's command and environment files, options apart from their values.
+fn words(unit: &Unit) -> BTreeSet<String> {
     let files = unit.environment_files.iter().filter_map(|path| fs::read_to_string(path).ok());
     let lines: Vec<String> = files
         .flat_map(|text| text.lines().map(str::trim).map(str::to_owned).collect::<Vec<_>>())
         .filter(|line| !line.starts_with('#') && !line.starts_with(';'))
         .collect();
-    let words: BTreeSet<&str> = lines
-        .iter()
-        .flat_map(|line| line.split(|c: char| c.is_whitespace() || "=\"'".contains(c)))
-        .chain(unit.exec_start.iter().map(String::as_str))
-        .collect();
-    // "--delete-bridges=yes" has lost its value to the split, as it should.
+    let of_files =
+        lines.iter().flat_map(|line| line.split(|c: char| c.is_whitespace() || "=\"'".contains(c))).map(str::to_owned);
+    let option = |word: &String| word.split('=').next().unwrap_or_default().to_owned();
+    of_files.chain(unit.exec_start.iter().map(option)).collect()
+}
+
+/// The options in the unit's command or environment files that would delete configuration.
+pub fn destructive_options(unit: &Unit) -> Vec<&'static str> {
+    let words = words(unit);
     DESTRUCTIVE.iter().filter(|option| words.contains(**option)).copied().collect()
+}
+
+/// The option of `ovs-ctl` that leaves the host the id which it has in the database: `set_system_ids` would write another
+/// one over it, which stands in `file`, and OVN would see another chassis. None where it would not.
+fn own_system_id(unit: &Unit, set: Option<&String>, file: &Path) -> Option<String> {
+    let id = set.filter(|id| is_system_id(id))?;
+    let is_its = fs::read_to_string(file).is_ok_and(|text| text.trim() == id);
+    let given = unit.exec_start.iter().any(|word| word.ends_with("ovs-ctl")) && words(unit).contains("--system-id");
+    (given && !is_its).then(|| format!("--system-id={id}"))
+}
+
+/// It becomes a word of a command line that a shell reads.
+fn is_system_id(id: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+    (1..=255).contains(&id.len()) && id.bytes().all(plain)
 }
 
 /// Replaces `old` by a server of the installed version and waits until ovs-vswitchd is in step with it. Returns the new
@@ -79,7 +99,11 @@ pub fn replace(
     until: Instant,
 ) -> Result<Daemon> {
     match services.owner(old, until)? {
-        Some(unit) => by_unit(daemons, services, &unit, until)?,
+        Some(unit) => {
+            let ids = database.facts(until)?.external_ids;
+            let system_id = own_system_id(&unit, ids.get("system-id"), Path::new(SYSTEM_ID));
+            by_unit(daemons, services, &unit, system_id, until)?;
+        }
         None => by_hand(daemons, database, clock, old, until)?,
     }
     let new = wait_new(daemons, clock, old, until)?;
@@ -88,18 +112,25 @@ pub fn replace(
     Ok(new)
 }
 
-fn by_unit(daemons: &dyn Daemons, services: &dyn ServiceManager, unit: &Unit, until: Instant) -> Result<()> {
+fn by_unit(
+    daemons: &dyn Daemons,
+    services: &dyn ServiceManager,
+    unit: &Unit,
+    system_id: Option<String>,
+    until: Instant,
+) -> Result<()> {
     let lost = lost_sockets(daemons, services, unit, until)?;
-    let neutralised = !destructive_options(unit).is_empty();
-    if neutralised {
-        services.append_to_start(&unit.name, HARMLESS, until)?;
+    let harmless = if destructive_options(unit).is_empty() { &[] } else { HARMLESS };
+    let words: Vec<&str> = harmless.iter().copied().chain(system_id.as_deref()).collect();
+    if !words.is_empty() {
+        services.append_to_start(&unit.name, &words, until)?;
     }
     let result = match lost.is_empty() {
         true => job(services, &unit.name, JobKind::Restart, until),
         false => with_new_sockets(services, unit, &lost, until),
     };
     // Whatever came of it, the unit goes back to what the package wrote.
-    let undone = if neutralised { services.end_hand_over(&unit.name, until) } else { Ok(()) };
+    let undone = if words.is_empty() { Ok(()) } else { services.end_hand_over(&unit.name, until) };
     result.and(undone)
 }
 
@@ -304,6 +335,28 @@ pub(super) mod tests {
             assert!(fs::symlink_metadata(at("backup")).unwrap().is_file());
             assert_eq!(fs::read(at("backup")).unwrap(), b"database");
             assert_eq!(fs::read(at("other")).unwrap(), b"other");
+        }
+    }
+
+    #[test]
+    fn a_host_keeps_the_id_that_it_has_in_the_database() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("system-id.conf");
+        fs::write(&file, "from-the-file\n").unwrap();
+        let start = ["/usr/share/openvswitch/scripts/ovs-ctl", "--system-id=random", "start", "$OVS_CTL_OPTS"];
+        let unit = |start: &[&str]| Unit {
+            exec_start: start.iter().map(|word| (*word).to_owned()).collect(),
+            ..Unit::default()
+        };
+        let option = |start: &[&str], id: &str| own_system_id(&unit(start), Some(&id.to_owned()), &file);
+        assert_eq!(option(&start, "chassis-7").as_deref(), Some("--system-id=chassis-7"));
+        assert_eq!(option(&start, "from-the-file"), None);
+        assert_eq!(own_system_id(&unit(&start), None, &file), None);
+        // Nothing overwrites it.
+        assert_eq!(option(&["/usr/sbin/ovsdb-server", "--system-id=random"], "chassis-7"), None);
+        assert_eq!(option(&start[..1], "chassis-7"), None);
+        for id in ["", "a b", "$(reboot)", "x;y", "a\nb", "\"", &"x".repeat(256)] {
+            assert_eq!(option(&start, id), None, "{id}");
         }
     }
 
