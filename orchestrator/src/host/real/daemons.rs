@@ -253,7 +253,7 @@ impl Daemons for RealDaemons {
     }
 
     fn keep_listening(&self, daemon: &Daemon) -> Result<()> {
-        let held = listener::of(daemon, self.hold(daemon.id)?.as_fd())?;
+        let held = listener::of(daemon, self.hold(daemon.id)?.as_fd());
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner).insert(daemon.id, held);
         Ok(())
     }

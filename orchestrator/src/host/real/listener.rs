@@ -9,7 +9,7 @@ use nix::fcntl::{fcntl, FcntlArg};
 use nix::sys::socket::{getsockopt, sockopt};
 
 use super::daemons::pidfd_getfd;
-use crate::host::{Context, Daemon, HostError, Result};
+use crate::host::Daemon;
 
 const REMOTE: &str = "--remote=pfd:";
 /// Nobody is handed so many (SD_LISTEN_FDS_START is 3).
@@ -49,24 +49,27 @@ fn numbers(argv: &[String]) -> impl Iterator<Item = RawFd> + '_ {
 }
 
 /// Those that the command line of a daemon names, duplicated; `process` is its pidfd. Whatever it names is its own, and
-/// goes to its successor, which runs as its user.
-///
-/// # Errors
-/// Where the kernel does not let go of one.
-pub fn of(daemon: &Daemon, process: BorrowedFd<'_>) -> Result<Vec<Listener>> {
-    let object = || format!("{} (pid {})", daemon.kind.program(), daemon.id.pid);
-    let mut held = Vec::new();
-    for number in numbers(&daemon.argv) {
-        let socket = pidfd_getfd(process, number).about(object())?;
-        if !getsockopt(&socket, sockopt::AcceptConn).unwrap_or(false) {
-            return Err(HostError::new(object(), format!("its descriptor {number} is no socket that listens")));
+/// goes to its successor, which runs as its user. What is no socket that listens, or is not let go of, is left out.
+pub fn of(daemon: &Daemon, process: BorrowedFd<'_>) -> Vec<Listener> {
+    let take = |number| {
+        let taken = taken(process, number);
+        if let Err(why) = &taken {
+            tracing::warn!(pid = daemon.id.pid, number, %why, "a socket that the daemon was handed is not handed on");
         }
-        // Where the number is free it is taken by this: then no other file that the start needs can have it.
-        let raw = fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(number)).about(object())?;
-        // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
-        held.push(Listener { number, socket: unsafe { OwnedFd::from_raw_fd(raw) } });
+        taken.ok()
+    };
+    numbers(&daemon.argv).filter_map(take).collect()
+}
+
+fn taken(process: BorrowedFd<'_>, number: RawFd) -> nix::Result<Listener> {
+    let socket = pidfd_getfd(process, number)?;
+    if !getsockopt(&socket, sockopt::AcceptConn)? {
+        return Err(Errno::EINVAL);
     }
-    Ok(held)
+    // Where the number is free it is taken by this: then no other file that the start needs can have it.
+    let raw = fcntl(&socket, FcntlArg::F_DUPFD_CLOEXEC(number))?;
+    // SAFETY: the kernel has just given us this descriptor; nobody else owns it.
+    Ok(Listener { number, socket: unsafe { OwnedFd::from_raw_fd(raw) } })
 }
 
 /// A command line that names no descriptor but those that are kept; the others become `by_path`.
@@ -100,8 +103,11 @@ mod tests {
         let argv = words(&["ovsdb-server", "conf.db", &format!("--remote=pfd:{number}"), "--remote=db:x", "--pidfile"]);
         let daemon = Daemon { argv: argv.clone(), ..server() };
         let own = pidfd_open(std::process::id() as i32).unwrap();
-        // Some sandboxes have no pidfd_getfd.
-        let Ok(held) = of(&daemon, own.as_fd()) else { return };
+        let held = of(&daemon, own.as_fd());
+        if held.is_empty() {
+            // Some sandboxes have no pidfd_getfd.
+            return;
+        }
         assert_eq!(held.iter().map(|one| one.number).collect::<Vec<_>>(), [number]);
         assert_eq!(without_lost(&argv, &held, "punix:/x"), argv);
         let lost = words(&["ovsdb-server", "conf.db", "--remote=punix:/x", "--remote=db:x", "--pidfile"]);
@@ -109,7 +115,7 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap().into_raw_fd();
         let daemon = Daemon { argv: words(&["ovsdb-server", &format!("--remote=pfd:{file}")]), ..server() };
         if (3..MOST).contains(&file) {
-            assert!(of(&daemon, own.as_fd()).is_err());
+            assert!(of(&daemon, own.as_fd()).is_empty());
         }
     }
 
