@@ -15,7 +15,7 @@ use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Bridge, Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strategy};
-use crate::steps::notes::rule_remedy;
+use crate::steps::notes::{rule_remedy, unread};
 use crate::steps::{Host, Wish};
 
 /// Starts both daemons.
@@ -126,6 +126,7 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     }
     let openflow = host.openflow.as_ref();
     let rules = openflow.snapshot(&facts.bridges, until);
+    let rules = rules.map_err(|error| unread(openflow, daemon, &facts.bridges, error, until));
     let refused = rules.and_then(|rules| Ok(openflow.prepare_restore(daemon, &rules, until)?.refused));
     let refused = keep(refused, Name::Rule, "see what `ovs-ofctl dump-flows` says of that bridge", &mut found);
     for rule in refused.unwrap_or_default() {

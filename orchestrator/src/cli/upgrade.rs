@@ -257,7 +257,10 @@ fn still_old(installed: &str, last: Option<&Report>) -> String {
 }
 
 fn told(report: &Report) -> String {
-    format!("{} (exit {}): {}", report.id, report.exit_code.code(), report.reason)
+    let of_step = report.reason.split_once(" failed").map(|(step, _)| format!("{step}: "));
+    let why = of_step.and_then(|step| report.warnings.iter().find(|warning| warning.starts_with(&step)));
+    let why = why.and_then(|warning| warning.lines().next()).map(|line| format!(" ({line})")).unwrap_or_default();
+    format!("{} (exit {}): {}{why}", report.id, report.exit_code.code(), report.reason)
 }
 
 #[cfg(test)]

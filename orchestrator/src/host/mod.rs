@@ -723,6 +723,8 @@ pub trait OpenFlow: Send + Sync {
     fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation>;
     /// The rules that `daemon` has and `rules` tell as others, or not at all.
     fn unfaithful(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>>;
+    /// The flows of `bridges` that `daemon` has and that the installed ovs-ofctl, which is of another version, cannot read.
+    fn unreadable(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<RefusedRule>>;
     /// The learned addresses of each of `bridges` in `daemon`, in their order, the latest first.
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.

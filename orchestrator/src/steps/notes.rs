@@ -9,7 +9,9 @@ use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snap
 use crate::host::datapath::DATAPATH;
 use crate::host::real::faithful::deletion;
 use crate::host::real::openflow::compare as compare_rules;
-use crate::host::{Bridge, BridgeRules, LearnReport, RefusedRule, RestoredRules, RuleDifference};
+use crate::host::{
+    Bridge, BridgeRules, Daemon, HostError, LearnReport, OpenFlow, RefusedRule, RestoredRules, RuleDifference,
+};
 use crate::report::{DatapathReport, OpenFlowReport, Parked, Report};
 
 /// The state before, as far as the report wants it.
@@ -203,6 +205,29 @@ pub(super) fn cannot_be_put_back(refused: &[RefusedRule], bridges: &[Bridge]) ->
         format!("OpenFlow rules that could not be put back as they are:\n{rules}\nremedy: delete each of them; {ANEW}:\n{typed}")
     };
     (!refused.is_empty()).then(told)
+}
+
+/// Why rules could not be read: where the installed version does not know one that runs, that one is named.
+pub(crate) fn unread(
+    openflow: &dyn OpenFlow,
+    daemon: &Daemon,
+    bridges: &[Bridge],
+    error: HostError,
+    until: Instant,
+) -> HostError {
+    let unreadable = openflow.unreadable(daemon, bridges, until).unwrap_or_default();
+    let Some(first) = unreadable.first() else { return error };
+    let more = match unreadable.len() - 1 {
+        0 => String::new(),
+        more => format!(", and {more} more"),
+    };
+    let cause = format!(
+        "the installed version cannot load {} `{}`, which the one that runs has: {}{more}",
+        first.kind, first.rule, first.reason
+    );
+    HostError::new(format!("bridge {}", first.bridge), cause).remedy(
+        "put the packages of the version that runs back, delete the rule with its ovs-ofctl, and install this version again",
+    )
 }
 
 /// The versions that the rule's bridge speaks.

@@ -32,7 +32,10 @@ impl Step for Snapshot {
         // First the watch, then the reading: what changes in between is seen.
         let mut watch = run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?;
         // Through the connections that the watch has, as far as they can: hundreds of bridges would take a minute.
-        run.known.rules = run.host.openflow.refresh(&bridges, &[], watch.as_mut(), until).context("OpenFlow rules")?;
+        let openflow = run.host.openflow.as_ref();
+        let rules = openflow.refresh(&bridges, &[], watch.as_mut(), until);
+        let rules = rules.map_err(|error| notes::unread(openflow, &old, &bridges, error, until));
+        run.known.rules = rules.context("OpenFlow rules")?;
         run.known.rule_watch = Some(watch);
         notes::rules_before(&mut run.report, &run.known.rules);
         run.checkpoint()?;

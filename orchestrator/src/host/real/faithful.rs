@@ -38,8 +38,7 @@ pub fn unfaithful(rules: &BridgeRules, own: &str) -> Vec<RefusedRule> {
     // Rules that differ in the value of a tunnel's option alone share a key.
     let mut told: HashMap<String, Vec<&str>> = HashMap::new();
     rules.flows.iter().for_each(|flow| told.entry(key(flow)).or_default().push(actions(flow)));
-    let own =
-        own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")));
+    let own = all_flows(own);
     let as_text = rules.protocol.replacen("OpenFlow1", "OpenFlow 1.", 1);
     let reason = |rule: &str| {
         let key = key(rule);
@@ -55,6 +54,15 @@ pub fn unfaithful(rules: &BridgeRules, own: &str) -> Vec<RefusedRule> {
         Some(RefusedRule { bridge: rules.bridge.clone(), kind: "flow".into(), rule, reason })
     })
     .collect()
+}
+
+/// The flows in the daemon's text, but those that it keeps to itself.
+pub fn own_flows(own: &str) -> Vec<String> {
+    all_flows(own).filter(|rule| !is_hidden(&key(rule))).collect()
+}
+
+fn all_flows(own: &str) -> impl Iterator<Item = String> + '_ {
+    own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")))
 }
 
 fn actions(rule: &str) -> &str {

@@ -25,6 +25,8 @@ pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow1
 const FEW_BRIDGES: usize = 32;
 /// Over so many connections the daemon is asked about its bridges.
 const FDB_CONNECTIONS: usize = 16;
+/// So many flows are named that cannot be read.
+const RULES_NAMED: usize = 20;
 /// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
 const COMPARISONS: u32 = 3;
 /// Between two looks at a daemon that starts.
@@ -249,6 +251,21 @@ impl RealOpenFlow {
         Ok(())
     }
 
+    /// Those of `flows` that ovs-ofctl cannot parse, as it says why; [`RULES_NAMED`] at most.
+    fn unreadable_of(&self, bridge: &str, mut flows: Vec<String>, until: Instant) -> Result<Vec<RefusedRule>> {
+        let mut found = Vec::new();
+        while found.len() < RULES_NAMED {
+            let read = self.ofctl_output(ANY_VERSION, &["parse-flows", "-"], Some(&lines(&flows)), until)?;
+            let Some((number, reason)) = parse_mistake(&read.stderr).filter(|_| !read.status.success()) else { break };
+            if number == 0 || number > flows.len() {
+                break;
+            }
+            let rule = flows.remove(number - 1);
+            found.push(RefusedRule { bridge: bridge.to_owned(), kind: "flow".to_owned(), rule, reason });
+        }
+        Ok(found)
+    }
+
     /// The flows of one bridge that OpenFlow tells as others than the daemon has, by two looks at once.
     fn unfaithful_of(&self, daemon: &Daemon, rules: &BridgeRules, until: Instant) -> Result<Vec<RefusedRule>> {
         let own = |until| unixctl::command(daemon, "bridge/dump-flows", &[&rules.bridge], until);
@@ -356,6 +373,14 @@ impl OpenFlow for RealOpenFlow {
         Ok(found.into_iter().flatten().collect())
     }
 
+    fn unreadable(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<RefusedRule>> {
+        let found = side_by_side(bridges, |bridge| {
+            let own = unixctl::command(daemon, "bridge/dump-flows", &[&bridge.name], until)?;
+            self.unreadable_of(&bridge.name, faithful::own_flows(&own), until)
+        })?;
+        Ok(found.into_iter().flatten().collect())
+    }
+
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
         // A turn of the daemon's main loop, long where there are hundreds of bridges, answers one question of a connection.
         let some: Vec<&[Bridge]> = bridges.chunks(bridges.len().div_ceil(FDB_CONNECTIONS).max(1)).collect();
@@ -390,6 +415,12 @@ impl OpenFlow for RealOpenFlow {
             }
         });
     }
+}
+
+/// Line and reason in `ovs-ofctl: -:3: unknown keyword reg20` (`parse_ofp_flow_mod_file`, lib/ofp-flow.c).
+fn parse_mistake(said: &str) -> Option<(usize, String)> {
+    let (number, reason) = said.lines().find_map(|line| line.split_once("ovs-ofctl: -:"))?.1.split_once(": ")?;
+    Some((number.parse().ok()?, reason.trim().to_owned()))
 }
 
 /// Is it the bridge's or ovs-ofctl's own word about what it was given? A program that could not be started, or that found
@@ -531,6 +562,15 @@ fn count(before: &[String], after: &[String]) -> Vec<(String, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_that_ovs_ofctl_cannot_parse_is_found() {
+        let said = "2026-11-30T13:36:45Z|00001|ofp|WARN|something\novs-ofctl: -:12: unknown keyword reg20\n";
+        assert_eq!(parse_mistake(said), Some((12, "unknown keyword reg20".to_owned())));
+        for other in ["", "ovs-ofctl: -:x: y", "ovs-ofctl: /tmp/f: open: No such file or directory"] {
+            assert_eq!(parse_mistake(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn a_program_that_heard_nobody_has_refused_nothing() {

@@ -139,6 +139,10 @@ impl OpenFlow for SimOpenFlow {
         })
     }
 
+    fn unreadable(&self, _daemon: &Daemon, _bridges: &[Bridge], _until: Instant) -> Result<Vec<RefusedRule>> {
+        Ok(Vec::new())
+    }
+
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>> {
         self.0.operate("openflow.fdb", Some(until), |world| match world.processes.get(&daemon.id.pid) {
             Some(process) => {
