@@ -40,6 +40,12 @@ impl Traffic for Conntrack {
             "ovs-vsctl -- --id=@d create Datapath datapath_version=0 -- set open_vswitch . datapaths:system=@d
              ovs-vsctl add-zone-tp system zone=5 udp_first=77 udp_single=78 udp_multiple=79",
         )?;
+        // Open vSwitch 3.3 and later make the objects of a new zone when its policy changes (docs/conntrack.md).
+        shell(
+            "policy=$(ovs-vsctl --bare --columns=_uuid find CT_Timeout_Policy)
+             ovs-vsctl set CT_Timeout_Policy $policy timeouts:icmp_reply=30
+             ovs-vsctl remove CT_Timeout_Policy $policy timeouts icmp_reply",
+        )?;
         network::attach("ns1", "br0", "10.9.0.1/24", "")?;
         network::attach("ns2", "br0", "10.9.0.2/24", "")?;
         network::attach("ns3", "br0", "", "")?;
