@@ -217,12 +217,9 @@ pub(crate) fn unread(
 ) -> HostError {
     let unreadable = openflow.unreadable(daemon, bridges, until).unwrap_or_default();
     let Some(first) = unreadable.first() else { return error };
-    let more = match unreadable.len() - 1 {
-        0 => String::new(),
-        more => format!(", and {more} more"),
-    };
+    let others = if unreadable.len() > 1 { ", and others" } else { "" };
     let cause = format!(
-        "the installed version cannot load {} `{}`, which the one that runs has: {}{more}",
+        "the installed version cannot load {} `{}`, which the one that runs has: {}{others}",
         first.kind, first.rule, first.reason
     );
     HostError::new(format!("bridge {}", first.bridge), cause).remedy(

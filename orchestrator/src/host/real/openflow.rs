@@ -25,8 +25,8 @@ pub(super) const ANY_VERSION: &str = "OpenFlow10,OpenFlow11,OpenFlow12,OpenFlow1
 const FEW_BRIDGES: usize = 32;
 /// Over so many connections the daemon is asked about its bridges.
 const FDB_CONNECTIONS: usize = 16;
-/// So many flows are named that cannot be read.
-const RULES_NAMED: usize = 20;
+/// Of the flows that cannot be read so many are looked for in a bridge: the first is named, and whether there are others.
+const MOST_UNREADABLE: usize = 2;
 /// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
 const COMPARISONS: u32 = 3;
 /// Between two looks at a daemon that starts.
@@ -251,10 +251,10 @@ impl RealOpenFlow {
         Ok(())
     }
 
-    /// Those of `flows` that ovs-ofctl cannot parse, as it says why; [`RULES_NAMED`] at most.
+    /// Those of `flows` that ovs-ofctl cannot parse, as it says why; [`MOST_UNREADABLE`] at most.
     fn unreadable_of(&self, bridge: &str, mut flows: Vec<String>, until: Instant) -> Result<Vec<RefusedRule>> {
         let mut found = Vec::new();
-        while found.len() < RULES_NAMED {
+        while found.len() < MOST_UNREADABLE {
             let read = self.ofctl_output(ANY_VERSION, &["parse-flows", "-"], Some(&lines(&flows)), until)?;
             let Some((number, reason)) = parse_mistake(&read.stderr).filter(|_| !read.status.success()) else { break };
             if number == 0 || number > flows.len() {
