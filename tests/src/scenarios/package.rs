@@ -44,8 +44,9 @@ impl Custom for Package {
         let live = plain::start_probes()?;
         let daemons = facts::DAEMONS.map(facts::daemons);
         let orders = [
+            vec![install(OLD), remove(), install(OLD), purge()],
             vec![install(OLD), install(NEW), remove(), purge()],
-            vec![install(NEW), install(OLD), remove(), install(NEW), purge()],
+            vec![install(NEW), install(OLD), purge(), install(NEW), remove(), install(NEW), purge()],
         ];
         for (i, order) in orders.iter().enumerate() {
             in_order(&format!("order {}", i + 1), order, outcome);
@@ -143,7 +144,7 @@ fn without_open_vswitch(outcome: &mut Outcome) -> Result<()> {
     shell("systemctl stop openvswitch-switch")?;
     let gone = || facts::DAEMONS.iter().all(|name| facts::daemons(name).is_empty());
     wait_until("the daemons have gone", Duration::from_secs(60), Duration::from_millis(200), gone)?;
-    let all = [install(OLD), install(NEW), remove(), purge()];
+    let all = [install(OLD), install(NEW), remove(), install(NEW), purge()];
     in_order("stopped", &all, outcome);
     outcome.check("stopped: it is not started", gone(), facts::DAEMONS.map(facts::daemons).len());
     shell(&format!("{DPKG} --purge --force-depends openvswitch-switch 2>&1"))?;
