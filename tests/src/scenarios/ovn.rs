@@ -1,6 +1,7 @@
 //! The real OVN of the distribution on one node: ovn-northd, its databases and ovn-controller, which makes the bridge and
 //! owns its rules. A logical switch with two ports and an ACL that tracks connections; traffic through a run.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::Duration;
@@ -49,15 +50,6 @@ fn logical_network() -> Result<()> {
     network::ping("ns1", "10.9.0.2")
 }
 
-/// What ovn-controller wrote since line `from`.
-fn log_since(from: usize) -> String {
-    shell_lenient(&format!("tail -n +{} {LOG}", from + 1))
-}
-
-fn lines() -> usize {
-    shell_lenient(&format!("wc -l < {LOG}")).trim().parse().unwrap_or(0)
-}
-
 /// From losing the database to having it again, as ovn-controller wrote it, ms.
 fn without_database(log: &str) -> Option<i64> {
     let of_database = |line: &&str| line.contains("/openvswitch/db.sock: ");
@@ -101,7 +93,7 @@ impl Custom for Ovn {
         outcome.note("ovn-controller", shell_lenient("ovn-controller --version | head -1").trim());
         let rules = || shell_lenient("ovs-ofctl --no-stats dump-flows br-int | grep -v '^NXST' | sort");
         let (before, daemons) = (rules(), facts::DAEMONS.map(facts::daemons));
-        let since = lines();
+        let said_before = fs::read_to_string(LOG)?.len();
         let listens = facts::socket_is_active();
         let probes = network::gentle_probes(Place::named("ns1"), Place::named("ns2"), Ipv4Addr::new(10, 9, 0, 2));
         let live = guest::start_all(probes)?;
@@ -116,8 +108,8 @@ impl Custom for Ovn {
         // OVN's own ovsdb-servers are among them.
         let others = daemons.iter().zip(&now).all(|(before, now)| now.len() == before.len() && before != now);
         outcome.check("both daemons are others", others, json!([daemons, now]));
-        let log = log_since(since);
-        std::fs::write(out.join("ovn-controller.log"), &log)?;
+        let log = fs::read_to_string(LOG)?.split_off(said_before);
+        fs::write(out.join("ovn-controller.log"), &log)?;
         outcome.note("ovn-controller without the database, ms", without_database(&log));
         let refused = log.matches(REFUSED).count();
         outcome.note("connections of ovn-controller that were refused", refused);

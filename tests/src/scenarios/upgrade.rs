@@ -168,7 +168,7 @@ fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
         let log = out.join(format!("apt-{}", step + 1)).display().to_string();
         let words = format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}");
         if new_registers() && !has_new_registers(version) {
-            goes_down_without(&name, || apt(&words, &log), outcome)?;
+            goes_down_without(&name, || apt(&words, &log), out, outcome)?;
         } else {
             doors::graceful(&name, || apt(&words, &log), outcome)?;
         }
@@ -197,7 +197,7 @@ fn has_new_registers(version: &str) -> bool {
 
 /// Down to a version that cannot load one of the rules: that is said, by name, and nothing is touched. Without the rule it
 /// is a run.
-fn goes_down_without(name: &str, apt: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+fn goes_down_without(name: &str, apt: impl FnOnce() -> String, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let name = format!("{name}, with a rule that it cannot load");
     shell(&format!("ovs-ofctl add-flow br0 '{NEW_RULE},actions=drop'"))?;
     shell("mkdir -p /etc/ovs-graceful; printf '[doors]\\nrefused = \"keep\"\\n' > /etc/ovs-graceful/config.toml")?;
@@ -216,8 +216,7 @@ fn goes_down_without(name: &str, apt: impl FnOnce() -> String, outcome: &mut Out
     shell("rm /etc/ovs-graceful/config.toml")?;
     // Only the version that knows the register can name it.
     shell("ovs-ofctl del-flows br0 table=77")?;
-    let run = || shell_lenient("timeout 240 ovs-graceful restart 2>&1; echo exit=$?");
-    let run = || run().trim_end().rsplit_once('\n').map_or_else(String::new, |(text, exit)| format!("{exit}\n{text}"));
+    let run = || shell_logged("timeout 240 ovs-graceful restart", &out.join("restart-without-the-rule"));
     doors::graceful(&format!("{name}, which is gone"), run, outcome)
 }
 
