@@ -153,7 +153,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         tally.check("finding", finding.severity == Severity::Ok);
     }
     let before = Instant::now();
-    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &RealClock, &server, soon());
+    let replaced = ovsdb_server::replace(&daemons, &systemd, &database, &RealClock, &server, None, soon());
     if let Some(new) = tally.take("replace ovsdb-server", replaced) {
         println!("     after {:?}", before.elapsed());
         tally.check("it is another one", new.id != server.id && !daemons.is_alive(server.id));

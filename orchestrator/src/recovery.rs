@@ -25,8 +25,8 @@ use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
 use crate::host::real::{RealClock, Systemd};
 use crate::host::{
-    BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId, RefusedRule,
-    ServiceManager, Signal, DATABASE_UNIT, OVN_MANAGED_ASIDE, SWITCH_UNIT,
+    complete_job, BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId,
+    RefusedRule, ServiceManager, Signal, DATABASE_UNIT, OVN_MANAGED_ASIDE, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
@@ -547,7 +547,7 @@ impl Recovery {
         if let Err(error) = host.database.facts(until) {
             self.told(format!("{error}"));
             if host.services.is_running() && !mark.is_contained() {
-                let started = job(host, DATABASE_UNIT, JobKind::Start, self.until(SHORT));
+                let started = complete_job(host.services.as_ref(), DATABASE_UNIT, JobKind::Start, self.until(SHORT));
                 self.keep(DATABASE_UNIT, started);
             }
         }
@@ -845,7 +845,7 @@ impl Recovery {
         let ended = host.services.end_hand_over(&unit, until);
         self.keep("drop-in", ended);
         self.report.warnings.extend(make_ready_for_a_daemon(host));
-        job(host, &unit, JobKind::Restart, until)?;
+        complete_job(host.services.as_ref(), &unit, JobKind::Restart, until)?;
         self.wait_for_another(host, None, until, &format!("{unit} was started, and no ovs-vswitchd runs"))
     }
 
@@ -1025,14 +1025,6 @@ fn started_since(host: &Host, mark: &Mark, old: &Daemon) -> anyhow::Result<Vec<P
     }
     let young = host.daemons.started_since(&old.cgroup, mark.began)?;
     Ok(young.into_iter().filter(|id| *id != old.id).collect())
-}
-
-fn job(host: &Host, unit: &str, kind: JobKind, until: Instant) -> anyhow::Result<()> {
-    match host.services.start_job(unit, kind, until)?.wait(until)?.as_deref() {
-        Some("done") => Ok(()),
-        Some(other) => bail!("the job of {unit} ended as `{other}`; see `journalctl -u {unit}`"),
-        None => bail!("the job of {unit} has not ended in time"),
-    }
 }
 
 #[cfg(test)]

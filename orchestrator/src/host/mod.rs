@@ -600,6 +600,21 @@ pub trait Job: Send {
     fn wait(&mut self, until: Instant) -> Result<Option<String>>;
 }
 
+/// Queues a job of `unit` and waits for its end.
+///
+/// # Errors
+/// Where it does not end well, or not before `until`.
+pub fn complete_job(services: &dyn ServiceManager, unit: &str, kind: JobKind, until: Instant) -> Result<()> {
+    match services.start_job(unit, kind, until)?.wait(until)?.as_deref() {
+        Some("done") => Ok(()),
+        Some(other) => {
+            Err(HostError::new(unit, format!("its job ended as `{other}`"))
+                .remedy(format!("see `journalctl -u {unit}`")))
+        }
+        None => Err(HostError::timeout(unit, "waiting for the end of its job")),
+    }
+}
+
 /// The OpenFlow state of a bridge, in the words of ovs-ofctl.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BridgeRules {
@@ -723,7 +738,8 @@ pub trait OpenFlow: Send + Sync {
     fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation>;
     /// The rules that `daemon` has and `rules` tell as others, or not at all.
     fn unfaithful(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>>;
-    /// The flows of `bridges` that `daemon` has and that the installed ovs-ofctl, which is of another version, cannot read.
+    /// The flows of `bridges` that `daemon` has and that the installed ovs-ofctl, which is of another version, cannot read:
+    /// not all of them where there are many.
     fn unreadable(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<RefusedRule>>;
     /// The learned addresses of each of `bridges` in `daemon`, in their order, the latest first.
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;

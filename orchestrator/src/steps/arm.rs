@@ -101,7 +101,8 @@ pub(super) fn no_other_job(run: &Run) -> Result<(), Stop> {
 fn replace_ovsdb_server(run: &mut Run) -> Result<(), Stop> {
     let Host { daemons, services, database, clock, .. } = &run.host;
     let old = daemons.find_ovsdb_server()?;
-    replace(daemons.as_ref(), services.as_ref(), database.as_ref(), clock.as_ref(), &old, run.deadline)
+    let system_id = run.known.facts.external_ids.get("system-id");
+    replace(daemons.as_ref(), services.as_ref(), database.as_ref(), clock.as_ref(), &old, system_id, run.deadline)
         .context("replacing ovsdb-server")?;
     run.checkpoint()
 }

@@ -13,7 +13,9 @@ use serde_json::json;
 use super::credentials::Credentials;
 use super::{command, procfs, trusted, unixctl};
 use crate::host::clock::Clock;
-use crate::host::{Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit};
+use crate::host::{
+    complete_job, Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit,
+};
 
 /// Where `ovs-ctl` keeps the database when nothing on the command line says otherwise.
 const DEFAULT_FILE: &str = "/etc/openvswitch/conf.db";
@@ -61,10 +63,10 @@ fn words(unit: &Unit) -> BTreeSet<String> {
         .flat_map(|text| text.lines().map(str::trim).map(str::to_owned).collect::<Vec<_>>())
         .filter(|line| !line.starts_with('#') && !line.starts_with(';'))
         .collect();
-    let of_files =
-        lines.iter().flat_map(|line| line.split(|c: char| c.is_whitespace() || "=\"'".contains(c))).map(str::to_owned);
-    let option = |word: &String| word.split('=').next().unwrap_or_default().to_owned();
-    of_files.chain(unit.exec_start.iter().map(option)).collect()
+    let apart = |text: &String| -> Vec<String> {
+        text.split(|c: char| c.is_whitespace() || "=\"'".contains(c)).map(str::to_owned).collect()
+    };
+    lines.iter().chain(&unit.exec_start).flat_map(apart).collect()
 }
 
 /// The options in the unit's command or environment files that would delete configuration.
@@ -89,19 +91,19 @@ fn is_system_id(id: &str) -> bool {
 }
 
 /// Replaces `old` by a server of the installed version and waits until ovs-vswitchd is in step with it. Returns the new
-/// server.
+/// server. `system_id` is the host's, as the database has it.
 pub fn replace(
     daemons: &dyn Daemons,
     services: &dyn ServiceManager,
     database: &dyn Database,
     clock: &dyn Clock,
     old: &Daemon,
+    system_id: Option<&String>,
     until: Instant,
 ) -> Result<Daemon> {
     match services.owner(old, until)? {
         Some(unit) => {
-            let ids = database.facts(until)?.external_ids;
-            let system_id = own_system_id(&unit, ids.get("system-id"), Path::new(SYSTEM_ID));
+            let system_id = own_system_id(&unit, system_id, Path::new(SYSTEM_ID));
             by_unit(daemons, services, &unit, system_id, until)?;
         }
         None => by_hand(daemons, database, clock, old, until)?,
@@ -126,7 +128,7 @@ fn by_unit(
         services.append_to_start(&unit.name, &words, until)?;
     }
     let result = match lost.is_empty() {
-        true => job(services, &unit.name, JobKind::Restart, until),
+        true => complete_job(services, &unit.name, JobKind::Restart, until),
         false => with_new_sockets(services, unit, &lost, until),
     };
     // Whatever came of it, the unit goes back to what the package wrote.
@@ -154,20 +156,10 @@ fn lost_sockets(
 
 /// Restarts the server with its sockets, which systemd makes anew only while the server is away.
 fn with_new_sockets(services: &dyn ServiceManager, unit: &Unit, sockets: &[String], until: Instant) -> Result<()> {
-    job(services, &unit.name, JobKind::Stop, until)?;
-    let made = sockets.iter().try_for_each(|socket| job(services, socket, JobKind::Restart, until));
+    complete_job(services, &unit.name, JobKind::Stop, until)?;
+    let made = sockets.iter().try_for_each(|socket| complete_job(services, socket, JobKind::Restart, until));
     // Without them it listens by itself.
-    job(services, &unit.name, JobKind::Start, until).and(made)
-}
-
-fn job(services: &dyn ServiceManager, unit: &str, kind: JobKind, until: Instant) -> Result<()> {
-    match services.start_job(unit, kind, until)?.wait(until)?.as_deref() {
-        Some("done") => Ok(()),
-        Some(other) => {
-            Err(HostError::new(unit, format!("its restart ended as {other}")).remedy(format!("journalctl -u {unit}")))
-        }
-        None => Err(HostError::timeout(unit, "restarting it")),
-    }
+    complete_job(services, &unit.name, JobKind::Start, until).and(made)
 }
 
 /// Ends the server and starts it as it was, converting the database in between as `ovs-ctl` would, but never replacing
