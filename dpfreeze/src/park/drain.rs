@@ -20,6 +20,9 @@ const SLEEPING_IN: [libc::c_long; 5] =
 #[cfg(not(target_arch = "x86_64"))]
 const SLEEPING_IN: [libc::c_long; 3] = [libc::SYS_ppoll, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
 
+/// System calls of a thread that writes log files.
+const WRITES_OR_WAITS: [libc::c_long; 3] = [libc::SYS_futex, libc::SYS_pwrite64, libc::SYS_write];
+
 /// Watches a daemon whose upcalls go elsewhere by now, until its queues are empty and its handlers asleep.
 #[derive(Debug)]
 pub struct DrainWatch {
@@ -74,8 +77,9 @@ impl DrainWatch {
             let number = read("syscall").split(' ').next().unwrap_or_default().trim().to_owned();
             format!("thread {tid}: system call {number}, waits in {}", read("wchan"))
         };
-        let awake = self.handlers.iter().filter(|tid| matches!(polls(self.pid, **tid), Ok(Polls::Not))).map(state);
-        [vec![format!("{queued} bytes are queued")], awake.collect()].concat().join("; ")
+        let is_awake = |tid: &&u32| matches!(polls(self.pid, **tid), Ok(Polls::Not)) && !is_library_s(self.pid, **tid);
+        let awake = self.handlers.iter().filter(is_awake).map(state).collect();
+        [vec![format!("{queued} bytes are queued")], awake].concat().join("; ")
     }
 
     /// How many handler threads the last look saw.
@@ -94,7 +98,7 @@ impl DrainWatch {
     fn handlers_sleep(&mut self) -> Result<bool> {
         self.find_handlers()?;
         for tid in &self.handlers {
-            if matches!(polls(self.pid, *tid)?, Polls::Not) {
+            if matches!(polls(self.pid, *tid)?, Polls::Not) && !is_library_s(self.pid, *tid) {
                 return Ok(false);
             }
         }
@@ -127,6 +131,25 @@ impl DrainWatch {
     }
 }
 
+/// Is it one of the threads that the C library writes log files by (aio_write(3), lib/async-append-aio.c of Open vSwitch)?
+/// Such a one has the name of the thread that logged when it was started, and waits in futex(2) for more to write, which
+/// looks like a handler that works. The library starts it with all signals blocked (`__aio_create_helper_thread`,
+/// sysdeps/unix/sysv/linux/aio_misc.h of glibc); a daemon's own threads block no more than its first one, but for the moment
+/// in which one starts another: it neither waits nor writes then.
+fn is_library_s(pid: u32, tid: u32) -> bool {
+    let blocks_end = |tid: u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
+        let blocked = u64::from_str_radix(blocked.trim(), 16).ok()?;
+        Some([libc::SIGTERM, libc::SIGINT, libc::SIGSEGV].iter().all(|signal| blocked & (1 << (signal - 1)) != 0))
+    };
+    let call = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
+    let call = call.split(' ').next().and_then(|number| number.trim().parse::<libc::c_long>().ok());
+    call.is_some_and(|call| WRITES_OR_WAITS.contains(&call))
+        && blocks_end(tid) == Some(true)
+        && blocks_end(pid) == Some(false)
+}
+
 /// One look at process `pid` with upcall sockets `port_ids`: [`DrainWatch::idle`] without memory. The caller repeats it
 /// after 5 ms, or uses [`DrainWatch::wait`].
 ///
@@ -143,7 +166,7 @@ pub fn drained(pid: u32, port_ids: &[u32]) -> Result<bool> {
 pub(super) fn handler_threads(pid: u32) -> Result<Vec<u32>> {
     let mut watch = DrainWatch::new(pid, &[]);
     watch.find_handlers()?;
-    Ok(watch.handlers.into_iter().collect())
+    Ok(watch.handlers.into_iter().filter(|tid| !is_library_s(pid, *tid)).collect())
 }
 
 /// Whether a thread sleeps in poll or one of its kin.
@@ -241,6 +264,29 @@ mod tests {
         while watch.idle().is_ok_and(|idle| !idle || watch.handlers() == 0) {
             assert!(start.elapsed() < Duration::from_secs(20), "the thread is never seen asleep");
         }
+        // A thread of the C library's with a handler's name waits in futex(2), and holds no upcall.
+        let mut all = nix::sys::signal::SigSet::all();
+        let before = all.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_SETMASK).unwrap();
+        let (writes, written) = std::sync::mpsc::channel::<()>();
+        let (begun, begins) = std::sync::mpsc::channel();
+        let library_s = std::thread::Builder::new()
+            .name("handler7".into())
+            .spawn(move || {
+                begun.send(()).unwrap();
+                written.recv().unwrap_err()
+            })
+            .unwrap();
+        all = before;
+        all.thread_set_mask().unwrap();
+        begins.recv().unwrap();
+        // The first thread may be starting one just now.
+        let start = Instant::now();
+        while watch.idle().is_ok_and(|idle| !idle) {
+            assert!(start.elapsed() < Duration::from_secs(20), "{}", watch.held_up_by());
+        }
+        assert!(watch.idle().is_err() || watch.handlers() == 2);
+        drop(writes);
+        library_s.join().unwrap();
         std::io::Write::write_all(&mut stop, b"x").unwrap();
         sleeper.join().unwrap();
         assert!(drained(u32::MAX >> 2, &[]).unwrap());
