@@ -683,6 +683,10 @@ impl Recovery {
         };
         self.wait_in_step(host.database.as_ref(), next_cfg)?;
         self.bind(host, survivor, captured)?;
+        // Its flows were flushed, or will be: all that is established misses at once, and its sockets are as it made them.
+        if let Err(error) = host.datapath.make_room(survivor.id) {
+            self.told(format!("a burst of misses may find no room: {error}"));
+        }
         let thawed = host.datapath.thaw();
         self.keep("thaw", thawed);
         // A bridge with a controller loses its rules when flow-restore-wait goes.

@@ -200,6 +200,9 @@ pub trait Datapath {
     /// Binds the upcalls to what the new daemon asked for and replays what is parked, until nothing more arrives or
     /// `until`. All that can be made ready is made ready before the binding: after it new misses overtake parked ones.
     fn hand_over(&mut self, to: &Captured, until: Instant) -> Result<HandedOver>;
+    /// Makes room for a burst of misses in the sockets that the upcalls go to now, which are `daemon`'s: all that is
+    /// established may miss at once.
+    fn make_room(&mut self, daemon: ProcessId) -> Result<()>;
     /// Replays what is parked, if anything is, to `daemon`, which has bound the upcalls by itself (level `park`).
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport>;
     /// After the end of a daemon that was handed over to: misses are parked again, and what it left unread in its

@@ -523,6 +523,11 @@ impl Datapath for KernelDatapath {
         Ok(HandedOver { bound, replay })
     }
 
+    fn make_room(&mut self, daemon: ProcessId) -> Result<()> {
+        let port_ids = self.upcall_port_ids()?;
+        raised(number(daemon)?, &port_ids, self.limits).map(drop)
+    }
+
     fn replay_to(&mut self, daemon: ProcessId, until: Instant) -> Result<ReplayReport> {
         self.follow(daemon)?;
         let port_ids = self.upcall_port_ids()?;

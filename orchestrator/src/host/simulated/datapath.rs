@@ -452,6 +452,13 @@ impl Datapath for SimDatapath {
         Ok(HandedOver { bound: self.sim.now(), replay })
     }
 
+    fn make_room(&mut self, daemon: ProcessId) -> Result<()> {
+        self.sim.operate("datapath.make_room", None, |world| {
+            let bound = world.kernel.bound.clone();
+            reads(world, daemon, &bound)
+        })
+    }
+
     fn replay_to(&mut self, daemon: ProcessId, _until: Instant) -> Result<ReplayReport> {
         let replayed = self.sim.operate("datapath.replay_to", None, |world| {
             let bound = world.kernel.bound.clone();
