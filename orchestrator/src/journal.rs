@@ -28,7 +28,7 @@ use crate::conntrack::{self, Conntrack};
 use crate::host::disk::{AppendFile, Disk};
 use crate::host::module::Device;
 use crate::host::real::RealDisk;
-use crate::host::BridgeRules;
+use crate::host::{BridgeRules, BridgeState};
 use crate::machine::{ExitCode, Phase};
 use crate::report::Report;
 
@@ -315,6 +315,9 @@ impl Default for Runs {
     }
 }
 
+/// What a file of rules has.
+type Told = (Vec<BridgeRules>, Vec<BridgeState>);
+
 impl Runs {
     /// Runs under other directories than the host's: `state` survives a reboot, `run` does not.
     pub fn at(state: &Path, run: &Path) -> Runs {
@@ -375,14 +378,23 @@ impl Runs {
         self.run.join(format!("rules.{id}.json"))
     }
 
-    /// Keeps the rules of run `id`.
-    pub fn keep_rules(&self, id: &str, rules: &[BridgeRules]) -> anyhow::Result<()> {
-        self.replace(&self.rules_file(id), &serde_json::to_vec(rules)?)
+    /// Keeps the rules of run `id`, and what else its bridges know.
+    pub fn keep_rules(&self, id: &str, rules: &[BridgeRules], state: &[BridgeState]) -> anyhow::Result<()> {
+        self.replace(&self.rules_file(id), &serde_json::to_vec(&(rules, state))?)
+    }
+
+    fn told(&self, id: &str) -> anyhow::Result<Option<Told>> {
+        self.parsed(&self.rules_file(id))
     }
 
     /// The rules of run `id`; `None` where none were kept.
     pub fn rules(&self, id: &str) -> anyhow::Result<Option<Vec<BridgeRules>>> {
-        self.parsed(&self.rules_file(id))
+        Ok(self.told(id)?.map(|(rules, _)| rules))
+    }
+
+    /// What the bridges of run `id` knew besides rules and addresses.
+    pub fn state(&self, id: &str) -> anyhow::Result<Vec<BridgeState>> {
+        Ok(self.told(id)?.map(|(_, state)| state).unwrap_or_default())
     }
 
     fn devices_file(&self, id: &str) -> PathBuf {

@@ -672,6 +672,8 @@ impl Recovery {
         host.openflow.wait_ready(survivor, &bridges, self.flow_limit, self.until(READY_LIMIT))?;
         let restored = self.restore(host, mark, survivor);
         self.keep("OpenFlow rules", restored);
+        let given = self.give_state(host, mark, survivor);
+        self.keep("what bridges know besides rules", given);
         let put_back = self.put_devices_back(host);
         self.keep("internal devices", put_back);
         let let_go = let_it_bind(host);
@@ -752,6 +754,18 @@ impl Recovery {
             self.told(told);
         }
         self.refused.extend(news);
+        Ok(())
+    }
+
+    /// What bridges knew besides rules and addresses. What is not taken is told.
+    fn give_state(&mut self, host: &Host, mark: &Mark, survivor: &Daemon) -> anyhow::Result<()> {
+        if self.settled && mark.new.as_ref().is_some_and(|new| new.id == survivor.id) {
+            return Ok(());
+        }
+        let state = self.runs.state(&self.id)?;
+        let facts = host.database.facts(self.until(SHORT))?;
+        let lost = host.openflow.give_state(survivor, &facts.bridges, &state, self.until(READY_LIMIT))?;
+        lost.into_iter().for_each(|lost| self.told(lost));
         Ok(())
     }
 

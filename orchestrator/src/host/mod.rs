@@ -12,6 +12,7 @@ pub mod module;
 pub mod real;
 #[cfg(test)]
 pub mod simulated;
+pub mod state;
 pub mod surroundings;
 pub mod zones;
 
@@ -25,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 pub use database_disk::DatabaseDisk;
 pub use error::{Context, HostError, Result};
+pub use state::{BridgeState, StateItem, PORT_FLAGS};
 pub use zones::CtZone;
 
 /// A process that no later process can be mistaken for: its number and when it started.
@@ -266,6 +268,9 @@ pub struct Port {
     pub tag: Option<i64>,
     /// Trunked VLANs; empty is all of them.
     pub trunks: Vec<i64>,
+    /// The inner VLANs that a `dot1q-tunnel` port takes; empty is all of them.
+    #[serde(default)]
+    pub cvlans: Vec<i64>,
     /// `access`, `trunk`, `native-tagged`, `native-untagged`, `dot1q-tunnel`, where set.
     pub vlan_mode: Option<String>,
     /// `active` or `passive` where LACP is on.
@@ -745,6 +750,16 @@ pub trait OpenFlow: Send + Sync {
     fn fdb(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<FdbEntry>>>;
     /// Teaches `daemon` the addresses, without a packet being sent. What does not fit in before `until` is skipped.
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport>;
+    /// What else each of `bridges` knows, in their order, as `daemon` has it.
+    fn state(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeState>>;
+    /// Gives `daemon` what the bridges knew. Returns what it has not taken, in words. May be run twice.
+    fn give_state(
+        &self,
+        daemon: &Daemon,
+        bridges: &[Bridge],
+        wanted: &[BridgeState],
+        until: Instant,
+    ) -> Result<Vec<String>>;
     /// Waits until `daemon` is connected to all controllers that `bridges` were connected to: before, it throws packets
     /// for them away.
     fn wait_for_controllers(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()>;

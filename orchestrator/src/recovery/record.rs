@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use serde::{Deserialize, Serialize};
 
 use crate::host::clock::Clock;
-use crate::host::{BridgeRules, Daemon};
+use crate::host::{BridgeRules, BridgeState, Daemon};
 use crate::journal::{Entry, Journal, Runs};
 use crate::machine::Phase;
 use crate::report::{ConntrackReport, Level, Report, Strategy, Version};
@@ -106,7 +106,7 @@ impl Recorder {
     pub fn done(&mut self, run: &mut Run, phase: Phase, step: &str) -> anyhow::Result<()> {
         self.look(run);
         if matches!(phase, Phase::Snapshot | Phase::SwitchPrepare) {
-            self.keep_rules(&run.id, &run.known.rules)?;
+            self.keep_rules(&run.id, &run.known.rules, &run.known.state)?;
         }
         self.say(|data| Entry::done(phase, step, data))
     }
@@ -160,14 +160,17 @@ impl Recorder {
     }
 
     /// Hazards 22: the rules of the switch, not of the snapshot.
-    fn keep_rules(&mut self, id: &str, rules: &[BridgeRules]) -> anyhow::Result<()> {
+    fn keep_rules(&mut self, id: &str, rules: &[BridgeRules], state: &[BridgeState]) -> anyhow::Result<()> {
         let mut hasher = DefaultHasher::new();
         for bridge in rules {
             (&bridge.bridge, &bridge.tlv_map, &bridge.meters, &bridge.groups, &bridge.flows).hash(&mut hasher);
         }
+        for bridge in state {
+            (&bridge.bridge, &bridge.items).hash(&mut hasher);
+        }
         let hash = hasher.finish();
         if self.rules != Some(hash) {
-            self.runs.keep_rules(id, rules)?;
+            self.runs.keep_rules(id, rules, state)?;
             self.rules = Some(hash);
         }
         Ok(())

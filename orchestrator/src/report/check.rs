@@ -101,12 +101,6 @@ names! {
     Bridges = "bridges",
     /// A bridge that ovs-vswitchd does not make.
     BridgeIgnored = "bridge-ignored",
-    /// What OpenFlow has set on ports.
-    PortConfig = "port-config",
-    /// How a bridge handles IP fragments.
-    Fragments = "fragments",
-    /// What OpenFlow has set on flow tables.
-    TableConfig = "table-config",
     /// Rules that end at a given time.
     HardTimeout = "hard-timeout",
     /// Somebody else's filters on ports.

@@ -63,7 +63,10 @@ pub fn go_back(run: &mut Run) -> Ended {
 /// There is no Verify on this way, and whoever reads the report asks first whether his rules are there.
 fn look_at_rules(run: &mut Run) {
     match run.host.openflow.snapshot(&run.known.facts.bridges, run.deadline) {
-        Ok(rules) => notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused),
+        Ok(rules) => {
+            notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
+            run.report.differences.append(&mut run.known.state_lost);
+        }
         Err(error) => run.warn(format!("which OpenFlow rules are there now is not known: {error}")),
     }
 }

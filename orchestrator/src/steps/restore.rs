@@ -59,6 +59,7 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     let Known { rules, addresses, prepared, .. } = &run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.as_deref(), until)?;
     note(run, done)?;
+    give_state(run, &new, &bridges);
     super::policies::make(run)?;
     super::reload::put_devices_back(run)
 }
@@ -121,6 +122,15 @@ fn teach_addresses(
         }
     }
     Ok(learned)
+}
+
+/// No rule and no packet is given up for it: what is not taken is a difference in the end.
+fn give_state(run: &mut Run, new: &Daemon, bridges: &[Bridge]) {
+    let (openflow, wanted, until) = (run.host.openflow.as_ref(), &run.known.state, run.deadline);
+    let given = openflow.give_state(new, bridges, wanted, until);
+    let given = given.or_else(|_| openflow.give_state(new, bridges, wanted, until));
+    run.known.state_lost =
+        given.unwrap_or_else(|error| vec![format!("what bridges knew besides rules may be lost: {error}")]);
 }
 
 fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -> Result<(), Stop> {

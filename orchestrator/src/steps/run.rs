@@ -15,8 +15,8 @@ use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
-    BridgeRules, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore, RefusedRule,
-    RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
+    BridgeRules, BridgeState, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore,
+    RefusedRule, RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
 };
 use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
@@ -133,6 +133,10 @@ pub struct Known {
     pub refused: Vec<RefusedRule>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// What bridges know besides rules and addresses.
+    pub state: Vec<BridgeState>,
+    /// What of it the new daemon has not taken, in words.
+    pub state_lost: Vec<String>,
     /// The start of the program that ran before.
     pub back: Option<Box<dyn Starting>>,
     /// The start of the new daemon.

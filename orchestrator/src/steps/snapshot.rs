@@ -38,6 +38,7 @@ impl Step for Snapshot {
         run.known.rules = rules.context("OpenFlow rules")?;
         run.known.rule_watch = Some(watch);
         notes::rules_before(&mut run.report, &run.known.rules);
+        run.known.state = openflow.state(&old, &bridges, until).context("what bridges know besides rules")?;
         run.checkpoint()?;
         // Parsed and ready now, so that the gap does not pay for it.
         restore::prepare(run)?;

@@ -145,6 +145,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     }
     let old = run.old()?.clone();
     let learned = run.host.openflow.fdb(&old, &bridges, until).context("learned addresses")?;
+    run.known.state = run.host.openflow.state(&old, &bridges, until).context("what bridges know besides rules")?;
     run.known.addresses.extend(bridges.into_iter().map(|bridge| bridge.name).zip(learned));
     run.checkpoint()
 }

@@ -9,6 +9,7 @@ use dpfreeze::snapshot::Snapshot;
 use super::{bridges, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
+use crate::host::state::lost;
 use crate::host::{BridgeRules, DatabaseFacts};
 use crate::machine::{Event, Phase};
 
@@ -35,6 +36,7 @@ impl Step for Verify {
         })?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
         compare_meaning(run, &rules)?;
+        compare_state(run)?;
         compare_features(run);
         run.checkpoint()?;
         match run.report.differences.is_empty() {
@@ -54,6 +56,20 @@ fn compare_meaning(run: &mut Run, rules: &[BridgeRules]) -> Result<(), Stop> {
         run.host.openflow.unfaithful(&new, &rules, until).context("what the new ovs-vswitchd has of OpenFlow rules")
     })?;
     run.report.differences.extend(other.iter().map(ToString::to_string));
+    Ok(())
+}
+
+/// What was learned goes by itself, too: of that counts what the new daemon had taken when it was given.
+fn compare_state(run: &mut Run) -> Result<(), Stop> {
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
+    let now = bridges::despite_removals(run, |run| {
+        run.host.openflow.state(&new, &run.known.facts.bridges, until).context("what bridges know besides rules")
+    })?;
+    let mut told = std::mem::take(&mut run.known.state_lost);
+    told.extend(lost(&run.known.state, &now, |item| !item.is_learned()));
+    told.sort_unstable();
+    told.dedup();
+    run.report.differences.extend(told);
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
 use crate::host::simulated::{
-    Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, ODD_RULE,
+    state, Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, ODD_RULE,
 };
 use crate::recovery::{recover_interrupted, tidy_database};
 
@@ -192,6 +192,11 @@ impl Played {
         let plain = self.is_a_plain_restart(&world);
         if switch.rules != world.rules_for(pid) && !world.rebooted && !plain {
             wrong.push("the switch has not all of its rules".into());
+        }
+        let mut known = state();
+        known.retain(|bridge, _| world.table.removed != Some(bridge.as_str()));
+        if switch.state != known && !world.rebooted && !plain && !world.died_knowing {
+            wrong.push("the switch has forgotten what it knew besides its rules".into());
         }
         world.pass(Duration::from_secs(1));
         if world.lost() > lost && !world.rebooted && !plain {

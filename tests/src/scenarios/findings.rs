@@ -128,17 +128,6 @@ const GROUPS: &[Group] = &[
                 Remedy::Nothing("ovs-vsctl clear bridge br0 netflow"),
             ),
             warned(
-                "port-config",
-                "ovs-ofctl mod-port br0 v-ns3 no-flood",
-                Remedy::Nothing("ovs-ofctl mod-port br0 v-ns3 flood"),
-            ),
-            warned("fragments", "ovs-ofctl set-frags br0 nx-match", Remedy::Nothing("ovs-ofctl set-frags br0 normal")),
-            warned(
-                "table-config",
-                "ovs-ofctl -O OpenFlow14 mod-table br0 5 evict",
-                Remedy::Nothing("ovs-ofctl -O OpenFlow14 mod-table br0 5 noevict"),
-            ),
-            warned(
                 "hard-timeout",
                 "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop",
                 Remedy::Nothing("ovs-ofctl del-flows br0 cookie=0x77/-1"),

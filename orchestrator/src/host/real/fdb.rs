@@ -3,7 +3,7 @@
 //! `ofproto/trace-packet-out ... -generate NORMAL` translates a made-up frame *with side effects* (`xlate_in_init` in
 //! `ofproto/ofproto-dpif-xlate.c`: a packet is there) and executes nothing in the datapath: the source address is
 //! learned as if the frame had come in, and no port sees a frame. A real packet-out would flood instead: it learns only
-//! after its own look-up (`packet_xlate`), and `fdb/add` makes entries that never age.
+//! after its own look-up (`packet_xlate`). `fdb/add` makes entries that never age: those that were static.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::host::{Bridge, Daemon, FdbEntry, LearnReport, Port, Result};
 const ETHER_TYPE: &str = "0x88b5";
 
 /// So many commands are under way at once: a daemon takes ten of a connection in each turn of its main loop.
-const BATCH: usize = 40;
+pub(super) const BATCH: usize = 40;
 
 /// The rows of `fdb/show`: port, VLAN, MAC, age.
 pub fn parse(text: &str) -> Vec<FdbEntry> {
@@ -42,16 +42,15 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
     }
     let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
     let mut connection = unixctl::connect(daemon)?;
+    // Static ones first: nothing that is learned takes their place.
     let (learned, fixed): (Vec<&FdbEntry>, Vec<&FdbEntry>) = entries.iter().partition(|entry| entry.age_s.is_some());
-    fixed.iter().for_each(|_| skip("static entries come from whoever configured them"));
-    for batch in learned.chunks(BATCH) {
+    let all: Vec<&FdbEntry> = fixed.into_iter().chain(learned).collect();
+    for batch in all.chunks(BATCH) {
         if remaining(until).is_none() {
             batch.iter().for_each(|_| skip("no time left"));
             continue;
         }
-        let arguments =
-            |entry: &&FdbEntry| json!([bridge.name, frame(entry, port_of(bridge, &entry.port)), "-generate", "NORMAL"]);
-        let calls: Vec<_> = batch.iter().map(|entry| ("ofproto/trace-packet-out", arguments(entry))).collect();
+        let calls: Vec<_> = batch.iter().map(|entry| call(bridge, entry)).collect();
         match connection.call_many(&calls, until) {
             Ok(answers) => answers.into_iter().filter_map(|answer| answer.err()).for_each(|error| skip(&error.cause)),
             Err(error) if error.timed_out => batch.iter().for_each(|_| skip("no time left")),
@@ -61,7 +60,8 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
     // Counted by what is in the table, not by what was asked for.
     let table = connection.call("fdb/show", json!([bridge.name]), Instant::now() + Duration::from_secs(1))?;
     let there = parse(table.as_str().unwrap_or_default());
-    let same = |a: &FdbEntry, b: &FdbEntry| (&a.port, a.vlan, &a.mac) == (&b.port, b.vlan, &b.mac);
+    let key = |entry: &FdbEntry| (entry.port.clone(), entry.vlan, entry.mac.clone(), entry.age_s.is_none());
+    let same = |a: &FdbEntry, b: &FdbEntry| key(a) == key(b);
     report.restored = entries.iter().filter(|entry| there.iter().any(|other| same(entry, other))).count() as u64;
     let skipped: u64 = report.skipped.values().sum();
     let refused = (entries.len() as u64).saturating_sub(report.restored + skipped);
@@ -71,16 +71,40 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
     Ok(report)
 }
 
-/// The port that the database has under this OpenFlow number.
-fn port_of<'a>(bridge: &'a Bridge, number: &str) -> Option<&'a Port> {
+/// The command that makes the entry.
+fn call(bridge: &Bridge, entry: &FdbEntry) -> (&'static str, serde_json::Value) {
+    match entry.age_s {
+        None => ("fdb/add", json!([bridge.name, entry.port, entry.vlan.to_string(), entry.mac])),
+        Some(_) => {
+            let frame = frame(entry, port_of(bridge, &entry.port));
+            ("ofproto/trace-packet-out", json!([bridge.name, frame, "-generate", "NORMAL"]))
+        }
+    }
+}
+
+/// The port that the database has under this OpenFlow number; `LOCAL` has the bridge's name.
+pub(super) fn port_of<'a>(bridge: &'a Bridge, number: &str) -> Option<&'a Port> {
+    if number == "LOCAL" {
+        return bridge.ports.iter().find(|port| port.name == bridge.name);
+    }
     let number: i64 = number.parse().ok()?;
     bridge.ports.iter().find(|port| port.interfaces.iter().any(|interface| interface.ofport == Some(number)))
 }
 
+/// The tag of a frame that comes in by `port` and belongs to `vlan`; none where it has none.
+pub(super) fn frame_vlan(vlan: u16, port: Option<&Port>) -> Option<u16> {
+    let tunnelled = port.filter(|port| port.vlan_mode.as_deref() == Some("dot1q-tunnel"));
+    if let Some(port) = tunnelled {
+        // The VLAN is the port's, and frames keep a tag of their own, one that the port takes.
+        return port.cvlans.first().and_then(|cvlan| u16::try_from(*cvlan).ok()).filter(|cvlan| *cvlan != 0);
+    }
+    let own = port.and_then(|port| port.tag) == Some(i64::from(vlan));
+    (vlan != 0 && !own).then_some(vlan)
+}
+
 /// A frame of the entry's address to itself, as the port expects it: without a tag where the VLAN is the port's own.
 fn frame(entry: &FdbEntry, port: Option<&Port>) -> String {
-    let own = port.and_then(|port| port.tag) == Some(i64::from(entry.vlan));
-    let tag = if entry.vlan == 0 || own { String::new() } else { format!(",dl_vlan={}", entry.vlan) };
+    let tag = frame_vlan(entry.vlan, port).map_or_else(String::new, |vlan| format!(",dl_vlan={vlan}"));
     let FdbEntry { port, mac, .. } = entry;
     format!("in_port={port},dl_src={mac},dl_dst={mac},dl_type={ETHER_TYPE}{tag}")
 }

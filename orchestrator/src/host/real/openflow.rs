@@ -12,10 +12,11 @@ use super::parallel::side_by_side;
 use super::prepared::Prepared;
 use super::recording::{code, Recording};
 use super::rule_watch::Watch;
-use super::{command, controllers, faithful, fdb, meters, unixctl};
+use super::{command, controllers, faithful, fdb, meters, state, unixctl};
+use crate::host::state::lost;
 use crate::host::{
-    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore, RefusedRule,
-    RestoredRules, Result, RuleDifference, RuleWatch,
+    Bridge, BridgeRules, BridgeState, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore,
+    RefusedRule, RestoredRules, Result, RuleDifference, RuleWatch,
 };
 
 pub(super) const OVS_OFCTL: &str = "ovs-ofctl";
@@ -399,6 +400,24 @@ impl OpenFlow for RealOpenFlow {
 
     fn learn(&self, daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Instant) -> Result<LearnReport> {
         fdb::learn(daemon, bridge, entries, until)
+    }
+
+    fn state(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeState>> {
+        state::read(self, daemon, bridges, until)
+    }
+
+    fn give_state(
+        &self,
+        daemon: &Daemon,
+        bridges: &[Bridge],
+        wanted: &[BridgeState],
+        until: Instant,
+    ) -> Result<Vec<String>> {
+        state::give(self, daemon, bridges, wanted, until)?;
+        // By what it has now, not by what it was told.
+        let asked = |bridge: &&Bridge| wanted.iter().any(|one| one.bridge == bridge.name && !one.items.is_empty());
+        let asked: Vec<Bridge> = bridges.iter().filter(asked).cloned().collect();
+        Ok(lost(wanted, &state::read(self, daemon, &asked, until)?, |_| true))
     }
 
     fn wait_for_controllers(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<()> {

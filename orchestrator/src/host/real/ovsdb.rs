@@ -527,7 +527,7 @@ const WANTED: &[(&str, &[&str])] = &[
             "ports",
         ],
     ),
-    ("Port", &["name", "tag", "trunks", "vlan_mode", "lacp", "interfaces"]),
+    ("Port", &["name", "tag", "trunks", "cvlans", "vlan_mode", "lacp", "interfaces"]),
     (
         "Interface",
         &[
@@ -643,6 +643,7 @@ impl Tables {
             name: string(&row["name"]),
             tag: row["tag"].as_i64(),
             trunks: set(&row["trunks"]).into_iter().filter_map(Value::as_i64).collect(),
+            cvlans: set(&row["cvlans"]).into_iter().filter_map(Value::as_i64).collect(),
             vlan_mode: word("vlan_mode"),
             lacp: word("lacp").filter(|mode| mode != "off"),
             interfaces: self.referred("Interface", &row["interfaces"]).map(interface).collect(),

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 pub use control::SimControl;
 pub use disk::SimDisk;
 pub use fault::{Crash, Fault, Place, Script};
-pub use world::{DiskState, Odd, Program, Variant, World, ODD_RULE};
+pub use world::{state, DiskState, Odd, Program, Variant, World, ODD_RULE};
 
 use crate::host::{HostError, Result};
 use crate::steps::Host;

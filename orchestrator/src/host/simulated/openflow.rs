@@ -6,8 +6,8 @@ use std::time::Instant;
 use super::world::{Odd, Process, World, ODD_RULE};
 use super::Sim;
 use crate::host::{
-    Bridge, BridgeRules, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore, RefusedRule,
-    RestoredRules, Result, RuleWatch,
+    Bridge, BridgeRules, BridgeState, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore,
+    RefusedRule, RestoredRules, Result, RuleWatch,
 };
 
 #[derive(Clone)]
@@ -160,6 +160,36 @@ impl OpenFlow for SimOpenFlow {
                 Ok(LearnReport { restored: entries.len() as u64, ..LearnReport::default() })
             }
             None => Err(HostError::new("ovs-vswitchd", "it has ended")),
+        })
+    }
+
+    fn state(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeState>> {
+        self.0.operate("openflow.state", Some(until), |world| {
+            all_there(world, bridges.iter().map(|bridge| &*bridge.name))?;
+            let process = world.processes.get(&daemon.id.pid);
+            let process = process.ok_or_else(|| HostError::new("ovs-vswitchd", "it has ended"))?;
+            let items = |bridge: &Bridge| process.state.get(&bridge.name).cloned().unwrap_or_default();
+            let state = bridges.iter().map(|bridge| BridgeState { bridge: bridge.name.clone(), items: items(bridge) });
+            let state = state.collect();
+            world.state_read = true;
+            Ok(state)
+        })
+    }
+
+    fn give_state(
+        &self,
+        daemon: &Daemon,
+        _bridges: &[Bridge],
+        wanted: &[BridgeState],
+        until: Instant,
+    ) -> Result<Vec<String>> {
+        self.0.operate("openflow.give_state", Some(until), |world| {
+            let removed = world.table.removed;
+            let process = world.processes.get_mut(&daemon.id.pid);
+            let process = process.ok_or_else(|| HostError::new("ovs-vswitchd", "it has ended"))?;
+            let there = wanted.iter().filter(|state| Some(&*state.bridge) != removed && !state.items.is_empty());
+            process.state.extend(there.map(|state| (state.bridge.clone(), state.items.clone())));
+            Ok(Vec::new())
         })
     }
 

@@ -12,7 +12,7 @@ use super::disk::Files;
 use super::fault::{Fault, Script};
 use crate::control::{AbortGate, HookCommand};
 use crate::host::datapath::FreezeEvent;
-use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, Interface, Port, ProcessId};
+use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, Interface, Port, ProcessId, StateItem};
 
 /// The unit of the switch.
 pub(super) const SWITCH: &str = "ovs-vswitchd.service";
@@ -134,6 +134,8 @@ pub struct Process {
     pub rules: BTreeMap<String, BridgeRules>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// What bridges know besides rules and addresses.
+    pub state: BTreeMap<String, BTreeSet<StateItem>>,
     /// Its requests for tunnel ports are changed into questions.
     pub watched: bool,
     /// It has taken over: its tunnels have their ports.
@@ -370,6 +372,10 @@ pub struct World {
     pub rules_read: bool,
     /// The old daemon died by itself before anybody had read its rules.
     pub died_unread: bool,
+    /// What bridges know besides rules has been read.
+    pub state_read: bool,
+    /// The old daemon died by itself before that.
+    pub died_knowing: bool,
     /// The machine went down.
     pub rebooted: bool,
     /// systemd keeps what the supervisor has parked.
@@ -415,6 +421,12 @@ fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
     BTreeMap::from([("br0".to_owned(), vec![entry])])
 }
 
+/// What bridges know besides.
+pub fn state() -> BTreeMap<String, BTreeSet<StateItem>> {
+    let item = StateItem::Fragments { mode: 3 };
+    BTreeMap::from([("br0".to_owned(), [item.clone()].into()), (WITH_CONTROLLER.to_owned(), [item].into())])
+}
+
 impl World {
     /// A host that forwards.
     pub fn new(variant: Variant, script: Script) -> World {
@@ -445,6 +457,8 @@ impl World {
             killed: Vec::new(),
             rules_read: false,
             died_unread: false,
+            state_read: false,
+            died_knowing: false,
             rebooted: false,
             kept: false,
             deaths: 0,
@@ -465,6 +479,7 @@ impl World {
         if let Some(daemon) = world.processes.get_mut(&first) {
             daemon.rules = rules(variant.odd);
             daemon.addresses = addresses();
+            daemon.state = state();
         }
         world.kernel.established = Some(first);
         world.kernel.recirculating = Some(first);
@@ -514,6 +529,7 @@ impl World {
             port_ids: vec![pid as u32 * 10, pid as u32 * 10 + 1],
             rules: BTreeMap::new(),
             addresses: BTreeMap::new(),
+            state: BTreeMap::new(),
             in_unit,
             touched: None,
             watched: false,
@@ -1161,6 +1177,7 @@ impl World {
             Fault::ThawedByHand => self.gate.request_thaw(),
             Fault::OldDies => {
                 self.died_unread |= !self.rules_read;
+                self.died_knowing |= !self.state_read;
                 self.end(self.first, false)
             }
             Fault::NewDies => {
@@ -1173,7 +1190,10 @@ impl World {
             Fault::BridgeRemoved => {
                 self.table.removed = Some(WITH_CONTROLLER);
                 self.rules.remove(WITH_CONTROLLER);
-                self.processes.values_mut().for_each(|process| drop(process.rules.remove(WITH_CONTROLLER)));
+                for process in self.processes.values_mut() {
+                    process.rules.remove(WITH_CONTROLLER);
+                    process.state.remove(WITH_CONTROLLER);
+                }
             }
             Fault::Suspend => self.pass(LONG),
             Fault::TableMadeAnew => self.kernel.table_made_anew = true,

@@ -1,5 +1,5 @@
 //! What ovs-vswitchd was told by others than the database and forgets when it ends, and what it removes of others when it
-//! starts. Nothing of this is put back yet.
+//! starts, where that is not put back.
 
 use std::path::Path;
 use std::time::Instant;
@@ -14,10 +14,6 @@ use crate::report::{Findings, Name};
 const RUN_DIRECTORY: &str = "/run/openvswitch";
 /// So many ports or rules are named; the rest is counted.
 const NAMED: usize = 3;
-/// What `mod-port` sets in a port's config. The other flag, PORT_DOWN, is the device's own and stays.
-const PORT_FLAGS: [&str; 6] = ["NO_STP", "NO_RECV", "NO_RECV_STP", "NO_FLOOD", "NO_FWD", "NO_PACKET_IN"];
-/// The versions that have table configuration.
-const WITH_TABLE_CONFIG: [&str; 2] = ["OpenFlow14", "OpenFlow15"];
 
 /// Looks at the running daemon, bridges and ports.
 pub(super) fn look(
@@ -33,10 +29,10 @@ pub(super) fn look(
     judge_offload(offloads, facts.is_on("hw-offload"), found);
     let kernel = facts.bridges.iter().filter(|bridge| bridge.is_of_kernel());
     let bridges: Vec<Bridge> = kernel.cloned().collect();
-    // Three programs for each of hundreds of bridges: what else is looked at needs its time, too.
+    // A program for each of hundreds of bridges: what else is looked at needs its time, too.
     let now = Instant::now();
     let soon = now + until.saturating_duration_since(now) / 3;
-    let in_time = |bridge: &Bridge| (Instant::now() < soon).then(|| told(bridge, until));
+    let in_time = |bridge: &Bridge| (Instant::now() < soon).then(|| rules(bridge, until));
     let told = side_by_side(&bridges, |bridge| Ok(in_time(bridge))).unwrap_or_default();
     let unasked = told.iter().filter(|told| told.is_none()).count();
     for (bridge, told) in bridges.iter().zip(told) {
@@ -44,7 +40,7 @@ pub(super) fn look(
     }
     if unasked > 0 {
         let cause = format!(
-            "{unasked} of {} were not asked, for lack of time, for what OpenFlow has set and a restart loses",
+            "{unasked} of {} were not asked, for lack of time, for rules that a restart changes",
             bridges.len()
         );
         found.warn(Name::Bridges, "database", cause, "none: the host is busy; a quieter hour, or a longer `check_ms`");
@@ -74,48 +70,17 @@ fn judge_offload(offloads: bool, asked_for: bool, found: &mut Findings) {
     }
 }
 
-/// What OpenFlow has told a bridge. What cannot be read is empty: the run reads the rules again, and fails if it cannot.
-#[derive(Debug, Default)]
-struct Told {
-    show: String,
-    tables: String,
-    rules: String,
-}
-
-fn told(bridge: &Bridge, until: Instant) -> Told {
+/// The rules of a bridge as ovs-ofctl prints them. What cannot be read is empty: the run reads the rules again, and fails
+/// if it cannot.
+fn rules(bridge: &Bridge, until: Instant) -> String {
     let target = format!("unix:{}", Path::new(RUN_DIRECTORY).join(format!("{}.mgmt", bridge.name)).display());
-    let ask = |versions: &str, words: &[&str]| {
-        let words: Vec<&str> = ["-O", versions].iter().chain(words).copied().chain([target.as_str()]).collect();
-        command::run_well(OVS_OFCTL, &words, None, until).unwrap_or_default()
-    };
-    let speaks = |version: &str| bridge.protocols.is_empty() || bridge.protocols.iter().any(|one| one == version);
-    let all = if bridge.protocols.is_empty() { ANY_VERSION.to_owned() } else { bridge.protocols.join(",") };
-    let newest: Vec<&str> = WITH_TABLE_CONFIG.into_iter().filter(|version| speaks(version)).collect();
-    Told {
-        // Only OpenFlow 1.0 knows NO_FLOOD.
-        show: ask(if speaks("OpenFlow10") { "OpenFlow10" } else { &all }, &["show"]),
-        tables: if newest.is_empty() { String::new() } else { ask(&newest.join(","), &["dump-table-desc"]) },
-        rules: ask(&all, &["--no-stats", "--no-names", "dump-flows"]),
-    }
+    let versions = if bridge.protocols.is_empty() { ANY_VERSION.to_owned() } else { bridge.protocols.join(",") };
+    let words = ["-O", &versions, "--no-stats", "--no-names", "dump-flows", &target];
+    command::run_well(OVS_OFCTL, &words, None, until).unwrap_or_default()
 }
 
-fn judge(object: &str, told: &Told, found: &mut Findings) {
-    let again = "none yet: it is lost in any restart; set it again afterwards";
-    let ports = port_flags(&told.show);
-    if !ports.is_empty() {
-        let cause = format!("OpenFlow has set flags of ports, which end with ovs-vswitchd: {}", named(&ports));
-        found.warn(Name::PortConfig, object, cause, again);
-    }
-    if let Some(mode) = fragments(&told.show).filter(|mode| *mode != "normal") {
-        let cause = format!("OpenFlow has set the handling of fragments to {mode}; it starts as normal");
-        found.warn(Name::Fragments, object, cause, again);
-    }
-    let tables = table_config(&told.tables);
-    if !tables.is_empty() {
-        let cause = format!("OpenFlow has configured eviction or vacancy of flow tables: {}", named(&tables));
-        found.warn(Name::TableConfig, object, cause, again);
-    }
-    let rules: Vec<String> = told.rules.lines().filter(|line| has_hard_timeout(line)).map(str::to_owned).collect();
+fn judge(object: &str, rules: &str, found: &mut Findings) {
+    let rules: Vec<String> = rules.lines().filter(|line| has_hard_timeout(line)).map(str::to_owned).collect();
     if !rules.is_empty() {
         let cause = format!("rules have a hard_timeout, which begins anew with the restart: {}", named(&rules));
         found.warn(Name::HardTimeout, object, cause, "none yet: such rules live longer than they were to");
@@ -129,44 +94,6 @@ fn named(all: &[String]) -> String {
         0 => first,
         more => format!("{first}; and {more} more"),
     }
-}
-
-/// Ports with flags, from `ovs-ofctl show`: ` 1(v1): addr:..` and below it `     config:     NO_FLOOD NO_FWD`.
-fn port_flags(show: &str) -> Vec<String> {
-    let mut port = "";
-    let mut found = Vec::new();
-    for line in show.lines().map(str::trim) {
-        if let Some((name, _)) = line.split_once("): addr:") {
-            port = name.split_once('(').map_or(name, |(_, name)| name);
-        }
-        let Some(config) = line.strip_prefix("config:") else { continue };
-        let flags: Vec<&str> = config.split_whitespace().filter(|flag| PORT_FLAGS.contains(flag)).collect();
-        if !flags.is_empty() {
-            found.push(format!("{port} {}", flags.join(" ")));
-        }
-    }
-    found
-}
-
-/// `OFPT_GET_CONFIG_REPLY (xid=0x6): frags=nx-match miss_send_len=0`
-fn fragments(show: &str) -> Option<&str> {
-    show.split_whitespace().find_map(|word| word.strip_prefix("frags="))
-}
-
-/// Tables with eviction or vacancy, from `ovs-ofctl dump-table-desc`: `  table 5:` and below it `   eviction=on ..`.
-fn table_config(tables: &str) -> Vec<String> {
-    let mut table = "";
-    let mut found: Vec<String> = Vec::new();
-    for line in tables.lines().map(str::trim) {
-        if line.starts_with("table ") {
-            table = line.trim_end_matches(':');
-        }
-        let on = line.split_whitespace().any(|word| matches!(word, "eviction=on" | "vacancy=on"));
-        if on && found.last().is_none_or(|last| last != table) {
-            found.push(table.to_owned());
-        }
-    }
-    found
 }
 
 fn has_hard_timeout(rule: &str) -> bool {
@@ -214,39 +141,16 @@ fn with_ingress(qdiscs: &str) -> Vec<&str> {
 mod tests {
     use super::*;
 
-    const SHOW: &str = "OFPT_FEATURES_REPLY (xid=0x2): dpid:0000aa\nn_tables:254, n_buffers:0\n \
-        1(v1): addr:aa:bb:cc:dd:ee:01\n     config:     NO_FLOOD NO_FWD\n     state:      0\n \
-        2(v2): addr:aa:bb:cc:dd:ee:02\n     config:     0\n     state:      0\n \
-        LOCAL(br0): addr:aa:bb:cc:dd:ee:00\n     config:     PORT_DOWN\n     state:      LINK_DOWN\n\
-        OFPT_GET_CONFIG_REPLY (xid=0x6): frags=nx-match miss_send_len=0\n";
-
-    #[test]
-    fn flags_of_ports_and_the_handling_of_fragments_are_read() {
-        assert_eq!(port_flags(SHOW), ["v1 NO_FLOOD NO_FWD"]);
-        assert_eq!(fragments(SHOW), Some("nx-match"));
-        assert_eq!((port_flags(""), fragments("")), (vec![], None));
-    }
-
-    #[test]
-    fn tables_that_were_configured_are_read() {
-        let desc = "OFPST_TABLE_DESC reply (OF1.4) (xid=0x2):\n  table 0:\n   eviction=off eviction_flags=OTHER\n   \
-            vacancy=off\n  table 5:\n   eviction=on eviction_flags=OTHER\n   vacancy=on vacancy_down=10% vacancy_up=80%\n";
-        assert_eq!(table_config(desc), ["table 5"]);
-    }
-
     #[test]
     fn only_what_is_there_is_named() {
-        let names = |told: Told| {
+        let names = |rules: &str| {
             let mut found = Findings::default();
-            judge("bridge br0", &told, &mut found);
+            judge("bridge br0", rules, &mut found);
             found.into_inner().into_iter().map(|one| one.name).collect::<Vec<_>>()
         };
-        assert_eq!(names(Told::default()), []);
-        let learn = " priority=1 actions=learn(hard_timeout=5,output:1)\n".to_owned();
-        assert_eq!(names(Told { rules: learn, ..Told::default() }), []);
-        let timed = " hard_timeout=60, priority=1 actions=drop\n".to_owned();
-        assert_eq!(names(Told { rules: timed, ..Told::default() }), [Name::HardTimeout]);
-        assert_eq!(names(Told { show: SHOW.into(), ..Told::default() }), [Name::PortConfig, Name::Fragments]);
+        assert_eq!(names(""), []);
+        assert_eq!(names(" priority=1 actions=learn(hard_timeout=5,output:1)\n"), []);
+        assert_eq!(names(" hard_timeout=60, priority=1 actions=drop\n"), [Name::HardTimeout]);
     }
 
     #[test]
