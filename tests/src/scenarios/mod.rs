@@ -51,6 +51,7 @@ mod scale_ct;
 mod sees_less;
 mod selftest;
 mod set_field;
+mod switch_state;
 mod systemd;
 mod told;
 mod tunnel;
@@ -350,6 +351,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&large::Large),
     Scenario::Traffic(&group::Group),
     Scenario::Traffic(&learn::Learn),
+    Scenario::Traffic(&switch_state::SwitchState),
     Scenario::Traffic(&sampling::SFLOW),
     Scenario::Traffic(&sampling::IPFIX),
     Scenario::Traffic(&sampling::FLOW_SAMPLE),

@@ -130,7 +130,9 @@ impl Stream {
 
     /// Whether a packet from `sender` is an answer.
     fn is_from(&self, sender: SocketAddr) -> bool {
-        sender.ip() == self.target.ip() && (self.protocol == Protocol::Echo || sender.port() == self.target.port())
+        // A member of a group answers with its own address.
+        let its = sender.ip() == self.target.ip() || self.target.ip().is_multicast();
+        its && (self.protocol == Protocol::Echo || sender.port() == self.target.port())
     }
 }
 

@@ -1,0 +1,112 @@
+//! What a bridge knows besides its rules: multicast groups and routers, static and tagged addresses, flags of ports, the
+//! handling of fragments, tables. A member of a group gets its stream, which is never flooded to others.
+
+use std::net::Ipv4Addr;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use super::{network, plain, Traffic};
+use crate::command::{shell, shell_lenient};
+use crate::guest::probe::{Place, Ports, Spec};
+use crate::guest::Evidence;
+use crate::outcome::Outcome;
+
+/// See the module.
+pub struct SwitchState;
+
+/// The group that ns2 has joined.
+const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
+const PORT: u16 = 9003;
+/// An IGMPv2 query of 192.0.2.9 to all hosts, as it comes in at a router's port.
+const QUERY: &str = "01005e00000102000000000908004600002000000000010282cdc0000209e0000001940400001164ee9b00000000";
+
+/// What is compared, and what is no part of it: ages, counters, and what follows from the moment.
+const KNOWN: [(&str, &str); 6] = [
+    ("multicast", "ovs-appctl mdb/show br0 | sed 's/ *[0-9]*$//' | sort"),
+    ("static and tagged addresses", "ovs-appctl fdb/show br0 | awk '$4 == \"static\" || $1 == \"LOCAL\" { print $1, $2, $3, $4 == \"static\" }' | sort"),
+    ("flags of ports", "ovs-ofctl -O OpenFlow10 show br0 | grep -e '): addr:' -e 'config:' | sed 's/ addr:.*//'"),
+    ("fragments", "ovs-ofctl -O OpenFlow10 get-frags br0 | sed 's/(xid=[^)]*)//'"),
+    ("tables", "ovs-ofctl -O OpenFlow14 dump-table-desc br0 | sed -e 1d -e 's/vacancy=[0-9]*%//'"),
+    ("misses", "ovs-ofctl -O OpenFlow12 dump-tables br0 | grep -A9 'table 7'"),
+];
+
+static BEFORE: Mutex<Vec<(&str, String)>> = Mutex::new(Vec::new());
+
+fn known() -> Vec<(&'static str, String)> {
+    KNOWN.into_iter().map(|(name, command)| (name, shell_lenient(command))).collect()
+}
+
+impl Traffic for SwitchState {
+    fn name(&self) -> &'static str {
+        "switch_state"
+    }
+
+    fn about(&self) -> &'static str {
+        "multicast groups, static addresses, flags of ports, fragments and tables"
+    }
+
+    fn set_up(&self) -> Result<()> {
+        plain::set_up()?;
+        network::attach("ns4", "br0", "", "")?;
+        shell(
+            "ovs-vsctl set bridge br0 mcast_snooping_enable=true \
+               other_config:mcast-snooping-disable-flood-unregistered=true \
+             && ovs-vsctl set port br0 tag=100 && ip link set br0 up && ip addr add 10.100.0.1/24 dev br0",
+        )?;
+        shell("ip -n ns1 route add 239.0.0.0/8 dev e-ns1").map(drop)
+    }
+
+    /// A restart that nobody cares for has lost all of it.
+    fn before_traffic(&self) -> Result<()> {
+        shell_lenient("ip -n ns2 addr del 239.1.1.1/32 dev e-ns2 autojoin");
+        shell("ip -n ns2 addr add 239.1.1.1/32 dev e-ns2 autojoin")?;
+        shell(&format!("ovs-appctl ofproto/trace-packet-out br0 in_port=4 {QUERY} NORMAL"))?;
+        shell(
+            "ovs-ofctl mod-port br0 v-ns3 no-flood && ovs-ofctl mod-port br0 v-ns4 no-packet-in \
+             && ovs-ofctl set-frags br0 nx-match \
+             && ovs-ofctl -O OpenFlow14 mod-table br0 5 evict && ovs-ofctl -O OpenFlow14 mod-table br0 6 vacancy:20,80 \
+             && ovs-ofctl -O OpenFlow12 mod-table br0 7 drop",
+        )?;
+        // Version 2.15 has no static addresses.
+        shell_lenient("ovs-appctl fdb/add br0 v-ns3 0 02:00:00:00:00:33");
+        shell_lenient("ping -c 1 -W 1 10.100.0.9");
+        Ok(())
+    }
+
+    fn probes(&self) -> Vec<(String, Spec)> {
+        let (from, to) = (Place::named("ns1"), Place::named("ns2"));
+        let mut probes = network::gentle_probes(from.clone(), to.clone(), Ipv4Addr::new(10, 9, 0, 2));
+        probes.push(("m".to_owned(), Spec::udp(&from, &to, (GROUP, PORT), 10_000, Ports::Constant)));
+        probes.push(network::silent("ns3"));
+        probes
+    }
+
+    fn before_action(&self, outcome: &mut Outcome) -> Result<()> {
+        let before = known();
+        outcome.check("the bridge knows its state", is_all(&before), json!(before));
+        *BEFORE.lock().ok().context("a thread panicked")? = before;
+        Ok(())
+    }
+
+    fn judge(&self, evidence: &Evidence, outcome: &mut Outcome) {
+        let before = BEFORE.lock().map(|before| before.clone()).unwrap_or_default();
+        for ((name, before), (_, after)) in before.into_iter().zip(known()) {
+            let same = before == after;
+            match evidence.job.action.judged_as_ours() {
+                true => outcome.check(format!("{name} as before"), same, json!({ "before": before, "after": after })),
+                false => outcome.note(format!("{name} as before"), same),
+            }
+        }
+    }
+}
+
+/// Is there what the scenario is about?
+fn is_all(known: &[(&str, String)]) -> bool {
+    let words = ["239.1.1.1", "LOCAL 100", "NO_FLOOD", "frags=nx-match", "eviction=on", "drop"];
+    let has = |((_, text), word): (&(&str, String), &str)| text.contains(word);
+    known.len() == words.len()
+        && known.iter().zip(words).all(has)
+        && known.iter().any(|(_, text)| text.contains("querier"))
+}
