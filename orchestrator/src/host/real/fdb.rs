@@ -74,7 +74,11 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
 /// The command that makes the entry.
 fn call(bridge: &Bridge, entry: &FdbEntry) -> (&'static str, serde_json::Value) {
     match entry.age_s {
-        None => ("fdb/add", json!([bridge.name, entry.port, entry.vlan.to_string(), entry.mac])),
+        None => {
+            // It takes the name of an interface, and not its number.
+            let name = interface_of(bridge, &entry.port).unwrap_or(&entry.port);
+            ("fdb/add", json!([bridge.name, name, entry.vlan.to_string(), entry.mac]))
+        }
         Some(_) => {
             let frame = frame(entry, port_of(bridge, &entry.port));
             ("ofproto/trace-packet-out", json!([bridge.name, frame, "-generate", "NORMAL"]))
@@ -89,6 +93,16 @@ pub(super) fn port_of<'a>(bridge: &'a Bridge, number: &str) -> Option<&'a Port> 
     }
     let number: i64 = number.parse().ok()?;
     bridge.ports.iter().find(|port| port.interfaces.iter().any(|interface| interface.ofport == Some(number)))
+}
+
+/// The name of the interface with this OpenFlow number.
+fn interface_of<'a>(bridge: &'a Bridge, number: &str) -> Option<&'a str> {
+    if number == "LOCAL" {
+        return Some(&bridge.name);
+    }
+    let number: i64 = number.parse().ok()?;
+    let mut interfaces = bridge.ports.iter().flat_map(|port| &port.interfaces);
+    interfaces.find(|interface| interface.ofport == Some(number)).map(|interface| interface.name.as_str())
 }
 
 /// The tag of a frame that comes in by `port` and belongs to `vlan`; none where it has none.
@@ -121,6 +135,33 @@ mod tests {
         assert_eq!((entries[0].port.as_str(), entries[0].vlan, entries[0].age_s), ("LOCAL", 0, Some(12)));
         assert_eq!((entries[1].port.as_str(), entries[1].vlan, entries[1].age_s), ("2", 5, None));
         assert_eq!(entries.len(), 2);
+    }
+
+    #[test]
+    fn a_static_entry_is_added_at_the_interface_that_had_it() {
+        let interface = |name: &str, ofport| Interface { name: name.into(), ofport, ..Interface::default() };
+        let bond = vec![interface("eth0", Some(1)), interface("eth1", Some(2))];
+        let ports = vec![Port { name: "bond0".into(), interfaces: bond, ..Port::default() }];
+        let bridge = Bridge { name: "br0".into(), ports, ..Bridge::default() };
+        let entry = |port: &str, age_s| FdbEntry { port: port.into(), vlan: 7, mac: "aa:bb:cc:dd:ee:01".into(), age_s };
+        assert_eq!(call(&bridge, &entry("2", None)).1, json!(["br0", "eth1", "7", "aa:bb:cc:dd:ee:01"]));
+        assert_eq!(call(&bridge, &entry("LOCAL", None)).1[1], "br0");
+        assert_eq!(call(&bridge, &entry("2", Some(3))).0, "ofproto/trace-packet-out");
+    }
+
+    #[test]
+    fn frames_of_local_and_of_tunnel_ports_are_tagged_as_these_expect() {
+        let local = Port { name: "br0".into(), tag: Some(100), ..Port::default() };
+        let bridge = Bridge { name: "br0".into(), ports: vec![local], ..Bridge::default() };
+        assert_eq!(frame_vlan(100, port_of(&bridge, "LOCAL")), None);
+        let tunnel = |cvlans: &[i64]| Port {
+            tag: Some(9),
+            vlan_mode: Some("dot1q-tunnel".into()),
+            cvlans: cvlans.to_vec(),
+            ..Port::default()
+        };
+        assert_eq!(frame_vlan(9, Some(&tunnel(&[7, 8]))), Some(7));
+        assert_eq!(frame_vlan(9, Some(&tunnel(&[]))), None);
     }
 
     #[test]
