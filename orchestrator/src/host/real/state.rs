@@ -40,6 +40,11 @@ fn all_flags() -> u32 {
     PORT_FLAGS.iter().fold(0, |all, (bit, _)| all | bit)
 }
 
+/// What the body of a reply tells.
+type Parse = fn(&[u8]) -> Vec<StateItem>;
+/// The body of the message that makes an item true.
+type Encode = fn(&StateItem) -> Option<Vec<u8>>;
+
 /// A port as a bridge describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct PortDesc {
@@ -127,7 +132,7 @@ fn told(openflow: &RealOpenFlow, bridge: &Bridge, until: Instant) -> Result<Vec<
             items.extend(ports(version, &answers.messages).into_iter().filter_map(|port| port.flags(version)));
         }
     }
-    let parsers: [(&[u8], u16, fn(&[u8]) -> Vec<StateItem>); 2] =
+    let parsers: [(&[u8], u16, Parse); 2] =
         [(&FOR_TABLES, TABLE_DESC, table_configs), (&FOR_MISSES, TABLES, table_misses)];
     for (versions, what, parse) in parsers {
         let Some(version) = first_spoken(bridge, versions) else { continue };
@@ -158,7 +163,7 @@ fn tell(openflow: &RealOpenFlow, bridge: &Bridge, state: &BridgeState, until: In
         let body = [mode.to_be_bytes(), [0, 0]].concat();
         say(&socket, version, vec![Request { kind: SET_CONFIG, body }], until)?;
     }
-    let encoders: [(&[u8], fn(&StateItem) -> Option<Vec<u8>>); 2] = [(&FOR_TABLES, table_mod), (&FOR_MISSES, miss_mod)];
+    let encoders: [(&[u8], Encode); 2] = [(&FOR_TABLES, table_mod), (&FOR_MISSES, miss_mod)];
     for (versions, encode) in encoders {
         let mods: Vec<Request> =
             state.items.iter().filter_map(encode).map(|body| Request { kind: TABLE_MOD, body }).collect();
