@@ -56,6 +56,15 @@ impl DaemonKind {
             DaemonKind::OvsdbServer => "ovsdb-server",
         }
     }
+
+    /// The names that the program's file may have: Debian's package openvswitch-switch-dpdk has one of its own, to which
+    /// update-alternatives(1) links [`DaemonKind::program`].
+    pub fn file_names(self) -> &'static [&'static str] {
+        match self {
+            DaemonKind::OvsVswitchd => &["ovs-vswitchd", "ovs-vswitchd-dpdk"],
+            DaemonKind::OvsdbServer => &["ovsdb-server"],
+        }
+    }
 }
 
 /// A soft and a hard limit of a process, as `/proc/PID/limits` shows them; `None` is unlimited.
@@ -295,6 +304,9 @@ pub struct Bridge {
     /// Of them, those that the daemon was connected to, by its own word (up to 5 s old).
     #[serde(default)]
     pub connected: Vec<String>,
+    /// It snoops on multicast memberships.
+    #[serde(default)]
+    pub snoops: bool,
     /// STP is on.
     pub stp: bool,
     /// RSTP is on.

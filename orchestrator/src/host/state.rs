@@ -78,6 +78,16 @@ const EVICTION: u32 = 1 << 2;
 const VACANCY: u32 = 1 << 3;
 
 impl StateItem {
+    /// The same, as daemons tell it that do not tell by which protocol a group was joined.
+    fn without_protocol(&self) -> StateItem {
+        match self.clone() {
+            StateItem::MulticastGroup { port, vlan, group, .. } => {
+                StateItem::MulticastGroup { port, vlan, group, protocol: None }
+            }
+            other => other,
+        }
+    }
+
     /// Was it learned from traffic, so that it comes and goes without anybody's word?
     pub fn is_learned(&self) -> bool {
         matches!(self, StateItem::MulticastGroup { .. } | StateItem::MulticastRouter { .. })
@@ -128,7 +138,8 @@ pub struct BridgeState {
 pub fn lost(before: &[BridgeState], after: &[BridgeState], counts: impl Fn(&StateItem) -> bool) -> Vec<String> {
     let mut lost = Vec::new();
     for (old, new) in before.iter().filter_map(|old| Some((old, after.iter().find(|new| new.bridge == old.bridge)?))) {
-        let missing = old.items.iter().filter(|item| counts(item) && !new.items.contains(item));
+        let there: BTreeSet<StateItem> = new.items.iter().map(StateItem::without_protocol).collect();
+        let missing = old.items.iter().filter(|item| counts(item) && !there.contains(&item.without_protocol()));
         lost.extend(missing.map(|item| format!("bridge {}: no longer true: {item}", old.bridge)));
     }
     lost
@@ -153,7 +164,7 @@ mod tests {
             group: "239.1.1.1".parse().unwrap(),
             protocol: None,
         };
-        let all = [port, StateItem::Fragments { mode: 3 }, table, miss, group.clone()];
+        let all = [port, StateItem::Fragments { mode: 3 }, table, miss, group];
         let told = lost(&[state("br0", &all), state("gone", &all)], &[state("br0", &[])], |_| true);
         assert_eq!(
             told.iter().map(|line| line.trim_start_matches("bridge br0: no longer true: ")).collect::<Vec<_>>(),
@@ -166,6 +177,16 @@ mod tests {
             ]
         );
         assert!(lost(&[state("br0", &all)], &[state("br0", &all)], |_| true).is_empty());
+        // A daemon of 3.3 or later tells more of the same group.
+        let group = StateItem::MulticastGroup {
+            port: "2".into(),
+            vlan: 0,
+            group: "239.1.1.1".parse().unwrap(),
+            protocol: Some("IGMPv2".into()),
+        };
+        let newer = [&all[..4], &[group]].concat();
+        assert!(lost(&[state("br0", &all)], &[state("br0", &newer)], |_| true).is_empty());
+        assert!(lost(&[state("br0", &newer)], &[state("br0", &all)], |_| true).is_empty());
         let told = lost(&[state("br0", &all)], &[state("br0", &all[..4])], |item| !item.is_learned());
         assert!(told.is_empty(), "{told:?}");
     }

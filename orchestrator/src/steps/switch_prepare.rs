@@ -8,12 +8,15 @@ use anyhow::Context;
 use super::standby::start_has_not_failed;
 use super::{bridges, classes, database_disk, notes, reload, restore, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
+use crate::host::{Bridge, Daemon};
 use crate::machine::{Event, Phase};
 
 pub(super) struct SwitchPrepare;
 
 /// How long the old daemon may take to carry changed rules into the kernel.
 const CATCH_UP: Duration = Duration::from_secs(3);
+/// So many bridges are asked within the gap for all that they know.
+const FEW_BRIDGES: usize = 32;
 /// How long systemd may take to have what is to be kept.
 const KEEP_LIMIT: Duration = Duration::from_secs(3);
 
@@ -134,6 +137,20 @@ fn wait_until_drained(run: &mut Run) -> Result<(), Stop> {
     }
 }
 
+/// What bridges know besides rules may have changed since the snapshot. Where there are hundreds of them, only those are
+/// asked that go on learning it by themselves: packets wait meanwhile.
+fn look_at_state_again(run: &mut Run, old: &Daemon) -> Result<(), Stop> {
+    let (bridges, known) = (&run.known.facts.bridges, &mut run.known.state);
+    let few = bridges.len() <= FEW_BRIDGES;
+    let is_known = |bridge: &Bridge| known.iter().any(|state| state.bridge == bridge.name);
+    let asked = bridges.iter().filter(|bridge| few || bridge.snoops || !is_known(bridge));
+    let asked: Vec<Bridge> = asked.cloned().collect();
+    let now = run.host.openflow.state(old, &asked, run.deadline).context("what bridges know besides rules")?;
+    known.retain(|state| now.iter().all(|new| new.bridge != state.bridge));
+    known.extend(now);
+    Ok(())
+}
+
 /// Hazards 22: rules deleted since the snapshot must not come back; what was learned until now must not be forgotten.
 fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
@@ -145,7 +162,7 @@ fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     }
     let old = run.old()?.clone();
     let learned = run.host.openflow.fdb(&old, &bridges, until).context("learned addresses")?;
-    run.known.state = run.host.openflow.state(&old, &bridges, until).context("what bridges know besides rules")?;
+    look_at_state_again(run, &old)?;
     run.known.addresses.extend(bridges.into_iter().map(|bridge| bridge.name).zip(learned));
     run.checkpoint()
 }

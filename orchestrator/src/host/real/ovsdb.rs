@@ -518,6 +518,7 @@ const WANTED: &[(&str, &[&str])] = &[
             "protocols",
             "fail_mode",
             "controller",
+            "mcast_snooping_enable",
             "stp_enable",
             "rstp_enable",
             "mirrors",
@@ -627,6 +628,7 @@ impl Tables {
                 .filter(|row| row["is_connected"] == true)
                 .map(|row| string(&row["target"]))
                 .collect(),
+            snoops: row["mcast_snooping_enable"] == json!(true),
             stp: row["stp_enable"] == json!(true),
             rstp: row["rstp_enable"] == json!(true),
             mirrors: set(&row["mirrors"]).len(),

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{json, Value};
 
 use super::exchange::{exchange, Request};
 use super::messages::in_words;
@@ -61,15 +61,13 @@ pub(super) fn read(
     bridges: &[Bridge],
     until: Instant,
 ) -> Result<Vec<BridgeState>> {
-    let groups = groups(daemon, bridges, until)?;
+    let mut groups = groups(daemon, bridges, until)?;
     let told = side_by_side(bridges, |bridge| told(openflow, bridge, until))?;
-    let both = bridges.iter().zip(told).zip(groups);
-    Ok(both
-        .map(|((bridge, told), groups)| BridgeState {
-            bridge: bridge.name.clone(),
-            items: told.into_iter().chain(groups).collect(),
-        })
-        .collect())
+    let state = |(bridge, told): (&Bridge, Vec<StateItem>)| BridgeState {
+        bridge: bridge.name.clone(),
+        items: told.into_iter().chain(groups.remove(&bridge.name).unwrap_or_default()).collect(),
+    };
+    Ok(bridges.iter().zip(told).map(state).collect())
 }
 
 /// Gives `daemon` what the bridges of `wanted` knew.
@@ -109,17 +107,17 @@ const FOR_TABLES: [u8; 2] = [6, 5];
 /// (`ofputil_put_ofp11_table_stats`, lib/ofp-table.c).
 const FOR_MISSES: [u8; 1] = [3];
 
-fn groups(daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<Vec<StateItem>>> {
-    if bridges.is_empty() {
-        return Ok(Vec::new());
+/// The groups and routers of those bridges that snoop, by name.
+fn groups(daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<BTreeMap<String, Vec<StateItem>>> {
+    let snooping: Vec<&Bridge> = bridges.iter().filter(|bridge| bridge.snoops).collect();
+    if snooping.is_empty() {
+        return Ok(BTreeMap::new());
     }
-    let questions: Vec<_> = bridges.iter().map(|bridge| ("mdb/show", json!([bridge.name]))).collect();
+    let questions: Vec<_> = snooping.iter().map(|bridge| ("mdb/show", json!([bridge.name]))).collect();
     let answers = unixctl::connect(daemon)?.call_many(&questions, until)?;
-    // A bridge that does not snoop, which is the usual case, says so as an error.
-    Ok(answers
-        .into_iter()
-        .map(|answer| multicast::parse(answer.ok().as_ref().and_then(|text| text.as_str())))
-        .collect())
+    // One that has just been told to snoop may not do it yet, and says so as an error.
+    let of = |answer: Result<Value>| multicast::parse(answer.ok().as_ref().and_then(Value::as_str));
+    Ok(snooping.into_iter().map(|bridge| bridge.name.clone()).zip(answers.into_iter().map(of)).collect())
 }
 
 fn told(openflow: &RealOpenFlow, bridge: &Bridge, until: Instant) -> Result<Vec<StateItem>> {
