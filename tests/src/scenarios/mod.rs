@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 pub mod aftermath;
+mod alternative;
 mod back;
 mod bad_upgrade;
 mod bond;
@@ -376,6 +377,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&park_level::ParkLevel),
     Scenario::Traffic(&no_systemd::StopStart),
     Scenario::Traffic(&no_systemd::NoSystemd),
+    Scenario::Traffic(&alternative::Alternative),
     Scenario::Custom(&unreplayable::Unreplayable),
     Scenario::Custom(&rule_change::RuleChange),
     Scenario::Custom(&odd_rules::SAMPLE),

@@ -47,7 +47,9 @@ impl RunDirectory {
     /// runs a program of root's: another its user may have written himself. In the package's unit its user may be another
     /// than the run directory's: systemd gives a `RuntimeDirectory=` back to root at every command of the unit.
     pub fn admits(&self, kind: DaemonKind, pid: i32) -> bool {
-        if !procfs::runs(pid, kind.program()) || !procfs::shares(pid, "user").unwrap_or(false) {
+        if !kind.file_names().iter().any(|name| procfs::runs(pid, name))
+            || !procfs::shares(pid, "user").unwrap_or(false)
+        {
             return false;
         }
         let users = procfs::users(pid).unwrap_or_default();
@@ -177,7 +179,11 @@ mod tests {
 
     /// A process of a program that has the daemon's name and belongs to `owner`.
     fn named(folder: &Path, user: u32, owner: u32) -> Ends {
-        let program = folder.join(format!("{user}.{owner}")).join(SWITCH.program());
+        runs_as(folder, user, owner, SWITCH.program())
+    }
+
+    fn runs_as(folder: &Path, user: u32, owner: u32, name: &str) -> Ends {
+        let program = folder.join(format!("{name}.{user}.{owner}")).join(name);
         fs::create_dir(program.parent().unwrap()).unwrap();
         fs::copy("/bin/sleep", &program).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
@@ -203,10 +209,13 @@ mod tests {
             RunDirectory::open(&run).unwrap().admits(SWITCH, process.pid())
         };
         assert!(admitted(0, 0));
+        let alternative = runs_as(folder.path(), 0, 0, "ovs-vswitchd-dpdk");
+        assert!(RunDirectory::open(&run).unwrap().admits(SWITCH, alternative.pid()));
+        assert!(!RunDirectory::open(&run).unwrap().admits(DaemonKind::OvsdbServer, alternative.pid()));
         assert!(!admitted(NOBODY, 0) && !admitted(NOBODY, NOBODY));
         assert!(!admitted(THEIRS, 0), "the run directory is root's");
         chown(&run, Some(THEIRS), None).unwrap();
-        fs::remove_dir_all(folder.path().join("4711.0")).unwrap();
+        fs::remove_dir_all(folder.path().join("ovs-vswitchd.4711.0")).unwrap();
         assert!(admitted(THEIRS, 0));
         assert!(!admitted(THEIRS, THEIRS), "a program of its own");
         let own = RunDirectory::open(&run).unwrap();

@@ -127,9 +127,9 @@ fn program_inside(daemon: &Daemon) -> PathBuf {
 fn save_into(daemon: &Daemon, version: &str, folder: &Path, until: Instant) -> Result<SavedProgram> {
     let object = folder.display().to_string();
     let pid = daemon.id.pid;
-    let name = daemon.exe.file_name().unwrap_or(daemon.kind.program().as_ref());
     make(folder).about(&object)?;
-    let program = folder.join(name);
+    // A daemon takes the name of its PID file and control socket from that of its program.
+    let program = folder.join(daemon.kind.program());
     let exe = of_root(Path::new(&format!("/proc/{pid}/exe"))).about(daemon.exe.display().to_string())?;
     // A user can give a file of root's any name, by a mount in a namespace of his own.
     let may_lie = !trusted::is_ours(daemon.uid);
