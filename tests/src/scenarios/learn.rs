@@ -30,6 +30,10 @@ impl Traffic for Learn {
         "rules that learn actions make"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         plain::set_up()?;
         network::rules(

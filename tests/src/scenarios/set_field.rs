@@ -28,6 +28,10 @@ impl Traffic for SetField {
         "pop-vlan, set-field and dec_ttl before ct, misses behind it"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         shell("ovs-vsctl add-br br0")?;
         network::attach("ns1", "br0", "", "")?;

@@ -29,6 +29,10 @@ impl Traffic for TwoZones {
         "DNAT in one zone, then SNAT in another, misses behind both"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         shell("ovs-vsctl add-br br0")?;
         network::attach("ns1", "br0", "10.9.0.1/24", "")?;
