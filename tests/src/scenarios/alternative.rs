@@ -30,6 +30,7 @@ impl Traffic for Alternative {
     fn set_up(&self) -> Result<()> {
         shell(&format!(
             "install -D -m 755 \"$(readlink -f /usr/sbin/ovs-vswitchd)\" {PROGRAM} \
+             && echo {PROGRAM} >>/var/lib/dpkg/info/openvswitch-switch.list \
              && update-alternatives --install /usr/sbin/ovs-vswitchd ovs-vswitchd {PROGRAM} 200 \
              && systemctl restart openvswitch-switch"
         ))?;
