@@ -28,7 +28,7 @@ use crate::conntrack::{self, Conntrack};
 use crate::host::disk::{AppendFile, Disk};
 use crate::host::module::Device;
 use crate::host::real::RealDisk;
-use crate::host::{BridgeRules, BridgeState};
+use crate::host::{BridgeRules, BridgeState, Kept};
 use crate::machine::{ExitCode, Phase};
 use crate::report::Report;
 
@@ -397,6 +397,20 @@ impl Runs {
         Ok(self.told(id)?.map(|(_, state)| state).unwrap_or_default())
     }
 
+    fn by_hand_file(&self, id: &str) -> PathBuf {
+        self.run.join(format!("by-hand.{id}.json"))
+    }
+
+    /// Keeps what was changed at run time in the daemons that run `id` replaces.
+    pub fn keep_by_hand(&self, id: &str, kept: &Kept) -> anyhow::Result<()> {
+        self.replace(&self.by_hand_file(id), &serde_json::to_vec(kept)?)
+    }
+
+    /// The same; `None` where none was kept.
+    pub fn by_hand(&self, id: &str) -> anyhow::Result<Option<Kept>> {
+        self.parsed(&self.by_hand_file(id))
+    }
+
     fn devices_file(&self, id: &str) -> PathBuf {
         self.run.join(format!("devices.{id}.json"))
     }
@@ -438,7 +452,7 @@ impl Runs {
 
     /// Removes what run `id`, which is over, has left in memory.
     pub fn clear_memory(&self, id: &str) {
-        let kept = [self.rules_file(id), self.devices_file(id)];
+        let kept = [self.rules_file(id), self.devices_file(id), self.by_hand_file(id)];
         for path in kept.into_iter().chain([self.journal_paths(id).memory, self.restart_file(id)]) {
             let _not_there_is_fine = self.files.remove(&path);
         }

@@ -31,7 +31,7 @@ use crate::host::{
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::{make_ready_for_a_daemon, notes, Host};
+use crate::steps::{by_hand, log_levels, make_ready_for_a_daemon, notes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -344,6 +344,8 @@ struct Recovery {
     refused: Vec<RefusedRule>,
     /// What a survivor had asked to be bound to when it was refused.
     captured: Option<Captured>,
+    /// The ovsdb-server that has got back what was changed in the one before at run time.
+    given_back: Option<ProcessId>,
 }
 
 impl Recovery {
@@ -354,6 +356,7 @@ impl Recovery {
         let (runs, id) = (runs.clone(), id.to_owned());
         let (errors, kept) = (Vec::new(), Vec::new());
         let (parked, survivor, settled, refused, captured) = (false, None, false, Vec::new(), None);
+        let given_back = None;
         Recovery {
             runs,
             id,
@@ -368,6 +371,7 @@ impl Recovery {
             settled,
             refused,
             captured,
+            given_back,
         }
     }
 
@@ -491,6 +495,9 @@ impl Recovery {
             (Plan::Nothing, _) | (_, None) => Ok(nothing_touched()),
         };
         self.leave_nothing(host);
+        if matches!(plan, Plan::Undo | Plan::Forward { .. }) {
+            self.look_at_by_hand(host, mark);
+        }
         outcome
     }
 
@@ -550,6 +557,37 @@ impl Recovery {
                 let started = complete_job(host.services.as_ref(), DATABASE_UNIT, JobKind::Start, self.until(SHORT));
                 self.keep(DATABASE_UNIT, started);
             }
+        }
+        self.give_back(host);
+    }
+
+    /// Gives the ovsdb-server that runs now what was changed in the one of before at run time.
+    fn give_back(&mut self, host: &Host) {
+        let kept = self.runs.by_hand(&self.id);
+        let Some(Some(kept)) = self.keep("what was set in the daemons at run time", kept) else { return };
+        let (server, told) = by_hand::give_back(host, &kept, self.given_back, self.until(SHORT));
+        self.given_back = server.or(self.given_back);
+        told.into_iter().for_each(|told| self.told(told));
+    }
+
+    /// At the end, when ovs-ctl has done what it does of itself: what is not as it was is a difference.
+    fn look_at_by_hand(&mut self, host: &Host, mark: &Mark) {
+        let Ok(Some(kept)) = self.runs.by_hand(&self.id) else { return };
+        let until = self.until(SHORT);
+        let old = mark.old.as_ref().map(|old| old.id);
+        let all = host.daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+        let switch = all.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|one| one.id.start_time);
+        if let Some(switch) = &switch {
+            let given = log_levels::give_back(host.daemons.as_ref(), switch, &kept.switch_logs, until);
+            given.err().into_iter().for_each(|error| self.told(format!("log levels that were set by hand: {error}")));
+        }
+        self.give_back(host);
+        match by_hand::differences(host, &kept, switch.as_ref(), until) {
+            Ok(found) => {
+                let found: Vec<_> = found.into_iter().filter(|one| !self.report.differences.contains(one)).collect();
+                self.report.differences.extend(found);
+            }
+            Err(error) => self.told(format!("what was set in the daemons at run time: {error}")),
         }
     }
 

@@ -8,6 +8,8 @@ pub mod database_disk;
 pub mod datapath;
 pub mod disk;
 pub mod error;
+pub mod kept;
+pub mod logs;
 pub mod module;
 pub mod real;
 #[cfg(test)]
@@ -26,6 +28,8 @@ use serde::{Deserialize, Serialize};
 
 pub use database_disk::DatabaseDisk;
 pub use error::{Context, HostError, Result};
+pub use kept::{Kept, ServerState, Sources, SystemRow};
+pub use logs::Logs;
 pub use state::{BridgeState, StateItem, PORT_FLAGS};
 pub use zones::CtZone;
 
@@ -221,6 +225,13 @@ pub trait Daemons: Send + Sync {
     /// Removes the PID file under the name of `model`, and what lies beside it, where they name processes that have
     /// ended.
     fn remove_stale_pid_files(&self, model: &Daemon) -> Result<()>;
+    /// What an ovsdb-server serves, to whom, and how.
+    fn server_state(&self, server: &Daemon, until: Instant) -> Result<ServerState>;
+    /// How a daemon logs.
+    fn logs(&self, daemon: &Daemon, until: Instant) -> Result<Logs>;
+    /// Have the files that ovs-ctl describes the host by changed since `server` was started? `options` are those in which
+    /// its unit says what to write.
+    fn sources(&self, server: &Daemon, options: &[PathBuf]) -> Sources;
 }
 
 /// The program of a daemon, kept for the way back.
@@ -341,6 +352,12 @@ pub struct DatabaseFacts {
     pub ovs_version: String,
     /// Version of the schema that the server serves, for example `8.3.1`.
     pub schema_version: String,
+    /// `system_type` column, where set.
+    #[serde(default)]
+    pub system_type: Option<String>,
+    /// `system_version` column, where set.
+    #[serde(default)]
+    pub system_version: Option<String>,
     /// `dpdk_initialized` column.
     pub dpdk_initialized: bool,
     /// What the configuration's writers ask for.
@@ -427,6 +444,8 @@ pub trait Database: DatabaseDisk + Send + Sync {
     fn wait_in_step(&self, next_cfg: i64, until: Instant) -> Result<()>;
     /// Runs operations (RFC 7047, 5.2) on database Open_vSwitch; any that fails is an error and nothing is done.
     fn transact(&self, operations: Vec<serde_json::Value>, until: Instant) -> Result<Vec<serde_json::Value>>;
+    /// Makes the row of this host say what `row` says; other keys of `external_ids` stay. May be done twice.
+    fn write_row(&self, row: &SystemRow, until: Instant) -> Result<()>;
     /// Gets into the queue for the lock that an ovs-vswitchd must have before it touches anything (RFC 7047, 4.1.8).
     fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>>;
     /// Watches flow-restore-wait from now on.

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
-use super::{classes, database_disk, guard, Ended, Host, Run, Step, Stop};
+use super::{by_hand, classes, database_disk, guard, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::Lease;
-use crate::host::real::ovsdb_server::replace;
+use crate::host::real::ovsdb_server::{replace, wait_in_step};
 use crate::host::{QueuedJob, DATABASE_UNIT};
 use crate::machine::{Event, Phase};
 use crate::report::Level;
@@ -38,6 +38,7 @@ impl Step for Arm {
             guard::begin(run);
             run.checkpoint()?;
         }
+        by_hand::keep(run)?;
         if run.wish.ovsdb {
             no_other_job(run)?;
             replace_ovsdb_server(run)?;
@@ -54,6 +55,7 @@ impl Step for Arm {
         run.host.datapath.withdraw_guard(&run.id)?;
         run.report.conntrack.timeout_policies_guarded = 0;
         run.host.datapath.thaw()?;
+        by_hand::tell(run);
         Ok(Event::Done)
     }
 }
@@ -104,5 +106,8 @@ fn replace_ovsdb_server(run: &mut Run) -> Result<(), Stop> {
     let system_id = run.known.facts.external_ids.get("system-id");
     replace(daemons.as_ref(), services.as_ref(), database.as_ref(), clock.as_ref(), &old, system_id, run.deadline)
         .context("replacing ovsdb-server")?;
+    // Whoever listens for its clients again asks first for what was there before.
+    by_hand::put_back(run);
+    wait_in_step(run.host.database.as_ref(), run.deadline).context("replacing ovsdb-server")?;
     run.checkpoint()
 }

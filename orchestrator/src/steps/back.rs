@@ -11,7 +11,7 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{classes, database_disk, features, notes, tunnels, Ended, Host, Run, Start, Stop};
+use super::{by_hand, classes, database_disk, features, log_levels, notes, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
 use crate::host::{DaemonKind, Database, HostError, Job, JobKind, SavedProgram};
 use crate::machine::Event;
@@ -39,6 +39,7 @@ pub fn go_back(run: &mut Run) -> Ended {
     if stay(run)? {
         run.known.switch_lock = None;
         look_at_rules(run);
+        by_hand::tell(run);
         return Ok(Event::Done);
     }
     // Hazards 1: it may have been bound already.
@@ -270,6 +271,8 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
         run.warn(format!("{lost}; remedy: ovs-graceful restart"));
     }
     look_at_rules(run);
+    log_levels::put_back(run);
+    by_hand::tell(run);
     match run.host.daemons.is_alive(new.id) {
         true => Ok(()),
         false => Err(anyhow!("ovs-vswitchd (process {}) has ended", new.id.pid).into()),

@@ -5,6 +5,7 @@
 mod arm;
 mod back;
 mod bridges;
+pub(crate) mod by_hand;
 mod check;
 mod classes;
 mod database_disk;
@@ -12,6 +13,7 @@ mod features;
 mod gates;
 mod guard;
 mod handover;
+pub(crate) mod log_levels;
 pub(crate) mod notes;
 mod policies;
 mod ports;

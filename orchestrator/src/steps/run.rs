@@ -15,8 +15,8 @@ use crate::host::datapath::{Datapath, FreezeEvent};
 use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
-    BridgeRules, BridgeState, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, OpenFlow, PreparedRestore,
-    RefusedRule, RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
+    BridgeRules, BridgeState, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, Kept, OpenFlow, PreparedRestore,
+    ProcessId, RefusedRule, RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
 };
 use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
@@ -123,6 +123,10 @@ pub struct Known {
     pub before: Option<Snapshot>,
     /// What the old ovs-vswitchd found that the datapath can do.
     pub features: Features,
+    /// What was changed in the daemons at run time.
+    pub kept: Option<Kept>,
+    /// The ovsdb-server that has got it back.
+    pub given_back: Option<ProcessId>,
     /// OpenFlow rules as they are to be restored.
     pub rules: Vec<BridgeRules>,
     /// Sees changes of the rules since they were read.

@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::handover::wait_in_step;
 use super::standby::finish_start;
-use super::{classes, database_disk, guard, ports, Ended, Run, Step, Stop};
+use super::{by_hand, classes, database_disk, guard, log_levels, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::machine::{Event, Phase};
 
@@ -23,6 +23,7 @@ impl Step for Settle {
             run.host.datapath.refuse(classes::settling())?;
         }
         wait_in_step(run)?;
+        log_levels::put_back(run);
         // `revalidator/wait` answers at the end of the dump under way, which may have begun before the refusals ended:
         // hence more than one.
         let patience = Duration::from_millis(run.config.settle.revalidate_wait_ms);
@@ -34,6 +35,8 @@ impl Step for Settle {
         }
         repeat_port_deletions(run)?;
         finish_start(run)?;
+        // ovs-ctl has added the managers by now, and systemd may have replaced ovsdb-server.
+        by_hand::put_back(run);
         guard::widen(run);
         // A freeze that ended by itself is told; afterwards nobody can tell it from one that was lifted.
         run.checkpoint()?;

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot;
 
-use super::{bridges, features, notes, ports, Ended, Run, Step, Stop};
+use super::{bridges, by_hand, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::state::lost;
@@ -38,6 +38,7 @@ impl Step for Verify {
         compare_meaning(run, &rules)?;
         compare_state(run)?;
         compare_features(run);
+        by_hand::compare(run)?;
         run.checkpoint()?;
         match run.report.differences.is_empty() {
             true => Ok(Event::Done),

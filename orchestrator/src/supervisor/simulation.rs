@@ -208,6 +208,16 @@ impl Played {
         if world.variant.units() && (world.switch.main != pid || world.switch.state != "active") {
             wrong.push(format!("the unit is {} and does not own the switch", world.switch.state));
         }
+        let lacking = world.lacking();
+        if !world.rebooted && !plain {
+            let unnamed: Vec<_> = lacking.iter().filter(|what| !self.names(what)).collect();
+            if !unnamed.is_empty() {
+                wrong.push(format!("not put back, and not named: {unnamed:?}"));
+            }
+            if !lacking.is_empty() && code == Some(ExitCode::Done) {
+                wrong.push(format!("done, and not put back: {lacking:?}"));
+            }
+        }
         let lacks_one = switch.rules != world.rules;
         if lacks_one && !world.rebooted && !plain && !self.names(ODD_RULE) {
             wrong.push("the rule that was not taken is not named".into());

@@ -23,10 +23,10 @@ use super::identity::{is_of_unit, the_likely, RunDirectory};
 use super::jsonrpc::{remaining, Connection};
 use super::listener::{self, Listener};
 use super::pid_file::PidFile;
-use super::{process_tree, procfs, program, spawn, trusted, unixctl, Systemd};
+use super::{process_tree, procfs, program, server_state, spawn, trusted, unixctl, Systemd};
 use crate::host::{
-    Context, Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, ServiceManager, Signal, Starting,
-    Versions,
+    Context, Daemon, DaemonKind, Daemons, HostError, Logs, ProcessId, Result, SavedProgram, ServerState,
+    ServiceManager, Signal, Sources, Starting, Versions,
 };
 
 /// Its process, which stays the peer of a socket that it has begun to listen on (SO_PEERCRED, unix(7)).
@@ -454,6 +454,19 @@ impl Daemons for RealDaemons {
     fn remove_stale_pid_files(&self, model: &Daemon) -> Result<()> {
         let running = self.find_all(model.kind)?;
         PidFile::new(&model.pid_file).remove_stale(|own_pid| running.iter().any(|one| one.own_pid == own_pid))
+    }
+
+    fn server_state(&self, server: &Daemon, until: Instant) -> Result<ServerState> {
+        self.hold(server.id)?;
+        server_state::read(server, until)
+    }
+
+    fn logs(&self, daemon: &Daemon, until: Instant) -> Result<Logs> {
+        server_state::logs(daemon, until)
+    }
+
+    fn sources(&self, server: &Daemon, options: &[PathBuf]) -> Sources {
+        server_state::sources(server, options)
     }
 }
 

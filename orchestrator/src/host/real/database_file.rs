@@ -251,7 +251,7 @@ fn unwritable(object: &str, cause: &str) -> HostError {
 }
 
 /// The folder and name of each database that the process has locked, and of each file of that name that it has open.
-fn locked(pid: i32) -> io::Result<Vec<(PathBuf, OsString)>> {
+pub(super) fn locked(pid: i32) -> io::Result<Vec<(PathBuf, OsString)>> {
     let fds = fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
     let links: Vec<PathBuf> = fds.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
     let mut found: Vec<_> = links.iter().filter_map(|link| of_lock_file(link)).collect();

@@ -33,6 +33,7 @@ pub mod procfs;
 mod program;
 mod recording;
 mod rule_watch;
+mod server_state;
 mod spawn;
 mod state;
 mod surroundings;

@@ -13,7 +13,7 @@ use super::jsonrpc::Connection;
 use crate::host::database_disk::DISK_REMEDY;
 use crate::host::{
     Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result, SwitchLock,
-    OVN_MANAGED, OVN_MANAGED_ASIDE,
+    SystemRow, OVN_MANAGED, OVN_MANAGED_ASIDE,
 };
 
 /// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
@@ -154,6 +154,8 @@ impl Database for Ovsdb {
             external_ids: map(&root["external_ids"]),
             ovs_version: string(&root["ovs_version"]),
             schema_version: string(&schema["version"]),
+            system_type: optional(&root["system_type"]),
+            system_version: optional(&root["system_version"]),
             dpdk_initialized: root["dpdk_initialized"] == json!(true),
             next_cfg: root["next_cfg"].as_i64().unwrap_or_default(),
             cur_cfg: root["cur_cfg"].as_i64().unwrap_or_default(),
@@ -260,6 +262,10 @@ impl Database for Ovsdb {
         transact(&mut self.connect(until)?, operations, until)
     }
 
+    fn write_row(&self, row: &SystemRow, until: Instant) -> Result<()> {
+        self.transact_again(&writing(row), until).map(drop)
+    }
+
     fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>> {
         let mut connection = self.connect(until)?;
         let ours = lock(&mut connection, until)?;
@@ -269,6 +275,21 @@ impl Database for Ovsdb {
     fn watch_restore_wait(&self, until: Instant) -> Result<Box<dyn RestoreWaitWatch>> {
         Ok(Box::new(FlagWatch::start(self, until)?))
     }
+}
+
+/// The operations that make the row of this host say what `row` says.
+fn writing(row: &SystemRow) -> [Value; 2] {
+    let column = |value: &Option<String>| value.as_ref().map_or_else(|| json!(["set", []]), |value| json!(value));
+    let columns = json!({"system_type": column(&row.system_type), "system_version": column(&row.system_version)});
+    let keys: Vec<&String> = row.ids.keys().collect();
+    let pairs: Vec<(&String, &String)> = row.ids.iter().collect();
+    [
+        json!({"op": "update", "table": DATABASE, "where": [], "row": columns}),
+        json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [
+            ["external_ids", "delete", ["set", keys]],
+            ["external_ids", "insert", ["map", pairs]],
+        ]}),
+    ]
 }
 
 /// The operation that changes a row of CT_Timeout_Policy by a key it does not have or, where it has all of them, by
@@ -684,6 +705,11 @@ fn set(value: &Value) -> Vec<&Value> {
 /// An optional string: the atom, or empty.
 fn string(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
+}
+
+/// An optional text.
+fn optional(value: &Value) -> Option<String> {
+    value.as_str().map(str::to_owned)
 }
 
 /// An optional number.

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::credentials::Credentials;
-use super::{command, procfs, trusted, unixctl};
+use super::{command, procfs, server_state, trusted};
 use crate::host::clock::Clock;
+use crate::host::kept::Given;
 use crate::host::{
     complete_job, Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit,
 };
@@ -31,13 +32,13 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Where the package has its schema when nothing in the environment says otherwise.
 const DEFAULT_FOLDER: &str = "/usr/share/openvswitch";
 
-/// The file of database Open_vSwitch that `server` serves. The command line of one that is not root's is believed where
-/// the kernel says that it has that file open.
+/// The file of database Open_vSwitch that `server` serves: the one that it has open, whatever its command line and its
+/// environment say. Where that is not found, its command line; of one that is not root's where the kernel says that it has
+/// that file open.
 pub fn database_file(server: &Daemon) -> PathBuf {
-    let words = server.argv.iter().skip(1).filter(|word| !word.starts_with('-'));
-    let mut files = words.map(|word| server.cwd.join(word)).filter(|path| !path.ends_with("system-id.conf"));
     let believed = |path: &PathBuf| trusted::is_ours(server.uid) || procfs::has_open(server.id.pid, path);
-    files.next().filter(believed).unwrap_or_else(|| DEFAULT_FILE.into())
+    let given = || Given::of(server).databases.into_iter().map(PathBuf::from).find(believed);
+    server_state::database_file(server).or_else(given).unwrap_or_else(|| DEFAULT_FILE.into())
 }
 
 /// The database's file for reading. That of a server which is not root's lies in a folder of its user, who can put
@@ -90,8 +91,20 @@ fn is_system_id(id: &str) -> bool {
     (1..=255).contains(&id.len()) && id.bytes().all(plain)
 }
 
-/// Replaces `old` by a server of the installed version and waits until ovs-vswitchd is in step with it. Returns the new
-/// server. `system_id` is the host's, as the database has it.
+/// The files in which the unit says what ovs-ctl is to write of the system's type and version; none where it does not.
+pub fn row_options(unit: &Unit) -> Vec<PathBuf> {
+    let words = words(unit);
+    let says = ["--system-type", "--system-version"].iter().any(|option| words.contains(*option));
+    let files = unit.environment_files.iter().chain(&unit.fragment).chain(&unit.drop_ins);
+    if says {
+        files.cloned().collect()
+    } else {
+        Vec::new()
+    }
+}
+
+/// Replaces `old` by a server of the installed version. Returns that one, which answers by then. `system_id` is the host's,
+/// as the database has it.
 pub fn replace(
     daemons: &dyn Daemons,
     services: &dyn ServiceManager,
@@ -108,10 +121,13 @@ pub fn replace(
         }
         None => by_hand(daemons, database, clock, old, until)?,
     }
-    let new = wait_new(daemons, clock, old, until)?;
+    wait_new(daemons, clock, old, until)
+}
+
+/// Waits until ovs-vswitchd is in step with the database.
+pub fn wait_in_step(database: &dyn Database, until: Instant) -> Result<()> {
     let next_cfg = database.bump(until)?;
-    database.wait_in_step(next_cfg, until)?;
-    Ok(new)
+    database.wait_in_step(next_cfg, until)
 }
 
 fn by_unit(
@@ -171,7 +187,6 @@ fn by_hand(
     old: &Daemon,
     until: Instant,
 ) -> Result<()> {
-    let remotes = unixctl::command(old, "ovsdb-server/list-remotes", &[], until)?;
     let versions = daemons.versions(old, until)?;
     // Asked while it has its file open.
     let file = database_file(old);
@@ -187,22 +202,11 @@ fn by_hand(
         return Err(HostError::timeout("ovsdb-server", "starting it").remedy("see its log"));
     }
     converted?;
-    let new = wait_new(daemons, clock, old, until)?;
-    add_remotes(&new, &remotes, until)?;
+    wait_new(daemons, clock, old, until)?;
     if versions.running != versions.installed {
         let row = json!({"ovs_version": versions.installed});
         let update = json!({"op": "update", "table": "Open_vSwitch", "where": [], "row": row});
         database.transact(vec![update], until)?;
-    }
-    Ok(())
-}
-
-/// Remotes that were added at run time, such as the managers, are not on the command line.
-fn add_remotes(new: &Daemon, remotes: &str, until: Instant) -> Result<()> {
-    let there = unixctl::command(new, "ovsdb-server/list-remotes", &[], until)?;
-    let there: BTreeSet<&str> = there.lines().collect();
-    for remote in remotes.lines().filter(|remote| !there.contains(remote)) {
-        unixctl::command(new, "ovsdb-server/add-remote", &[remote], until)?;
     }
     Ok(())
 }
@@ -274,7 +278,7 @@ fn wait_new(daemons: &dyn Daemons, clock: &dyn Clock, old: &Daemon, until: Insta
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::host::{DaemonKind, ProcessId};
 

@@ -66,6 +66,15 @@ pub fn identity(pid: i32) -> io::Result<ProcessId> {
     Ok(ProcessId { pid, start_time: stat(pid)?.start_time })
 }
 
+/// When a process was started, seconds since 1970 (proc(5): `btime` of /proc/stat, and its clock ticks after that).
+pub fn started(id: ProcessId) -> io::Result<i64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let boot = text.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<i64>().ok());
+    let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100).max(1);
+    let after = i64::try_from(id.start_time).ok().map(|start| start / ticks);
+    boot.zip(after).map(|(boot, after)| boot + after).ok_or_else(|| io::Error::other("/proc/stat: malformed"))
+}
+
 /// The processes that `pid` has started and that live.
 pub fn children(pid: i32) -> io::Result<Vec<ProcessId>> {
     let child = |child: i32| {

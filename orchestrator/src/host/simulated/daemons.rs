@@ -6,7 +6,8 @@ use std::time::Instant;
 use super::world::{bridges, PidNames, Process, Program, World};
 use super::Sim;
 use crate::host::{
-    Daemon, DaemonKind, Daemons, HostError, ProcessId, Result, SavedProgram, Signal, Starting, Versions,
+    Daemon, DaemonKind, Daemons, HostError, Logs, ProcessId, Result, SavedProgram, ServerState, Signal, Sources,
+    Starting, Versions,
 };
 
 pub(super) struct SimDaemons(pub(super) Sim);
@@ -126,7 +127,7 @@ impl Daemons for SimDaemons {
         })
     }
 
-    fn command(&self, daemon: &Daemon, command: &str, _arguments: &[&str], until: Instant) -> Result<String> {
+    fn command(&self, daemon: &Daemon, command: &str, arguments: &[&str], until: Instant) -> Result<String> {
         if command == "dpif/show-dp-features" {
             // No operation: what becomes of it is nobody's concern, and seeds mean what they meant.
             let sees_less = living(&self.0.look(), daemon.id)?.sees_less;
@@ -134,6 +135,16 @@ impl Daemons for SimDaemons {
         }
         if command == "ofproto/list" {
             return Ok(bridges().iter().map(|bridge| format!("{}\n", bridge.name)).collect());
+        }
+        if command.starts_with("ovsdb-server/") || command.starts_with("vlog/") {
+            return self.0.operate("daemons.set_by_command", Some(until), |world| {
+                if living(world, daemon.id)?.stopped {
+                    return Err(HostError::timeout("its control socket", "asking it"));
+                }
+                let unknown = || Err(HostError::new(command, "no such command"));
+                world.set_by_command(daemon.id.pid, command, arguments).unwrap_or_else(unknown)?;
+                Ok(String::new())
+            });
         }
         self.0.operate("daemons.command", Some(until), |world| {
             if living(world, daemon.id)?.stopped {
@@ -254,6 +265,18 @@ impl Daemons for SimDaemons {
                 PidNames { name: names.name.filter(lives), old: names.old.filter(lives), new: names.new.filter(lives) };
             Ok(())
         })
+    }
+
+    fn server_state(&self, server: &Daemon, until: Instant) -> Result<ServerState> {
+        self.0.operate("daemons.server_state", Some(until), |world| Ok(living(world, server.id)?.served.clone()))
+    }
+
+    fn logs(&self, daemon: &Daemon, until: Instant) -> Result<Logs> {
+        self.0.operate("daemons.logs", Some(until), |world| Ok(living(world, daemon.id)?.logs.clone()))
+    }
+
+    fn sources(&self, _server: &Daemon, _options: &[PathBuf]) -> Sources {
+        Sources::default()
     }
 }
 

@@ -6,7 +6,9 @@ use std::time::Instant;
 use super::world::{bridges, DiskState, Table, World, POLICY_S};
 use super::Sim;
 use crate::host::database_disk::{DatabaseDisk, DatabaseFile};
-use crate::host::{Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result, SwitchLock};
+use crate::host::{
+    Cleared, CtZone, Database, DatabaseFacts, HostError, RestoreWaitWatch, Result, SwitchLock, SystemRow,
+};
 
 /// The zone that has a timeout policy.
 const ZONE: u16 = 5;
@@ -127,7 +129,9 @@ impl Database for SimDatabase {
             let mark = table.mark.clone().map(|run| ("ovs-graceful-run".to_owned(), run));
             Ok(DatabaseFacts {
                 other_config: BTreeMap::from_iter(flag),
-                external_ids: BTreeMap::from_iter(mark),
+                external_ids: mark.into_iter().chain(table.row.ids.clone()).collect(),
+                system_type: table.row.system_type.clone(),
+                system_version: table.row.system_version.clone(),
                 next_cfg: table.next_cfg,
                 cur_cfg: table.cur_cfg,
                 ct_zones: vec![zone(table.touched)],
@@ -204,6 +208,13 @@ impl Database for SimDatabase {
 
     fn transact(&self, _operations: Vec<serde_json::Value>, until: Instant) -> Result<Vec<serde_json::Value>> {
         self.table("database.transact", until, |_| Ok(Vec::new()))
+    }
+
+    fn write_row(&self, row: &SystemRow, until: Instant) -> Result<()> {
+        self.table("database.write_row", until, |table| {
+            table.row = row.clone();
+            Ok(())
+        })
     }
 
     fn queue_for_switch_lock(&self, until: Instant) -> Result<Box<dyn SwitchLock>> {

@@ -1,7 +1,7 @@
 //! The truth about the simulated host, and what happens in it by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,12 @@ use super::disk::Files;
 use super::fault::{Fault, Script};
 use crate::control::{AbortGate, HookCommand};
 use crate::host::datapath::FreezeEvent;
-use crate::host::{Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, Interface, Port, ProcessId, StateItem};
+use crate::host::kept::{Given, Served, ServerByHand, MANAGERS, SWITCH_DATABASE};
+use crate::host::logs::LogsByHand;
+use crate::host::{
+    Bridge, BridgeRules, Daemon, DaemonKind, FdbEntry, HostError, Interface, Logs, Port, ProcessId, Result,
+    ServerState, StateItem, SystemRow,
+};
 
 /// The unit of the switch.
 pub(super) const SWITCH: &str = "ovs-vswitchd.service";
@@ -30,6 +35,13 @@ const HOOK_PATIENCE: Duration = Duration::from_secs(100);
 const RESTART: Duration = Duration::from_millis(100);
 /// What the timeout policy of the zone says for UDP without an answer, seconds.
 pub(super) const POLICY_S: u32 = 78;
+/// Where the database server listens, what it is told to open besides at its start, and what somebody has opened.
+const LISTENS: &str = "punix:/run/openvswitch/db.sock";
+const CLOSED: &str = "ptcp:6641";
+const OPENED: &str = "ptcp:6640";
+/// The file of the switch's database, and that of one that somebody has added.
+const FILE: &str = "/etc/openvswitch/conf.db";
+const ADDED: &str = "/srv/Extra";
 /// The bridge that has a controller.
 const WITH_CONTROLLER: &str = "br1";
 /// How long the disk of the database is in trouble that nothing helps: longer than all limits of a run.
@@ -148,6 +160,10 @@ pub struct Process {
     pub in_unit: bool,
     /// The timeout policy of the zone as it has seen it: as OVS 3.3 it makes one when that changes.
     pub touched: Option<bool>,
+    /// Of a database server: what it serves.
+    pub served: ServerState,
+    /// How it logs.
+    pub logs: Logs,
 }
 
 /// The freeze: pinned, so it outlives who loaded it.
@@ -242,6 +258,8 @@ pub struct Table {
     pub removed: Option<&'static str>,
     /// The timeout policy of the one zone is changed for a moment.
     pub touched: bool,
+    /// The row of the host.
+    pub row: SystemRow,
 }
 
 /// The reload hook in the unit's cgroup, or that of ExecStop= where the unit is being restarted.
@@ -318,6 +336,17 @@ impl Patience {
     }
 }
 
+/// What was set by hand.
+#[derive(Debug, Clone, Default)]
+pub struct ByHand {
+    /// In the database server.
+    pub server: ServerByHand,
+    /// Of the log of either daemon.
+    pub logs: LogsByHand,
+    /// In the row of the host.
+    pub row: SystemRow,
+}
+
 /// Everything.
 pub struct World {
     /// How long it has been waited for.
@@ -382,6 +411,8 @@ pub struct World {
     pub kept: bool,
     /// How often a supervisor, or a recovery, was killed.
     pub deaths: u32,
+    /// What was set by hand when the test began.
+    pub by_hand: ByHand,
     in_hand: Option<(i32, Duration)>,
     next_pid: i32,
     next_id: u64,
@@ -414,6 +445,48 @@ pub fn rules(odd: Odd) -> BTreeMap<String, BridgeRules> {
         rules.values_mut().for_each(|rules| rules.flows.insert(1, ODD_RULE.into()));
     }
     rules
+}
+
+/// What a database server serves that has just been started.
+fn served() -> ServerState {
+    let texts = |all: &[&str]| all.iter().map(|text| (*text).to_owned()).collect::<BTreeSet<String>>();
+    let mut state = ServerState {
+        remotes: texts(&[LISTENS, CLOSED, MANAGERS]),
+        names: texts(&[SWITCH_DATABASE]),
+        given: Given { remotes: texts(&[LISTENS, CLOSED]), databases: texts(&[FILE]), ..Given::default() },
+        ..ServerState::default()
+    };
+    state.add_database(Path::new("/"), FILE);
+    state.databases.values_mut().for_each(|served| served.name = Some(SWITCH_DATABASE.to_owned()));
+    state
+}
+
+/// What somebody has made of that.
+fn served_by_hand() -> ServerState {
+    let mut state = served();
+    state.remotes.remove(CLOSED);
+    state.remotes.remove(MANAGERS);
+    state.remotes.insert(OPENED.to_owned());
+    add_database(&mut state, ADDED);
+    state
+}
+
+/// `ovsdb-server/add-db`, where every file is named as its database.
+pub fn add_database(state: &mut ServerState, file: &str) {
+    let name = file.rsplit('/').next().unwrap_or(file);
+    state.names.insert(name.to_owned());
+    state.databases.insert(file.to_owned(), Served { name: Some(name.to_owned()), added_by: Some(file.to_owned()) });
+}
+
+/// How a daemon logs; `level` is that of one module to its file.
+fn logs(level: &str) -> Logs {
+    Logs::parse(&format!("bridge OFF INFO {level}\nvlog OFF INFO INFO\n"), "")
+}
+
+/// What ovs-ctl writes of the host.
+fn written_row() -> SystemRow {
+    let ids = [("rundir".to_owned(), "/var/run/openvswitch".to_owned())].into();
+    SystemRow { ids, system_type: Some("debian".into()), system_version: Some("12".into()) }
 }
 
 fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
@@ -462,6 +535,7 @@ impl World {
             rebooted: false,
             kept: false,
             deaths: 0,
+            by_hand: ByHand::default(),
             in_hand: None,
             next_pid: 100,
             next_id: 0,
@@ -469,6 +543,16 @@ impl World {
         world.spawn(DaemonKind::OvsdbServer, Program::Old, variant.units());
         let first = world.spawn(DaemonKind::OvsVswitchd, Program::Old, variant.units());
         world.first = first;
+        for process in world.processes.values_mut() {
+            process.served = served_by_hand();
+            process.logs = logs("DBG");
+        }
+        world.table.row = SystemRow { system_type: Some("lab".into()), ..written_row() };
+        world.by_hand = ByHand {
+            server: served_by_hand().by_hand(),
+            logs: logs("DBG").by_hand(&["daemon".to_owned(), "--detach".to_owned()]),
+            row: world.table.row.clone(),
+        };
         world.switch = SwitchUnit { main: first, state: "active".into(), ..SwitchUnit::default() };
         if variant.containers {
             // There is no unit: only the hook of whoever runs the container.
@@ -532,6 +616,8 @@ impl World {
             state: BTreeMap::new(),
             in_unit,
             touched: None,
+            served: served(),
+            logs: logs("INFO"),
             watched: false,
             has_tunnels: false,
             probed: false,
@@ -1003,6 +1089,9 @@ impl World {
             return;
         }
         let result = if well { "done" } else { "failed" };
+        if well {
+            self.add_managers();
+        }
         if let Some(job) = self.switch.reload.take() {
             self.switch.results.insert(job, result);
         }
@@ -1060,6 +1149,49 @@ impl World {
         self.switch.main = if up { pid } else { 0 };
         self.switch.state = if up { "active" } else { "failed" }.into();
         self.switch.results.insert(job, if up { "done" } else { "failed" });
+        self.add_managers();
+    }
+
+    /// What was set by hand and is not so any more, in words.
+    pub fn lacking(&self) -> Vec<String> {
+        let server = self.server().into_iter();
+        let switches = self.switches();
+        let logs =
+            server.clone().chain(switches).flat_map(|one| self.by_hand.logs.lacks(one.kind.program(), &one.logs));
+        let state = server.flat_map(|one| self.by_hand.server.lacks(&one.served));
+        let row = self.by_hand.row.differences(&self.table.row);
+        state.chain(logs).map(|lack| lack.what).chain(row).collect()
+    }
+
+    /// A command to a daemon that changes what [`World::lacking`] looks at; `None` where it is none of these.
+    pub fn set_by_command(&mut self, pid: i32, command: &str, arguments: &[&str]) -> Option<Result<()>> {
+        let process = self.processes.get_mut(&pid)?;
+        let (first, state) = (*arguments.first()?, &mut process.served);
+        let refuse = |why: &str| Some(Err(HostError::new(command, why)));
+        match command {
+            "ovsdb-server/add-remote" => drop(state.remotes.insert(first.to_owned())),
+            "ovsdb-server/remove-remote" if !state.remotes.remove(first) => return refuse("no such remote"),
+            "ovsdb-server/add-db" if state.databases.contains_key(first) => return refuse("already open"),
+            "ovsdb-server/add-db" => add_database(state, first),
+            "ovsdb-server/remove-remote" => {}
+            "vlog/set" => {
+                for setting in arguments {
+                    let [module, destination, level] = setting.split(':').collect::<Vec<_>>()[..] else {
+                        return refuse("no such setting");
+                    };
+                    let at = ["console", "syslog", "file"].iter().position(|name| *name == destination)?;
+                    process.logs.levels.get_mut(module)?[at] = level.to_owned();
+                }
+            }
+            _ => return None,
+        }
+        Some(Ok(()))
+    }
+
+    /// ovs-ctl adds the managers whenever it has started the switch.
+    fn add_managers(&mut self) {
+        let servers = self.processes.values_mut().filter(|one| one.kind == DaemonKind::OvsdbServer);
+        servers.for_each(|server| server.served.remotes.extend([MANAGERS.to_owned()]));
     }
 
     /// Does a transaction that changes something get through?
@@ -1098,6 +1230,8 @@ impl World {
             self.end(old, true);
         }
         self.spawn(DaemonKind::OvsdbServer, Program::Installed, self.variant.units());
+        // ovs-ctl
+        self.table.row = written_row();
         // Whoever waits in the queue may be faster than who had it: here the one that had it is, where it lives.
         if let Some(leader) = leader.and_then(|pid| self.processes.get_mut(&pid)) {
             leader.leads = true;
