@@ -60,6 +60,11 @@ pub struct Lack {
     pub arguments: Vec<String>,
 }
 
+/// Names come from whoever has set them, and go to terminals.
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
 /// A database that is served.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
@@ -315,7 +320,7 @@ impl ServerByHand {
         let mut lack = |what: String, command: &str, arguments: &[&str]| {
             let arguments = arguments.iter().map(|word| (*word).to_owned()).collect();
             lacks.push(Lack {
-                what: format!("ovsdb-server: {what}"),
+                what: printable(&format!("ovsdb-server: {what}")),
                 command: format!("ovsdb-server/{command}"),
                 arguments,
             });
@@ -423,7 +428,7 @@ impl SystemRow {
             ids.map(|(key, value)| (format!("external_ids:{key}"), value.clone(), text(&now.ids.get(key).cloned())));
         columns
             .chain(ids)
-            .map(|(name, before, now)| format!("Open_vSwitch {name}: {before} before, {now} now"))
+            .map(|(name, before, now)| printable(&format!("Open_vSwitch {name}: {before} before, {now} now")))
             .collect()
     }
 }

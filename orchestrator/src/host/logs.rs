@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::kept::Lack;
+use super::kept::{printable, Lack};
 
 /// Where messages go, in the order in which `vlog/list` has them.
 const DESTINATIONS: [&str; 3] = ["console", "syslog", "file"];
@@ -132,7 +132,7 @@ impl LogsByHand {
             ("log modules without a limit of their rate", "vlog/disable-rate-limit", limited),
         ];
         let lack = |(what, command, arguments): (&str, &str, Vec<String>)| Lack {
-            what: format!("{program}: {what} set by hand: {}", told(&arguments)),
+            what: printable(&format!("{program}: {what} set by hand: {}", told(&arguments))),
             command: command.to_owned(),
             arguments,
         };

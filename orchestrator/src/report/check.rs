@@ -89,6 +89,8 @@ names! {
     Database = "database",
     /// The disk of the database.
     DatabaseDisk = "database-disk",
+    /// What was set in ovsdb-server at run time, or on its command line alone.
+    OvsdbServer = "ovsdb-server",
     /// The schema of the database and that of the installed package.
     Schema = "schema",
     /// `other_config:flow-restore-wait`.

@@ -18,7 +18,7 @@ pub(super) fn keep(run: &mut Run) -> Result<(), Stop> {
     if run.known.kept.is_some() {
         return Ok(());
     }
-    match read(run) {
+    match read(run).or_else(|_| read(run)) {
         Ok(kept) => {
             run.runs.keep_by_hand(&run.id, &kept).context("noting what was set at run time")?;
             run.known.kept = Some(kept);
@@ -28,7 +28,9 @@ pub(super) fn keep(run: &mut Run) -> Result<(), Stop> {
             Err(anyhow::Error::from(error).context("what was set in the daemons at run time").into())
         }
         Err(error) => {
-            run.warn(format!("what was set in the daemons at run time is not known, and not put back: {error}"));
+            let told = format!("what was set in the daemons at run time is not known, and not put back: {error}");
+            run.report.differences.push(told.clone());
+            run.warn(told);
             Ok(())
         }
     }

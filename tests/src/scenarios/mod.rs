@@ -51,6 +51,7 @@ mod scale;
 mod scale_ct;
 mod sees_less;
 mod selftest;
+mod server_state;
 mod set_field;
 mod switch_state;
 mod systemd;
@@ -408,6 +409,8 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&disturbed::SAMPLE),
     Scenario::Custom(&disturbed::WHOLE),
     Scenario::Custom(&database_clients::DatabaseClients),
+    Scenario::Custom(&server_state::SAMPLE),
+    Scenario::Custom(&server_state::WHOLE),
     Scenario::Custom(&database_disk::SAMPLE),
     Scenario::Custom(&database_disk::WHOLE),
     Scenario::Custom(&reboot::Reboot),

@@ -277,19 +277,20 @@ impl Database for Ovsdb {
     }
 }
 
-/// The operations that make the row of this host say what `row` says.
-fn writing(row: &SystemRow) -> [Value; 2] {
-    let column = |value: &Option<String>| value.as_ref().map_or_else(|| json!(["set", []]), |value| json!(value));
-    let columns = json!({"system_type": column(&row.system_type), "system_version": column(&row.system_version)});
+/// The operations that make the row of this host say what `row` says. Of what that does not know nothing is written.
+fn writing(row: &SystemRow) -> Vec<Value> {
+    let columns = [("system_type", &row.system_type), ("system_version", &row.system_version)];
+    let columns: Map<String, Value> =
+        columns.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value.as_ref()?)))).collect();
     let keys: Vec<&String> = row.ids.keys().collect();
     let pairs: Vec<(&String, &String)> = row.ids.iter().collect();
-    [
-        json!({"op": "update", "table": DATABASE, "where": [], "row": columns}),
-        json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [
-            ["external_ids", "delete", ["set", keys]],
-            ["external_ids", "insert", ["map", pairs]],
-        ]}),
-    ]
+    let ids = json!({"op": "mutate", "table": DATABASE, "where": [], "mutations": [
+        ["external_ids", "delete", ["set", keys]],
+        ["external_ids", "insert", ["map", pairs]],
+    ]});
+    let columns = Some(columns).filter(|columns| !columns.is_empty());
+    let columns = columns.map(|row| json!({"op": "update", "table": DATABASE, "where": [], "row": row}));
+    columns.into_iter().chain([ids]).collect()
 }
 
 /// The operation that changes a row of CT_Timeout_Policy by a key it does not have or, where it has all of them, by
@@ -529,7 +530,17 @@ struct Tables(BTreeMap<&'static str, BTreeMap<String, Value>>);
 const WANTED: &[(&str, &[&str])] = &[
     (
         "Open_vSwitch",
-        &["other_config", "external_ids", "ovs_version", "dpdk_initialized", "next_cfg", "cur_cfg", "datapaths"],
+        &[
+            "other_config",
+            "external_ids",
+            "ovs_version",
+            "system_type",
+            "system_version",
+            "dpdk_initialized",
+            "next_cfg",
+            "cur_cfg",
+            "datapaths",
+        ],
     ),
     (
         "Bridge",
@@ -738,6 +749,18 @@ fn map_of_numbers(value: &Value) -> BTreeMap<String, u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_is_written_without_what_is_not_known_of_it() {
+        let ids = BTreeMap::from([("rundir".to_owned(), "/run/x".to_owned())]);
+        let row = SystemRow { ids, system_type: Some("lab".to_owned()), system_version: None };
+        let [columns, mutate] = &writing(&row)[..] else { panic!() };
+        assert_eq!(columns["row"], json!({"system_type": "lab"}));
+        assert_eq!(mutate["mutations"][1], json!(["external_ids", "insert", ["map", [["rundir", "/run/x"]]]]));
+        assert_eq!(writing(&SystemRow { system_type: None, ..row }).len(), 1);
+        let (_, columns) = WANTED.iter().find(|(table, _)| *table == DATABASE).unwrap();
+        assert!(["system_type", "system_version"].iter().all(|column| columns.contains(column)));
+    }
 
     #[test]
     fn a_policy_is_changed_and_changed_back_whatever_it_has() {

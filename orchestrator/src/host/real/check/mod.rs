@@ -4,6 +4,7 @@ mod daemons;
 mod disks;
 mod programs;
 mod schema;
+mod server;
 mod services;
 mod switch;
 
@@ -36,6 +37,7 @@ pub fn findings(
         found.ok(Name::Schema, "database", cause);
     } else {
         schema::look(&server, options, until, &mut found);
+        server::look(daemons, services, &server, options, until, &mut found);
     }
     if let Some(facts) = known.facts {
         switch::look(daemons, &vswitchd, facts, until, &mut found);

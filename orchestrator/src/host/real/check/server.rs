@@ -1,0 +1,169 @@
+//! What a run could not give the next ovsdb-server back.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::Instant;
+
+use crate::check::refuse;
+use crate::host::kept::{printable, Given, ServerState};
+use crate::host::real::ovsdb_server;
+use crate::host::surroundings::CheckOptions;
+use crate::host::{Daemon, Daemons, ServiceManager, Unit};
+use crate::report::{Findings, Name};
+
+/// Options that ovs-ctl gives of itself (`do_start_ovsdb` in utilities/ovs-ctl.in, `start_daemon` in ovs-lib.in). Levels of
+/// the log are looked after one by one.
+const OF_OVS_CTL: [&str; 15] = [
+    "-v",
+    "--verbose",
+    "--remote=punix:",
+    "--remote=pfd:",
+    "--private-key=db:Open_vSwitch,",
+    "--certificate=db:Open_vSwitch,",
+    "--bootstrap-ca-cert=db:Open_vSwitch,",
+    "--log-file",
+    "--pidfile",
+    "--unixctl",
+    "--no-chdir",
+    "--detach",
+    "--monitor",
+    "--user",
+    "--no-self-confinement",
+];
+/// What makes a server listen or serve something is the more important half.
+const KEPT_BY_UNIT: &str =
+    "put it into the options of that unit (Debian: OVS_CTL_OPTS in /etc/default/openvswitch-switch), \
+                            where it is wanted";
+
+pub(super) fn look(
+    daemons: &dyn Daemons,
+    services: &dyn ServiceManager,
+    server: &Daemon,
+    options: &CheckOptions,
+    until: Instant,
+    found: &mut Findings,
+) {
+    let remedy =
+        "see whether `ovs-appctl -t ovsdb-server ovsdb-server/list-remotes` answers; a restart of ovsdb-server helps";
+    match daemons.server_state(server, until) {
+        Ok(state) => judge(server, &state, options, found),
+        Err(error) if options.replace_ovsdb => return refuse(Name::OvsdbServer, &error, remedy, found),
+        Err(_) => return,
+    }
+    if options.replace_ovsdb {
+        if let Ok(Some(unit)) = services.owner(server, until) {
+            judge_options(server, &unit, found);
+        }
+    }
+}
+
+fn judge(server: &Daemon, state: &ServerState, options: &CheckOptions, found: &mut Findings) {
+    let object = format!("ovsdb-server (pid {})", server.id.pid);
+    if let Some(source) = state.replication.source.as_deref().filter(|_| state.replication.backup) {
+        let cause = format!("it is a backup of {source}: nothing can be written into its database");
+        let remedy =
+            "`ovs-appctl -t ovsdb-server ovsdb-server/disconnect-active-ovsdb-server`, if it is to be the active one";
+        found.refuse(Name::OvsdbServer, &object, cause, remedy);
+    }
+    if !options.replace_ovsdb {
+        return;
+    }
+    if state.would_be_backup() {
+        let cause =
+            "its command line makes it a backup, which it is no more: the next one would replace its database by \
+                     that of another server";
+        let remedy = "put --active into the options of its unit, behind --sync-from, or take both out";
+        found.refuse(Name::OvsdbServer, &object, cause, remedy);
+    }
+    for name in state.by_hand().beyond_help() {
+        let cause =
+            "it was added at run time, and no file of that name leads to it any more: the next ovsdb-server will not \
+                     serve it";
+        let remedy =
+            format!("keep what is in it: `ovsdb-client backup unix:/run/openvswitch/db.sock {name} > {name}.db`");
+        found.warn(Name::OvsdbServer, printable(&format!("database {name}")), cause, &remedy);
+    }
+}
+
+/// What stands on its command line, and not in its unit.
+fn judge_options(server: &Daemon, unit: &Unit, found: &mut Findings) {
+    for word in of_its_own(server, &texts(unit)).iter().map(|word| printable(word)) {
+        let cause = format!("ovsdb-server (pid {}) runs with {word}, which this unit does not have", server.id.pid);
+        found.warn(Name::OvsdbServer, &unit.name, cause, KEPT_BY_UNIT);
+    }
+}
+
+/// Everything in which a unit can say how it starts its daemon.
+fn texts(unit: &Unit) -> String {
+    let files = unit.environment_files.iter().chain(&unit.fragment).chain(&unit.drop_ins);
+    let files = files.filter_map(|path| fs::read_to_string(path).ok());
+    let lines = files.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+    let lines = lines.filter(|line| !line.trim_start().starts_with(['#', ';']));
+    lines.chain(unit.exec_start.iter().cloned()).collect::<Vec<_>>().join("\n")
+}
+
+/// The options and files of the command line that ovs-ctl does not give of itself and that `texts` do not have.
+fn of_its_own(server: &Daemon, texts: &str) -> Vec<String> {
+    let words: BTreeSet<&str> = texts.split(|c: char| c.is_whitespace() || "=\"'".contains(c)).collect();
+    let is_said = |word: &str| words.contains(word) || word.rsplit('/').next().is_some_and(|name| words.contains(name));
+    let usual = |word: &&String| OF_OVS_CTL.iter().any(|usual| word.starts_with(usual));
+    let option = |word: &&String| {
+        let value = word.split_once('=').map_or(word.as_str(), |(_, value)| value);
+        word.starts_with("--") && !is_said(value)
+    };
+    let options = server.argv.iter().skip(1).filter(|word| !usual(word)).filter(option).cloned();
+    // The first is the switch's own, which ovs-ctl names.
+    let own = ovsdb_server::database_file(server);
+    let files = Given::of(server).databases.into_iter().filter(|file| own.as_os_str() != file.as_str());
+    options.chain(files.filter(|file| !is_said(file))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::kept::{Replication, Served};
+    use crate::host::real::ovsdb_server::tests::server as unknown;
+    use crate::report::Severity;
+
+    fn server(words: &str) -> Daemon {
+        Daemon { argv: words.split(' ').map(str::to_owned).collect(), cwd: "/".into(), ..unknown() }
+    }
+
+    #[test]
+    fn what_only_the_command_line_has_is_told() {
+        let server = server(
+            "ovsdb-server /etc/openvswitch/conf.db /etc/openvswitch/extra.db /srv/other.db -vfile:info --remote=punix:/x \
+             --remote=ptcp:6640 --remote=ptcp:6641 --private-key=db:Open_vSwitch,SSL,private_key --no-chdir \
+             --log-file=/x --pidfile=/y --detach --disable-file-column-diff",
+        );
+        let texts = "OVS_CTL_OPTS=\"--ovsdb-server-options=--remote=ptcp:6641\"\nEXTRA_DBS=extra.db\n";
+        let own = of_its_own(&server, texts);
+        assert_eq!(own, ["--remote=ptcp:6640", "--disable-file-column-diff", "/srv/other.db"]);
+    }
+
+    #[test]
+    fn what_cannot_be_put_back_is_named_and_a_backup_is_refused() {
+        let options = CheckOptions { replace_ovsdb: true, ..CheckOptions::default() };
+        let judged = |server: &Daemon, state: &ServerState, options: &CheckOptions| {
+            let mut found = Findings::default();
+            judge(server, state, options, &mut found);
+            found.into_inner().into_iter().map(|one| (one.severity, one.object)).collect::<Vec<_>>()
+        };
+        let plain = server("ovsdb-server /etc/openvswitch/conf.db");
+        let mut state = ServerState { given: Given::of(&plain), ..ServerState::default() };
+        assert_eq!(judged(&plain, &state, &options), []);
+        state.names.insert("Gone".to_owned());
+        state.databases.insert("/tmp/gone.db".to_owned(), Served { name: None, added_by: Some("/tmp/gone.db".into()) });
+        assert_eq!(judged(&plain, &state, &options), [(Severity::Warning, "database Gone".to_owned())]);
+        assert_eq!(judged(&plain, &state, &CheckOptions::default()), []);
+        let backup = server("ovsdb-server /etc/openvswitch/conf.db --sync-from=tcp:192.0.2.1:6640");
+        let active = ServerState { given: Given::of(&backup), ..ServerState::default() };
+        assert_eq!(judged(&backup, &active, &options).len(), 1);
+        let replication = Replication { source: Some("tcp:192.0.2.1:6640".into()), backup: true, excluded: None };
+        let following = ServerState { replication, ..active };
+        assert_eq!(
+            judged(&backup, &following, &CheckOptions::default()).first().map(|one| one.0),
+            Some(Severity::Refused)
+        );
+    }
+}
