@@ -170,13 +170,21 @@ impl Given {
         let mut databases: BTreeSet<String> = files.iter().map(|file| key(&server.cwd, file)).collect();
         let by_file = has("--config-file");
         if databases.is_empty() && !by_file && !has("--no-dbs") {
-            databases.insert(database_folder(server).join("conf.db").display().to_string());
+            databases.insert(first_file(server).display().to_string());
         }
         let source = value("--sync-from");
         let backup = source.is_some() && !has("--active");
         let remotes = options.iter().filter(|(key, _)| *key == "--remote").map(|(_, value)| (*value).to_owned());
         let replication = Replication { source, excluded: value("--sync-exclude-tables"), backup };
         Given { remotes: remotes.collect(), databases, replication, by_file }
+    }
+}
+
+/// The file that a server serves first by its command line.
+pub fn first_file(server: &Daemon) -> PathBuf {
+    match options(&server.argv).1.first() {
+        Some(file) => server.cwd.join(file),
+        None => database_folder(server).join("conf.db"),
     }
 }
 

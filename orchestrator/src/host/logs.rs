@@ -163,16 +163,11 @@ fn parse_pattern(line: &str) -> Option<(String, String)> {
 
 /// The settings of a command line: `-vconsole:emer`, `--verbose=file:info`, `-v`.
 fn settings(argv: &[String]) -> Vec<&str> {
-    let setting = |word: &'_ String| -> Option<usize> {
-        ["--verbose=", "-v"].iter().find(|prefix| word.starts_with(**prefix)).map(|prefix| prefix.len())
+    let setting = |word: &String| match word.as_str() {
+        "--verbose" => Some(word.len()),
+        _ => ["--verbose=", "-v"].iter().find(|prefix| word.starts_with(**prefix)).map(|prefix| prefix.len()),
     };
-    let words = argv.iter().skip(1);
-    words
-        .filter_map(|word| match word.as_str() {
-            "--verbose" => Some(""),
-            _ => setting(word).map(|at| &word[at..]),
-        })
-        .collect()
+    argv.iter().skip(1).filter_map(|word| word.get(setting(word)?..)).collect()
 }
 
 /// The level that the command line alone gives a module.

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::credentials::Credentials;
 use super::{command, procfs, server_state, trusted};
 use crate::host::clock::Clock;
-use crate::host::kept::Given;
+use crate::host::kept::first_file;
 use crate::host::{
     complete_job, Context, Daemon, Daemons, Database, HostError, JobKind, Result, ServiceManager, Signal, Unit,
 };
@@ -37,7 +37,7 @@ const DEFAULT_FOLDER: &str = "/usr/share/openvswitch";
 /// that file open.
 pub fn database_file(server: &Daemon) -> PathBuf {
     let believed = |path: &PathBuf| trusted::is_ours(server.uid) || procfs::has_open(server.id.pid, path);
-    let given = || Given::of(server).databases.into_iter().map(PathBuf::from).find(believed);
+    let given = || Some(first_file(server)).filter(believed);
     server_state::database_file(server).or_else(given).unwrap_or_else(|| DEFAULT_FILE.into())
 }
 
