@@ -346,6 +346,8 @@ struct Recovery {
     captured: Option<Captured>,
     /// The ovsdb-server that has got back what was changed in the one before at run time.
     given_back: Option<ProcessId>,
+    /// What of that is not there, as the report has it.
+    lacking: Vec<String>,
 }
 
 impl Recovery {
@@ -356,7 +358,7 @@ impl Recovery {
         let (runs, id) = (runs.clone(), id.to_owned());
         let (errors, kept) = (Vec::new(), Vec::new());
         let (parked, survivor, settled, refused, captured) = (false, None, false, Vec::new(), None);
-        let given_back = None;
+        let (given_back, lacking) = (None, Vec::new());
         Recovery {
             runs,
             id,
@@ -372,6 +374,7 @@ impl Recovery {
             refused,
             captured,
             given_back,
+            lacking,
         }
     }
 
@@ -584,8 +587,10 @@ impl Recovery {
         self.give_back(host);
         match by_hand::differences(host, &kept, switch.as_ref(), until) {
             Ok(found) => {
-                let found: Vec<_> = found.into_iter().filter(|one| !self.report.differences.contains(one)).collect();
-                self.report.differences.extend(found);
+                // An attempt before this one may have had less luck.
+                self.report.differences.retain(|one| !self.lacking.contains(one));
+                self.report.differences.extend(found.iter().cloned());
+                self.lacking = found;
             }
             Err(error) => self.told(format!("what was set in the daemons at run time: {error}")),
         }
