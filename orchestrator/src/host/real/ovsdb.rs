@@ -754,7 +754,8 @@ mod tests {
     fn a_row_is_written_without_what_is_not_known_of_it() {
         let ids = BTreeMap::from([("rundir".to_owned(), "/run/x".to_owned())]);
         let row = SystemRow { ids, system_type: Some("lab".to_owned()), system_version: None };
-        let [columns, mutate] = &writing(&row)[..] else { panic!() };
+        let written = writing(&row);
+        let [columns, mutate] = &written[..] else { panic!("{written:?}") };
         assert_eq!(columns["row"], json!({"system_type": "lab"}));
         assert_eq!(mutate["mutations"][1], json!(["external_ids", "insert", ["map", [["rundir", "/run/x"]]]]));
         assert_eq!(writing(&SystemRow { system_type: None, ..row }).len(), 1);
