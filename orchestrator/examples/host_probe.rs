@@ -101,7 +101,7 @@ fn hook(command: &[String]) -> ExitCode {
 fn run(tally: &mut Tally, with_systemd: bool) {
     let daemons = RealDaemons::new(SOCKET);
     let database = Ovsdb::new(SOCKET);
-    let bridges = RealOpenFlow::new(RUN, "/run");
+    let bridges = RealOpenFlow::new(RUN);
     let systemd = Systemd::default();
     tally.check("systemd is running", systemd.is_running());
 
@@ -168,7 +168,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     let next = tally.take("bump", database.bump(soon())).unwrap_or_default();
     tally.take("the old daemon is in step", database.wait_in_step(next, soon()));
 
-    let Some(before) = tally.take("snapshot", bridges.snapshot(&facts.bridges, soon())) else { return };
+    let Some(before) = tally.take("snapshot", bridges.snapshot(&old, &facts.bridges, soon())) else { return };
     println!("     {:?}", before.iter().map(|r| (&r.bridge, &r.protocol, r.flows.len())).collect::<Vec<_>>());
     let Some(mut watch) = tally.take("watch", bridges.watch(&facts.bridges, soon())) else { return };
     tally.check("nothing changed yet", watch.changed(soon()).is_ok_and(|set| set.is_empty()));
@@ -185,12 +185,13 @@ fn run(tally: &mut Tally, with_systemd: bool) {
         println!("     {small:?}");
     }
     let begin = Instant::now();
-    let Some(before) = tally.take("refresh", bridges.refresh(&facts.bridges, &before, &mut *watch, soon())) else {
+    let Some(before) = tally.take("refresh", bridges.refresh(&old, &facts.bridges, &before, &mut *watch, soon()))
+    else {
         return;
     };
     println!("     after {:?}", begin.elapsed());
     let begin = Instant::now();
-    tally.take("refresh without changes", bridges.refresh(&facts.bridges[1..], &before, &mut *watch, soon()));
+    tally.take("refresh without changes", bridges.refresh(&old, &facts.bridges[1..], &before, &mut *watch, soon()));
     println!("     after {:?}", begin.elapsed());
     let prepared = tally.take("prepare the restore", bridges.prepare_restore(&old, &before, soon()));
     tally.check("the refresh has the new rule", before.iter().any(|r| r.flows.iter().any(|f| f.contains("table=77"))));
@@ -260,7 +261,7 @@ fn run(tally: &mut Tally, with_systemd: bool) {
     println!("     after {:?}", begin.elapsed());
     tally.take("restore again", bridges.restore(&before, soon()));
     println!("     after {:?}", begin.elapsed());
-    if let Some(after) = tally.take("snapshot after", bridges.snapshot(&facts.bridges, soon())) {
+    if let Some(after) = tally.take("snapshot after", bridges.snapshot(&new, &facts.bridges, soon())) {
         let differences = openflow::compare(&before, &after);
         tally.check("rules are the same", differences.is_empty());
         println!("     {differences:?}");

@@ -745,7 +745,7 @@ impl Recovery {
             let replayed = host.datapath.replay_to(survivor.id, self.until(READY_LIMIT));
             self.replayed(replayed.map_err(Into::into));
         }
-        if let Err(error) = self.look_at_rules(host) {
+        if let Err(error) = self.look_at_rules(host, survivor) {
             self.told(format!("which OpenFlow rules are there now is not known: {error:#}"));
         }
         self.end_hand_over(host, mark);
@@ -779,7 +779,7 @@ impl Recovery {
         }
         let Some(wanted) = self.runs.rules(&self.id)? else { return Ok(()) };
         let facts = host.database.facts(self.until(SHORT))?;
-        let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
+        let now = host.openflow.snapshot(survivor, &facts.bridges, self.until(READY_LIMIT))?;
         let lacking: Vec<BridgeRules> = wanted
             .into_iter()
             // A bridge that has gone since is nobody's loss.
@@ -820,11 +820,11 @@ impl Recovery {
     }
 
     /// There is no Verify on this way: what is not as it was is told.
-    fn look_at_rules(&mut self, host: &Host) -> anyhow::Result<()> {
+    fn look_at_rules(&mut self, host: &Host, survivor: &Daemon) -> anyhow::Result<()> {
         let Some(mut wanted) = self.runs.rules(&self.id)? else { return Ok(()) };
         let facts = host.database.facts(self.until(SHORT))?;
         wanted.retain(|rules| facts.bridges.iter().any(|bridge| bridge.name == rules.bridge));
-        let now = host.openflow.snapshot(&facts.bridges, self.until(READY_LIMIT))?;
+        let now = host.openflow.snapshot(survivor, &facts.bridges, self.until(READY_LIMIT))?;
         self.report.differences.clear();
         notes::rules_after(&mut self.report, &wanted, &now, &self.refused);
         Ok(())

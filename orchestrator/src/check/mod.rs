@@ -125,7 +125,7 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
         return;
     }
     let openflow = host.openflow.as_ref();
-    let rules = openflow.snapshot(&facts.bridges, until);
+    let rules = openflow.snapshot(daemon, &facts.bridges, until);
     let rules = rules.map_err(|error| unread(openflow, daemon, &facts.bridges, error, until));
     let refused = rules.and_then(|rules| Ok(openflow.prepare_restore(daemon, &rules, until)?.refused));
     let refused = keep(refused, Name::Rule, "see what `ovs-ofctl dump-flows` says of that bridge", &mut found);

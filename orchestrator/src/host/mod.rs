@@ -10,6 +10,7 @@ pub mod disk;
 pub mod error;
 pub mod kept;
 pub mod logs;
+pub mod messages;
 pub mod module;
 pub mod real;
 #[cfg(test)]
@@ -30,6 +31,7 @@ pub use database_disk::DatabaseDisk;
 pub use error::{Context, HostError, Result};
 pub use kept::{Kept, ServerState, Sources, SystemRow};
 pub use logs::Logs;
+pub use messages::Messages;
 pub use state::{BridgeState, StateItem, PORT_FLAGS};
 pub use zones::CtZone;
 
@@ -651,12 +653,13 @@ pub fn complete_job(services: &dyn ServiceManager, unit: &str, kind: JobKind, un
     }
 }
 
-/// The OpenFlow state of a bridge, in the words of ovs-ofctl.
+/// The OpenFlow state of a bridge: in the words of ovs-ofctl, which are compared and told, and in the daemon's own bytes,
+/// which are given back.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BridgeRules {
     /// The bridge.
     pub bridge: String,
-    /// The version it was read in and will be written in: the highest the bridge speaks, for example `OpenFlow15`.
+    /// The highest version that the bridge speaks, for example `OpenFlow15`: all is read in it but some flows.
     pub protocol: String,
     /// `{class=..,type=..,len=..}->tun_metadataN`, one a line of the TLV map.
     pub tlv_map: Vec<String>,
@@ -666,6 +669,12 @@ pub struct BridgeRules {
     pub groups: Vec<String>,
     /// The flows, as `add-flows` takes them, without counters and ages.
     pub flows: Vec<String>,
+    /// The flows that no version tells as the daemon has them; they are not among `flows`.
+    #[serde(default)]
+    pub untold: Vec<RefusedRule>,
+    /// What adds all of it.
+    #[serde(default)]
+    pub messages: Messages,
 }
 
 /// How a bridge was restored.
@@ -747,14 +756,15 @@ pub struct LearnReport {
 
 /// The bridges, through their management sockets.
 pub trait OpenFlow: Send + Sync {
-    /// Flows, groups, meters and TLV maps of `bridges`, read side by side.
-    fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>>;
+    /// Flows, groups, meters and TLV maps of `bridges`, which are `daemon`'s, read side by side.
+    fn snapshot(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>>;
     /// How many flows each of `bridges` has now, in their order: asked of the daemon as a number, not dumped.
     fn count_flows(&self, bridges: &[BridgeRules], until: Instant) -> Result<Vec<u64>>;
     /// `before` brought up to now: everything is read again but the flows of those bridges that `watch` saw no change
     /// of (hazards 22).
     fn refresh(
         &self,
+        daemon: &Daemon,
         bridges: &[Bridge],
         before: &[BridgeRules],
         watch: &mut dyn RuleWatch,
@@ -769,11 +779,9 @@ pub trait OpenFlow: Send + Sync {
     /// Makes each bridge's rules `rules`, bridges side by side; what else is there goes. A rule that the daemon refuses
     /// costs no other, but those that need it. May be run twice.
     fn restore(&self, rules: &[BridgeRules], until: Instant) -> Result<Vec<RestoredRules>>;
-    /// Does all of a restore that can be done before the new daemon is there: rules parsed, encoded, and each proved to
-    /// be one that can be put back, by `daemon`, which has them. Changes nothing.
+    /// Does all of a restore that can be done before the new daemon is there: each rule is proved to be one that can be
+    /// put back, by `daemon`, which has them. Changes nothing.
     fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation>;
-    /// The rules that `daemon` has and `rules` tell as others, or not at all.
-    fn unfaithful(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>>;
     /// The flows of `bridges` that `daemon` has and that the installed ovs-ofctl, which is of another version, cannot read:
     /// not all of them where there are many.
     fn unreadable(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<RefusedRule>>;

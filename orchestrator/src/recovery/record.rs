@@ -1,11 +1,9 @@
 //! What a run writes down for whoever has to finish or undo it.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-
 use serde::{Deserialize, Serialize};
 
 use crate::host::clock::Clock;
-use crate::host::{BridgeRules, BridgeState, Daemon};
+use crate::host::{BridgeRules, BridgeState, Daemon, Messages};
 use crate::journal::{Entry, Journal, Runs};
 use crate::machine::Phase;
 use crate::report::{ConntrackReport, Level, Report, Strategy, Version};
@@ -75,7 +73,13 @@ pub struct Recorder {
     journal: Journal,
     mark: Mark,
     said: Option<Mark>,
-    rules: Option<u64>,
+    rules: Option<Kept>,
+}
+
+/// What was written down last of rules and state.
+struct Kept {
+    rules: Vec<(String, Messages)>,
+    state: Vec<BridgeState>,
 }
 
 impl Recorder {
@@ -161,17 +165,16 @@ impl Recorder {
 
     /// Hazards 22: the rules of the switch, not of the snapshot.
     fn keep_rules(&mut self, id: &str, rules: &[BridgeRules], state: &[BridgeState]) -> anyhow::Result<()> {
-        let mut hasher = DefaultHasher::new();
-        for bridge in rules {
-            (&bridge.bridge, &bridge.tlv_map, &bridge.meters, &bridge.groups, &bridge.flows).hash(&mut hasher);
-        }
-        for bridge in state {
-            (&bridge.bridge, &bridge.items).hash(&mut hasher);
-        }
-        let hash = hasher.finish();
-        if self.rules != Some(hash) {
+        // Cheap, however many there are, where they are the very bytes that were kept.
+        let same =
+            |(kept, rules): (&(String, Messages), &BridgeRules)| kept.0 == rules.bridge && kept.1 == rules.messages;
+        let is_kept = |kept: &Kept| {
+            kept.state == state && kept.rules.len() == rules.len() && kept.rules.iter().zip(rules).all(same)
+        };
+        if !self.rules.as_ref().is_some_and(is_kept) {
             self.runs.keep_rules(id, rules, state)?;
-            self.rules = Some(hash);
+            let rules = rules.iter().map(|rules| (rules.bridge.clone(), rules.messages.clone())).collect();
+            self.rules = Some(Kept { rules, state: state.to_vec() });
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use super::standby::{
 use super::switch_prepare::keep_parked;
 use super::{by_hand, classes, database_disk, features, log_levels, notes, tunnels, Ended, Host, Run, Start, Stop};
 use crate::control::HookCommand;
-use crate::host::{DaemonKind, Database, HostError, Job, JobKind, SavedProgram};
+use crate::host::{Daemon, DaemonKind, Database, HostError, Job, JobKind, SavedProgram};
 use crate::machine::Event;
 use dpfreeze::freeze::Classes;
 
@@ -38,7 +38,8 @@ pub fn go_back(run: &mut Run) -> Ended {
     }
     if stay(run)? {
         run.known.switch_lock = None;
-        look_at_rules(run);
+        let old = run.old()?.clone();
+        look_at_rules(run, &old);
         by_hand::tell(run);
         return Ok(Event::Done);
     }
@@ -62,8 +63,8 @@ pub fn go_back(run: &mut Run) -> Ended {
 }
 
 /// There is no Verify on this way, and whoever reads the report asks first whether his rules are there.
-fn look_at_rules(run: &mut Run) {
-    match run.host.openflow.snapshot(&run.known.facts.bridges, run.deadline) {
+fn look_at_rules(run: &mut Run, daemon: &Daemon) {
+    match run.host.openflow.snapshot(daemon, &run.known.facts.bridges, run.deadline) {
         Ok(rules) => {
             notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
             run.report.differences.append(&mut run.known.state_lost);
@@ -270,7 +271,7 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
     for lost in features::lost(run) {
         run.warn(format!("{lost}; remedy: ovs-graceful restart"));
     }
-    look_at_rules(run);
+    look_at_rules(run, &new);
     log_levels::put_back(run);
     by_hand::tell(run);
     match run.host.daemons.is_alive(new.id) {

@@ -260,6 +260,8 @@ pub(crate) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[
         entry.groups_after = now.groups.len() as u64;
         entry.meters_after = now.meters.len() as u64;
     }
+    // The new daemon has a rule that was none before, and that is told as another.
+    report.differences.extend(after.iter().flat_map(|now| &now.untold).map(ToString::to_string));
     for difference in compare_rules(before, after) {
         let sign = if difference.missing { "missing" } else { "new" };
         let is_it =

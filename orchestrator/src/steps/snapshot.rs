@@ -33,7 +33,7 @@ impl Step for Snapshot {
         let mut watch = run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?;
         // Through the connections that the watch has, as far as they can: hundreds of bridges would take a minute.
         let openflow = run.host.openflow.as_ref();
-        let rules = openflow.refresh(&bridges, &[], watch.as_mut(), until);
+        let rules = openflow.refresh(&old, &bridges, &[], watch.as_mut(), until);
         let rules = rules.map_err(|error| notes::unread(openflow, &old, &bridges, error, until));
         run.known.rules = rules.context("OpenFlow rules")?;
         run.known.rule_watch = Some(watch);

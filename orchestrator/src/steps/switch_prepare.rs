@@ -89,9 +89,10 @@ fn let_it_catch_up(run: &mut Run) -> Result<(), Stop> {
 /// Changed rules are read and proved now, as far as they have changed by now: the gap does not pay for it, and a rule that
 /// cannot be put back ends the run before it.
 fn read_again(run: &mut Run) -> Result<(), Stop> {
+    let old = run.old()?.clone();
     let Some(watch) = &mut run.known.rule_watch else { return Ok(()) };
     let (bridges, until) = (&run.known.facts.bridges, run.deadline);
-    run.known.rules = run.host.openflow.refresh(bridges, &run.known.rules, watch.as_mut(), until)?;
+    run.known.rules = run.host.openflow.refresh(&old, bridges, &run.known.rules, watch.as_mut(), until)?;
     restore::prepare(run)
 }
 
@@ -155,12 +156,12 @@ fn look_at_state_again(run: &mut Run, old: &Daemon) -> Result<(), Stop> {
 fn take_in_openflow_changes(run: &mut Run) -> Result<(), Stop> {
     let until = run.deadline;
     let bridges = run.known.facts.bridges.clone();
+    let old = run.old()?.clone();
     if let Some(mut watch) = run.known.rule_watch.take() {
-        run.known.rules = run.host.openflow.refresh(&bridges, &run.known.rules, watch.as_mut(), until)?;
+        run.known.rules = run.host.openflow.refresh(&old, &bridges, &run.known.rules, watch.as_mut(), until)?;
         notes::rules_before(&mut run.report, &run.known.rules);
         restore::prepare(run)?;
     }
-    let old = run.old()?.clone();
     let learned = run.host.openflow.fdb(&old, &bridges, until).context("learned addresses")?;
     look_at_state_again(run, &old)?;
     run.known.addresses.extend(bridges.into_iter().map(|bridge| bridge.name).zip(learned));

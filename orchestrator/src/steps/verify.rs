@@ -10,7 +10,7 @@ use super::{bridges, by_hand, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::state::lost;
-use crate::host::{BridgeRules, DatabaseFacts};
+use crate::host::DatabaseFacts;
 use crate::machine::{Event, Phase};
 
 pub(super) struct Verify;
@@ -31,11 +31,11 @@ impl Step for Verify {
             run.known.before = Some(before);
         }
         bridges::forget_removed(run, &facts);
+        let new = run.new_daemon()?.clone();
         let rules = bridges::despite_removals(run, |run| {
-            run.host.openflow.snapshot(&run.known.facts.bridges, until).context("OpenFlow rules")
+            run.host.openflow.snapshot(&new, &run.known.facts.bridges, until).context("OpenFlow rules")
         })?;
         notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
-        compare_meaning(run, &rules)?;
         compare_state(run)?;
         compare_features(run);
         by_hand::compare(run)?;
@@ -45,19 +45,6 @@ impl Step for Verify {
             false => Ok(Event::DifferencesFound),
         }
     }
-}
-
-/// What OpenFlow tells is what it told before, by now; before, the old daemon had no other rules than it told, and nor has
-/// the new one.
-fn compare_meaning(run: &mut Run, rules: &[BridgeRules]) -> Result<(), Stop> {
-    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
-    let other = bridges::despite_removals(run, |run| {
-        let there = |rules: &&BridgeRules| run.known.facts.bridges.iter().any(|bridge| bridge.name == rules.bridge);
-        let rules: Vec<BridgeRules> = rules.iter().filter(there).cloned().collect();
-        run.host.openflow.unfaithful(&new, &rules, until).context("what the new ovs-vswitchd has of OpenFlow rules")
-    })?;
-    run.report.differences.extend(other.iter().map(ToString::to_string));
-    Ok(())
 }
 
 /// What was learned goes by itself, too: of that counts what the new daemon had taken when it was given.

@@ -129,8 +129,9 @@ const GROUPS: &[Group] = &[
             ),
             warned(
                 "hard-timeout",
-                "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop",
-                Remedy::Nothing("ovs-ofctl del-flows br0 cookie=0x77/-1"),
+                "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop; \
+                 ovs-vsctl set bridge br0 protocols=OpenFlow13",
+                Remedy::Nothing("ovs-vsctl clear bridge br0 protocols; ovs-ofctl del-flows br0 cookie=0x77/-1"),
             ),
             warned(
                 "ingress-qdisc",

@@ -46,6 +46,7 @@ mod refusals;
 mod reload_module;
 mod rpm;
 mod rule_change;
+mod rule_corpus;
 mod sampling;
 mod scale;
 mod scale_ct;
@@ -381,6 +382,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&alternative::Alternative),
     Scenario::Custom(&unreplayable::Unreplayable),
     Scenario::Custom(&rule_change::RuleChange),
+    Scenario::Custom(&rule_corpus::RuleCorpus),
     Scenario::Custom(&odd_rules::SAMPLE),
     Scenario::Custom(&odd_rules::WHOLE),
     Scenario::Custom(&port_removed::PortRemoved),

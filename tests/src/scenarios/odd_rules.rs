@@ -1,5 +1,6 @@
-//! Rules that cannot be put back as OpenFlow's highest version tells them: they cost nothing but themselves. Before the
-//! point of no return the run ends undone, and names them; after it, and on the way back, all others are in place.
+//! Rules that OpenFlow's highest version does not tell as the daemon has them come back by another version. Those that no
+//! version of their bridge tells cost nothing but themselves: before the point of no return the run ends undone, and names
+//! them; after it, and on the way back, all others are in place.
 
 use std::fs;
 use std::path::Path;
@@ -26,8 +27,9 @@ pub const WHOLE: OddRules = OddRules { whole: true };
 pub const SAMPLE: OddRules = OddRules { whole: false };
 
 /// Before a run, in the midst of one, and on each of its ways out.
-const SAMPLED: [&str; 5] = [
-    "all of them, and a match that no OXM has",
+const SAMPLED: [&str; 6] = [
+    "rules of OpenFlow 1.0",
+    "rules of OpenFlow 1.0 on a bridge of 1.3 alone",
     "added while the run stands by",
     "a table that is too full",
     "a table that is too full, on the way back",
@@ -73,7 +75,15 @@ const BASE: Case = Case {
     tidy: "ovs-ofctl del-flows br0 cookie=0x777/-1",
 };
 
-const STRIP: &str = "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,in_port=77,actions=strip_vlan,output:2'";
+/// A bridge that speaks none of the versions in which its rules are told as it has them.
+const ONLY_13: &str = "ovs-vsctl add-br br13 -- set bridge br13 protocols=OpenFlow10,OpenFlow13; ovs-ofctl del-flows br13; \
+                       for r in priority=5,in_port=77,actions=strip_vlan,output:2 priority=5,in_port=78,actions=mod_vlan_vid:10 \
+                         priority=5,vlan_tci=0x3000/0x3000,actions=drop priority=5,in_port=80,actions=dec_ttl,output:2; do \
+                         ovs-ofctl add-flow br13 cookie=0x777,$r || exit 1; done; \
+                       ovs-vsctl set bridge br13 protocols=OpenFlow13";
+const STRIP: &str = "ovs-vsctl set bridge br0 protocols=OpenFlow10,OpenFlow15; \
+                     ovs-ofctl add-flow br0 'cookie=0x777,priority=5,in_port=77,actions=strip_vlan,output:2'; \
+                     ovs-vsctl set bridge br0 protocols=OpenFlow15";
 /// A table that holds more than it may: the daemon that has the rules keeps them, another does not take all of them.
 const FULL: &str =
     "for i in 1 2 3 4; do ovs-ofctl add-flow br0 \"cookie=0x777,table=5,priority=$i,actions=output:$i\"; done; \
@@ -83,40 +93,31 @@ const UNLIMIT: &str = "ovs-vsctl clear bridge br0 flow_tables; ovs-ofctl del-flo
 
 const CASES: &[Case] = &[
     Case {
-        name: "set_vlan without a tag",
-        prepare: "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,in_port=77,actions=mod_vlan_vid:10,output:2'",
-        named: &["bridge br0", "in_port=77", "mod_vlan_vid:10"],
-        checked: true,
-        ..BASE
-    },
-    Case {
-        name: "strip_vlan without a tag",
-        prepare: STRIP,
-        named: &["bridge br0", "in_port=77", "OFPBAC_MATCH_INCONSISTENT"],
-        checked: true,
-        ..BASE
-    },
-    Case {
-        name: "an MPLS label",
-        prepare: "ovs-ofctl add-flow br0 'cookie=0x777,priority=5,ip,in_port=77,actions=push_mpls:0x8847,\
-                  set_field:10->mpls_label,output:2'",
-        named: &["bridge br0", "in_port=77", "invalid mask for field mpls_label"],
-        ..BASE
-    },
-    Case {
-        name: "all of them, and a match that no OXM has",
+        name: "rules of OpenFlow 1.0",
         prepare: "for r in priority=5,in_port=77,actions=strip_vlan,output:2 priority=5,in_port=78,actions=mod_vlan_vid:10 \
                     priority=5,ip,in_port=79,actions=push_mpls:0x8847,set_field:10-\\>mpls_label,output:2 \
-                    priority=5,vlan_tci=0x3000/0x3000,actions=drop priority=5,in_port=80,actions=dec_ttl,output:2; do \
+                    priority=5,vlan_tci=0x3000/0x3000,actions=drop priority=5,in_port=80,actions=dec_ttl,output:2 \
+                    priority=5,in_port=81,send_flow_rem,idle_timeout=60000,actions=mod_nw_dst:10.9.0.9,output:2; do \
                     ovs-ofctl add-flow br0 cookie=0x777,$r || exit 1; done",
-        named: &["in_port=77", "in_port=78", "in_port=79", "vlan_tci=0x3000/0x3000", "in_port=80"],
+        exit: 0,
         ..BASE
     },
     Case {
-        name: "OpenFlow 1.1 without registers",
-        prepare: "ovs-vsctl add-br br11; ovs-ofctl add-flow br11 priority=5,reg0=0x5,actions=drop; \
+        name: "rules of OpenFlow 1.0 on a bridge of 1.3 alone",
+        prepare: ONLY_13,
+        named: &["bridge br13", "in_port=77", "in_port=78", "vlan_tci=0x3000/0x3000", "in_port=80", "OFPBAC_MATCH_INCONSISTENT"],
+        checked: true,
+        tidy: "ovs-vsctl del-br br13",
+        ..BASE
+    },
+    Case {
+        name: "OpenFlow 1.1 and registers",
+        prepare: "ovs-vsctl add-br br11; ovs-ofctl del-flows br11; ovs-ofctl add-flow br11 priority=5,reg0=0x5,actions=drop; \
+                  ovs-ofctl -O OpenFlow11 add-flow br11 table=3,priority=5,tcp,actions=write_metadata:5,goto_table:4; \
+                  ovs-ofctl -O OpenFlow11 add-group br11 group_id=3,type=all,bucket=output:1; \
+                  ovs-ofctl -O OpenFlow11 add-flow br11 table=4,priority=6,actions=group:3; \
                   ovs-vsctl set bridge br11 protocols=OpenFlow11",
-        named: &["bridge br11", "reg0=0x5"],
+        exit: 0,
         tidy: "ovs-vsctl del-br br11",
         ..BASE
     },
@@ -125,13 +126,15 @@ const CASES: &[Case] = &[
         phase: "standby",
         what: What::Shell(STRIP),
         named: &["bridge br0", "in_port=77", "OFPBAC_MATCH_INCONSISTENT"],
+        tidy: "ovs-vsctl clear bridge br0 protocols; ovs-ofctl del-flows br0 cookie=0x777/-1",
         ..BASE
     },
     Case {
-        name: "OpenFlow 1.0, tables and registers",
+        name: "OpenFlow 1.0, tables, registers and a group",
         prepare: "ovs-vsctl add-br br10 -- set bridge br10 protocols=OpenFlow10; ovs-ofctl del-flows br10; printf \
                   'priority=1,actions=strip_vlan\\ntable=1,priority=3,actions=drop\\npriority=4,reg0=5,actions=mod_vlan_vid:7,NORMAL\\n' \
-                  | ovs-ofctl add-flows br10 -",
+                  | ovs-ofctl add-flows br10 -; ovs-ofctl add-group br10 group_id=7,type=all,bucket=output:1; \
+                  ovs-ofctl add-flow br10 table=2,priority=5,actions=group:7",
         exit: 0,
         tidy: "ovs-vsctl del-br br10",
         ..BASE
@@ -262,7 +265,7 @@ fn judge(case: &Case, report: &Value, before: &Seen, after: &Seen, outcome: &mut
         json!([before.0, after.0]),
     );
     let lost = |rule: &&String| case.gone.iter().any(|gone| rule.contains(gone));
-    let added = |rule: &&String| matches!(case.what, What::Shell(_)) && rule.contains("cookie=0x777");
+    let added = |rule: &&String| matches!(case.what, What::Shell(_)) && rule.contains("in_port=77");
     let wanted: Vec<&String> = before.1.iter().filter(|rule| !lost(rule)).collect();
     let there: Vec<&String> = after.1.iter().filter(|rule| !added(rule)).collect();
     outcome.check(check("all other rules are in place"), wanted == there, json!([wanted, there]));
@@ -284,10 +287,12 @@ fn rules(bridges: &[String]) -> Vec<String> {
                 .filter(|l| l.contains("actions="))
                 .map(|line| format!("{bridge}: {}", line.trim())),
         );
-        let own = format!("timeout 60 ovs-appctl bridge/dump-flows {bridge} | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //'");
-        // What OpenFlow cannot tell: whether a tag is pushed.
-        let pushes = shell_lenient(&own).lines().filter(|line| line.contains("push_vlan:")).count();
-        all.push(format!("{bridge}: {pushes} flows push a tag"));
+        // In the daemon's own words: OpenFlow cannot tell, for example, whether a tag is pushed.
+        let own = shell_lenient(&format!(
+            "timeout 60 ovs-appctl bridge/dump-flows {bridge} | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //'; \
+             timeout 60 ovs-ofctl dump-groups {bridge} 2> /dev/null | grep group_id="
+        ));
+        all.extend(own.lines().map(|line| format!("{bridge} itself: {}", line.trim().replace("table_id=", "table="))));
     }
     all.sort();
     all

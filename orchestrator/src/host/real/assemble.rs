@@ -7,7 +7,6 @@ use dpfreeze::park::ParkLimits;
 use super::datapath::KernelDatapath;
 use super::{Ovsdb, RealClock, RealDaemons, RealModule, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
-use crate::control::RUN_DIR;
 use crate::host::Database;
 use crate::steps::Host;
 
@@ -37,7 +36,7 @@ impl Host {
             datapath: Box::new(KernelDatapath::open(limits)?),
             daemons: Box::new(RealDaemons::new(DATABASE_SOCKET)),
             database: Box::new(Ovsdb::new(DATABASE_SOCKET)),
-            openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY, RUN_DIR)),
+            openflow: Box::new(RealOpenFlow::new(RUN_DIRECTORY)),
             services: Box::new(Systemd::default()),
             surroundings: Box::new(RealSurroundings),
             module: Box::new(RealModule),

@@ -3,15 +3,15 @@
 //! A rule that one version of OpenFlow has added another may tell as another rule: `mod_vlan_vid` of OpenFlow 1.0 pushes
 //! a tag only where there is none, and from 1.1 on it is told as `push_vlan`, which always does (`encode_SET_VLAN_VID`,
 //! lib/ofp-actions.c); a match on some bits of the priority in a tag is told as one on all of them (`nx_put_raw`,
-//! lib/nx-match.c); versions before 1.2 have no registers, 1.0 has no meters. Put back, it would be that other rule. The
-//! daemon's own text (`ovs-appctl bridge/dump-flows`) is compared with it: its matches are printed by the same function,
-//! and of its actions those must be there as often that an encoding adds or leaves out. Other actions have several
+//! lib/nx-match.c); 1.0 has no meters. Put back, it would be that other rule. So what is told is compared with the
+//! daemon's own text (`ovs-appctl bridge/dump-flows`): match and actions are printed by the same functions. Where the
+//! words of the actions differ, those must be there as often that an encoding adds or leaves out; others have several
 //! spellings of one meaning (`mod_nw_src` and `set_field`).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use super::openflow::{first_field, flow};
-use crate::host::{BridgeRules, RefusedRule};
+use crate::host::RefusedRule;
 
 /// Actions that must be told as often as the daemon has them.
 const COUNTED: [&str; 7] =
@@ -30,31 +30,10 @@ const FLAGS: [&str; 7] = [
 ];
 /// The table of the daemon's own rules (TBL_INTERNAL, ofproto/ofproto-dpif.h).
 const INTERNAL_TABLE: &str = "table=254";
+/// OFP_DEFAULT_PRIORITY, which is not printed.
+const USUAL_PRIORITY: u16 = 0x8000;
 /// What stands for "no tag" in a match.
 const UNTAGGED: &str = "vlan_tci=untagged";
-
-/// The flows that the daemon has, by its text `own`, and that are told in `rules` as another rule, or not at all.
-pub fn unfaithful(rules: &BridgeRules, own: &str) -> Vec<RefusedRule> {
-    // Rules that differ in the value of a tunnel's option alone share a key.
-    let mut told: HashMap<String, Vec<&str>> = HashMap::new();
-    rules.flows.iter().for_each(|flow| told.entry(key(flow)).or_default().push(actions(flow)));
-    let own = all_flows(own);
-    let as_text = rules.protocol.replacen("OpenFlow1", "OpenFlow 1.", 1);
-    let reason = |rule: &str| {
-        let key = key(rule);
-        match told.get(&key).map(Vec::as_slice) {
-            None | Some([]) if is_hidden(&key) => None,
-            None | Some([]) => Some(format!("{as_text} cannot tell its match")),
-            Some(all) if all.iter().any(|told| same_meaning(&key, actions(rule), told)) => None,
-            Some([told, ..]) => Some(format!("{as_text} tells it as `actions={told}`, which is another rule")),
-        }
-    };
-    own.filter_map(|rule| {
-        let reason = reason(&rule)?;
-        Some(RefusedRule { bridge: rules.bridge.clone(), kind: "flow".into(), rule, reason })
-    })
-    .collect()
-}
 
 /// The flows in the daemon's text, but those that it keeps to itself.
 pub fn own_flows(own: &str) -> Vec<String> {
@@ -65,8 +44,9 @@ fn all_flows(own: &str) -> impl Iterator<Item = String> + '_ {
     own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")))
 }
 
-fn actions(rule: &str) -> &str {
-    rule.split_once("actions=").map_or("", |(_, actions)| actions)
+/// The actions of a rule, as text.
+pub fn actions(rule: &str) -> &str {
+    rule.split_once("actions=").map_or("", |(_, actions)| actions.trim_end())
 }
 
 /// Rules that a daemon keeps to itself: those of its own table, and those of in-band control and fail-open, whose
@@ -83,6 +63,18 @@ fn is_hidden(key: &str) -> bool {
 pub fn key(rule: &str) -> String {
     let fields: BTreeSet<String> = criteria(rule).map(field).collect();
     fields.into_iter().collect::<Vec<_>>().join(",")
+}
+
+/// What a rule says of the tag: no tag can be said in two ways, and some versions know one of them.
+pub fn tag(rule: &str) -> Option<&str> {
+    criteria(rule).find_map(|field| field.strip_prefix("vlan_tci="))
+}
+
+/// Table and priority.
+pub fn place(rule: &str) -> (u8, u16) {
+    let number = |name: &str| criteria(rule).find_map(|field| field.strip_prefix(name)?.parse::<u16>().ok());
+    let table = number("table=").and_then(|table| u8::try_from(table).ok()).unwrap_or(0);
+    (table, number("priority=").unwrap_or(USUAL_PRIORITY))
 }
 
 /// Table, priority and match as ovs-ofctl takes them, to delete the rule. A dump does not name the first table, and a
@@ -139,7 +131,7 @@ fn is_untagged(value: &str) -> bool {
 
 /// See [`COUNTED`]. On a packet without a tag, setting one pushes it. A queue that was set before holds again after an
 /// `enqueue`, and not after the `pop_queue` that it is told as.
-fn same_meaning(key: &str, own: &str, told: &str) -> bool {
+pub fn same_meaning(key: &str, own: &str, told: &str) -> bool {
     let untagged = key.split(',').any(|field| field == UNTAGGED);
     let count = |text: &str, word: &str| text.matches(word).count();
     let told_alike = |word: &&str| (untagged && *word == "push_vlan:") || count(own, word) == count(told, word);
@@ -151,12 +143,15 @@ fn same_meaning(key: &str, own: &str, told: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// What `ovs-appctl bridge/dump-flows` and `ovs-ofctl -O OpenFlow15 dump-flows` of OVS 3.1.0 say of the same rule.
+    /// What `ovs-appctl bridge/dump-flows` and `ovs-ofctl -O OpenFlow15 dump-flows` of OVS 3.1.0 say of the same rule: the
+    /// rules of the first that the second does not tell.
     fn look(own: &str, told: &str) -> Vec<String> {
-        let flows = told.lines().map(flow).collect();
-        let rules =
-            BridgeRules { bridge: "br0".into(), protocol: "OpenFlow15".into(), flows, ..BridgeRules::default() };
-        unfaithful(&rules, own).iter().map(ToString::to_string).collect()
+        let told: Vec<String> = told.lines().map(flow).collect();
+        let is_told = |own: &String| {
+            let own_key = key(own);
+            told.iter().any(|told| key(told) == own_key && same_meaning(&own_key, actions(own), actions(told)))
+        };
+        own_flows(own).into_iter().filter(|own| !is_told(own)).collect()
     }
 
     #[test]
@@ -196,9 +191,7 @@ mod tests {
             "duration=0s, n_packets=0, n_bytes=0, in_port=1,actions=mod_vlan_vid:10,output:2",
             "in_port=1 actions=push_vlan:0x8100,set_field:4106->vlan_vid,output:2",
         );
-        let [found] = &found[..] else { panic!("{found:?}") };
-        assert!(found.contains("in_port=1 actions=mod_vlan_vid:10,output:2"), "{found}");
-        assert!(found.contains("OpenFlow 1.5 tells it as `actions=push_vlan:0x8100"), "{found}");
+        assert_eq!(found, ["in_port=1 actions=mod_vlan_vid:10,output:2"]);
         assert_eq!(
             look(
                 "duration=0s, n_packets=0, n_bytes=0, in_port=1,actions=push_vlan:0x8100,set_field:4106->vlan_vid",
@@ -225,6 +218,9 @@ mod tests {
             "table=1,priority=3,vlan_tci=0x0000/0x1fff,tun_metadata0=0x5"
         );
         assert_eq!(to_delete("reset_counts,priority=7,ip actions=drop"), "table=0,priority=7,ip");
+        assert_eq!(place("cookie=0x5,table=1,priority=3,ip actions=learn(table=9)"), (1, 3));
+        assert_eq!(place("ip actions=learn(table=9,priority=1)"), (0, 0x8000));
+        assert_eq!((tag("priority=1,vlan_tci=0x0000 actions=drop"), tag("ip actions=drop")), (Some("0x0000"), None));
         // A tag whose number is 0, or none: the bit is not compared.
         assert_eq!(key("vlan_tci=0x0000/0x0fff actions=drop"), "vlan_tci=0x0000/0x0fff");
     }

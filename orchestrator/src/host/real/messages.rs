@@ -7,6 +7,8 @@
 use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixStream;
 
+pub use crate::host::messages::HEADER;
+
 pub const HELLO: u8 = 0;
 pub const ERROR: u8 = 1;
 pub const ECHO_REQUEST: u8 = 2;
@@ -17,13 +19,25 @@ pub const BUNDLE_CONTROL: u8 = 33;
 pub const BUNDLE_ADD: u8 = 34;
 /// Type of a group message from OpenFlow 1.1 on.
 pub const GROUP_MOD: u8 = 15;
-/// Length of a header, bytes.
-pub const HEADER: usize = 8;
+/// Type of a meter message from OpenFlow 1.3 on.
+pub const METER_MOD: u8 = 29;
+/// `ofp_version` of OpenFlow 1.0, 1.1 and 1.3: the first byte of each message.
+pub const OF10: u8 = 1;
+pub const OF11: u8 = 2;
+pub const OF13: u8 = 4;
+pub const OF14: u8 = 5;
+pub const OF15: u8 = 6;
 /// Experimenter ONF_VENDOR_ID and its messages ONFT_BUNDLE_CONTROL and ONFT_BUNDLE_ADD_MESSAGE, behind the header.
 const ONF_BUNDLE_CONTROL: [u8; 8] = [0x4f, 0x4e, 0x46, 0, 0, 0, 0x08, 0xfc];
 const ONF_BUNDLE_ADD: [u8; 8] = [0x4f, 0x4e, 0x46, 0, 0, 0, 0x08, 0xfd];
+/// NX_VENDOR_ID (include/openflow/nicira-ext.h).
+pub const NX_VENDOR_ID: u32 = 0x2320;
+/// NXT_FLOW_MOD and NXT_GROUP_MOD, of OpenFlow 1.0.
+pub const FLOW_MOD_SUBTYPE: u32 = 13;
+pub const GROUP_MOD_SUBTYPE: u32 = 31;
 /// NX_VENDOR_ID and NXT_FLOW_MOD.
 const NXT_FLOW_MOD: [u8; 8] = [0, 0, 0x23, 0x20, 0, 0, 0, 13];
+const NXT_GROUP_MOD: [u8; 8] = [0, 0, 0x23, 0x20, 0, 0, 0, 31];
 /// Types of bundle control messages.
 const COMMIT_REQUEST: u8 = 4;
 const DISCARD_REQUEST: u8 = 6;
@@ -132,10 +146,13 @@ pub fn without_effect(message: &[u8]) -> Vec<u8> {
 /// A message that adds a group, made one that adds or changes it; others as they are.
 pub fn add_or_modify(message: &[u8]) -> Vec<u8> {
     let mut message = message.to_vec();
-    if kind(&message) == Some(GROUP_MOD) && message.first() > Some(&1) {
-        if let Some(command) = message.get_mut(HEADER..HEADER + 2) {
-            command.copy_from_slice(&GROUP_ADD_OR_MODIFY);
-        }
+    let command = match kind(&message) {
+        Some(GROUP_MOD) if message.first() > Some(&OF10) => HEADER,
+        Some(EXPERIMENTER) if message.get(HEADER..HEADER + 8) == Some(&NXT_GROUP_MOD) => HEADER + 8,
+        _ => return message,
+    };
+    if let Some(command) = message.get_mut(command..command + 2) {
+        command.copy_from_slice(&GROUP_ADD_OR_MODIFY);
     }
     message
 }
@@ -145,15 +162,60 @@ pub fn header(version: u8, kind: u8, xid: u32) -> Vec<u8> {
     [&[version, kind, 0, 8][..], &xid.to_be_bytes()].concat()
 }
 
-/// Every whole message of a stream.
-pub fn each(stream: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = stream;
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_be_bytes([*rest.get(2)?, *rest.get(3)?]));
-        let (message, after) = rest.split_at_checked(length.max(HEADER))?;
-        rest = after;
-        Some(message)
-    })
+/// A message: header and body. One that is longer than its header can say is none (`None`).
+pub fn message(version: u8, kind: u8, xid: u32, body: &[&[u8]]) -> Option<Vec<u8>> {
+    let length = HEADER + body.iter().map(|part| part.len()).sum::<usize>();
+    let mut message = Vec::with_capacity(length);
+    message.extend([version, kind]);
+    message.extend(u16::try_from(length).ok()?.to_be_bytes());
+    message.extend(xid.to_be_bytes());
+    body.iter().for_each(|part| message.extend_from_slice(part));
+    Some(message)
+}
+
+/// A message of an extension of Nicira's, by its `subtype`.
+pub fn extension(version: u8, subtype: u32, xid: u32, body: &[&[u8]]) -> Option<Vec<u8>> {
+    let head = [NX_VENDOR_ID.to_be_bytes(), subtype.to_be_bytes()].concat();
+    message(version, EXPERIMENTER, xid, &[&[&head[..]], body].concat())
+}
+
+/// The message with this transaction id.
+pub fn numbered(message: &[u8], xid: u32) -> Vec<u8> {
+    let mut message = message.to_vec();
+    if let Some(place) = message.get_mut(4..HEADER) {
+        place.copy_from_slice(&xid.to_be_bytes());
+    }
+    message
+}
+
+/// The bundle of a connection has this number, and is atomic and ordered.
+const BUNDLE: [u8; 4] = [0, 0, 0, 1];
+const ATOMIC_ORDERED: [u8; 2] = [0, 3];
+
+/// What a bundle can be asked.
+#[derive(Debug, Clone, Copy)]
+pub enum Bundle {
+    Open = 0,
+    Commit = 4,
+    Discard = 6,
+}
+
+/// A message about the bundle. From OpenFlow 1.4 on the specification has it, for 1.3 an extension.
+pub fn control(version: u8, what: Bundle, xid: u32) -> Option<Vec<u8>> {
+    let body = [&BUNDLE[..], &[0, what as u8], &ATOMIC_ORDERED].concat();
+    match version {
+        OF13 => message(version, EXPERIMENTER, xid, &[&ONF_BUNDLE_CONTROL, &body]),
+        _ => message(version, BUNDLE_CONTROL, xid, &[&body]),
+    }
+}
+
+/// Adds a message to the bundle; its transaction id is that of the message. `None` where it is too long for that.
+pub fn in_bundle(inner: &[u8]) -> Option<Vec<u8>> {
+    let head = [&BUNDLE[..], &[0, 0], &ATOMIC_ORDERED].concat();
+    match *inner.first()? {
+        OF13 => message(OF13, EXPERIMENTER, xid(inner)?, &[&ONF_BUNDLE_ADD, &head, inner]),
+        version => message(version, BUNDLE_ADD, xid(inner)?, &[&head, inner]),
+    }
 }
 
 /// An error message: type and code behind the header.
@@ -264,8 +326,17 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_cut_off_ends_with_its_last_whole_message() {
-        let stream = [header(6, HELLO, 1), header(6, 20, 2), vec![6, 20, 0]].concat();
-        assert_eq!(each(&stream).filter_map(xid).collect::<Vec<_>>(), [1, 2]);
+    fn a_bundle_holds_the_message_under_its_own_number() {
+        for version in [OF13, OF14, OF15] {
+            let flow = message(version, FLOW_MOD, 7, &[&[0; 48]]).unwrap();
+            let added = in_bundle(&flow).unwrap();
+            assert_eq!((inner(&added), xid(&added)), (Some(&flow[..]), Some(7)));
+            assert_eq!(usize::from(u16::from_be_bytes([added[2], added[3]])), added.len());
+            let commit = control(version, Bundle::Commit, 9).unwrap();
+            assert!(is_commit(&commit) && !is_commit(&control(version, Bundle::Open, 9).unwrap()));
+        }
+        let long = message(OF15, FLOW_MOD, 7, &[&vec![0; 0xffff - HEADER]]).unwrap();
+        assert_eq!(in_bundle(&long), None);
+        assert_eq!(message(OF15, FLOW_MOD, 7, &[&long]), None);
     }
 }

@@ -281,7 +281,7 @@ impl Watcher {
             tlv_map: parse_tlv_map(answers),
             meters: parse_meters(answers),
             groups: parse_groups(answers),
-            flows: Vec::new(),
+            ..BridgeRules::default()
         })
     }
 

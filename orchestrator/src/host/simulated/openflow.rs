@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::world::{Odd, Process, World, ODD_RULE};
 use super::Sim;
+use crate::host::messages::{Stream, HEADER};
 use crate::host::{
     Bridge, BridgeRules, BridgeState, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore,
     RefusedRule, RestoredRules, Result, RuleWatch,
@@ -27,8 +28,9 @@ fn all_there<'a>(world: &World, mut names: impl Iterator<Item = &'a str>) -> Res
 fn put(world: &mut World, rules: &[BridgeRules]) -> Result<Vec<RestoredRules>> {
     let leader = leader(world)?;
     let taken = |rules: &BridgeRules| {
-        let flows = rules.flows.iter().filter(|flow| *flow != ODD_RULE).cloned().collect();
-        BridgeRules { flows, ..rules.clone() }
+        // What is given is the bytes that were told: the words say nothing to a daemon.
+        let flows = rules.messages.flows.each().map(flow_in).filter(|flow| flow != ODD_RULE).collect();
+        told(BridgeRules { flows, ..rules.clone() })
     };
     leader.rules.extend(rules.iter().map(|rules| (rules.bridge.clone(), taken(rules))));
     let done = |rules: &BridgeRules| RestoredRules {
@@ -37,6 +39,20 @@ fn put(world: &mut World, rules: &[BridgeRules]) -> Result<Vec<RestoredRules>> {
         refused: odd(std::slice::from_ref(rules)),
     };
     Ok(rules.iter().map(done).collect())
+}
+
+/// The same, with the messages that add its flows: a header, and the words behind it.
+pub(super) fn told(mut rules: BridgeRules) -> BridgeRules {
+    let message = |flow: &String| {
+        let length = u16::try_from(HEADER + flow.len()).unwrap_or(u16::MAX);
+        [&[6, 14][..], &length.to_be_bytes(), &[0; 4], flow.as_bytes()].concat()
+    };
+    rules.messages.flows = Stream::new(rules.flows.iter().flat_map(message).collect());
+    rules
+}
+
+fn flow_in(message: &[u8]) -> String {
+    String::from_utf8_lossy(message.get(HEADER..).unwrap_or_default()).into_owned()
 }
 
 /// What no daemon takes.
@@ -71,10 +87,17 @@ impl SimOpenFlow {
 }
 
 impl OpenFlow for SimOpenFlow {
-    fn snapshot(&self, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
+    fn snapshot(&self, daemon: &Daemon, bridges: &[Bridge], until: Instant) -> Result<Vec<BridgeRules>> {
         self.0.operate("openflow.snapshot", Some(until), |world| {
             all_there(world, bridges.iter().map(|bridge| &*bridge.name))?;
             let leader = leader(world)?;
+            // Its words are compared with what is told at the bridges' sockets, which are the leader's.
+            if leader.id != daemon.id {
+                return Err(HostError::new(
+                    "bridge br0",
+                    "it is another daemon's than the one that was asked about it",
+                ));
+            }
             let of = |bridge: &Bridge| {
                 let empty = || BridgeRules { bridge: bridge.name.clone(), ..BridgeRules::default() };
                 leader.rules.get(&bridge.name).cloned().unwrap_or_else(empty)
@@ -96,12 +119,13 @@ impl OpenFlow for SimOpenFlow {
 
     fn refresh(
         &self,
+        daemon: &Daemon,
         bridges: &[Bridge],
         _before: &[BridgeRules],
         _watch: &mut dyn RuleWatch,
         until: Instant,
     ) -> Result<Vec<BridgeRules>> {
-        self.snapshot(bridges, until)
+        self.snapshot(daemon, bridges, until)
     }
 
     fn watch(&self, _bridges: &[Bridge], until: Instant) -> Result<Box<dyn RuleWatch>> {
@@ -130,13 +154,6 @@ impl OpenFlow for SimOpenFlow {
     fn prepare_restore(&self, daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Preparation> {
         let refused = self.prove(daemon, rules, until)?;
         Ok(Preparation { restore: Box::new(SimPrepared(self.clone())), refused })
-    }
-
-    fn unfaithful(&self, daemon: &Daemon, _rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
-        self.0.operate("openflow.unfaithful", Some(until), |world| match world.processes.contains_key(&daemon.id.pid) {
-            true => Ok(Vec::new()),
-            false => Err(HostError::new("ovs-vswitchd", "it has ended")),
-        })
     }
 
     fn unreadable(&self, _daemon: &Daemon, _bridges: &[Bridge], _until: Instant) -> Result<Vec<RefusedRule>> {

@@ -444,7 +444,7 @@ pub fn rules(odd: Odd) -> BTreeMap<String, BridgeRules> {
     if odd != Odd::None {
         rules.values_mut().for_each(|rules| rules.flows.insert(1, ODD_RULE.into()));
     }
-    rules
+    rules.into_iter().map(|(bridge, rules)| (bridge, super::openflow::told(rules))).collect()
 }
 
 /// What a database server serves that has just been started.
@@ -787,7 +787,10 @@ impl World {
     pub fn rules_for(&self, pid: i32) -> BTreeMap<String, BridgeRules> {
         let mut rules = self.rules.clone();
         if pid != self.first {
-            rules.values_mut().for_each(|rules| rules.flows.retain(|flow| flow != ODD_RULE));
+            rules.values_mut().for_each(|rules| {
+                rules.flows.retain(|flow| flow != ODD_RULE);
+                *rules = super::openflow::told(std::mem::take(rules));
+            });
         }
         rules
     }

@@ -1,0 +1,610 @@
+//! Reads what a bridge has: as bytes, in the version in which it tells each flow as it has it.
+//!
+//! A flow that one version of OpenFlow has added another may tell as another flow, or with other words (see
+//! [`super::faithful`]). So the daemon's own text is asked for as well, and each flow is taken from the highest version
+//! whose message `ovs-ofctl` prints in the daemon's own words. Where no version does, the highest counts that means the
+//! same. What is left cannot be put back.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+use std::time::Instant;
+
+use nix::time::{clock_gettime, ClockId};
+
+use super::connection::Connection;
+use super::faithful::{self, actions, key, same_meaning};
+use super::messages::{OF10, OF13, OF14, OF15};
+use super::openflow::{parse_groups, parse_meters, parse_tlv_map, RealOpenFlow};
+use super::printed::{self, Printed};
+use super::told::{self, set_flags, Head, Told, CHECK_OVERLAP};
+use super::unixctl;
+use crate::host::messages::{Messages, Stream};
+use crate::host::{Bridge, BridgeRules, Daemon, HostError, RefusedRule, Result};
+
+/// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
+const COMPARISONS: u32 = 3;
+/// What a bridge that has no groups, as it knows no such message, may say (OFPBRC_BAD_TYPE, _BAD_STAT, _BAD_SUBTYPE).
+const UNKNOWN: [&str; 3] = ["type 1 code 1", "type 1 code 2", "type 1 code 4"];
+
+/// The versions that a bridge may speak, as the first byte of their messages.
+pub fn versions(bridge: &Bridge) -> Vec<u8> {
+    let number = |name: &String| name.strip_prefix("OpenFlow1")?.parse::<u8>().ok().map(|minor| minor + OF10);
+    match bridge.protocols.is_empty() {
+        true => (OF10..=OF15).collect(),
+        false => bridge.protocols.iter().filter_map(number).filter(|version| (OF10..=OF15).contains(version)).collect(),
+    }
+}
+
+/// `OpenFlow15` for 6.
+pub fn name_of(version: u8) -> String {
+    format!("OpenFlow1{}", version.saturating_sub(OF10))
+}
+
+/// Reads one bridge of `daemon`; its flows only where `known` does not have them.
+pub fn bridge(
+    openflow: &RealOpenFlow,
+    daemon: &Daemon,
+    bridge: &Bridge,
+    known: Option<&BridgeRules>,
+    until: Instant,
+) -> Result<BridgeRules> {
+    let socket = openflow.socket(&bridge.name);
+    let mut connection = Connection::open(&socket, &versions(bridge), until)?;
+    let mut rules = small_tables(openflow, &mut connection, &bridge.name, until)?;
+    if let Some(known) = known {
+        rules.flows.clone_from(&known.flows);
+        rules.untold.clone_from(&known.untold);
+        rules.messages.flows = known.messages.flows.clone();
+        rules.messages.ends.clone_from(&known.messages.ends);
+        return Ok(rules);
+    }
+    let look = Look { openflow, daemon, bridge, socket: &socket, until };
+    let mut found = look.flows(&mut connection)?;
+    for _ in 1..COMPARISONS {
+        if found.untold.is_empty() {
+            break;
+        }
+        let before = std::mem::take(&mut found.untold);
+        found = look.flows(&mut connection)?;
+        found.untold.retain(|rule| before.iter().any(|before| before.rule == rule.rule));
+    }
+    look.must_be_readable(&found.untold)?;
+    (rules.flows, rules.untold) = (found.texts, found.untold);
+    (rules.messages.flows, rules.messages.ends) = (Stream::new(found.messages), found.ends);
+    Ok(rules)
+}
+
+/// Groups, meters and TLV map.
+fn small_tables(
+    openflow: &RealOpenFlow,
+    connection: &mut Connection,
+    bridge: &str,
+    until: Instant,
+) -> Result<BridgeRules> {
+    let unknown = |error: &HostError| UNKNOWN.iter().any(|word| error.cause.contains(word));
+    let groups = match told::groups(connection, until) {
+        Err(error) if connection.version() == OF10 && unknown(&error) => Vec::new(),
+        groups => groups?,
+    };
+    let (meters, tlv_map) = (told::meters(connection, until)?, told::tlv_map(connection, until)?);
+    let all = [&groups, &meters, &tlv_map];
+    let printed = match all.iter().all(|messages| messages.is_empty()) {
+        true => String::new(),
+        // The words of dumps: `OFPT_METER_MOD (OF1.5) (xid=0x2): ADD meter=3 kbps bands=`, ` ADD group_id=3,type=all`.
+        false => openflow
+            .print(&all.map(|messages| messages.concat()).concat(), until)?
+            .replace("): ADD meter=", "):\nmeter=")
+            .replace(" ADD group_id=", " group_id="),
+    };
+    let rules = BridgeRules {
+        bridge: bridge.to_owned(),
+        protocol: name_of(connection.version()),
+        groups: parse_groups(&printed),
+        meters: parse_meters(&printed),
+        tlv_map: parse_tlv_map(&printed),
+        ..BridgeRules::default()
+    };
+    let told = [groups.len(), meters.len(), tlv_map.len()];
+    if told != [rules.groups.len(), rules.meters.len(), rules.tlv_map.len()] {
+        return Err(connection.error("ovs-ofctl cannot read its groups, meters or TLV map"));
+    }
+    let stream = |messages: Vec<Vec<u8>>| Stream::new(messages.concat());
+    let messages =
+        Messages { groups: stream(groups), meters: stream(meters), tlv_map: stream(tlv_map), ..Messages::default() };
+    Ok(BridgeRules { messages, ..rules })
+}
+
+/// One look at the flows of a bridge.
+struct Look<'a> {
+    openflow: &'a RealOpenFlow,
+    daemon: &'a Daemon,
+    bridge: &'a Bridge,
+    socket: &'a Path,
+    until: Instant,
+}
+
+/// The flows as they are told faithfully.
+#[derive(Default)]
+struct Found {
+    texts: Vec<String>,
+    messages: Vec<u8>,
+    ends: BTreeMap<usize, u64>,
+    untold: Vec<RefusedRule>,
+}
+
+/// What a version tells.
+struct Telling {
+    version: u8,
+    /// CLOCK_MONOTONIC, milliseconds, when it was told.
+    at_ms: u64,
+    told: Vec<Told>,
+    printed: Vec<Printed>,
+    /// By the key of their rule.
+    by_key: HashMap<String, Vec<usize>>,
+    /// Those that are a flow of the daemon's already.
+    taken: Vec<bool>,
+}
+
+impl Look<'_> {
+    fn flows(&self, connection: &mut Connection) -> Result<Found> {
+        let highest = self.telling(connection, |_| true)?;
+        // Asked afterwards: what went meanwhile is in neither, and what came is looked for again.
+        let own = unixctl::command(self.daemon, "bridge/dump-flows", &[&self.bridge.name], self.until)?;
+        let own = faithful::own_flows(&own);
+        let mut choice = Choice::new(own, highest);
+        let mut others: Vec<u8> = versions(self.bridge);
+        others.retain(|version| *version < choice.tellings[0].version);
+        others.sort_by_key(|version| rank(*version));
+        for version in others {
+            let wanted = choice.wanted(version);
+            if wanted.is_empty() {
+                continue;
+            }
+            // One that the daemon does not speak tells nothing.
+            let Ok(mut connection) = Connection::open(self.socket, &[version], self.until) else { continue };
+            let is_wanted = |head: &Head| wanted.contains(&(head.table, head.priority));
+            choice.add(self.telling(&mut connection, is_wanted)?);
+        }
+        Ok(choice.made(&self.bridge.name))
+    }
+
+    /// Asks for all flows; those that are `wanted` are looked at.
+    fn telling(&self, connection: &mut Connection, wanted: impl Fn(&Head) -> bool) -> Result<Telling> {
+        let mut told = told::flows(connection, self.until)?;
+        let at_ms = monotonic_ms();
+        told.retain(|told| Head::of(&told.message).is_some_and(|head| wanted(&head)));
+        let printed = printed::flows(self.openflow, told.iter().map(|told| &*told.message), self.until)?;
+        let mut by_key: HashMap<String, Vec<usize>> = HashMap::new();
+        for (at, printed) in printed.iter().enumerate() {
+            let head = told.get(at).and_then(|told| Head::of(&told.message));
+            if let (Printed::Flow { matched, .. }, Some(head)) = (printed, head) {
+                by_key.entry(key(&printed::text(&head, matched, ""))).or_default().push(at);
+            }
+        }
+        let taken = vec![false; told.len()];
+        Ok(Telling { version: connection.version(), at_ms, told, printed, by_key, taken })
+    }
+
+    /// Flows that the installed ovs-ofctl does not know are another matter than those that no version tells.
+    fn must_be_readable(&self, untold: &[RefusedRule]) -> Result<()> {
+        let rules: Vec<String> = untold.iter().map(|untold| untold.rule.clone()).collect();
+        if rules.is_empty() {
+            return Ok(());
+        }
+        match self.openflow.unreadable_of(&self.bridge.name, rules, self.until)?.into_iter().next() {
+            None => Ok(()),
+            Some(refused) => Err(HostError::new(
+                format!("bridge {}", refused.bridge),
+                format!("ovs-ofctl cannot read {} `{}`: {}", refused.kind, refused.rule, refused.reason),
+            )),
+        }
+    }
+}
+
+/// In this order other versions are asked: 1.4 and 1.3 tell most of what 1.5 says with other words (`load`, which comes
+/// back as `set_field`), and 1.0 what no later version has.
+fn rank(version: u8) -> u8 {
+    match version {
+        OF14 => 0,
+        OF10 => 1,
+        other => 8 - other,
+    }
+}
+
+/// Milliseconds of the clock that the daemon counts time-outs by.
+pub fn monotonic_ms() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).ok();
+    now.and_then(|now| u64::try_from(now.tv_sec() * 1000 + now.tv_nsec() / 1_000_000).ok()).unwrap_or_default()
+}
+
+/// Which telling of each flow is taken.
+struct Choice {
+    own: Vec<Own>,
+    /// The highest version first.
+    tellings: Vec<Telling>,
+}
+
+/// A flow in the daemon's own words.
+struct Own {
+    text: String,
+    key: String,
+    /// The telling, and the place in it, whose words are the same.
+    exact: Option<(usize, usize)>,
+}
+
+impl Choice {
+    fn new(own: Vec<String>, highest: Telling) -> Self {
+        let own = own.into_iter().map(|text| Own { key: key(&text), text, exact: None }).collect();
+        let mut choice = Choice { own, tellings: Vec::new() };
+        choice.add(highest);
+        choice
+    }
+
+    fn add(&mut self, mut telling: Telling) {
+        let number = self.tellings.len();
+        for own in self.own.iter_mut().filter(|own| own.exact.is_none()) {
+            let (words, tag) = (actions(&own.text), faithful::tag(&own.text));
+            let is_it = |matched: &str, said: &str| said == words && faithful::tag(matched) == tag;
+            own.exact = telling.take(&own.key, is_it).map(|at| (number, at));
+        }
+        self.tellings.push(telling);
+    }
+
+    /// Table and priority of the flows that this version should tell: those that the highest tells in other words, and for
+    /// the time of their last change those with a `hard_timeout`. A flow that the highest does not tell at all has come
+    /// since.
+    fn wanted(&self, version: u8) -> BTreeSet<(u8, u16)> {
+        let Some(highest) = self.tellings.first() else { return BTreeSet::new() };
+        let (mut other, mut timed) = (BTreeSet::new(), BTreeSet::new());
+        for (told, taken) in highest.told.iter().zip(&highest.taken) {
+            let Some(head) = Head::of(&told.message) else { continue };
+            if !taken {
+                other.insert((head.table, head.priority));
+            }
+            if head.hard_timeout != 0 && version == OF10 {
+                timed.insert((head.table, head.priority));
+            }
+        }
+        let pending = self.own.iter().filter(|own| own.exact.is_none()).map(|own| faithful::place(&own.text));
+        timed.extend(pending.filter(|place| other.contains(place)));
+        timed
+    }
+
+    fn made(mut self, bridge: &str) -> Found {
+        let own = std::mem::take(&mut self.own);
+        let beside = self.tellings.first().map(Telling::beside).unwrap_or_default();
+        let mut found = Found::default();
+        for own in own {
+            let exact = own.exact.and_then(|(telling, at)| self.taken(&own, telling, at, &beside));
+            match exact.or_else(|| self.alike(&own, &beside)) {
+                Some(Taken { text, message, end_ms }) => {
+                    found.ends.extend(end_ms.map(|end| (found.texts.len(), end)));
+                    found.texts.push(text);
+                    found.messages.extend(message);
+                }
+                None => {
+                    let reason = self.reason(&own);
+                    let (bridge, kind) = (bridge.to_owned(), "flow".to_owned());
+                    found.untold.push(RefusedRule { bridge, kind, rule: own.text, reason });
+                }
+            }
+        }
+        found
+    }
+
+    /// A telling with other words of the same meaning.
+    fn alike(&mut self, own: &Own, beside: &Beside) -> Option<Taken> {
+        let words = actions(&own.text);
+        let same = |said: &str| said == words;
+        let means_the_same = |said: &str| same_meaning(&own.key, words, said);
+        let ways: [&dyn Fn(&str) -> bool; 2] = [&same, &means_the_same];
+        let count = self.tellings.len();
+        for (way, number) in ways.iter().flat_map(|way| (0..count).map(move |number| (way, number))) {
+            let at = self.tellings.get_mut(number).and_then(|telling| telling.take(&own.key, |_, said| way(said)));
+            let taken = at.and_then(|at| self.taken(own, number, at, beside));
+            if taken.is_some() {
+                return taken;
+            }
+        }
+        None
+    }
+
+    /// The flow as the telling has it; `None` where its version has not all that belongs to it.
+    fn taken(&self, own: &Own, telling: usize, at: usize, beside: &Beside) -> Option<Taken> {
+        let (highest, from) = (self.tellings.first()?, self.tellings.get(telling)?);
+        let (told, printed) = (from.told.get(at)?, from.printed.get(at)?);
+        let mut message = told.message.clone();
+        // Flags are told from 1.3 on, importance from 1.4 on.
+        if from.version < highest.version && highest.version >= OF13 {
+            let Head { table, priority, cookie, .. } = Head::of(&message)?;
+            let same = highest.free(&own.key).collect::<Vec<_>>();
+            let (flags, importance) = match same[..] {
+                [at] => Head::of(&highest.told.get(at)?.message).map(|head| (head.flags, head.importance))?,
+                _ => beside.get(&(table, priority, cookie)).copied()??,
+            };
+            // What must not overlap comes first, which rules of other versions do not.
+            if flags & CHECK_OVERLAP != 0 || !set_flags(&mut message, flags, importance) {
+                return None;
+            }
+        }
+        let head = Head::of(&message)?;
+        let Printed::Flow { matched, actions } = printed else { return None };
+        let end_ms = (head.hard_timeout != 0).then(|| {
+            let age_ms = self.age_ms(own, from, told);
+            from.at_ms.saturating_sub(age_ms) + 1000 * u64::from(head.hard_timeout)
+        });
+        Some(Taken { text: printed::text(&head, matched, actions), message, end_ms })
+    }
+
+    /// How long the flow is unchanged, by the clock at which `from` was told. 1.0 tells that in seconds; how long it is
+    /// there, all tell.
+    fn age_ms(&self, own: &Own, from: &Telling, told: &Told) -> u64 {
+        let made_ms = |telling: &Telling, told: &Told| telling.at_ms.saturating_sub(told.duration_ms);
+        let old = self.tellings.iter().find(|telling| telling.version == OF10);
+        let same = old.into_iter().flat_map(|old| {
+            let all = old.by_key.get(&own.key).map(Vec::as_slice).unwrap_or_default();
+            all.iter().filter_map(move |at| Some((old, old.told.get(*at)?)))
+        });
+        let same = same.min_by_key(|(old, other)| made_ms(old, other).abs_diff(made_ms(from, told)));
+        let Some((old, age_s)) = same.and_then(|(old, told)| Some((old, told.hard_age_s?))) else {
+            return told.duration_ms;
+        };
+        let passed_ms = old.at_ms.saturating_sub(from.at_ms);
+        let age_ms = (1000 * age_s).saturating_sub(passed_ms);
+        // Unchanged since it was made: that is told to the millisecond.
+        if told.duration_ms.abs_diff(age_ms) <= 1100 {
+            told.duration_ms
+        } else {
+            age_ms
+        }
+    }
+
+    /// Why no version's telling is taken, as the highest has it.
+    fn reason(&self, own: &Own) -> String {
+        let Some(highest) = self.tellings.first() else { return String::new() };
+        let version = name_of(highest.version).replacen("OpenFlow1", "OpenFlow 1.", 1);
+        let said = highest.by_key.get(&own.key).and_then(|all| highest.printed.get(*all.first()?));
+        if let Some(Printed::Flow { actions, .. }) = said {
+            return format!("{version} tells it as `actions={actions}`, which is another rule");
+        }
+        let place = faithful::place(&own.text);
+        let here = |told: &Told| Head::of(&told.message).is_some_and(|head| (head.table, head.priority) == place);
+        let errors = highest.told.iter().zip(&highest.printed).filter(|(told, _)| here(told));
+        let mut errors = errors.filter_map(|(_, printed)| match printed {
+            Printed::Not(error) => Some(error),
+            Printed::Flow { .. } => None,
+        });
+        match errors.next() {
+            Some(error) => format!("{version} does not take what it tells: {error}"),
+            None => format!("{version} cannot tell its match"),
+        }
+    }
+}
+
+/// Flags and importance by table, priority and cookie, of the flows that the highest version tells with other words; `None`
+/// where there are several.
+type Beside = HashMap<(u8, u16, u64), Option<(u16, u16)>>;
+
+/// A flow that can be put back.
+struct Taken {
+    text: String,
+    message: Vec<u8>,
+    end_ms: Option<u64>,
+}
+
+impl Telling {
+    /// Takes the first flow of this key whose match and actions are right.
+    fn take(&mut self, key: &str, is_it: impl Fn(&str, &str) -> bool) -> Option<usize> {
+        let said = |at: &usize| match self.printed.get(*at) {
+            Some(Printed::Flow { matched, actions }) => is_it(matched, actions),
+            _ => false,
+        };
+        let at = self.free(key).find(said)?;
+        *self.taken.get_mut(at)? = true;
+        Some(at)
+    }
+
+    /// The flows of this key that are not taken.
+    fn free(&self, key: &str) -> impl Iterator<Item = usize> + '_ {
+        let all = self.by_key.get(key).map(Vec::as_slice).unwrap_or_default();
+        all.iter().copied().filter(|at| !self.taken.get(*at).copied().unwrap_or(true))
+    }
+
+    fn beside(&self) -> Beside {
+        let mut beside = Beside::new();
+        for (told, _) in self.told.iter().zip(&self.taken).filter(|(_, taken)| !**taken) {
+            let Some(head) = Head::of(&told.message) else { continue };
+            let found = (head.flags, head.importance);
+            let known = beside.entry((head.table, head.priority, head.cookie)).or_insert(Some(found));
+            if *known != Some(found) {
+                *known = None;
+            }
+        }
+        beside
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::messages::{message, FLOW_MOD};
+    use super::*;
+
+    const OF11: u8 = 2;
+
+    /// A flow as it is told: cookie, `hard_timeout` and flags of the message; table 0.
+    fn told(
+        version: u8,
+        priority: u16,
+        flags: u8,
+        hard_timeout: u16,
+        duration_ms: u64,
+        hard_age_s: Option<u64>,
+    ) -> Told {
+        let timeouts = [&[0, 0][..], &hard_timeout.to_be_bytes(), &priority.to_be_bytes()].concat();
+        let message = match version {
+            OF10 => super::super::messages::extension(
+                OF10,
+                super::super::messages::FLOW_MOD_SUBTYPE,
+                0,
+                &[&[0; 8], &[0, 0], &timeouts, &[0xff; 6], &[0; 10]],
+            ),
+            _ => message(
+                version,
+                FLOW_MOD,
+                0,
+                &[&[0; 16], &[0, 0], &timeouts, &[0xff; 12], &[0, flags, 0, 0], &[0, 1, 0, 4, 0, 0, 0, 0]],
+            ),
+        };
+        Told { message: message.unwrap(), duration_ms, hard_age_s }
+    }
+
+    fn telling(version: u8, flows: &[(Told, std::result::Result<(&str, &str), &str>)]) -> Telling {
+        let printed: Vec<Printed> = flows
+            .iter()
+            .map(|(_, said)| match said {
+                Ok((matched, actions)) => Printed::Flow { matched: (*matched).into(), actions: (*actions).into() },
+                Err(error) => Printed::Not((*error).into()),
+            })
+            .collect();
+        let told: Vec<Told> = flows.iter().map(|(told, _)| told.clone()).collect();
+        let mut by_key: HashMap<String, Vec<usize>> = HashMap::new();
+        for (at, (_, said)) in flows.iter().enumerate() {
+            if let Ok((matched, _)) = said {
+                by_key.entry(key(matched)).or_default().push(at);
+            }
+        }
+        Telling { version, at_ms: 1_000_000, taken: vec![false; told.len()], told, printed, by_key }
+    }
+
+    type Said<'a> = (Told, std::result::Result<(&'a str, &'a str), &'a str>);
+
+    /// Of the daemon's own flows and what each version tells: the text and the version of what is taken, and what is not.
+    fn choose(own: &[&str], tellings: &[(u8, &[Said<'_>])]) -> (Vec<(String, u8)>, Vec<String>, BTreeMap<usize, u64>) {
+        let mut tellings = tellings.iter().map(|(version, flows)| telling(*version, flows));
+        let own = own.iter().map(|text| (*text).to_owned()).collect();
+        let mut choice = Choice::new(own, tellings.next().unwrap());
+        tellings.for_each(|telling| choice.add(telling));
+        let found = choice.made("br0");
+        let versions = crate::host::messages::each(&found.messages).map(|message| message[0]);
+        let taken = found.texts.into_iter().zip(versions).collect();
+        (taken, found.untold.iter().map(|untold| format!("{}: {}", untold.rule, untold.reason)).collect(), found.ends)
+    }
+
+    fn plain(version: u8) -> Told {
+        told(version, 5, 0, 0, 0, None)
+    }
+
+    #[test]
+    fn each_flow_is_taken_from_the_highest_version_that_has_the_daemons_words() {
+        let own = [
+            "priority=5,ip actions=dec_ttl,output:1",
+            "priority=5,udp actions=load:0x5->NXM_NX_REG0[]",
+            "priority=5,in_port=1 actions=mod_vlan_vid:10",
+            "priority=5,in_port=2 actions=strip_vlan",
+        ];
+        let highest = [
+            (plain(OF15), Ok(("priority=5,udp", "set_field:0x5->reg0"))),
+            (plain(OF15), Ok(("priority=5,ip", "dec_ttl,output:1"))),
+            (plain(OF15), Ok(("priority=5,in_port=1", "push_vlan:0x8100,set_field:4106->vlan_vid"))),
+            (plain(OF15), Err("OFPBAC_MATCH_INCONSISTENT")),
+        ];
+        let next = [(plain(OF14), Ok(("priority=5,udp", "load:0x5->NXM_NX_REG0[]")))];
+        let old = [
+            (plain(OF10), Ok(("priority=5,in_port=2", "strip_vlan"))),
+            (plain(OF10), Ok(("priority=5,in_port=1", "mod_vlan_vid:10"))),
+        ];
+        let (taken, untold, _) = choose(&own, &[(OF15, &highest), (OF14, &next), (OF10, &old)]);
+        assert_eq!(taken.iter().map(|(_, version)| *version).collect::<Vec<_>>(), [OF15, OF14, OF10, OF10]);
+        assert!(taken.iter().zip(own).all(|((text, _), own)| text == own), "{taken:?}");
+        assert_eq!(untold, [""; 0]);
+        // Where no other version is spoken, the same meaning is taken, and what is another rule is not.
+        let (taken, untold, _) = choose(&own, &[(OF15, &highest)]);
+        assert_eq!(taken.len(), 2, "{taken:?}");
+        let [tag, strip] = &untold[..] else { panic!("{untold:?}") };
+        assert!(tag.ends_with(
+            "OpenFlow 1.5 tells it as `actions=push_vlan:0x8100,set_field:4106->vlan_vid`, which is another rule"
+        ));
+        assert!(strip.ends_with("OpenFlow 1.5 does not take what it tells: OFPBAC_MATCH_INCONSISTENT"), "{strip}");
+    }
+
+    #[test]
+    fn other_versions_are_asked_about_what_the_highest_tells_in_other_words_and_about_time() {
+        let wanted = |own: &[&str], highest: &[Said<'_>]| {
+            let own = own.iter().map(|text| (*text).to_owned()).collect();
+            let choice = Choice::new(own, telling(OF15, highest));
+            (choice.wanted(OF14), choice.wanted(OF10))
+        };
+        let (none, one) = (BTreeSet::new(), BTreeSet::from([(0, 5)]));
+        let same = [(plain(OF15), Ok(("priority=5,ip", "drop")))];
+        assert_eq!(wanted(&["priority=5,ip actions=drop"], &same), (none.clone(), none.clone()));
+        // One that has come since, and one that is told with other words.
+        assert_eq!(
+            wanted(&["priority=5,ip actions=drop", "priority=5,udp actions=drop"], &same),
+            (none.clone(), none.clone())
+        );
+        assert_eq!(wanted(&["priority=5,ip actions=dec_ttl"], &same), (one.clone(), one.clone()));
+        let timed = [(told(OF15, 5, 0, 60, 0, None), Ok(("priority=5,ip", "drop")))];
+        assert_eq!(wanted(&["priority=5,ip actions=drop"], &timed), (none, one));
+    }
+
+    #[test]
+    fn a_match_that_the_highest_version_tells_as_another_is_never_taken() {
+        let own = ["priority=5,vlan_tci=0x3000/0x3000 actions=drop"];
+        let highest: [Said<'_>; 1] = [(plain(OF15), Ok(("priority=5,dl_vlan_pcp=1", "drop")))];
+        let old: [Said<'_>; 1] = [(plain(OF10), Ok(("priority=5,vlan_tci=0x3000/0x3000", "drop")))];
+        let (taken, untold, _) = choose(&own, &[(OF15, &highest)]);
+        assert_eq!((taken.len(), untold.len()), (0, 1));
+        assert!(untold[0].ends_with("OpenFlow 1.5 cannot tell its match"), "{untold:?}");
+        let (taken, untold, _) = choose(&own, &[(OF15, &highest), (OF10, &old)]);
+        assert_eq!((taken[0].1, untold.len()), (OF10, 0));
+    }
+
+    #[test]
+    fn no_tag_is_taken_in_the_daemons_words_where_a_version_has_them() {
+        let own = ["priority=5,vlan_tci=0x0000 actions=drop"];
+        let highest: [Said<'_>; 1] = [(plain(OF15), Ok(("priority=5,vlan_tci=0x0000/0x1fff", "drop")))];
+        let old: [Said<'_>; 1] = [(plain(OF10), Ok(("priority=5,vlan_tci=0x0000", "drop")))];
+        assert_eq!(choose(&own, &[(OF15, &highest), (OF10, &old)]).0[0].1, OF10);
+        assert_eq!(choose(&own, &[(OF15, &highest)]).0[0].1, OF15);
+    }
+
+    #[test]
+    fn flags_are_those_that_the_highest_version_tells() {
+        let own = ["priority=5,in_port=2 actions=strip_vlan"];
+        let old: [Said<'_>; 1] = [(plain(OF10), Ok(("priority=5,in_port=2", "strip_vlan")))];
+        let told = |flags| [(told(OF15, 5, flags, 0, 0, None), Err("OFPBAC_MATCH_INCONSISTENT"))];
+        let (taken, ..) = choose(&own, &[(OF15, &told(1 | 4)), (OF10, &old)]);
+        assert_eq!(taken, [("send_flow_rem,priority=5,in_port=2 actions=strip_vlan".to_owned(), OF10)]);
+        // What must not overlap would come too late; 1.0 cannot say that nothing is counted; and where two flows could be meant, neither is.
+        for flags in [2, 8] {
+            assert_eq!(choose(&own, &[(OF15, &told(flags)), (OF10, &old)]).1.len(), 1);
+        }
+        let two = [told(0), told(1)].concat();
+        assert_eq!(choose(&own, &[(OF15, &two), (OF10, &old)]).1.len(), 1);
+    }
+
+    #[test]
+    fn a_hard_timeout_ends_by_the_age_that_1_0_tells() {
+        let own = ["priority=5,ip actions=drop"];
+        let flow = |version, duration, age| [(told(version, 5, 0, 60, duration, age), Ok(("priority=5,ip", "drop")))];
+        let ends = |told: &[(u8, &[Said<'_>])]| choose(&own, told).2;
+        // 20.5 s old; changed 7 s ago, which 1.0 alone tells; not changed.
+        let highest = flow(OF15, 20_500, None);
+        assert_eq!(ends(&[(OF15, &highest)]), BTreeMap::from([(0, 1_039_500)]));
+        let changed = flow(OF10, 20_500, Some(7));
+        assert_eq!(ends(&[(OF15, &highest), (OF10, &changed)]), BTreeMap::from([(0, 1_053_000)]));
+        let unchanged = flow(OF10, 20_500, Some(20));
+        assert_eq!(ends(&[(OF15, &highest), (OF10, &unchanged)]), BTreeMap::from([(0, 1_039_500)]));
+    }
+
+    #[test]
+    fn the_versions_of_a_bridge_are_those_of_the_database() {
+        let bridge = |protocols: &[&str]| Bridge {
+            protocols: protocols.iter().map(|name| (*name).to_owned()).collect(),
+            ..Bridge::default()
+        };
+        assert_eq!(versions(&bridge(&[])), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(versions(&bridge(&["OpenFlow11", "OpenFlow13", "OpenFlow16", "x"])), [OF11, OF13]);
+        assert_eq!((name_of(OF10), name_of(OF15)), ("OpenFlow10".into(), "OpenFlow15".into()));
+    }
+}
