@@ -150,6 +150,8 @@ const ELSEWHERE: [(&str, &str); 38] = [
     ("refusals", "bookworm+untold"),
     ("rpm", "bullseye"),
     ("rpm", "trixie"),
+    ("rule_corpus", "testing"),
+    ("rule_corpus", "trixie"),
     ("selftest", "bookworm+backports"),
     ("selftest", "testing"),
     ("selftest", "trixie+backports"),

@@ -19,6 +19,8 @@ pub struct Messages {
     pub flows: Stream,
     /// GROUP_MOD.
     pub groups: Stream,
+    /// NXT_GROUP_MOD of OpenFlow 1.0, for those of them that the bridge's highest version does not tell whole.
+    pub whole_groups: Stream,
     /// METER_MOD.
     pub meters: Stream,
     /// NXT_TLV_TABLE_MOD, each with one mapping.

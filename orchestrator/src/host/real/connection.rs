@@ -194,7 +194,7 @@ fn versions_in(hello: &[u8]) -> u32 {
         }
         rest = rest.get(length.max(4).next_multiple_of(8)..).unwrap_or_default();
     }
-    let own = hello.first().copied().unwrap_or(OF10).min(31);
+    let own = hello.first().copied().unwrap_or(OF10).min(30);
     (2 << u32::from(own)) - 2
 }
 

@@ -107,6 +107,11 @@ impl<'a> Giving<'a> {
             let cause = format!("{} messages for {} rules", all.len(), rules.groups.len() + rules.flows.len());
             return Err(HostError::new(format!("bridge {}", rules.bridge), cause));
         }
+        // Again, whole: rules of the highest version need the group before.
+        let ids: Vec<_> = rules.messages.groups.each().map(told::group_id).collect();
+        let place = |message: &[u8]| ids.iter().position(|id| *id == told::group_id(message));
+        let whole = rules.messages.whole_groups.each();
+        all.extend(whole.filter_map(|message| Some(Given { item: Item::Group(place(message)?), message })));
         // What must not overlap with what is there comes before that is there.
         let last = |given: &Given<'_>| match given.item {
             Item::Group(_) => 0,
@@ -640,6 +645,19 @@ mod tests {
         };
         // A second is begun; what has ended meanwhile gets one.
         assert_eq!((left(OF15), left(OF10)), (vec![42, 1], vec![7]));
+    }
+
+    #[test]
+    fn a_group_that_the_highest_version_does_not_tell_whole_is_given_again() {
+        let mut rules = rules();
+        let whole = extension(OF10, messages::GROUP_MOD_SUBTYPE, 0, &[&[0, 0, 1, 0, 0, 0, 0, 12], &[0; 8]]).unwrap();
+        rules.messages.whole_groups = Stream::new(whole);
+        let giving = Giving::new(&rules).unwrap();
+        let (stream, _) = giving.stream(OF10, Way::Singly, &BTreeSet::new());
+        let given: Vec<&[u8]> = each(&stream).filter(|message| xid(message) < Some(OTHER)).collect();
+        // The group first, added or changed; then the flow of that version.
+        assert_eq!((given.len(), &given[0][16..18]), (2, &[0x80, 0][..]));
+        assert_eq!(giving.refused(xid(given[0]).unwrap(), String::new()).unwrap().rule, "group_id=12,type=all");
     }
 
     #[test]

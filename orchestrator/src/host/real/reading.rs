@@ -14,7 +14,7 @@ use nix::time::{clock_gettime, ClockId};
 use super::connection::Connection;
 use super::faithful::{self, actions, key, same_meaning};
 use super::messages::{OF10, OF13, OF14, OF15};
-use super::openflow::{parse_groups, parse_meters, parse_tlv_map, RealOpenFlow};
+use super::openflow::{first_field, parse_groups, parse_meters, parse_tlv_map, RealOpenFlow};
 use super::printed::{self, Printed};
 use super::told::{self, set_flags, Head, Told, CHECK_OVERLAP};
 use super::unixctl;
@@ -51,6 +51,9 @@ pub fn bridge(
     let socket = openflow.socket(&bridge.name);
     let mut connection = Connection::open(&socket, &versions(bridge), until)?;
     let mut rules = small_tables(openflow, &mut connection, &bridge.name, until)?;
+    if (OF10 + 1..OF15).contains(&connection.version()) && versions(bridge).contains(&OF10) && !rules.groups.is_empty() {
+        whole_groups(openflow, &socket, &mut rules, until)?;
+    }
     if let Some(known) = known {
         rules.flows.clone_from(&known.flows);
         rules.untold.clone_from(&known.untold);
@@ -112,6 +115,32 @@ fn small_tables(
     let messages =
         Messages { groups: stream(groups), meters: stream(meters), tlv_map: stream(tlv_map), ..Messages::default() };
     Ok(BridgeRules { messages, ..rules })
+}
+
+/// OpenFlow 1.1 to 1.4 tell of a group neither how a bucket is selected nor the numbers of its buckets; 1.0, where it is
+/// an extension, tells both.
+fn whole_groups(openflow: &RealOpenFlow, socket: &Path, rules: &mut BridgeRules, until: Instant) -> Result<()> {
+    // One that the daemon does not speak tells nothing.
+    let Ok(mut connection) = Connection::open(socket, &[OF10], until) else { return Ok(()) };
+    let old = small_tables(openflow, &mut connection, &rules.bridge, until)?;
+    let mut whole = Vec::new();
+    for (text, message) in old.groups.iter().zip(old.messages.groups.each()) {
+        let same = rules.groups.iter_mut().find(|group| first_field(group) == first_field(text));
+        // It must mean the same in all else.
+        if let Some(group) = same.filter(|group| tells_more(text) && same_meaning("", group, text)) {
+            group.clone_from(text);
+            whole.extend_from_slice(message);
+        }
+    }
+    rules.messages.whole_groups = Stream::new(whole);
+    Ok(())
+}
+
+/// Is there something in a group that versions without it would make anew in another way? They count buckets from 0.
+fn tells_more(group: &str) -> bool {
+    let ids = group.split("bucket_id:").skip(1);
+    let ids = ids.map(|rest| rest.split([',', ' ']).next().and_then(|id| id.parse::<usize>().ok()));
+    group.contains("selection_method=") || ids.enumerate().any(|(at, id)| id != Some(at))
 }
 
 /// One look at the flows of a bridge.
@@ -595,6 +624,15 @@ mod tests {
         assert_eq!(ends(&[(OF15, &highest), (OF10, &changed)]), BTreeMap::from([(0, 1_053_000)]));
         let unchanged = flow(OF10, 20_500, Some(20));
         assert_eq!(ends(&[(OF15, &highest), (OF10, &unchanged)]), BTreeMap::from([(0, 1_039_500)]));
+    }
+
+    #[test]
+    fn a_group_is_told_whole_where_its_buckets_are_not_counted_or_not_selected_as_usual() {
+        // As `ovs-ofctl dump-groups` of OVS 3.1.0 prints them, over OpenFlow 1.0.
+        let plain = "group_id=5,type=all,bucket=bucket_id:0,actions=output:1,bucket=bucket_id:1,actions=output:2";
+        assert!(!tells_more(plain) && !tells_more("group_id=7,type=all"));
+        assert!(tells_more(&plain.replace("bucket_id:1", "bucket_id:7")));
+        assert!(tells_more("group_id=3,type=select,selection_method=hash,bucket=bucket_id:0,weight:5,actions=output:1"));
     }
 
     #[test]
