@@ -47,6 +47,7 @@ mod reload_module;
 mod rpm;
 mod rule_change;
 mod rule_corpus;
+mod rule_speed;
 mod sampling;
 mod scale;
 mod scale_ct;
@@ -383,6 +384,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&unreplayable::Unreplayable),
     Scenario::Custom(&rule_change::RuleChange),
     Scenario::Custom(&rule_corpus::RuleCorpus),
+    Scenario::Custom(&rule_speed::RuleSpeed),
     Scenario::Custom(&odd_rules::SAMPLE),
     Scenario::Custom(&odd_rules::WHOLE),
     Scenario::Custom(&port_removed::PortRemoved),
