@@ -36,7 +36,10 @@ fn rules(bridge: u32) -> String {
             1 => format!("mod_nw_dst:{address},output:2"),
             _ => format!("ct(commit,zone={},exec(set_field:{i:#x}->ct_mark)),output:2", i % 1000),
         };
-        let _ = writeln!(text, "cookie={cookie:#x},table={table},priority=20,tcp,nw_src={address},tp_dst=443,actions={actions}");
+        let _ = writeln!(
+            text,
+            "cookie={cookie:#x},table={table},priority=20,tcp,nw_src={address},tp_dst=443,actions={actions}"
+        );
     }
     text
 }
@@ -58,14 +61,14 @@ impl Custom for RuleSpeed {
         plain::set_up()?;
         network::patient_veth()?;
         shell("ovs-vsctl add-br br1")?;
-        for (number, bridge) in (0..).zip(BRIDGES) {
-            let file = format!("/run/lab-rules-{bridge}");
-            fs::write(&file, rules(number))?;
-            shell(&format!("ovs-ofctl --bundle add-flows {bridge} {file} && rm {file}"))?;
-        }
+        load()?;
         say("rule_speed: rules are there");
         outcome.note("ovs-save", saved_by_stock()?);
-        let own = || shell("for b in br0 br1; do ovs-appctl bridge/dump-flows $b; done | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //' | sort | md5sum");
+        // Stock has put them back in other words.
+        load()?;
+        let own = || {
+            shell("for b in br0 br1; do ovs-appctl bridge/dump-flows $b; done | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //' | sort | md5sum")
+        };
         let before = (own()?, facts::daemons("ovs-vswitchd"));
         let known = run::known();
         let begun = Instant::now();
@@ -81,16 +84,32 @@ impl Custom for RuleSpeed {
         let id = run::known().into_iter().find(|id| !known.contains(id)).context("there was no run")?;
         let report: Value = serde_json::from_str(&fs::read_to_string(run::report(&id))?)?;
         let phases: Vec<&Value> = report["phases"].as_array().into_iter().flatten().collect();
-        outcome.note("ours", json!({"whole_s": begun.elapsed().as_secs_f64(), "phases": phases, "gap_ms": report["gap_ms"]}));
+        outcome.note(
+            "ours",
+            json!({"whole_s": begun.elapsed().as_secs_f64(), "phases": phases, "gap_ms": report["gap_ms"]}),
+        );
         let most = most.into_inner();
         outcome.check("memory of the supervisor, KiB", (1..MEMORY_KIB).contains(&most), json!([most, MEMORY_KIB]));
         let after = (own()?, facts::daemons("ovs-vswitchd"));
         outcome.check("another daemon", before.1 != after.1, &after.1);
-        outcome.check("every rule is in the daemon's words what it was", before.0 == after.0, json!([before.0, after.0]));
+        outcome.check(
+            "every rule is in the daemon's words what it was",
+            before.0 == after.0,
+            json!([before.0, after.0]),
+        );
         outcome.check("report has no differences", report["differences"] == json!([]), &report["differences"]);
         aftermath::nothing_left("rule_speed", outcome);
         Ok(())
     }
+}
+
+fn load() -> Result<()> {
+    for (number, bridge) in (0..).zip(BRIDGES) {
+        let file = format!("/run/lab-rules-{bridge}");
+        fs::write(&file, rules(number))?;
+        shell(&format!("ovs-ofctl add-flows {bridge} {file} && rm {file}"))?;
+    }
+    Ok(())
 }
 
 /// What the supervisor has had in memory, by the kernel's word.

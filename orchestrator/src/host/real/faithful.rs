@@ -35,13 +35,20 @@ const USUAL_PRIORITY: u16 = 0x8000;
 /// What stands for "no tag" in a match.
 const UNTAGGED: &str = "vlan_tci=untagged";
 
-/// The flows in the daemon's text, but those that it keeps to itself.
-pub fn own_flows(own: &str) -> Vec<String> {
-    all_flows(own).filter(|rule| !is_hidden(&key(rule))).collect()
+/// The flows in the daemon's text, but those that it keeps to itself: each one's line, and its [`key`].
+pub fn own_lines(own: &str) -> impl Iterator<Item = (&str, String)> {
+    let lines = own.lines().filter(|line| line.contains("actions="));
+    lines.map(|line| (line, key(&own_flow(line)))).filter(|(_, key)| !is_hidden(key))
 }
 
-fn all_flows(own: &str) -> impl Iterator<Item = String> + '_ {
-    own.lines().filter(|line| line.contains("actions=")).map(|line| flow(&line.replace("table_id=", "table=")))
+/// Such a line as `add-flows` takes it.
+pub fn own_flow(line: &str) -> String {
+    flow(&line.replacen("table_id=", "table=", 1))
+}
+
+/// All of them, so.
+pub fn own_flows(own: &str) -> Vec<String> {
+    own_lines(own).map(|(line, _)| own_flow(line)).collect()
 }
 
 /// The actions of a rule, as text.
@@ -70,10 +77,11 @@ pub fn tag(rule: &str) -> Option<&str> {
     criteria(rule).find_map(|field| field.strip_prefix("vlan_tci="))
 }
 
-/// Table and priority.
+/// Table and priority of a rule, or of a daemon's own line.
 pub fn place(rule: &str) -> (u8, u16) {
     let number = |name: &str| criteria(rule).find_map(|field| field.strip_prefix(name)?.parse::<u16>().ok());
-    let table = number("table=").and_then(|table| u8::try_from(table).ok()).unwrap_or(0);
+    let table =
+        number("table=").or_else(|| number("table_id=")).and_then(|table| u8::try_from(table).ok()).unwrap_or(0);
     (table, number("priority=").unwrap_or(USUAL_PRIORITY))
 }
 
@@ -219,6 +227,7 @@ mod tests {
         );
         assert_eq!(to_delete("reset_counts,priority=7,ip actions=drop"), "table=0,priority=7,ip");
         assert_eq!(place("cookie=0x5,table=1,priority=3,ip actions=learn(table=9)"), (1, 3));
+        assert_eq!(place("table_id=1, duration=0s, n_packets=0, n_bytes=0, priority=3,ip,actions=drop"), (1, 3));
         assert_eq!(place("ip actions=learn(table=9,priority=1)"), (0, 0x8000));
         assert_eq!((tag("priority=1,vlan_tci=0x0000 actions=drop"), tag("ip actions=drop")), (Some("0x0000"), None));
         // A tag whose number is 0, or none: the bit is not compared.

@@ -1,6 +1,7 @@
 //! Messages that add flows, as `ovs-ofctl ofp-parse` reads them: the program that is installed decodes them as the daemon
 //! that is started will.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use super::messages::numbered;
@@ -9,48 +10,77 @@ use super::told::Head;
 use crate::host::Result;
 
 /// What ovs-ofctl makes of a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Printed {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Printed<'a> {
     /// A flow, in the words of `dump-flows`.
     Flow {
         /// With its priority, where that is not the usual one.
-        matched: String,
+        matched: &'a str,
         /// Without `actions=`.
-        actions: String,
+        actions: &'a str,
     },
     /// None: the error's name.
-    Not(String),
+    Not(&'a str),
 }
 
-/// The flow that each of `messages` adds; one that is not printed at all is none.
-pub fn flows<'a>(
-    openflow: &RealOpenFlow,
-    messages: impl Iterator<Item = &'a [u8]>,
-    until: Instant,
-) -> Result<Vec<Printed>> {
+/// All of them, by their place.
+#[derive(Default)]
+pub struct All {
+    said: String,
+    /// Where in `said` match and actions are, or the error alone.
+    places: Vec<Option<(Range<usize>, Option<Range<usize>>)>>,
+}
+
+impl All {
+    /// In the words of ovs-ofctl.
+    pub(super) fn new(said: String, count: usize) -> Self {
+        let mut places = vec![None; count];
+        let place = |part: &str| {
+            let from = (part.as_ptr() as usize).saturating_sub(said.as_ptr() as usize);
+            if part.is_empty() {
+                0..0
+            } else {
+                from..from + part.len()
+            }
+        };
+        for (number, printed) in said.lines().filter_map(line_of) {
+            let Some(known) = places.get_mut(number) else { continue };
+            *known = Some(match printed {
+                Printed::Flow { matched, actions } => (place(matched), Some(place(actions))),
+                Printed::Not(error) => (place(error), None),
+            });
+        }
+        All { said, places }
+    }
+
+    /// What it makes of the message in this place.
+    pub fn get(&self, at: usize) -> Printed<'_> {
+        let text = |place: &Range<usize>| self.said.get(place.clone()).unwrap_or_default();
+        match self.places.get(at) {
+            Some(Some((matched, Some(actions)))) => Printed::Flow { matched: text(matched), actions: text(actions) },
+            Some(Some((error, None))) => Printed::Not(text(error)),
+            _ => Printed::Not("ovs-ofctl does not say what it is"),
+        }
+    }
+}
+
+/// The flow that each of `messages` adds.
+pub fn flows<'a>(openflow: &RealOpenFlow, messages: impl Iterator<Item = &'a [u8]>, until: Instant) -> Result<All> {
     let (mut stream, mut count) = (Vec::new(), 0);
     for (message, number) in messages.zip(0..) {
         stream.extend(numbered(message, number));
         count += 1;
     }
-    if count == 0 {
-        return Ok(Vec::new());
+    match count {
+        0 => Ok(All::default()),
+        _ => Ok(All::new(openflow.print(&stream, until)?, count)),
     }
-    let said = openflow.print(&stream, until)?;
-    drop(stream);
-    let mut all = vec![Printed::Not("ovs-ofctl does not say what it is".to_owned()); count];
-    for (number, said) in said.lines().filter_map(line_of) {
-        if let Some(place) = all.get_mut(number) {
-            *place = said;
-        }
-    }
-    Ok(all)
 }
 
 /// What is said of the message of which number:
 /// `OFPT_FLOW_MOD (OF1.5) (xid=0x4): ADD table:3 priority=4,ip cookie:0x5 actions=drop`, or
 /// `OFPT_FLOW_MOD (OF1.5) (xid=0x4): ***decode error: OFPBAC_MATCH_INCONSISTENT***`.
-fn line_of(line: &str) -> Option<(usize, Printed)> {
+fn line_of(line: &str) -> Option<(usize, Printed<'_>)> {
     let (name, rest) = line.split_once(" (")?;
     if !matches!(name, "OFPT_FLOW_MOD" | "NXT_FLOW_MOD") {
         return None;
@@ -58,13 +88,13 @@ fn line_of(line: &str) -> Option<(usize, Printed)> {
     let (number, rest) = rest.split_once("xid=0x")?.1.split_once("):")?;
     let number = usize::from_str_radix(number, 16).ok()?;
     if let Some((_, error)) = rest.split_once("***decode error: ") {
-        return Some((number, Printed::Not(error.split("***").next()?.to_owned())));
+        return Some((number, Printed::Not(error.split("***").next()?)));
     }
     let (head, actions) = rest.strip_prefix(" ADD")?.split_once("actions=")?;
     // All others are words of the message, not of the match: `table:3`, `idle:60`, `send_flow_rem`.
     let is_match = |word: &&str| word.contains('=') || !(word.contains(':') || WORDS.contains(word));
     let matched = head.split(' ').filter(|word| !word.is_empty()).find(is_match).unwrap_or("");
-    Some((number, Printed::Flow { matched: matched.to_owned(), actions: actions.trim_end().to_owned() }))
+    Some((number, Printed::Flow { matched, actions: actions.trim_end() }))
 }
 
 const WORDS: [&str; 5] = ["send_flow_rem", "check_overlap", "reset_counts", "no_packet_counts", "no_byte_counts"];
@@ -97,19 +127,32 @@ mod tests {
         let line =
             "OFPT_FLOW_MOD (OF1.5) (xid=0x1b): ADD table:3 priority=4,ipv6,ipv6_src=::1 cookie:0x5 idle:60 hard:7 \
                     importance:2 send_flow_rem reset_counts actions=dec_ttl,output:1";
-        let flow = |matched: &str, actions: &str| Printed::Flow { matched: matched.into(), actions: actions.into() };
+        let flow = |matched, actions| Printed::Flow { matched, actions };
         assert_eq!(line_of(line), Some((27, flow("priority=4,ipv6,ipv6_src=::1", "dec_ttl,output:1"))));
         let line = "NXT_FLOW_MOD (xid=0x2): ADD actions=learn(table=1,actions=drop)";
         assert_eq!(line_of(line), Some((2, flow("", "learn(table=1,actions=drop)"))));
         let line = "OFPT_FLOW_MOD (OF1.5) (xid=0x2): ADD udp actions=drop";
         assert_eq!(line_of(line), Some((2, flow("udp", "drop"))));
         let line = "OFPT_FLOW_MOD (OF1.5) (xid=0xa): ***decode error: OFPBAC_MATCH_INCONSISTENT***";
-        assert_eq!(line_of(line), Some((10, Printed::Not("OFPBAC_MATCH_INCONSISTENT".into()))));
+        assert_eq!(line_of(line), Some((10, Printed::Not("OFPBAC_MATCH_INCONSISTENT"))));
         for other in
             ["OFPT_FLOW_MOD (OF1.5) (xid=0x2): DEL table:255 actions=drop", "00000000  06 0e 00 50 00 00 00 00-00 00"]
         {
             assert_eq!(line_of(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn each_message_has_its_words_or_an_error() {
+        let said = "OFPT_FLOW_MOD (OF1.5) (xid=0x2): ADD actions=drop\n\
+                    OFPT_FLOW_MOD (OF1.5) (xid=0x0): ADD table:3 priority=4,ip actions=output:1\n\
+                    OFPT_FLOW_MOD (OF1.5) (xid=0x1): ***decode error: OFPBMC_BAD_FIELD***\n\
+                    00000000  06 0e 00 50 00 00 00 00-00 00\nOFPT_FLOW_MOD (OF1.5) (xid=0x9): ADD actions=drop\n";
+        let all = All::new(said.to_owned(), 4);
+        assert_eq!(all.get(0), Printed::Flow { matched: "priority=4,ip", actions: "output:1" });
+        assert_eq!(all.get(1), Printed::Not("OFPBMC_BAD_FIELD"));
+        assert_eq!(all.get(2), Printed::Flow { matched: "", actions: "drop" });
+        assert!(matches!(all.get(3), Printed::Not(_)) && matches!(all.get(9), Printed::Not(_)));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! same. What is left cannot be put back.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::time::Instant;
 
@@ -51,7 +52,8 @@ pub fn bridge(
     let socket = openflow.socket(&bridge.name);
     let mut connection = Connection::open(&socket, &versions(bridge), until)?;
     let mut rules = small_tables(openflow, &mut connection, &bridge.name, until)?;
-    if (OF10 + 1..OF15).contains(&connection.version()) && versions(bridge).contains(&OF10) && !rules.groups.is_empty() {
+    if (OF10 + 1..OF15).contains(&connection.version()) && versions(bridge).contains(&OF10) && !rules.groups.is_empty()
+    {
         whole_groups(openflow, &socket, &mut rules, until)?;
     }
     if let Some(known) = known {
@@ -167,9 +169,9 @@ struct Telling {
     /// CLOCK_MONOTONIC, milliseconds, when it was told.
     at_ms: u64,
     told: Vec<Told>,
-    printed: Vec<Printed>,
-    /// By the key of their rule.
-    by_key: HashMap<String, Vec<usize>>,
+    printed: printed::All,
+    /// By a hash of the key of their rule, in the order of it.
+    by_key: Vec<(u64, usize)>,
     /// Those that are a flow of the daemon's already.
     taken: Vec<bool>,
 }
@@ -179,10 +181,9 @@ impl Look<'_> {
         let highest = self.telling(connection, |_| true)?;
         // Asked afterwards: what went meanwhile is in neither, and what came is looked for again.
         let own = unixctl::command(self.daemon, "bridge/dump-flows", &[&self.bridge.name], self.until)?;
-        let own = faithful::own_flows(&own);
-        let mut choice = Choice::new(own, highest);
+        let mut choice = Choice::new(&own, highest);
         let mut others: Vec<u8> = versions(self.bridge);
-        others.retain(|version| *version < choice.tellings[0].version);
+        others.retain(|version| *version < connection.version());
         others.sort_by_key(|version| rank(*version));
         for version in others {
             let wanted = choice.wanted(version);
@@ -203,15 +204,7 @@ impl Look<'_> {
         let at_ms = monotonic_ms();
         told.retain(|told| Head::of(&told.message).is_some_and(|head| wanted(&head)));
         let printed = printed::flows(self.openflow, told.iter().map(|told| &*told.message), self.until)?;
-        let mut by_key: HashMap<String, Vec<usize>> = HashMap::new();
-        for (at, printed) in printed.iter().enumerate() {
-            let head = told.get(at).and_then(|told| Head::of(&told.message));
-            if let (Printed::Flow { matched, .. }, Some(head)) = (printed, head) {
-                by_key.entry(key(&printed::text(&head, matched, ""))).or_default().push(at);
-            }
-        }
-        let taken = vec![false; told.len()];
-        Ok(Telling { version: connection.version(), at_ms, told, printed, by_key, taken })
+        Ok(Telling::new(connection.version(), at_ms, told, printed))
     }
 
     /// Flows that the installed ovs-ofctl does not know are another matter than those that no version tells.
@@ -247,23 +240,32 @@ pub fn monotonic_ms() -> u64 {
 }
 
 /// Which telling of each flow is taken.
-struct Choice {
-    own: Vec<Own>,
+struct Choice<'a> {
+    own: Vec<Own<'a>>,
     /// The highest version first.
     tellings: Vec<Telling>,
 }
 
 /// A flow in the daemon's own words.
-struct Own {
-    text: String,
-    key: String,
+struct Own<'a> {
+    line: &'a str,
+    /// The hash of its key.
+    key: u64,
     /// The telling, and the place in it, whose words are the same.
     exact: Option<(usize, usize)>,
 }
 
-impl Choice {
-    fn new(own: Vec<String>, highest: Telling) -> Self {
-        let own = own.into_iter().map(|text| Own { key: key(&text), text, exact: None }).collect();
+/// Tens of thousands of keys are kept: none is a text. Two flows that share a hash have other words.
+fn hash(key: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    hasher.finish()
+}
+
+impl<'a> Choice<'a> {
+    /// Of the flows in the daemon's text.
+    fn new(own: &'a str, highest: Telling) -> Self {
+        let own = faithful::own_lines(own).map(|(line, key)| Own { line, key: hash(&key), exact: None }).collect();
         let mut choice = Choice { own, tellings: Vec::new() };
         choice.add(highest);
         choice
@@ -272,9 +274,9 @@ impl Choice {
     fn add(&mut self, mut telling: Telling) {
         let number = self.tellings.len();
         for own in self.own.iter_mut().filter(|own| own.exact.is_none()) {
-            let (words, tag) = (actions(&own.text), faithful::tag(&own.text));
+            let (words, tag) = (actions(own.line), faithful::tag(own.line));
             let is_it = |matched: &str, said: &str| said == words && faithful::tag(matched) == tag;
-            own.exact = telling.take(&own.key, is_it).map(|at| (number, at));
+            own.exact = telling.take(own.key, is_it).map(|at| (number, at));
         }
         self.tellings.push(telling);
     }
@@ -294,7 +296,7 @@ impl Choice {
                 timed.insert((head.table, head.priority));
             }
         }
-        let pending = self.own.iter().filter(|own| own.exact.is_none()).map(|own| faithful::place(&own.text));
+        let pending = self.own.iter().filter(|own| own.exact.is_none()).map(|own| faithful::place(own.line));
         timed.extend(pending.filter(|place| other.contains(place)));
         timed
     }
@@ -314,7 +316,7 @@ impl Choice {
                 None => {
                     let reason = self.reason(&own);
                     let (bridge, kind) = (bridge.to_owned(), "flow".to_owned());
-                    found.untold.push(RefusedRule { bridge, kind, rule: own.text, reason });
+                    found.untold.push(RefusedRule { bridge, kind, rule: faithful::own_flow(own.line), reason });
                 }
             }
         }
@@ -322,14 +324,15 @@ impl Choice {
     }
 
     /// A telling with other words of the same meaning.
-    fn alike(&mut self, own: &Own, beside: &Beside) -> Option<Taken> {
-        let words = actions(&own.text);
+    fn alike(&mut self, own: &Own<'_>, beside: &Beside) -> Option<Taken> {
+        let words = actions(own.line);
+        let key = key(&faithful::own_flow(own.line));
         let same = |said: &str| said == words;
-        let means_the_same = |said: &str| same_meaning(&own.key, words, said);
+        let means_the_same = |said: &str| same_meaning(&key, words, said);
         let ways: [&dyn Fn(&str) -> bool; 2] = [&same, &means_the_same];
         let count = self.tellings.len();
         for (way, number) in ways.iter().flat_map(|way| (0..count).map(move |number| (way, number))) {
-            let at = self.tellings.get_mut(number).and_then(|telling| telling.take(&own.key, |_, said| way(said)));
+            let at = self.tellings.get_mut(number).and_then(|telling| telling.take(own.key, |_, said| way(said)));
             let taken = at.and_then(|at| self.taken(own, number, at, beside));
             if taken.is_some() {
                 return taken;
@@ -339,14 +342,14 @@ impl Choice {
     }
 
     /// The flow as the telling has it; `None` where its version has not all that belongs to it.
-    fn taken(&self, own: &Own, telling: usize, at: usize, beside: &Beside) -> Option<Taken> {
+    fn taken(&self, own: &Own<'_>, telling: usize, at: usize, beside: &Beside) -> Option<Taken> {
         let (highest, from) = (self.tellings.first()?, self.tellings.get(telling)?);
-        let (told, printed) = (from.told.get(at)?, from.printed.get(at)?);
+        let told = from.told.get(at)?;
         let mut message = told.message.clone();
         // Flags are told from 1.3 on, importance from 1.4 on.
         if from.version < highest.version && highest.version >= OF13 {
             let Head { table, priority, cookie, .. } = Head::of(&message)?;
-            let same = highest.free(&own.key).collect::<Vec<_>>();
+            let same = highest.free(own.key).collect::<Vec<_>>();
             let (flags, importance) = match same[..] {
                 [at] => Head::of(&highest.told.get(at)?.message).map(|head| (head.flags, head.importance))?,
                 _ => beside.get(&(table, priority, cookie)).copied()??,
@@ -357,7 +360,7 @@ impl Choice {
             }
         }
         let head = Head::of(&message)?;
-        let Printed::Flow { matched, actions } = printed else { return None };
+        let Printed::Flow { matched, actions } = from.printed.get(at) else { return None };
         let end_ms = (head.hard_timeout != 0).then(|| {
             let age_ms = self.age_ms(own, from, told);
             from.at_ms.saturating_sub(age_ms) + 1000 * u64::from(head.hard_timeout)
@@ -367,12 +370,12 @@ impl Choice {
 
     /// How long the flow is unchanged, by the clock at which `from` was told. 1.0 tells that in seconds; how long it is
     /// there, all tell.
-    fn age_ms(&self, own: &Own, from: &Telling, told: &Told) -> u64 {
+    fn age_ms(&self, own: &Own<'_>, from: &Telling, told: &Told) -> u64 {
         let made_ms = |telling: &Telling, told: &Told| telling.at_ms.saturating_sub(told.duration_ms);
         let old = self.tellings.iter().find(|telling| telling.version == OF10);
         let same = old.into_iter().flat_map(|old| {
-            let all = old.by_key.get(&own.key).map(Vec::as_slice).unwrap_or_default();
-            all.iter().filter_map(move |at| Some((old, old.told.get(*at)?)))
+            let all = old.of_key(own.key);
+            all.filter_map(move |at| Some((old, old.told.get(at)?)))
         });
         let same = same.min_by_key(|(old, other)| made_ms(old, other).abs_diff(made_ms(from, told)));
         let Some((old, age_s)) = same.and_then(|(old, told)| Some((old, told.hard_age_s?))) else {
@@ -389,17 +392,17 @@ impl Choice {
     }
 
     /// Why no version's telling is taken, as the highest has it.
-    fn reason(&self, own: &Own) -> String {
+    fn reason(&self, own: &Own<'_>) -> String {
         let Some(highest) = self.tellings.first() else { return String::new() };
         let version = name_of(highest.version).replacen("OpenFlow1", "OpenFlow 1.", 1);
-        let said = highest.by_key.get(&own.key).and_then(|all| highest.printed.get(*all.first()?));
+        let said = highest.of_key(own.key).next().map(|at| highest.printed.get(at));
         if let Some(Printed::Flow { actions, .. }) = said {
             return format!("{version} tells it as `actions={actions}`, which is another rule");
         }
-        let place = faithful::place(&own.text);
+        let place = faithful::place(own.line);
         let here = |told: &Told| Head::of(&told.message).is_some_and(|head| (head.table, head.priority) == place);
-        let errors = highest.told.iter().zip(&highest.printed).filter(|(told, _)| here(told));
-        let mut errors = errors.filter_map(|(_, printed)| match printed {
+        let errors = highest.told.iter().enumerate().filter(|(_, told)| here(told));
+        let mut errors = errors.filter_map(|(at, _)| match highest.printed.get(at) {
             Printed::Not(error) => Some(error),
             Printed::Flow { .. } => None,
         });
@@ -422,21 +425,37 @@ struct Taken {
 }
 
 impl Telling {
+    fn new(version: u8, at_ms: u64, told: Vec<Told>, printed: printed::All) -> Self {
+        let hashed = |(at, told): (usize, &Told)| match (printed.get(at), Head::of(&told.message)) {
+            (Printed::Flow { matched, .. }, Some(head)) => Some((hash(&key(&printed::text(&head, matched, ""))), at)),
+            _ => None,
+        };
+        let mut by_key: Vec<(u64, usize)> = told.iter().enumerate().filter_map(hashed).collect();
+        by_key.sort_unstable();
+        Telling { version, at_ms, taken: vec![false; told.len()], told, printed, by_key }
+    }
+
+    /// The flows of this key.
+    fn of_key(&self, key: u64) -> impl Iterator<Item = usize> + '_ {
+        let from = self.by_key.partition_point(|(other, _)| *other < key);
+        let rest = self.by_key.get(from..).unwrap_or_default();
+        rest.iter().take_while(move |(other, _)| *other == key).map(|(_, at)| *at)
+    }
+
+    /// Those of them that are not taken.
+    fn free(&self, key: u64) -> impl Iterator<Item = usize> + '_ {
+        self.of_key(key).filter(|at| !self.taken.get(*at).copied().unwrap_or(true))
+    }
+
     /// Takes the first flow of this key whose match and actions are right.
-    fn take(&mut self, key: &str, is_it: impl Fn(&str, &str) -> bool) -> Option<usize> {
+    fn take(&mut self, key: u64, is_it: impl Fn(&str, &str) -> bool) -> Option<usize> {
         let said = |at: &usize| match self.printed.get(*at) {
-            Some(Printed::Flow { matched, actions }) => is_it(matched, actions),
-            _ => false,
+            Printed::Flow { matched, actions } => is_it(matched, actions),
+            Printed::Not(_) => false,
         };
         let at = self.free(key).find(said)?;
         *self.taken.get_mut(at)? = true;
         Some(at)
-    }
-
-    /// The flows of this key that are not taken.
-    fn free(&self, key: &str) -> impl Iterator<Item = usize> + '_ {
-        let all = self.by_key.get(key).map(Vec::as_slice).unwrap_or_default();
-        all.iter().copied().filter(|at| !self.taken.get(*at).copied().unwrap_or(true))
     }
 
     fn beside(&self) -> Beside {
@@ -487,22 +506,15 @@ mod tests {
         Told { message: message.unwrap(), duration_ms, hard_age_s }
     }
 
-    fn telling(version: u8, flows: &[(Told, std::result::Result<(&str, &str), &str>)]) -> Telling {
-        let printed: Vec<Printed> = flows
-            .iter()
-            .map(|(_, said)| match said {
-                Ok((matched, actions)) => Printed::Flow { matched: (*matched).into(), actions: (*actions).into() },
-                Err(error) => Printed::Not((*error).into()),
-            })
-            .collect();
+    fn telling(version: u8, flows: &[Said<'_>]) -> Telling {
+        let line = |(number, (_, said)): (usize, &Said<'_>)| match said {
+            Ok((matched, actions)) => format!("NXT_FLOW_MOD (xid={number:#x}): ADD {matched} actions={actions}\n"),
+            Err(error) => format!("NXT_FLOW_MOD (xid={number:#x}): ***decode error: {error}***\n"),
+        };
+        let said: String = flows.iter().enumerate().map(line).collect();
         let told: Vec<Told> = flows.iter().map(|(told, _)| told.clone()).collect();
-        let mut by_key: HashMap<String, Vec<usize>> = HashMap::new();
-        for (at, (_, said)) in flows.iter().enumerate() {
-            if let Ok((matched, _)) = said {
-                by_key.entry(key(matched)).or_default().push(at);
-            }
-        }
-        Telling { version, at_ms: 1_000_000, taken: vec![false; told.len()], told, printed, by_key }
+        let printed = printed::All::new(said, told.len());
+        Telling::new(version, 1_000_000, told, printed)
     }
 
     type Said<'a> = (Told, std::result::Result<(&'a str, &'a str), &'a str>);
@@ -510,8 +522,8 @@ mod tests {
     /// Of the daemon's own flows and what each version tells: the text and the version of what is taken, and what is not.
     fn choose(own: &[&str], tellings: &[(u8, &[Said<'_>])]) -> (Vec<(String, u8)>, Vec<String>, BTreeMap<usize, u64>) {
         let mut tellings = tellings.iter().map(|(version, flows)| telling(*version, flows));
-        let own = own.iter().map(|text| (*text).to_owned()).collect();
-        let mut choice = Choice::new(own, tellings.next().unwrap());
+        let own = own.join("\n");
+        let mut choice = Choice::new(&own, tellings.next().unwrap());
         tellings.for_each(|telling| choice.add(telling));
         let found = choice.made("br0");
         let versions = crate::host::messages::each(&found.messages).map(|message| message[0]);
@@ -559,8 +571,8 @@ mod tests {
     #[test]
     fn other_versions_are_asked_about_what_the_highest_tells_in_other_words_and_about_time() {
         let wanted = |own: &[&str], highest: &[Said<'_>]| {
-            let own = own.iter().map(|text| (*text).to_owned()).collect();
-            let choice = Choice::new(own, telling(OF15, highest));
+            let own = own.join("\n");
+            let choice = Choice::new(&own, telling(OF15, highest));
             (choice.wanted(OF14), choice.wanted(OF10))
         };
         let (none, one) = (BTreeSet::new(), BTreeSet::from([(0, 5)]));
@@ -632,7 +644,9 @@ mod tests {
         let plain = "group_id=5,type=all,bucket=bucket_id:0,actions=output:1,bucket=bucket_id:1,actions=output:2";
         assert!(!tells_more(plain) && !tells_more("group_id=7,type=all"));
         assert!(tells_more(&plain.replace("bucket_id:1", "bucket_id:7")));
-        assert!(tells_more("group_id=3,type=select,selection_method=hash,bucket=bucket_id:0,weight:5,actions=output:1"));
+        assert!(tells_more(
+            "group_id=3,type=select,selection_method=hash,bucket=bucket_id:0,weight:5,actions=output:1"
+        ));
     }
 
     #[test]
