@@ -256,6 +256,13 @@ mod tests {
         message(version, HELLO, 9, &[&[0, 1, 0, 8, 0, 0, 0, bitmap]]).unwrap()
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_hello_makes_us_fall_over(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..60)) {
+            let _versions = versions_in(&bytes);
+        }
+    }
+
     #[test]
     fn the_version_is_the_highest_that_both_speak() {
         let settle = |hello: Vec<u8>, versions: &[u8]| {

@@ -453,6 +453,24 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// Whoever has the socket may say anything.
+        #[test]
+        fn nothing_that_is_told_makes_us_fall_over(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            for version in OF10..=OF15 {
+                for entry in entries(&bytes).flatten() {
+                    if let Some(told) = flow(version, entry) {
+                        let mut message = told.message;
+                        let _fields = (Head::of(&message), identity(&message), deletion(&message));
+                        set_hard_timeout(&mut message, 1);
+                        set_flags(&mut message, u16::MAX, 1);
+                    }
+                    let _group = group(version, entry).map(|group| group_id(&group));
+                }
+            }
+        }
+    }
+
     #[test]
     fn what_is_cut_off_is_no_entry() {
         let whole = bytes("0010 0000000000000000000000000000 0008 000000000000");
