@@ -24,6 +24,8 @@ use crate::host::{Context, HostError, Result};
 const TOLD_MAX: usize = 256 << 20;
 /// Type of a multipart message of an experimenter.
 const EXPERIMENTER_STATS: u16 = 0xffff;
+/// OFPET_HELLO_FAILED.
+const HELLO_FAILED: [u8; 2] = [0, 0];
 /// More of the reply follows.
 const MORE: u8 = 1;
 
@@ -47,6 +49,12 @@ pub enum Question {
 impl Connection {
     /// Connects in the highest of `versions` that the bridge speaks too.
     pub fn open(socket: &Path, versions: &[u8], until: Instant) -> Result<Self> {
+        let none = || HostError::new(socket.display().to_string(), "it speaks none of the versions that are wanted");
+        Self::open_if_spoken(socket, versions, until)?.ok_or_else(none)
+    }
+
+    /// The same; `None` where it speaks none of them.
+    pub fn open_if_spoken(socket: &Path, versions: &[u8], until: Instant) -> Result<Option<Self>> {
         let object = socket.display().to_string();
         let stream = UnixStream::connect(socket).about(&object)?;
         stream.set_nonblocking(true).about(&object)?;
@@ -61,13 +69,13 @@ impl Connection {
                 theirs = versions_in(message);
                 Ok(true)
             }
+            // It has read ours, and not said its own: it speaks none of them.
+            Some(ERROR) if message.get(HEADER..HEADER + 2) == Some(&HELLO_FAILED) => Ok(true),
             Some(ERROR) => Err(in_words(message)),
             _ => Ok(false),
         })?;
-        match (ours & theirs).checked_ilog2() {
-            Some(version) => Ok(Connection { version: u8::try_from(version).unwrap_or(OF15), ..connection }),
-            None => Err(HostError::new(connection.object, "it speaks none of the versions that are wanted")),
-        }
+        let settled = (ours & theirs).checked_ilog2();
+        Ok(settled.map(|version| Connection { version: u8::try_from(version).unwrap_or(OF15), ..connection }))
     }
 
     /// The first byte of each message.
@@ -277,7 +285,9 @@ mod tests {
         assert_eq!(settle(message(3, HELLO, 9, &[]).unwrap(), &[1, 2, 6]).unwrap(), 2);
         assert!(settle(hello(4, 0b001_0010), &[6]).is_err());
         let failed = message(4, ERROR, 9, &[&[0, 0, 0, 0]]).unwrap();
-        assert!(settle(failed, &[6]).unwrap_err().cause.contains("type 0 code 0"));
+        assert!(settle(failed, &[6]).unwrap_err().cause.contains("none of the versions"));
+        let other = message(4, ERROR, 9, &[&[0, 1, 0, 5]]).unwrap();
+        assert!(settle(other, &[6]).unwrap_err().cause.contains("type 1 code 5"));
     }
 
     #[test]

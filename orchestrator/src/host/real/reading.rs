@@ -122,8 +122,7 @@ fn small_tables(
 /// OpenFlow 1.1 to 1.4 tell of a group neither how a bucket is selected nor the numbers of its buckets; 1.0, where it is
 /// an extension, tells both.
 fn whole_groups(openflow: &RealOpenFlow, socket: &Path, rules: &mut BridgeRules, until: Instant) -> Result<()> {
-    // One that the daemon does not speak tells nothing.
-    let Ok(mut connection) = Connection::open(socket, &[OF10], until) else { return Ok(()) };
+    let Some(mut connection) = Connection::open_if_spoken(socket, &[OF10], until)? else { return Ok(()) };
     let old = small_tables(openflow, &mut connection, &rules.bridge, until)?;
     let mut whole = Vec::new();
     for (text, message) in old.groups.iter().zip(old.messages.groups.each()) {
@@ -190,8 +189,8 @@ impl Look<'_> {
             if wanted.is_empty() {
                 continue;
             }
-            // One that the daemon does not speak tells nothing.
-            let Ok(mut connection) = Connection::open(self.socket, &[version], self.until) else { continue };
+            let other = Connection::open_if_spoken(self.socket, &[version], self.until)?;
+            let Some(mut connection) = other else { continue };
             let is_wanted = |head: &Head| wanted.contains(&(head.table, head.priority));
             choice.add(self.telling(&mut connection, is_wanted)?);
         }
