@@ -462,6 +462,9 @@ mod tests {
         }
     }
 
+    /// What was carried out, and the priorities of what was deleted.
+    type Done = (Vec<u32>, Vec<u8>);
+
     /// A bridge that refuses some messages, when they come or when their bundle is committed. It has a flow of priority 9
     /// that nobody wants. Returns, for each connection, the transaction ids of the rules that were carried out, and the
     /// priorities of what was deleted.
@@ -471,7 +474,7 @@ mod tests {
         at_commit: &'static [u32],
         without_name: bool,
         connections: usize,
-    ) -> std::thread::JoinHandle<Vec<(Vec<u32>, Vec<u8>)>> {
+    ) -> std::thread::JoinHandle<Vec<Done>> {
         let error = |version: u8, xid: u32| message(version, ERROR, xid, &[&[0, 5, 0, 1]]).unwrap();
         std::thread::spawn(move || {
             let mut all = Vec::new();
@@ -544,7 +547,7 @@ mod tests {
         at_commit: &'static [u32],
         without_name: bool,
         connections: usize,
-    ) -> (bool, Vec<String>, Vec<(Vec<u32>, Vec<u8>)>) {
+    ) -> (bool, Vec<String>, Vec<Done>) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("br0.mgmt");
         let bridge = stubborn(UnixListener::bind(&path).unwrap(), at_once, at_commit, without_name, connections);

@@ -55,6 +55,7 @@ pub fn barrier(version: u8) -> (u8, u8) {
 }
 
 /// Is this a barrier?
+#[cfg(test)]
 pub fn is_barrier(message: &[u8]) -> bool {
     message.first().is_some_and(|version| kind(message) == Some(barrier(*version).0))
 }
@@ -100,6 +101,7 @@ pub fn is_commit(message: &[u8]) -> bool {
 }
 
 /// The message that a bundle is to take in: behind its id, two bytes of padding and its flags.
+#[cfg(test)]
 pub fn inner(message: &[u8]) -> Option<&[u8]> {
     match kind(message)? {
         BUNDLE_ADD => message.get(HEADER + 8..),
@@ -122,6 +124,7 @@ fn buffer_id(message: &[u8]) -> Option<usize> {
 }
 
 /// Does the message change a flow, outside of a bundle?
+#[cfg(test)]
 pub fn is_flow_mod(message: &[u8]) -> bool {
     buffer_id(message).is_some()
 }

@@ -27,14 +27,22 @@ pub enum Printed<'a> {
 #[derive(Default)]
 pub struct All {
     said: String,
-    /// Where in `said` match and actions are, or the error alone.
-    places: Vec<Option<(Range<usize>, Option<Range<usize>>)>>,
+    places: Vec<Place>,
+}
+
+/// Where in what was said the words of a message are.
+#[derive(Debug, Clone)]
+enum Place {
+    Unsaid,
+    /// Match and actions.
+    Flow(Range<usize>, Range<usize>),
+    Error(Range<usize>),
 }
 
 impl All {
     /// In the words of ovs-ofctl.
     pub(super) fn new(said: String, count: usize) -> Self {
-        let mut places = vec![None; count];
+        let mut places = vec![Place::Unsaid; count];
         let place = |part: &str| {
             let from = (part.as_ptr() as usize).saturating_sub(said.as_ptr() as usize);
             if part.is_empty() {
@@ -45,10 +53,10 @@ impl All {
         };
         for (number, printed) in said.lines().filter_map(line_of) {
             let Some(known) = places.get_mut(number) else { continue };
-            *known = Some(match printed {
-                Printed::Flow { matched, actions } => (place(matched), Some(place(actions))),
-                Printed::Not(error) => (place(error), None),
-            });
+            *known = match printed {
+                Printed::Flow { matched, actions } => Place::Flow(place(matched), place(actions)),
+                Printed::Not(error) => Place::Error(place(error)),
+            };
         }
         All { said, places }
     }
@@ -57,9 +65,9 @@ impl All {
     pub fn get(&self, at: usize) -> Printed<'_> {
         let text = |place: &Range<usize>| self.said.get(place.clone()).unwrap_or_default();
         match self.places.get(at) {
-            Some(Some((matched, Some(actions)))) => Printed::Flow { matched: text(matched), actions: text(actions) },
-            Some(Some((error, None))) => Printed::Not(text(error)),
-            _ => Printed::Not("ovs-ofctl does not say what it is"),
+            Some(Place::Flow(matched, actions)) => Printed::Flow { matched: text(matched), actions: text(actions) },
+            Some(Place::Error(error)) => Printed::Not(text(error)),
+            Some(Place::Unsaid) | None => Printed::Not("ovs-ofctl does not say what it is"),
         }
     }
 }

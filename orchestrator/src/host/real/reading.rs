@@ -519,7 +519,10 @@ mod tests {
     type Said<'a> = (Told, std::result::Result<(&'a str, &'a str), &'a str>);
 
     /// Of the daemon's own flows and what each version tells: the text and the version of what is taken, and what is not.
-    fn choose(own: &[&str], tellings: &[(u8, &[Said<'_>])]) -> (Vec<(String, u8)>, Vec<String>, BTreeMap<usize, u64>) {
+    /// Text and version.
+    type Chosen = Vec<(String, u8)>;
+
+    fn choose(own: &[&str], tellings: &[(u8, &[Said<'_>])]) -> (Chosen, Vec<String>, BTreeMap<usize, u64>) {
         let mut tellings = tellings.iter().map(|(version, flows)| telling(*version, flows));
         let own = own.join("\n");
         let mut choice = Choice::new(&own, tellings.next().unwrap());
