@@ -337,9 +337,13 @@ pub fn identity(flow_mod: &[u8]) -> Option<(u8, u16, &[u8])> {
     Some((head.table, head.priority, matched))
 }
 
-/// The same message, so that it deletes the very flow that it adds: OFPFC_DELETE_STRICT, with any cookie.
+/// The same message, so that it deletes the very flow that it adds: OFPFC_DELETE_STRICT, with any cookie. Without actions,
+/// which the bridge need not take back as it tells them.
 pub fn deletion(flow_mod: &[u8]) -> Vec<u8> {
-    let mut message = flow_mod.to_vec();
+    let end = identity(flow_mod).map(|(_, _, matched)| (48 + matched.len().next_multiple_of(8)).min(flow_mod.len()));
+    let mut message = flow_mod.get(..end.unwrap_or(flow_mod.len())).unwrap_or_default().to_vec();
+    let length = u16::try_from(message.len()).unwrap_or(u16::MAX);
+    put(&mut message, 2, length);
     if let Some(command) = message.get_mut(25) {
         *command = 4;
     }
@@ -434,6 +438,8 @@ mod tests {
         assert_eq!(Head::of(&message).unwrap().hard_timeout, 41);
         let gone = deletion(&told.message);
         assert_eq!((&gone[16..24], &gone[24..26]), (&[0; 8][..], &[3, 4][..]));
+        // Header and match are left.
+        assert_eq!((gone.len(), &gone[2..4], &gone[48..]), (56, &[0, 56][..], &told.message[48..56]));
     }
 
     #[test]
