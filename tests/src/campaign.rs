@@ -123,7 +123,7 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 38] = [
+const ELSEWHERE: [(&str, &str); 40] = [
     ("bad_upgrade", "trixie"),
     ("back", "bookworm+backports"),
     ("back", "bookworm+untold"),
