@@ -6,8 +6,8 @@
  * security_netlink_send() runs in netlink_sendmsg() after the copy and before delivery: the skb is linear and holds
  * all messages of the sendmsg. A non-zero answer fails the sendmsg as a whole, with nothing delivered.
  *
- * The answer is EBUSY throughout. Never EAGAIN, ENOBUFS or EINTR: the OVS daemons repeat on those for ever. The one
- * exception is the thread in `halt`, which shall repeat, once its tracer has seen the message.
+ * The answer is EBUSY, and ENOENT where qdiscs are concerned. Never EAGAIN, ENOBUFS or EINTR: the OVS daemons repeat on
+ * those for ever. The one exception is the thread in `halt`, which shall repeat, once its tracer has seen the message.
  */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
@@ -19,6 +19,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#define ENOENT 2
 #define EBUSY 16
 #define CAP_NET_ADMIN_BIT 12 /* linux/capability.h */
 #define EINTR 4
@@ -27,6 +28,7 @@ typedef unsigned long long u64;
 #define NETLINK_NETFILTER 12
 #define NETLINK_GENERIC 16
 #define NLM_F_REQUEST 1
+#define NLM_F_DUMP 0x300
 #define NLMSG_MIN_TYPE 0x10
 #define NLA_TYPE_MASK 0x3fff
 #define NLMSG_HDRLEN 16
@@ -56,7 +58,14 @@ typedef unsigned long long u64;
 #define NEW_PROBE_METER_1 1021
 #define NEW_PROBE_METER_2 1022
 
-#define RTM_DELLINK 17 /* linux/rtnetlink.h */
+/* linux/rtnetlink.h */
+#define RTM_DELLINK 17
+#define RTM_NEWQDISC 36
+#define RTM_DELQDISC 37
+#define RTM_GETTCLASS 42
+#define RTM_NEWTFILTER 44
+/* linux/pkt_sched.h: TC_H_MAKE(TC_H_INGRESS, TC_H_MIN_INGRESS) */
+#define TC_INGRESS_PARENT 0xfffffff2
 
 /* linux/netfilter/nfnetlink.h, nfnetlink_cttimeout.h */
 #define NFNL_MSG_BATCH_BEGIN 16
@@ -81,6 +90,7 @@ enum class {
 	METER_DEL,
 	CT_TIMEOUT_DEL,
 	UPCALL_BIND,
+	QDISC_DEL,
 	/* More than MAX_MESSAGES in one sendmsg: refused unseen whatever the classes; only counted under this index. */
 	TOO_MANY,
 	CLASSES,
@@ -196,6 +206,20 @@ struct {
 	__type(value, u32);
 } timeouts SEC(".maps");
 
+/* What the standby may not delete; parent 0: whose classes it may not list; TC_INGRESS_PARENT: whose policing is kept. */
+struct kept {
+	u32 ifindex;
+	u32 parent; /* TC_H_ROOT, TC_H_INGRESS */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct kept);
+	__type(value, u32);
+} qdiscs SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 65536);
@@ -253,6 +277,13 @@ struct genl {
 	u8 version;
 	u16 reserved;
 	u32 dp_ifindex;
+};
+struct tcmsg {
+	u32 family; /* and padding */
+	u32 ifindex;
+	u32 handle;
+	u32 parent;
+	u32 info;
 };
 struct nlattr_head {
 	u16 len;
@@ -609,8 +640,52 @@ static __always_inline int walk(struct config *conf, u64 data, u32 len, u16 prot
 }
 
 /*
- * Is this the traced thread about to add or delete a port or device? Only the first message is looked at:
- * dpif_netlink_vport_transact() and dpif_netlink_rtnl_destroy() send one at a time.
+ * The standby takes every qdisc for its own: at its start it deletes the ingress qdisc of each port, the root qdisc of
+ * each port without QoS, and, of those with QoS, each class that it finds and the database does not have. ENOENT tells it
+ * that there was nothing (tc_add_del_qdisc(), tc_del_qdisc()), or that there are no classes (htb_tc_load()): it is content
+ * with that and does not ask again, as the daemon before it was. Only the first message is looked at: it sends one at a
+ * time.
+ */
+__attribute__((noinline)) int spares_qdisc(u64 data, u32 len)
+{
+	struct config *conf = get_config();
+	struct kept key = {};
+	struct nlmsg head;
+	struct tcmsg tc;
+
+	if (!conf || !is_standby(conf) || len < NLMSG_HDRLEN + sizeof(tc))
+		return 0;
+	if (bpf_probe_read_kernel(&head, sizeof(head), (void *)data) ||
+	    bpf_probe_read_kernel(&tc, sizeof(tc), (void *)(data + NLMSG_HDRLEN)))
+		return 0;
+	key.ifindex = tc.ifindex;
+	if (head.type == RTM_DELQDISC)
+		key.parent = tc.parent;
+	else if (head.type != RTM_GETTCLASS || (head.flags & NLM_F_DUMP) != NLM_F_DUMP)
+		return 0;
+	if (!bpf_map_lookup_elem(&qdiscs, &key))
+		return 0;
+	count(QDISC_DEL);
+	return 1;
+}
+
+/* Is this about the policing of a port where it is to be kept? */
+__attribute__((noinline)) int is_policing(u64 data, u32 len, u32 type)
+{
+	struct kept key = { .parent = TC_INGRESS_PARENT };
+	struct tcmsg tc;
+
+	if (type != RTM_NEWQDISC && type != RTM_DELQDISC && type != RTM_NEWTFILTER)
+		return 0;
+	if (len < NLMSG_HDRLEN + sizeof(tc) || bpf_probe_read_kernel(&tc, sizeof(tc), (void *)(data + NLMSG_HDRLEN)))
+		return 0;
+	key.ifindex = tc.ifindex;
+	return bpf_map_lookup_elem(&qdiscs, &key) != 0;
+}
+
+/*
+ * Is this the traced thread about to add or delete a port or device, or to police one? Only the first message is looked
+ * at: dpif_netlink_vport_transact(), dpif_netlink_rtnl_destroy() and tc_transact() send one at a time.
  */
 static __always_inline int is_port_change(struct halt *of, u64 data, u32 len, u16 protocol)
 {
@@ -620,7 +695,7 @@ static __always_inline int is_port_change(struct halt *of, u64 data, u32 len, u1
 	if (len < NLMSG_HDRLEN || bpf_probe_read_kernel(&head, sizeof(head), (void *)data))
 		return 0;
 	if (protocol == NETLINK_ROUTE)
-		return head.type == RTM_DELLINK;
+		return head.type == RTM_DELLINK || is_policing(data, len, head.type);
 	if (protocol != NETLINK_GENERIC || head.type != of->fam_vport || len < OVS_HDRLEN)
 		return 0;
 	if (bpf_probe_read_kernel(&genl, sizeof(genl), (void *)(data + NLMSG_HDRLEN)))
@@ -659,9 +734,11 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 
 	if (halts(data, len, protocol))
 		return -EINTR;
-	if (protocol != NETLINK_GENERIC && protocol != NETLINK_NETFILTER)
-		return 0;
 	if (!conf || !conf->classes)
+		return 0;
+	if (protocol == NETLINK_ROUTE && !(conf->classes & (1 << QDISC_DEL)))
+		return 0;
+	if (protocol != NETLINK_GENERIC && protocol != NETLINK_NETFILTER && protocol != NETLINK_ROUTE)
 		return 0;
 	/* The guard, which may hold for a day, has nothing to say about generic netlink, long messages included. */
 	if (protocol == NETLINK_GENERIC && conf->classes == 1 << CT_TIMEOUT_DEL)
@@ -674,6 +751,8 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 		return 0;
 	if (current_tgid() == conf->exempt_tgid && current_start() == conf->exempt_start)
 		return 0;
+	if (protocol == NETLINK_ROUTE)
+		return spares_qdisc(data, len) ? -ENOENT : 0;
 	if (!capable(net))
 		return 0;
 	return walk(conf, data, len, protocol);

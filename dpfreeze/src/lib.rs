@@ -2,6 +2,7 @@
 
 mod bytes;
 pub mod conntrack;
+pub mod devices;
 pub mod error;
 pub mod flow_key;
 pub mod freeze;

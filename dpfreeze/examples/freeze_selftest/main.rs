@@ -16,9 +16,10 @@ use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use dpfreeze::devices::{INGRESS, ROOT};
 use dpfreeze::freeze::{
-    self, CanaryCommand, Classes, EventKind, Families, Freeze, Halt, Hook, PolicyGuard, Port, Refused, Renewal, Scope,
-    PIN_DIR,
+    self, CanaryCommand, Classes, EventKind, Families, Freeze, Halt, Hook, KeptQdisc, PolicyGuard, Port, Refused,
+    Renewal, Scope, PIN_DIR,
 };
 use dpfreeze::ovs::{Dispatch, Ovs};
 use dpfreeze::tunnel::{Adoption, Backer, Guard};
@@ -88,6 +89,7 @@ const TESTS: &[(&str, fn())] = &[
     ("bound_by_other", bound_by_other),
     ("vport_del_is_told", vport_del_is_told),
     ("halt_stops_a_traced_thread_for_ports", halt_stops_a_traced_thread_for_ports),
+    ("qdiscs_of_others", qdiscs_of_others),
     ("lease_runs_out", lease_runs_out),
     ("end_is_not_moved", end_is_not_moved),
     ("held_by_another", held_by_another),
@@ -236,6 +238,27 @@ fn probes_pass() {
     }
     assert_eq!(freeze.refused().unwrap(), Refused::default());
     assert_eq!(freeze.captured().unwrap(), None);
+}
+
+/// The standby alone is told that there is nothing, and only of what is kept.
+fn qdiscs_of_others() {
+    let mut freeze = armed(Classes::QDISC_DEL);
+    let (mut standby, mut other) = (Sender::root(), Sender::root());
+    freeze.watch_standby(standby.pid(), standby.start_time()).unwrap();
+    freeze.keep_qdiscs(&[(GHOST, KeptQdisc::Ingress), (OTHER_GHOST, KeptQdisc::Root)]).unwrap();
+    let nothing = Fate::Refused(Errno::ENOENT as i32);
+    assert_eq!(standby.send(&qdisc_del(GHOST, INGRESS)), nothing);
+    assert_eq!(standby.send(&qdisc_del(OTHER_GHOST, ROOT)), nothing);
+    for passes in [qdisc_del(GHOST, ROOT), qdisc_del(OTHER_GHOST, INGRESS), class_dump(GHOST)] {
+        let fate = standby.send(&passes);
+        assert!(fate.passed(), "{passes:?}: {fate:?}");
+    }
+    assert_eq!(other.send(&qdisc_del(GHOST, INGRESS)), NO_DEVICE);
+    assert_eq!(freeze.refused().unwrap(), Refused { qdisc_del: 2, ..Refused::default() });
+    freeze.keep_qdiscs(&[(GHOST, KeptQdisc::Classes)]).unwrap();
+    assert_eq!(standby.send(&class_dump(GHOST)), nothing);
+    assert!(other.send(&class_dump(GHOST)).passed());
+    assert_eq!(standby.send(&qdisc_del(GHOST, INGRESS)), NO_DEVICE);
 }
 
 /// A controller's meters may have the ids of the newer probe: it deletes them only where nobody had them.
@@ -530,7 +553,7 @@ fn halt_stops_a_traced_thread_for_ports() {
 
     let backer = |name: &str, port_no| Backer { name: name.into(), port_no };
     let backers = vec![backer("vxlan_sys_4789", 7), backer("gre_sys", 8)];
-    let guard = Guard { dp_ifindex: GHOST, vport_family: f.vport, backers };
+    let guard = Guard { dp_ifindex: GHOST, vport_family: f.vport, backers, policed: Vec::new() };
     let adoption = Adoption::attach(pid, sender.start_time(), guard, Some(halt())).unwrap();
     for _ in 0..100 {
         assert_eq!(sender.send(&flow_get(f, GHOST)), NO_DEVICE);

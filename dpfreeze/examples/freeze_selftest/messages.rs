@@ -157,6 +157,23 @@ pub fn nft_batch_begin() -> Sendmsg {
     message(Protocol::Netfilter, 16, &[0, 0, 0, 10], &AttrBuf::new())
 }
 
+/// RTM_DELQDISC of the ingress (TC_H_INGRESS) or root (TC_H_ROOT) qdisc.
+pub fn qdisc_del(ifindex: u32, parent: u32) -> Sendmsg {
+    message(Protocol::Route, 37, &tcmsg(ifindex, parent), &attrs(|a| a.push_str(1, "ingress")))
+}
+
+/// RTM_GETTCLASS for all classes of a device.
+pub fn class_dump(ifindex: u32) -> Sendmsg {
+    const NLM_F_REQUEST_ACK_DUMP: u16 = 1 | 4 | 0x300;
+    let mut message = message(Protocol::Route, 42, &tcmsg(ifindex, 0), &AttrBuf::new());
+    message.bytes[6..8].copy_from_slice(&NLM_F_REQUEST_ACK_DUMP.to_ne_bytes());
+    message
+}
+
+fn tcmsg(ifindex: u32, parent: u32) -> Vec<u8> {
+    [0, ifindex, 0, parent, 0].iter().flat_map(|word: &u32| word.to_ne_bytes()).collect()
+}
+
 /// Nothing is deleted by it: OVS_FLOW_CMD_GET of one flow.
 pub fn flow_get(f: Families, ifindex: u32) -> Sendmsg {
     ovs(f.flow, 3, ifindex, &attrs(|a| a.push(9, &UFID)))

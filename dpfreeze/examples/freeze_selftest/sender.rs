@@ -154,7 +154,11 @@ pub fn sender_main() -> ExitCode {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             ["send", protocol, hex] => {
-                let protocol = if protocol == "12" { Protocol::Netfilter } else { Protocol::Generic };
+                let protocol = match protocol {
+                    "0" => Protocol::Route,
+                    "12" => Protocol::Netfilter,
+                    _ => Protocol::Generic,
+                };
                 let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
                 let bytes = (0..hex.len()).step_by(2).map(byte).collect();
                 match send(&Sendmsg { protocol, bytes }) {

@@ -134,6 +134,7 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
         pin(&mut maps.datapaths, "datapaths")?;
         pin(&mut maps.dp_names, "dp_names")?;
         pin(&mut maps.timeouts, "timeouts")?;
+        pin(&mut maps.qdiscs, "qdiscs")?;
         pin(&mut maps.events, "events")?;
     }
     let mut link: Link = match hook {

@@ -66,6 +66,36 @@ bitflags::bitflags! {
         /// `OVS_VPORT_CMD_SET` with `OVS_VPORT_ATTR_UPCALL_PID` is refused to the same process, but tried again by it,
         /// with other sockets each time; from anybody else it passes unseen (hazard 16).
         const UPCALL_BIND = 1 << 7;
+        /// `RTM_DELQDISC` of what was given to [`Freeze::keep_qdiscs`], and `RTM_GETTCLASS` for all of a device's classes,
+        /// sent by the process given to [`Freeze::watch_standby`]. The answer is `ENOENT`, which tells the daemon that
+        /// there is nothing: it does not try again. From anybody else they pass.
+        const QDISC_DEL = 1 << 8;
+    }
+}
+
+/// What the standby may not delete of a device's traffic control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum KeptQdisc {
+    /// Its root qdisc.
+    Root,
+    /// Its ingress qdisc.
+    Ingress,
+    /// Classes of its root qdisc: the standby is not told of any, and leaves alone what it does not know.
+    Classes,
+    /// Its policing by Open vSwitch: not refused, but the standby's tracer is told ([`Halt`]).
+    Policing,
+}
+
+impl KeptQdisc {
+    /// Device and parent as the BPF program's map has them (`struct kept`).
+    fn key(self, ifindex: u32) -> Vec<u8> {
+        let parent = match self {
+            KeptQdisc::Root => crate::devices::ROOT,
+            KeptQdisc::Ingress => crate::devices::INGRESS,
+            KeptQdisc::Classes => 0,
+            KeptQdisc::Policing => crate::devices::CLSACT_INGRESS,
+        };
+        [ifindex.to_ne_bytes(), parent.to_ne_bytes()].concat()
     }
 }
 
@@ -111,6 +141,8 @@ pub struct Freeze {
     datapaths: MapHandle,
     dp_names: MapHandle,
     timeouts: MapHandle,
+    /// None in a freeze that was pinned by an earlier version.
+    qdiscs: Option<MapHandle>,
     events: MapHandle,
 }
 
@@ -150,6 +182,7 @@ impl Freeze {
             datapaths: pins.open_map("datapaths")?,
             dp_names: pins.open_map("dp_names")?,
             timeouts: pins.open_map("timeouts")?,
+            qdiscs: pins.path("qdiscs").exists().then(|| pins.open_map("qdiscs")).transpose()?,
             events: pins.open_map("events")?,
             pins,
         }))
@@ -176,14 +209,15 @@ impl Freeze {
     }
 
     /// Freezes: `classes` are refused in `scope` from now on, to everybody but this process, for `lease`, and for
-    /// `end` at the most however often it is renewed. Counters and the capture start at zero, and no standby is
-    /// watched.
+    /// `end` at the most however often it is renewed. Counters and the capture start at zero, no standby is watched
+    /// and no qdisc kept.
     pub fn arm(&mut self, scope: &Scope, classes: Classes, lease: Duration, end: Duration) -> Result<()> {
         // Off while the maps change: half a scope is none.
         self.write_config(&Config::default())?;
         scope::fill(&self.datapaths, scope.ifindexes.iter().map(|index| index.to_ne_bytes().to_vec()))?;
         scope::fill(&self.dp_names, scope.names.iter().map(|name| scope::padded(name, abi::IFNAMSIZ)))?;
         self.fill_timeouts(&scope.timeout_names)?;
+        self.keep_qdiscs(&[])?;
         self.reset_counters()?;
         let now = process::boottime()?;
         let own = ProcessId::current()?;
@@ -210,6 +244,13 @@ impl Freeze {
     pub fn set_classes(&mut self, classes: Classes) -> Result<()> {
         let config = self.read_config()?;
         self.write_config(&Config { classes: classes.bits(), ..config })
+    }
+
+    /// Replaces what the standby may not delete of the traffic control of devices (by ifindex), while
+    /// [`Classes::QDISC_DEL`] is among the classes.
+    pub fn keep_qdiscs(&mut self, kept: &[(u32, KeptQdisc)]) -> Result<()> {
+        let Some(qdiscs) = &self.qdiscs else { return Ok(()) };
+        scope::fill(qdiscs, kept.iter().map(|(ifindex, what)| what.key(*ifindex)))
     }
 
     /// Replaces the names of the guarded timeout policies.

@@ -1,4 +1,5 @@
-//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/{link,config,halt,refused,captured,datapaths,dp_names,timeouts,events}`.
+//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/`, with the pins `link`, `config`, `halt`, `refused`, `captured`,
+//! `datapaths`, `dp_names`, `timeouts`, `qdiscs` and `events`.
 //!
 //! The link is pinned last and removed first: where it is, the freeze is whole.
 

@@ -11,6 +11,8 @@ use libc::pid_t;
 
 use super::message::{Change, Guard, Request};
 use super::tracee::{Stop, Syscall, Tracee};
+use crate::devices::policing::make_ingress_anew;
+use crate::devices::{delete_ingress, Policer};
 use crate::error::{Error, Result};
 use crate::freeze::Halt;
 
@@ -26,7 +28,8 @@ const KICK_EVERY: Duration = Duration::from_millis(2);
 /// What became of the requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Ports whose number the daemon asked for in place of adding them: they are its own now.
+    /// Ports whose number the daemon asked for in place of adding them: they are its own now. Devices whose policing it asked
+    /// for in place of making it.
     pub adopted: Vec<String>,
     /// Ports that the daemon asked to delete and has not adopted. If the database has no such tunnel any more at the
     /// end of the run, the deletion is to be repeated; else the daemon is not done yet.
@@ -35,6 +38,8 @@ pub struct Report {
     pub port_deletions: u64,
     /// Deletions of devices turned into questions.
     pub device_deletions: u64,
+    /// Devices that the daemon asked not to police any more.
+    pub unpoliced: Vec<String>,
     /// Requests that should have been changed and could not be.
     pub failed: Vec<String>,
     /// How long the daemon was watched.
@@ -55,6 +60,12 @@ impl Report {
                 push_once(&mut self.stale, name);
             }
             Request::DeleteDevice => self.device_deletions += 1,
+            Request::DeletePolicing => push_once(&mut self.unpoliced, name),
+            Request::AddPolicing => {}
+            Request::Police | Request::PoliceOtherwise => {
+                self.unpoliced.retain(|n| n != name);
+                push_once(&mut self.adopted, name);
+            }
         }
     }
 }
@@ -84,6 +95,7 @@ impl Shared {
 pub struct Adoption {
     shared: Arc<Shared>,
     wanted: usize,
+    policed: Vec<Policer>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -100,7 +112,7 @@ impl Adoption {
     /// [`Error::Unsupported`] if the process must not or cannot be traced, with the remedy; [`Error::Io`] if it is gone
     /// or another one by now.
     pub fn attach(pid: i32, start_time: u64, guard: Guard, halt: Option<Halt>) -> Result<Self> {
-        let wanted = guard.backers.len();
+        let (wanted, policed) = (guard.len(), guard.policed.clone());
         install_kick()?;
         let shared = Arc::new(Shared::default());
         let (tell, told) = mpsc::channel();
@@ -111,7 +123,7 @@ impl Adoption {
                 move || watch(pid, start_time, &guard, halt, &shared, &tell)
             })
             .map_err(|e| Error::io("thread for the tunnel ports", e))?;
-        let adoption = Adoption { shared, wanted, thread: Some(thread) };
+        let adoption = Adoption { shared, wanted, policed, thread: Some(thread) };
         match told.recv() {
             Ok(Ok(())) => Ok(adoption),
             Ok(Err(e)) => Err(e),
@@ -145,7 +157,14 @@ impl Adoption {
     /// Lets the daemon go, and says what became of the requests.
     pub fn finish(mut self) -> Report {
         self.end();
-        self.report()
+        let mut report = self.report();
+        // What was left to it of their deletion is done now.
+        for policer in self.policed.iter().filter(|one| report.unpoliced.contains(&one.name)) {
+            if let Err(error) = delete_ingress(policer.ifindex) {
+                report.failed.push(format!("policing of {}: {error}", policer.name));
+            }
+        }
+        report
     }
 
     /// The thread may be waiting in the kernel for the daemon's next stop: a signal gets it out of there. One that
@@ -329,7 +348,7 @@ impl Watch<'_> {
     }
 
     fn done(&self) -> bool {
-        self.shared.stop.load(Ordering::Acquire) || self.shared.report().adopted.len() >= self.guard.backers.len()
+        self.shared.stop.load(Ordering::Acquire) || self.shared.report().adopted.len() >= self.guard.len()
     }
 
     fn syscall(&mut self) -> io::Result<()> {
@@ -357,6 +376,11 @@ impl Watch<'_> {
         for (address, length) in self.parts(message)? {
             let bytes = self.tracee.read(address, length.min(LOOKED_AT))?;
             for change in self.guard.changes(&bytes) {
+                if change.request == Request::PoliceOtherwise {
+                    self.make_room_for_policing(&change);
+                    self.pending.push(change);
+                    continue;
+                }
                 match self.tracee.write(address + change.at as u64, &change.bytes) {
                     Ok(()) => self.pending.push(change),
                     Err(e) => self.failed(&change, &e.to_string()),
@@ -364,6 +388,13 @@ impl Watch<'_> {
             }
         }
         Ok(())
+    }
+
+    /// It has been told that the qdisc is new.
+    fn make_room_for_policing(&self, change: &Change) {
+        if let Err(error) = make_ingress_anew(self.guard.policed[change.of].ifindex) {
+            self.failed(change, &error.to_string());
+        }
     }
 
     /// `msg_iov` of the `struct msghdr` at `address`.
@@ -388,7 +419,7 @@ impl Watch<'_> {
             if !sent {
                 self.failed(&change, &io::Error::from_raw_os_error(-value as i32).to_string());
             } else {
-                let name = &self.guard.backers[change.backer].name;
+                let name = self.guard.name(&change);
                 tracing::debug!("{name}: {:?} turned into a question", change.request);
                 self.shared.report().note(change.request, name);
                 self.shared.changed.notify_all();
@@ -397,7 +428,7 @@ impl Watch<'_> {
     }
 
     fn failed(&self, change: &Change, why: &str) {
-        let name = &self.guard.backers[change.backer].name;
+        let name = self.guard.name(change);
         self.shared.report().failed.push(format!("{:?} of {name}: {why}", change.request));
     }
 }
@@ -429,7 +460,7 @@ mod tests {
 
     fn guard() -> Guard {
         let backers = vec![Backer { name: "vxlan_sys_4789".into(), port_no: 3 }];
-        Guard { dp_ifindex: 7, vport_family: 31, backers }
+        Guard { dp_ifindex: 7, vport_family: 31, backers, policed: Vec::new() }
     }
 
     /// Not a test: what the tests below trace. It says which thread to watch (the test harness keeps the main one for

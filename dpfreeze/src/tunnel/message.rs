@@ -1,8 +1,11 @@
 //! Which requests of a starting daemon are turned into which question.
 
 use super::Backer;
+use crate::devices::policing::{self, Asks};
+use crate::devices::Policer;
 use crate::error::Result;
 use crate::netlink::attr::{align, Attrs};
+use crate::netlink::message::{NLM_F_ACK, NLM_F_REQUEST};
 use crate::ovs::Ovs;
 
 // linux/netlink.h, struct nlmsghdr {u32 len; u16 type; u16 flags; u32 seq; u32 pid}
@@ -34,9 +37,17 @@ pub enum Request {
     DeletePort,
     /// `RTM_DELLINK` of a port's device.
     DeleteDevice,
+    /// `RTM_DELQDISC` of the ingress qdisc of a device that is policed.
+    DeletePolicing,
+    /// `RTM_NEWQDISC` of another one.
+    AddPolicing,
+    /// `RTM_NEWTFILTER` with the rates that the device is policed by.
+    Police,
+    /// The same with others: it passes, and finds an empty qdisc.
+    PoliceOtherwise,
 }
 
-/// The ports whose deletion and addition are turned into questions.
+/// The ports whose deletion and addition are turned into questions, and the devices whose policing is.
 #[derive(Clone, Debug)]
 pub struct Guard {
     /// The datapath.
@@ -45,6 +56,8 @@ pub struct Guard {
     pub vport_family: u16,
     /// The ports.
     pub backers: Vec<Backer>,
+    /// The devices.
+    pub policed: Vec<Policer>,
 }
 
 /// One change to the bytes of a request.
@@ -56,8 +69,8 @@ pub(super) struct Change {
     pub bytes: Vec<u8>,
     /// What the request was.
     pub request: Request,
-    /// Index of the port in [`Guard::backers`].
-    pub backer: usize,
+    /// Index of the port in [`Guard::backers`], or of the device in [`Guard::policed`].
+    pub of: usize,
 }
 
 impl Guard {
@@ -67,7 +80,31 @@ impl Guard {
     /// As [`Ovs::vports`].
     pub fn read(ovs: &mut Ovs, ifindex: u32) -> Result<Guard> {
         let backers = super::backers(&ovs.vports(ifindex)?);
-        Ok(Guard { dp_ifindex: ifindex, vport_family: ovs.families().vport, backers })
+        Ok(Guard { backers, ..Guard::none(ovs, ifindex) })
+    }
+
+    /// None of them.
+    pub fn none(ovs: &Ovs, ifindex: u32) -> Guard {
+        let vport_family = ovs.families().vport;
+        Guard { dp_ifindex: ifindex, vport_family, backers: Vec::new(), policed: Vec::new() }
+    }
+
+    /// How many ports and devices there are.
+    pub(super) fn len(&self) -> usize {
+        self.backers.len() + self.policed.len()
+    }
+
+    /// Is there nothing to guard?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What a change is about.
+    pub(super) fn name(&self, change: &Change) -> &str {
+        match change.request {
+            Request::AddPort | Request::DeletePort | Request::DeleteDevice => &self.backers[change.of].name,
+            _ => &self.policed[change.of].name,
+        }
     }
 
     /// The changes that a buffer of netlink messages needs; none for nearly every buffer.
@@ -89,10 +126,27 @@ impl Guard {
         } else if kind == RTM_DELLINK {
             let name = name_in(body.get(IFINFOMSG..)?, IFLA_IFNAME)?;
             let bytes = RTM_GETLINK.to_ne_bytes().to_vec();
-            Some(Change { at: TYPE_AT, bytes, request: Request::DeleteDevice, backer: self.by_name(&name)? })
+            Some(Change { at: TYPE_AT, bytes, request: Request::DeleteDevice, of: self.by_name(&name)? })
         } else {
-            None
+            self.policing_change(kind, body)
         }
+    }
+
+    /// The attributes that make and delete a qdisc or filter are those that it is asked for by; the kernel skips the others.
+    /// The flags of a request to make one would make a question a dump.
+    fn policing_change(&self, kind: u16, body: &[u8]) -> Option<Change> {
+        let (ifindex, asks) = policing::asks(kind, body)?;
+        let of = self.policed.iter().position(|policer| policer.ifindex == ifindex)?;
+        let question = |kind: u16| [kind.to_ne_bytes(), (NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes()].concat();
+        let (request, bytes) = match asks {
+            Asks::Delete => (Request::DeletePolicing, question(policing::RTM_GETQDISC)),
+            Asks::Add => (Request::AddPolicing, question(policing::RTM_GETQDISC)),
+            Asks::Police(rates) if rates.as_ref() == Some(&self.policed[of].rates) => {
+                (Request::Police, question(policing::RTM_GETTFILTER_OF))
+            }
+            Asks::Police(_) => (Request::PoliceOtherwise, Vec::new()),
+        };
+        Some(Change { at: TYPE_AT, bytes, request, of })
     }
 
     fn vport_change(&self, body: &[u8]) -> Option<Change> {
@@ -100,7 +154,7 @@ impl Guard {
         if version != OVS_VPORT_VERSION || u32::from_ne_bytes([i0, i1, i2, i3]) != self.dp_ifindex {
             return None;
         }
-        let (request, backer) = match command {
+        let (request, of) = match command {
             OVS_VPORT_CMD_NEW => (Request::AddPort, self.by_name(&name_in(attrs, OVS_VPORT_ATTR_NAME)?)?),
             OVS_VPORT_CMD_DEL => {
                 let port_no = Attrs(attrs).find(OVS_VPORT_ATTR_PORT_NO).ok()??.u32().ok()?;
@@ -109,7 +163,7 @@ impl Guard {
             _ => return None,
         };
         // The attributes that NEW and DEL carry are those that GET asks by; it skips the others.
-        Some(Change { at: NLMSG_HEADER, bytes: vec![OVS_VPORT_CMD_GET], request, backer })
+        Some(Change { at: NLMSG_HEADER, bytes: vec![OVS_VPORT_CMD_GET], request, of })
     }
 
     fn by_name(&self, name: &str) -> Option<usize> {
@@ -139,7 +193,10 @@ mod tests {
 
     fn guard() -> Guard {
         let backer = |name: &str, port_no| Backer { name: name.into(), port_no };
-        Guard { dp_ifindex: 7, vport_family: FAMILY, backers: vec![backer("vxlan_sys_4789", 4), backer("gre_sys", 5)] }
+        let backers = vec![backer("vxlan_sys_4789", 4), backer("gre_sys", 5)];
+        let rates = policing::rates(&policing::tests::filter(9, 125_000)).unwrap();
+        let policed = vec![Policer { name: "v1".into(), ifindex: 9, rates }];
+        Guard { dp_ifindex: 7, vport_family: FAMILY, backers, policed }
     }
 
     fn message(kind: u16, head: &[u8], attrs: &AttrBuf) -> Vec<u8> {
@@ -182,7 +239,7 @@ mod tests {
         let change = &changes[0];
         let mut after = buffer.to_vec();
         after[change.at..change.at + change.bytes.len()].copy_from_slice(&change.bytes);
-        (change.request, change.backer, after)
+        (change.request, change.of, after)
     }
 
     #[test]
@@ -200,6 +257,33 @@ mod tests {
         assert_eq!((request, backer, after[16]), (Request::DeletePort, 0, OVS_VPORT_CMD_GET));
         let (request, backer, after) = one(&dellink("vxlan_sys_4789"));
         assert_eq!((request, backer, after[4..6].to_vec()), (Request::DeleteDevice, 0, 18u16.to_ne_bytes().to_vec()));
+    }
+
+    fn policing(kind: u16, body: &[u8]) -> Vec<u8> {
+        let mut m = ((NLMSG_HEADER + body.len()) as u32).to_ne_bytes().to_vec();
+        m.extend(kind.to_ne_bytes());
+        m.extend([5, 6, 1, 0, 0, 0, 2, 0, 0, 0]);
+        m.extend(body);
+        m
+    }
+
+    #[test]
+    fn policing_that_is_there_is_asked_for_in_place_of_being_made_anew() {
+        use policing::tests::{filter, qdisc};
+        let (deletion, addition) = (policing(37, &qdisc(9)), policing(36, &qdisc(9)));
+        for (before, request, kind) in [
+            (deletion, Request::DeletePolicing, 38u16),
+            (addition, Request::AddPolicing, 38),
+            (policing(44, &filter(9, 125_000)), Request::Police, 46),
+        ] {
+            let (found, of, after) = one(&before);
+            assert_eq!((found, of, &after[4..6]), (request, 0, &kind.to_ne_bytes()[..]));
+            assert_eq!(after[6..8], 5u16.to_ne_bytes(), "no flag that makes it a dump");
+            assert_eq!((&after[..4], &after[8..]), (&before[..4], &before[8..]));
+        }
+        let before = policing(44, &filter(9, 99));
+        assert_eq!(one(&before), (Request::PoliceOtherwise, 0, before.clone()));
+        assert_eq!(guard().changes(&policing(37, &qdisc(8))), []);
     }
 
     #[test]
