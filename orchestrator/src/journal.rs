@@ -25,6 +25,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::conntrack::{self, Conntrack};
+use crate::host::devices::Standing;
 use crate::host::disk::{AppendFile, Disk};
 use crate::host::module::Device;
 use crate::host::real::RealDisk;
@@ -425,6 +426,20 @@ impl Runs {
         Ok(self.parsed(&self.devices_file(id))?.unwrap_or_default())
     }
 
+    fn standing_file(&self, id: &str) -> PathBuf {
+        self.run.join(format!("standing.{id}.json"))
+    }
+
+    /// Keeps the devices of the ports as run `id` found them, in memory.
+    pub fn keep_standing(&self, id: &str, standing: &Standing) -> anyhow::Result<()> {
+        self.replace(&self.standing_file(id), &serde_json::to_vec(standing)?)
+    }
+
+    /// The devices of the ports of run `id`; none where none were kept.
+    pub fn standing(&self, id: &str) -> anyhow::Result<Standing> {
+        Ok(self.parsed(&self.standing_file(id))?.unwrap_or_default())
+    }
+
     fn replace(&self, path: &Path, text: &[u8]) -> anyhow::Result<()> {
         self.files.replace(path, text).with_context(|| format!("cannot write {}", path.display()))
     }
@@ -452,7 +467,7 @@ impl Runs {
 
     /// Removes what run `id`, which is over, has left in memory.
     pub fn clear_memory(&self, id: &str) {
-        let kept = [self.rules_file(id), self.devices_file(id), self.by_hand_file(id)];
+        let kept = [self.rules_file(id), self.devices_file(id), self.by_hand_file(id), self.standing_file(id)];
         for path in kept.into_iter().chain([self.journal_paths(id).memory, self.restart_file(id)]) {
             let _not_there_is_fine = self.files.remove(&path);
         }

@@ -31,7 +31,7 @@ use crate::host::{
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
 use crate::report::{Report, Strategy};
-use crate::steps::{by_hand, log_levels, make_ready_for_a_daemon, notes, Host};
+use crate::steps::{by_hand, log_levels, losses, make_ready_for_a_daemon, mtus_put_back, notes, Host};
 
 pub use plan::{plan, Alive, Plan, BACK};
 pub use record::{Mark, Recorder};
@@ -719,6 +719,8 @@ impl Recovery {
         self.keep("what bridges know besides rules", given);
         let put_back = self.put_devices_back(host);
         self.keep("internal devices", put_back);
+        let put_back = self.put_mtus_back(host);
+        self.keep("devices of the ports", put_back);
         let let_go = let_it_bind(host);
         self.keep("freeze", let_go);
         let cleared = self.clear(host.database.as_ref(), CLEAR_LIMIT);
@@ -747,6 +749,9 @@ impl Recovery {
         }
         if let Err(error) = self.look_at_rules(host, survivor) {
             self.told(format!("which OpenFlow rules are there now is not known: {error:#}"));
+        }
+        if let Err(error) = self.look_at_devices(host) {
+            self.told(format!("what is gone of devices is not known: {error:#}"));
         }
         self.end_hand_over(host, mark);
         self.owned(host, mark, survivor);
@@ -835,6 +840,27 @@ impl Recovery {
         let devices = self.runs.devices(&self.id)?;
         for failed in host.module.put_back(&devices, self.until(SHORT))? {
             self.told(failed);
+        }
+        Ok(())
+    }
+
+    /// Those that were set by hand.
+    fn put_mtus_back(&mut self, host: &Host) -> anyhow::Result<()> {
+        let standing = self.runs.standing(&self.id)?;
+        let facts = host.database.facts(self.until(SHORT))?;
+        for failed in mtus_put_back(&standing, host.devices.as_ref(), &facts) {
+            self.told(failed);
+        }
+        Ok(())
+    }
+
+    /// What others had put on devices, and is gone, is told.
+    fn look_at_devices(&mut self, host: &Host) -> anyhow::Result<()> {
+        let standing = self.runs.standing(&self.id)?;
+        let facts = host.database.facts(self.until(SHORT))?;
+        match losses(&standing, host.devices.as_ref(), &facts) {
+            Ok(lost) => self.report.differences.extend(lost),
+            Err(told) => self.told(told),
         }
         Ok(())
     }
@@ -1050,7 +1076,7 @@ fn nothing_touched() -> Outcome {
 /// established would miss with nobody to answer. A freeze whose lease is over stays so.
 fn let_it_bind(host: &mut Host) -> anyhow::Result<()> {
     if host.datapath.take_up_freeze()? {
-        host.datapath.refuse(Classes::FLOW_FLUSH)?;
+        host.datapath.refuse(Classes::FLOW_FLUSH | Classes::QDISC_DEL)?;
         let _over_is_over = host.datapath.renew(LIMIT);
     }
     Ok(())

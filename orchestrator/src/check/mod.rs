@@ -2,6 +2,7 @@
 
 mod database;
 mod database_disk;
+mod devices;
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -102,6 +103,7 @@ pub fn check(host: &mut Host, wish: &Wish, until: Instant) -> Checked {
     if let Some(facts) = &facts {
         database::look(facts, &mut found);
         database_disk::look(host.database.look_at_disk(), &mut found);
+        devices::look(host, facts, level, wish, &mut found);
     }
     found.extend(others);
     let vswitchd = vswitchd.and_then(Result::ok);

@@ -5,7 +5,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::TimeoutPolicy;
-use dpfreeze::freeze::{Captured, Classes, Port, Refused};
+use dpfreeze::devices::Policer;
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused};
 use dpfreeze::ovs::{FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::Snapshot;
@@ -126,11 +127,15 @@ pub trait Datapath {
     fn renew(&mut self, lease: Duration) -> Result<()>;
     /// The process whose upcall binding is captured and refused.
     fn watch_standby(&mut self, standby: ProcessId) -> Result<()>;
-    /// Lets `standby`, which has not yet taken over, find its tunnel ports in the kernel instead of deleting and
-    /// re-creating their devices (hazards 7; docs/tunnels.md). Does nothing where there is no tunnel port.
-    fn adopt_tunnels(&mut self, standby: ProcessId) -> Result<()>;
+    /// What that process may not delete of devices (by ifindex), while `QDISC_DEL` is refused. Does nothing without a
+    /// freeze.
+    fn keep_qdiscs(&mut self, kept: &[(u32, KeptQdisc)]) -> Result<()>;
+    /// Lets `standby`, which has not yet taken over, find what it would delete and make anew: with `tunnels` its tunnel
+    /// ports and their devices (hazards 7; docs/tunnels.md), and the policing of these devices. Does nothing where there
+    /// is neither.
+    fn adopt(&mut self, standby: ProcessId, tunnels: bool, policed: &[Policer]) -> Result<()>;
     /// Waits until it has, for `patience` at most, and lets it go. Returns what could not be adopted, in words.
-    fn tunnels_adopted(&mut self, patience: Duration) -> Result<Vec<String>>;
+    fn adopted(&mut self, patience: Duration) -> Result<Vec<String>>;
     /// The binding that the standby asked for, once it has; each port id is proved to be its own.
     fn captured(&mut self) -> Result<Option<Captured>>;
     /// How often what was refused, by every freeze of this run; also after the [thaw](Datapath::thaw).

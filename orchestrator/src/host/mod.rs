@@ -6,6 +6,7 @@
 pub mod clock;
 pub mod database_disk;
 pub mod datapath;
+pub mod devices;
 pub mod disk;
 pub mod error;
 pub mod kept;
@@ -279,6 +280,18 @@ pub struct Interface {
     /// True where ovs-vswitchd polices what it receives, by an ingress qdisc of its own.
     #[serde(default)]
     pub policed: bool,
+    /// The MTU that the database asks for, bytes.
+    #[serde(default)]
+    pub mtu_request: Option<i64>,
+}
+
+/// The QoS of a port, where the database asks for one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Qos {
+    /// For example `linux-htb`; empty is the same as no QoS.
+    pub kind: String,
+    /// The numbers of its queues.
+    pub queues: Vec<i64>,
 }
 
 /// A port of a bridge.
@@ -297,6 +310,9 @@ pub struct Port {
     pub vlan_mode: Option<String>,
     /// `active` or `passive` where LACP is on.
     pub lacp: Option<String>,
+    /// Its QoS, where it has one.
+    #[serde(default)]
+    pub qos: Option<Qos>,
     /// Its interfaces; more than one is a bond.
     pub interfaces: Vec<Interface>,
 }

@@ -105,8 +105,10 @@ names! {
     BridgeIgnored = "bridge-ignored",
     /// Rules that end at a given time.
     HardTimeout = "hard-timeout",
-    /// Somebody else's filters on ports.
+    /// Somebody else's ingress qdisc on a port.
     IngressQdisc = "ingress-qdisc",
+    /// Somebody else's root qdisc or classes on a port.
+    Qdisc = "qdisc",
     /// A bridge of the userspace datapath.
     NetdevBridge = "netdev-bridge",
     /// STP and RSTP.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
-use super::{by_hand, classes, database_disk, guard, Ended, Host, Run, Step, Stop};
+use super::{by_hand, classes, database_disk, devices, guard, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::Lease;
 use crate::host::real::ovsdb_server::{replace, wait_in_step};
@@ -36,6 +36,7 @@ impl Step for Arm {
             run.host.datapath.arm(classes::armed(), lease).context("arming the freeze")?;
             run.known.freeze_end = Some(run.now() + run.config.freeze.end());
             guard::begin(run);
+            devices::keep(run)?;
             run.checkpoint()?;
         }
         by_hand::keep(run)?;

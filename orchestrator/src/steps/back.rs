@@ -11,7 +11,9 @@ use super::standby::{
     wait_until_it_listens,
 };
 use super::switch_prepare::keep_parked;
-use super::{by_hand, classes, database_disk, features, log_levels, notes, tunnels, Ended, Host, Run, Start, Stop};
+use super::{
+    by_hand, classes, database_disk, devices, features, log_levels, notes, tunnels, Ended, Host, Run, Start, Stop,
+};
 use crate::control::HookCommand;
 use crate::host::{Daemon, DaemonKind, Database, HostError, Job, JobKind, SavedProgram};
 use crate::machine::Event;
@@ -28,7 +30,7 @@ pub fn go_back(run: &mut Run) -> Ended {
         // The one that is about to end may be about to bind: what is missed then would be nobody's.
         run.host.datapath.refuse(classes::switching())?;
     }
-    run.host.datapath.tunnels_adopted(Duration::ZERO)?;
+    run.host.datapath.adopted(Duration::ZERO)?;
     tunnels::hold_up(run);
     end_monitor_of_the_old(run)?;
     end_new_daemon(run)?;
@@ -41,6 +43,7 @@ pub fn go_back(run: &mut Run) -> Ended {
         let old = run.old()?.clone();
         look_at_rules(run, &old);
         by_hand::tell(run);
+        look_at_devices(run);
         return Ok(Event::Done);
     }
     // Hazards 1: it may have been bound already.
@@ -70,6 +73,13 @@ fn look_at_rules(run: &mut Run, daemon: &Daemon) {
             run.report.differences.append(&mut run.known.state_lost);
         }
         Err(error) => run.warn(format!("which OpenFlow rules are there now is not known: {error}")),
+    }
+}
+
+fn look_at_devices(run: &mut Run) {
+    match run.host.database.facts(run.deadline) {
+        Ok(facts) => devices::compare(run, &facts),
+        Err(error) => run.warn(format!("what is gone of devices is not known: {error}")),
     }
 }
 
@@ -274,6 +284,7 @@ fn finish(run: &mut Run) -> Result<(), Stop> {
     look_at_rules(run, &new);
     log_levels::put_back(run);
     by_hand::tell(run);
+    look_at_devices(run);
     match run.host.daemons.is_alive(new.id) {
         true => Ok(()),
         false => Err(anyhow!("ovs-vswitchd (process {}) has ended", new.id.pid).into()),

@@ -4,7 +4,7 @@ use dpfreeze::freeze::Classes;
 
 /// From Arm on: what only a daemon that starts or stops would do.
 pub fn armed() -> Classes {
-    Classes::FLOW_FLUSH | Classes::DP_DEL | Classes::METER_DEL | Classes::CT_TIMEOUT_DEL
+    Classes::FLOW_FLUSH | Classes::DP_DEL | Classes::METER_DEL | Classes::CT_TIMEOUT_DEL | Classes::QDISC_DEL
 }
 
 /// From SwitchPrepare to the hand-over: the old daemon's work on flows and ports too, and the standby's binding.

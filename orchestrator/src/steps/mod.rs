@@ -9,6 +9,7 @@ pub(crate) mod by_hand;
 mod check;
 mod classes;
 mod database_disk;
+mod devices;
 mod features;
 mod gates;
 mod guard;
@@ -36,6 +37,7 @@ use crate::machine::Phase;
 
 pub use back::go_back;
 pub(crate) use back::make_ready_for_a_daemon;
+pub(crate) use devices::{losses, mtus_put_back};
 pub use run::{Ended, Host, Known, Run, Start, Stop, Wish};
 pub use thaw::thaw;
 

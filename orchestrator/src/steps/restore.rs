@@ -14,7 +14,7 @@ use crate::machine::{Event, Phase};
 
 pub(super) struct Restore;
 
-/// A daemon that has every bridge has its tunnel ports as well, but for this.
+/// A daemon that has every bridge has its tunnel ports and their policing as well, but for this.
 const TUNNEL_PATIENCE: Duration = Duration::from_millis(500);
 /// A bridge that the daemon does not have after this time may have been removed from the database.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
@@ -53,13 +53,14 @@ pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {
     wait_for_bridges(run, &new)?;
     super::reload::put_limits_back(run)?;
     let bridges = run.known.facts.bridges.clone();
-    for failed in run.host.datapath.tunnels_adopted(TUNNEL_PATIENCE)? {
-        run.warn(format!("tunnel port not kept: {failed}"));
+    for failed in run.host.datapath.adopted(TUNNEL_PATIENCE)? {
+        run.warn(format!("tunnel port or policing not kept: {failed}"));
     }
     let Known { rules, addresses, prepared, .. } = &run.known;
     let done = put_back(&run.host, &new, &bridges, rules, addresses, prepared.as_deref(), until)?;
     note(run, done)?;
     give_state(run, &new, &bridges);
+    super::devices::put_mtus_back(run)?;
     super::policies::make(run)?;
     super::reload::put_devices_back(run)
 }

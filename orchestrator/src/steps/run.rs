@@ -12,6 +12,7 @@ use crate::control::{Control, Hook, Progress, Vitals};
 use crate::features::Features;
 use crate::host::clock::Clock;
 use crate::host::datapath::{Datapath, FreezeEvent};
+use crate::host::devices::{Devices, Standing};
 use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
@@ -41,6 +42,8 @@ pub struct Host {
     pub surroundings: Box<dyn Surroundings>,
     /// The kernel module.
     pub module: Box<dyn KernelModule>,
+    /// Network devices.
+    pub devices: Box<dyn Devices>,
     /// Time.
     pub clock: Arc<dyn Clock>,
 }
@@ -157,6 +160,8 @@ pub struct Known {
     pub policies_touched: bool,
     /// Internal devices as they were, once they were looked at because the module is to be reloaded.
     pub devices: Option<Vec<Device>>,
+    /// The devices of the ports as they stood.
+    pub standing: Standing,
     /// Ports whose deletion was refused.
     pub refused_ports: Vec<Port>,
     /// Processes that sent more messages at once than the freeze can look at, and were told of.

@@ -7,7 +7,7 @@ use anyhow::Context;
 use dpfreeze::snapshot::Snapshot as Kernel;
 
 use super::features::found_by;
-use super::{notes, restore, Ended, Run, Step};
+use super::{devices, notes, restore, Ended, Run, Step};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::machine::{Event, Phase};
@@ -28,6 +28,7 @@ impl Step for Snapshot {
         let old = run.old()?.clone();
         run.known.features = found_by(run, &old);
         run.checkpoint()?;
+        devices::look(run)?;
         let bridges = run.known.facts.bridges.clone();
         // First the watch, then the reading: what changes in between is seen.
         let mut watch = run.host.openflow.watch(&bridges, until).context("watching OpenFlow rules")?;

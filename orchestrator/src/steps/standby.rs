@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{anyhow, bail, Context};
 
 use super::arm::no_other_job;
-use super::{database_disk, tunnels, Ended, Run, Start, Step, Stop};
+use super::{database_disk, devices, tunnels, Ended, Run, Start, Step, Stop};
 use crate::config::Config;
 use crate::control::{Hook, HookCommand, HookEvent};
 use crate::host::real::procfs::own_program;
@@ -43,8 +43,15 @@ impl Step for Standby {
             run.host.daemons.wait_standby(&new, until).context("the standby to wait for the database's lock")?;
             run.host.daemons.signal(new.id, Signal::Stop).context("stopping the standby")?;
             run.known.standby_stopped = true;
-            if tunnels::takes_tunnels_for_stale(run.report.to.ovs.as_deref()) {
-                run.host.datapath.adopt_tunnels(new.id).context("keeping the tunnel ports")?;
+            let stale = tunnels::takes_tunnels_for_stale(run.report.to.ovs.as_deref());
+            let policed = devices::policers(run);
+            if stale || !policed.is_empty() {
+                let adopted = run.host.datapath.adopt(new.id, stale, &policed);
+                if stale {
+                    adopted.context("keeping the tunnel ports and the policing")?;
+                } else if let Err(error) = adopted {
+                    run.warn(format!("{error}: policing is made anew, and packets may be lost"));
+                }
             }
         }
         run.checkpoint()?;
@@ -53,7 +60,7 @@ impl Step for Standby {
 
     fn undo(&self, run: &mut Run) -> Ended {
         let until = run.now() + run.config.limits.undo();
-        run.host.datapath.tunnels_adopted(Duration::ZERO)?;
+        run.host.datapath.adopted(Duration::ZERO)?;
         let old = run.old()?.clone();
         if let Some(new) = run.known.new.clone() {
             end_daemon(run, &new, until)?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::standby::start_has_not_failed;
-use super::{bridges, classes, database_disk, notes, reload, restore, Ended, Host, Run, Step, Stop};
+use super::{bridges, classes, database_disk, devices, notes, reload, restore, Ended, Host, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::{Bridge, Daemon};
 use crate::machine::{Event, Phase};
@@ -28,6 +28,7 @@ impl Step for SwitchPrepare {
     fn perform(&self, run: &mut Run) -> Ended {
         database_disk::must_be_well(run)?;
         bridges::look_again(run)?;
+        devices::look(run)?;
         if run.wish.reloads_module() {
             reload::remember(run)?;
             take_in_openflow_changes(run)?;

@@ -1,11 +1,11 @@
-//! Tunnel ports of Open vSwitch before 3.2 across a start without a standby (hazards 7, docs/tunnels.md): the database's
-//! lock holds the new daemon up until it is watched.
+//! A start without a standby: the database's lock holds the new daemon up until it is watched, where it would take away
+//! something meanwhile. That is tunnel ports, of Open vSwitch before 3.2 (hazards 7, docs/tunnels.md), and qdiscs of others.
 
 use std::time::Duration;
 
 use dpfreeze::tunnel::is_backer;
 
-use super::{ports, Run, Stop};
+use super::{devices, ports, Run, Stop};
 
 /// The lock is ours a moment after the daemon before has ended.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
@@ -16,7 +16,8 @@ pub(super) fn hold_up(run: &mut Run) {
     let takes_for_stale = |version: &Option<String>| takes_tunnels_for_stale(version.as_deref());
     let old_ones = run.wish.elsewhere || takes_for_stale(&run.report.from.ovs) || takes_for_stale(&run.report.to.ovs);
     let has_tunnels = ports::wanted(&run.known.facts).iter().any(|name| is_backer(name));
-    if run.wish.reloads_module() || !old_ones || !has_tunnels || run.known.switch_lock.is_some() {
+    let at_stake = (old_ones && has_tunnels) || devices::has_kept(run);
+    if run.wish.reloads_module() || !at_stake || run.known.switch_lock.is_some() {
         return;
     }
     match run.host.database.queue_for_switch_lock(run.deadline) {
@@ -37,6 +38,8 @@ pub(super) fn adopt(run: &mut Run) -> Result<(), Stop> {
     // Whatever becomes of it, the daemon waits no longer than to the end of this function.
     let Some(mut lock) = run.known.switch_lock.take() else { return Ok(()) };
     let new = run.new_daemon()?.clone();
+    // Before it may have the lock.
+    run.host.datapath.watch_standby(new.id)?;
     let version = match run.host.daemons.running_version(&new, run.deadline) {
         Ok(version) => Some(version),
         Err(error) => {
@@ -44,20 +47,24 @@ pub(super) fn adopt(run: &mut Run) -> Result<(), Stop> {
             None
         }
     };
-    if !takes_tunnels_for_stale(version.as_deref()) {
+    let stale = takes_tunnels_for_stale(version.as_deref());
+    let policed = devices::policers(run);
+    if !stale && !devices::has_kept(run) {
         return Ok(());
     }
     let end = run.deadline.min(run.now() + LOCK_PATIENCE);
     if !run.wait_until(end, |_| Ok(lock.is_ours()))? {
         run.warn(not_kept("the new ovs-vswitchd had the database's lock first"));
-    } else if let Err(error) = run.host.datapath.adopt_tunnels(new.id) {
-        run.warn(not_kept(error));
+    } else if stale || !policed.is_empty() {
+        if let Err(error) = run.host.datapath.adopt(new.id, stale, &policed) {
+            run.warn(not_kept(error));
+        }
     }
     Ok(())
 }
 
 fn not_kept(why: impl std::fmt::Display) -> String {
-    format!("the new ovs-vswitchd may make its tunnel ports anew, as without us: {why}")
+    format!("the new ovs-vswitchd may make its tunnel ports anew, and delete qdiscs of others, as without us: {why}")
 }
 
 /// Open vSwitch before 3.2 deletes the ports of its tunnels at its start and makes them again (hazards 7, docs/tunnels.md);

@@ -6,7 +6,7 @@ use anyhow::Context;
 
 use dpfreeze::snapshot::Snapshot;
 
-use super::{bridges, by_hand, features, notes, ports, Ended, Run, Step, Stop};
+use super::{bridges, by_hand, devices, features, notes, ports, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::state::lost;
@@ -39,6 +39,7 @@ impl Step for Verify {
         compare_state(run)?;
         compare_features(run);
         by_hand::compare(run)?;
+        devices::compare(run, &facts);
         run.checkpoint()?;
         match run.report.differences.is_empty() {
             true => Ok(Event::Done),

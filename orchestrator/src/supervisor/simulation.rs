@@ -12,7 +12,8 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
 use crate::host::simulated::{
-    state, Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, ODD_RULE,
+    state, Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, BY_HAND,
+    MTU, ODD_RULE, SHAPED,
 };
 use crate::recovery::{recover_interrupted, tidy_database};
 
@@ -40,7 +41,9 @@ struct Setting {
 
 const PLAIN: Setting = Setting { variant: Variant::USUAL, strategy: Strategy::Standby, ovsdb: true };
 
-const RELOAD: Setting = Setting { strategy: Strategy::ReloadModule, ..PLAIN };
+/// Without a freeze a qdisc of somebody is lost, and the run ends with that difference.
+const RELOAD: Setting =
+    Setting { variant: Variant { shaped: false, ..PLAIN.variant }, strategy: Strategy::ReloadModule, ..PLAIN };
 
 /// From ExecStop= of the switch's unit.
 const RESTART: Setting =
@@ -163,7 +166,8 @@ impl Played {
         if world.variant.containers && world.switches().next().is_none() && code == Some(ExitCode::NeedsPerson) {
             // Only a person can start the container, and nobody is there who could take what was parked.
             world.kernel.parked = 0;
-            let left = world.left_over().into_iter().filter(|what| !what.ends_with("/needs-person"));
+            // What a person may want to look at stays.
+            let left = world.left_over().into_iter().filter(|what| !what.starts_with("/run/"));
             return left.map(|what| format!("left over: {what}")).collect();
         }
         let mut left = world.left_over();
@@ -227,6 +231,18 @@ impl Played {
         if lacks_one && !world.rebooted && !plain && code == Some(ExitCode::Done) {
             wrong.push("done, and a rule is not there".into());
         }
+        // What a recovery knows of devices is in a file.
+        let unwritten = self.crashed && world.script.struck.iter().any(|(place, _)| place.name == "disk.replace");
+        let known = !world.rebooted && !plain && code != Some(ExitCode::NeedsPerson) && !unwritten;
+        let devices = [(SHAPED, world.kernel.shaped == world.variant.shaped), (BY_HAND, world.kernel.mtu == MTU)];
+        for (device, _) in devices.into_iter().filter(|(_, as_before)| known && !as_before) {
+            if code == Some(ExitCode::Done) {
+                wrong.push(format!("done, and device {device} is not as before"));
+            }
+            if !self.names(&format!("device {device}")) && !self.names("devices") {
+                wrong.push(format!("what device {device} has lost is not named"));
+            }
+        }
         match code {
             Some(ExitCode::Done | ExitCode::Differences) if old || switch.program != Program::Installed => {
                 wrong.push("done, and not on the installed program".into());
@@ -257,10 +273,10 @@ impl Played {
         let Some(report) = &self.report else { return false };
         let began = |name: &str| report.phases.iter().any(|phase| phase.name == name);
         let too_early = world.died_unread || world.happened(Fault::OldDies) && !began("arm");
-        // The report is the third file that a run writes whole, and the first that a recovery does; after it files are
+        // The report is the fourth file that a run writes whole, and the first that a recovery does; after it files are
         // removed.
         let over = |place: &Place| match place.name {
-            "disk.replace" => place.nth >= if place.life == 0 { 2 } else { 0 },
+            "disk.replace" => place.nth >= if place.life == 0 { 3 } else { 0 },
             name => matches!(name, "disk.remove" | "disk.remove_folder"),
         };
         let died = |fault: &Fault| matches!(fault, Fault::OldDies | Fault::NewDies);
@@ -334,7 +350,7 @@ fn trace(setting: Setting, script: Script) -> Vec<Place> {
 
 fn settings() -> Vec<(&'static str, Setting)> {
     let no_systemd = Variant { systemd: false, ..PLAIN.variant };
-    let no_freeze = Variant { freeze: false, ..PLAIN.variant };
+    let no_freeze = Variant { freeze: false, shaped: false, ..PLAIN.variant };
     let per_vport = Variant { per_vport: true, ..PLAIN.variant };
     let untold = Variant { untold: true, ..PLAIN.variant };
     vec![
@@ -371,6 +387,27 @@ fn a_run_without_faults_loses_nothing_and_leaves_nothing() {
         let keeps = setting.variant.freeze && setting.strategy != Strategy::ReloadModule;
         if keeps && !losses.is_empty() {
             verdict.note(format!("lost: {losses:?}"), name);
+        }
+        let world = played.sim.world();
+        if world.kernel.mtu != MTU || world.kernel.shaped != setting.variant.shaped {
+            verdict.note("devices are not as before", name);
+        }
+    }
+    verdict.told();
+}
+
+#[test]
+fn a_qdisc_that_cannot_be_kept_is_a_difference() {
+    let mut verdict = Verdict::default();
+    let no_freeze = Variant { freeze: false, ..PLAIN.variant };
+    let reload = Setting { variant: PLAIN.variant, ..RELOAD };
+    for (name, setting) in [("no freeze", Setting { variant: no_freeze, ..PLAIN }), ("reload module", reload)] {
+        let played = play(setting, Script::default());
+        verdict.judge(name, &played);
+        let differences = played.report.as_ref().map(|report| report.differences.join(" ")).unwrap_or_default();
+        let named = differences.contains(&format!("device {SHAPED}: gone")) && !differences.contains(BY_HAND);
+        if played.code() != Some(ExitCode::Differences) || !named {
+            verdict.note(format!("{:?}", played.report), name);
         }
     }
     verdict.told();
@@ -440,7 +477,9 @@ fn a_hook_that_refuses_nothing_is_no_freeze() {
     let canary = Place { life: 0, name: "datapath.prove_freeze", nth: 0 };
     let played = play(PLAIN, Script::of([(canary, Fault::Error)]));
     assert_eq!(played.report.as_ref().and_then(|report| report.level), Some(Level::Park), "{}", played.told());
-    assert_eq!(played.code(), Some(ExitCode::Done));
+    // Nothing keeps the new daemon from deleting what somebody has put on a port.
+    assert_eq!(played.code(), Some(ExitCode::Differences));
+    assert!(played.names(SHAPED) && !played.names(BY_HAND), "{}", played.told());
 }
 
 /// The operations from the hand-over on: the binding of the new daemon was refused before.

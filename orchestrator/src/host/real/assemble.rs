@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dpfreeze::park::ParkLimits;
 
 use super::datapath::KernelDatapath;
-use super::{Ovsdb, RealClock, RealDaemons, RealModule, RealOpenFlow, RealSurroundings, Systemd};
+use super::{Ovsdb, RealClock, RealDaemons, RealDevices, RealModule, RealOpenFlow, RealSurroundings, Systemd};
 use crate::config::Config;
 use crate::host::Database;
 use crate::steps::Host;
@@ -40,6 +40,7 @@ impl Host {
             services: Box::new(Systemd::default()),
             surroundings: Box::new(RealSurroundings),
             module: Box::new(RealModule),
+            devices: Box::new(RealDevices),
             clock: Arc::new(RealClock),
         })
     }

@@ -7,9 +7,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::TimeoutPolicy;
+use dpfreeze::devices::Policer;
 use dpfreeze::freeze::{
-    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, PolicyGuard, Port, Refused, Renewal,
-    Scope, PROBE_METERS,
+    self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, KeptQdisc, PolicyGuard, Port, Refused,
+    Renewal, Scope, PROBE_METERS,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::binding::{self, Binding};
@@ -261,25 +262,34 @@ impl Datapath for KernelDatapath {
         }
     }
 
-    fn adopt_tunnels(&mut self, standby: ProcessId) -> Result<()> {
+    fn keep_qdiscs(&mut self, kept: &[(u32, KeptQdisc)]) -> Result<()> {
+        self.freeze.as_mut().map_or(Ok(()), |freeze| freeze.keep_qdiscs(kept)).about("freeze")
+    }
+
+    fn adopt(&mut self, standby: ProcessId, tunnels: bool, policed: &[Policer]) -> Result<()> {
         let dp = self.dp()?;
-        let guard = Guard::read(&mut self.ovs, dp.ifindex).about("tunnel ports")?;
-        if !guard.backers.is_empty() {
+        let mut guard = match tunnels {
+            true => Guard::read(&mut self.ovs, dp.ifindex).about("tunnel ports")?,
+            false => Guard::none(&self.ovs, dp.ifindex),
+        };
+        guard.policed = policed.to_vec();
+        if !guard.is_empty() {
             let halt = self.freeze.as_ref().map(|freeze| Halt::of(freeze, standby.pid, guard.vport_family));
             let halt = halt.transpose().about("freeze")?;
-            let adoption = Adoption::attach(standby.pid, standby.start_time, guard, halt).about("tunnel ports")?;
+            let adoption = Adoption::attach(standby.pid, standby.start_time, guard, halt);
+            let adoption = adoption.about("tunnel ports and policing")?;
             self.adoption = Some(adoption);
         }
         Ok(())
     }
 
-    fn tunnels_adopted(&mut self, patience: Duration) -> Result<Vec<String>> {
+    fn adopted(&mut self, patience: Duration) -> Result<Vec<String>> {
         let Some(adoption) = self.adoption.take() else { return Ok(Vec::new()) };
         adoption.wait(patience);
         let report = adoption.finish();
         let (ports, ms) = (report.adopted.len(), report.watched.as_millis());
         tracing::info!(
-            "{ports} tunnel ports adopted; the new ovs-vswitchd was watched for {ms} ms, {} stops",
+            "{ports} tunnel ports and policed devices adopted; the new ovs-vswitchd was watched for {ms} ms, {} stops",
             report.stops
         );
         self.stale_tunnels.extend(report.stale);

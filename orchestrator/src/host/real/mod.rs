@@ -11,6 +11,7 @@ mod credentials;
 mod daemons;
 mod database_file;
 mod datapath;
+mod devices;
 mod disk;
 mod exchange;
 pub mod faithful;
@@ -47,6 +48,7 @@ pub mod unixctl;
 
 pub use clock::RealClock;
 pub use daemons::{is_program_installed, RealDaemons};
+pub use devices::RealDevices;
 pub use disk::RealDisk;
 pub use module::RealModule;
 pub use openflow::RealOpenFlow;

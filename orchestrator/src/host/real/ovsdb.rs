@@ -12,8 +12,8 @@ use serde_json::{json, Map, Value};
 use super::jsonrpc::Connection;
 use crate::host::database_disk::DISK_REMEDY;
 use crate::host::{
-    Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, RestoreWaitWatch, Result, SwitchLock,
-    SystemRow, OVN_MANAGED, OVN_MANAGED_ASIDE,
+    Bridge, Cleared, CtZone, Database, DatabaseFacts, HostError, Interface, Port, Qos, RestoreWaitWatch, Result,
+    SwitchLock, SystemRow, OVN_MANAGED, OVN_MANAGED_ASIDE,
 };
 
 /// The key of `other_config` that holds a starting ovs-vswitchd back (`vswitchd/bridge.c`).
@@ -560,7 +560,8 @@ const WANTED: &[(&str, &[&str])] = &[
             "ports",
         ],
     ),
-    ("Port", &["name", "tag", "trunks", "cvlans", "vlan_mode", "lacp", "interfaces"]),
+    ("Port", &["name", "tag", "trunks", "cvlans", "vlan_mode", "lacp", "qos", "interfaces"]),
+    ("QoS", &["type", "queues"]),
     (
         "Interface",
         &[
@@ -572,6 +573,7 @@ const WANTED: &[(&str, &[&str])] = &[
             "cfm_mpid",
             "ingress_policing_rate",
             "ingress_policing_kpkts_rate",
+            "mtu_request",
         ],
     ),
     ("Controller", &["target", "is_connected"]),
@@ -680,6 +682,7 @@ impl Tables {
             cvlans: set(&row["cvlans"]).into_iter().filter_map(Value::as_i64).collect(),
             vlan_mode: word("vlan_mode"),
             lacp: word("lacp").filter(|mode| mode != "off"),
+            qos: self.referred("QoS", &row["qos"]).next().map(qos),
             interfaces: self.referred("Interface", &row["interfaces"]).map(interface).collect(),
         }
     }
@@ -701,7 +704,13 @@ fn interface(row: &Value) -> Interface {
         policed: ["ingress_policing_rate", "ingress_policing_kpkts_rate"]
             .iter()
             .any(|column| row[*column].as_i64().is_some_and(|rate| rate > 0)),
+        mtu_request: row["mtu_request"].as_i64(),
     }
+}
+
+fn qos(row: &Value) -> Qos {
+    let queues = pairs(&row["queues"]).into_iter().filter_map(|(number, _)| number.as_i64()).collect();
+    Qos { kind: string(&row["type"]), queues }
 }
 
 /// The elements of a column: an atom and a UUID stand for the set of themselves (RFC 7047, 5.1).

@@ -5,7 +5,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
-use dpfreeze::freeze::{Captured, Classes, Port, Refused};
+use dpfreeze::devices::Policer;
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused};
 use dpfreeze::ovs::Dispatch;
 use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
@@ -249,18 +250,29 @@ impl Datapath for SimDatapath {
         })
     }
 
-    fn adopt_tunnels(&mut self, standby: ProcessId) -> Result<()> {
-        self.sim.operate("datapath.adopt_tunnels", None, |world| match world.processes.get_mut(&standby.pid) {
+    fn keep_qdiscs(&mut self, kept: &[(u32, KeptQdisc)]) -> Result<()> {
+        if !self.open {
+            return Ok(());
+        }
+        self.frozen("datapath.keep_qdiscs", |frost, _| {
+            frost.kept = kept.to_vec();
+            Ok(())
+        })
+    }
+
+    fn adopt(&mut self, standby: ProcessId, tunnels: bool, policed: &[Policer]) -> Result<()> {
+        self.sim.operate("datapath.adopt", None, |world| match world.processes.get_mut(&standby.pid) {
             Some(process) => {
-                process.watched = true;
+                process.watched = tunnels;
+                process.polices = !policed.is_empty();
                 Ok(())
             }
             None => Err(HostError::new("tunnel ports", "the daemon has ended")),
         })
     }
 
-    fn tunnels_adopted(&mut self, _patience: Duration) -> Result<Vec<String>> {
-        self.sim.operate("datapath.tunnels_adopted", None, |_| Ok(Vec::new()))
+    fn adopted(&mut self, _patience: Duration) -> Result<Vec<String>> {
+        self.sim.operate("datapath.adopted", None, |_| Ok(Vec::new()))
     }
 
     fn captured(&mut self) -> Result<Option<Captured>> {
@@ -479,6 +491,7 @@ fn frost(world: &World, classes: Classes, lease: Lease) -> Frost {
         lease: world.time + lease.lease,
         end: world.time + lease.end,
         standby: None,
+        kept: Vec::new(),
         captured: None,
         refused: Refused::default(),
         events: Vec::new(),

@@ -13,6 +13,7 @@ mod control;
 mod daemons;
 mod database;
 mod datapath;
+mod devices;
 mod disk;
 mod fault;
 mod module;
@@ -26,9 +27,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use control::SimControl;
+pub use devices::{BY_HAND, SHAPED};
 pub use disk::SimDisk;
 pub use fault::{Crash, Fault, Place, Script};
-pub use world::{state, DiskState, Odd, Program, Variant, World, ODD_RULE};
+pub use world::{state, DiskState, Odd, Program, Variant, World, MTU, ODD_RULE};
 
 use crate::host::{HostError, Result};
 use crate::steps::Host;
@@ -63,6 +65,7 @@ impl Sim {
             services: Box::new(services::SimServices(self.clone())),
             surroundings: Box::new(surroundings::SimSurroundings(self.clone())),
             module: Box::new(module::SimModule(self.clone())),
+            devices: Box::new(devices::SimDevices(self.clone())),
             clock: Arc::new(clock::SimClock(self.clone())),
         }
     }

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dpfreeze::freeze::{Captured, Classes, Refused};
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Refused};
 use dpfreeze::ovs::Dispatch;
 
+use super::devices::{BY_HAND, SHAPED, SHAPED_INDEX};
 use super::disk::Files;
 use super::fault::{Fault, Script};
 use crate::control::{AbortGate, HookCommand};
@@ -44,6 +45,9 @@ const FILE: &str = "/etc/openvswitch/conf.db";
 const ADDED: &str = "/srv/Extra";
 /// The bridge that has a controller.
 const WITH_CONTROLLER: &str = "br1";
+/// The MTU that somebody has set by hand, and the one that a switch that starts sets in its place.
+pub const MTU: u32 = 1400;
+const OWN_MTU: u32 = 1500;
 /// How long the disk of the database is in trouble that nothing helps: longer than all limits of a run.
 const LOST_FOR: Duration = Duration::from_secs(1800);
 /// How long the machine is down, and how long the world needs to come to rest.
@@ -70,6 +74,8 @@ pub struct Variant {
     pub containers: bool,
     /// A rule of the first switch that is not like others.
     pub odd: Odd,
+    /// A port has a qdisc of somebody.
+    pub shaped: bool,
 }
 
 /// What is the matter with [`ODD_RULE`].
@@ -98,6 +104,7 @@ impl Variant {
         untold: false,
         containers: false,
         odd: Odd::None,
+        shaped: true,
     };
 
     /// systemd starts the daemons.
@@ -150,6 +157,8 @@ pub struct Process {
     pub state: BTreeMap<String, BTreeSet<StateItem>>,
     /// Its requests for tunnel ports are changed into questions.
     pub watched: bool,
+    /// The same of its policing of a port.
+    pub polices: bool,
     /// It has taken over: its tunnels have their ports.
     pub has_tunnels: bool,
     /// It has found out what the datapath can do.
@@ -177,6 +186,8 @@ pub struct Frost {
     pub end: Duration,
     /// Whose binding is captured.
     pub standby: Option<ProcessId>,
+    /// What that one may not delete.
+    pub kept: Vec<(u32, KeptQdisc)>,
     /// What was captured.
     pub captured: Option<Captured>,
     /// Counters.
@@ -204,6 +215,10 @@ pub struct Kernel {
     pub tunnels: bool,
     /// Internal devices have lost their addresses with the module.
     pub bare_devices: bool,
+    /// A port has the qdisc that somebody has given it.
+    pub shaped: bool,
+    /// The MTU of a bridge's own device.
+    pub mtu: u32,
     /// How many timeout policies daemons have made.
     pub policies: u32,
     /// A daemon was killed while it found out what the datapath can do.
@@ -420,10 +435,14 @@ pub struct World {
 
 /// The bridges of the host: one keeps its rules by itself, one has a controller.
 pub fn bridges() -> Vec<Bridge> {
-    let interfaces = vec![Interface { name: "vx0".into(), kind: "vxlan".into(), ..Interface::default() }];
-    let ports = vec![Port { name: "vx0".into(), interfaces, ..Port::default() }];
+    let port = |name: &str, kind: &str| {
+        let policed = name == SHAPED;
+        let interfaces = vec![Interface { name: name.into(), kind: kind.into(), policed, ..Interface::default() }];
+        Port { name: name.into(), interfaces, ..Port::default() }
+    };
+    let ports = [port("vx0", "vxlan"), port(SHAPED, ""), port(BY_HAND, "internal")];
     let bridge = |name: &str| Bridge { name: name.to_owned(), fail_mode: "secure".into(), ..Bridge::default() };
-    let bridge = |name: &str| Bridge { ports: ports.clone(), ..bridge(name) };
+    let bridge = |name: &str| Bridge { ports: ports.to_vec(), ..bridge(name) };
     let controllers = vec!["tcp:192.0.2.1".to_owned()];
     vec![bridge("br0"), Bridge { connected: controllers.clone(), controllers, ..bridge(WITH_CONTROLLER) }]
 }
@@ -567,6 +586,7 @@ impl World {
         }
         world.kernel.established = Some(first);
         world.kernel.recirculating = Some(first);
+        (world.kernel.shaped, world.kernel.mtu) = (variant.shaped, MTU);
         if variant.restarting {
             let id = world.fresh_id();
             world.switch.state = "deactivating".into();
@@ -619,6 +639,7 @@ impl World {
             served: served(),
             logs: logs("INFO"),
             watched: false,
+            polices: false,
             has_tunnels: false,
             probed: false,
             sees_less: false,
@@ -901,7 +922,10 @@ impl World {
         if !std::mem::replace(&mut process.probed, true) {
             // One that does not wait for its rules flushes first, which no freeze refuses to a flow by its key.
             process.sees_less = std::mem::take(&mut self.kernel.left_probe) && flag;
+            let id = process.id;
+            self.configure_ports(id);
         }
+        let Some(process) = self.processes.get_mut(&pid) else { return };
         let keeps = std::mem::replace(&mut process.has_tunnels, true) || process.watched;
         if std::mem::replace(&mut self.kernel.tunnels, true) && !keeps {
             self.lose("a daemon made its tunnel ports anew", 2);
@@ -955,6 +979,22 @@ impl World {
         process.opened = true;
         let port_ids = process.port_ids.clone();
         self.bind(port_ids);
+    }
+
+    /// It takes every qdisc of a port for its own, unless it is told that there is none, and adapts the MTU.
+    fn configure_ports(&mut self, id: ProcessId) {
+        self.kernel.mtu = OWN_MTU;
+        if !self.processes.get(&id.pid).is_some_and(|process| process.polices) {
+            self.lose("a daemon made the policing of a port anew", 1);
+        }
+        let refused = self.refused_now().contains(Classes::QDISC_DEL);
+        let spared = |frost: &&mut Frost| {
+            refused && frost.standby == Some(id) && frost.kept.contains(&(SHAPED_INDEX, KeptQdisc::Root))
+        };
+        match self.kernel.frost.as_mut().filter(spared) {
+            Some(frost) => frost.refused.qdisc_del += 1,
+            None => self.kernel.shaped = false,
+        }
     }
 
     fn may_bind(&mut self, id: ProcessId, wanted: &[u32]) -> bool {

@@ -1,5 +1,4 @@
-//! What ovs-vswitchd was told by others than the database and forgets when it ends, and what it removes of others when it
-//! starts, where that is not put back.
+//! What ovs-vswitchd was told by others than the database and forgets when it ends, where that is not put back.
 
 use std::path::Path;
 use std::time::Instant;
@@ -7,7 +6,7 @@ use std::time::Instant;
 use crate::host::real::command;
 use crate::host::real::openflow::{ANY_VERSION, OVS_OFCTL};
 use crate::host::real::parallel::side_by_side;
-use crate::host::{Bridge, Daemon, Daemons, DatabaseFacts, Interface};
+use crate::host::{Bridge, Daemon, Daemons, DatabaseFacts};
 use crate::report::{Findings, Name};
 
 /// Where the bridges' management sockets are.
@@ -45,7 +44,6 @@ pub(super) fn look(
         );
         found.warn(Name::Bridges, "database", cause, "none: the host is busy; a quieter hour, or a longer `check_ms`");
     }
-    ingress(&bridges, offloads, until, found);
 }
 
 /// Does the daemon offload flows of the kernel's datapath? It tells how many it has only where it may have some
@@ -109,42 +107,6 @@ fn has_hard_timeout(rule: &str) -> bool {
     rule.split("actions=").next().is_some_and(|head| head.contains("hard_timeout="))
 }
 
-/// ovs-vswitchd removes the ingress qdisc of every port when it starts, whoever made it (netdev_linux_set_policing,
-/// lib/netdev-linux.c); one that it makes itself it makes again. Where there is no `tc`, nobody has made one by it.
-fn ingress(bridges: &[Bridge], offloads: bool, until: Instant, found: &mut Findings) {
-    let Ok(qdiscs) = command::run_well("tc", &["qdisc", "show"], None, until) else { return };
-    let interfaces: Vec<&Interface> =
-        bridges.iter().flat_map(|bridge| &bridge.ports).flat_map(|port| &port.interfaces).collect();
-    for device in with_ingress(&qdiscs) {
-        let others = |interface: &&&Interface| interface.name == device && !interface.policed;
-        if !interfaces.iter().any(|interface| others(&interface)) {
-            continue;
-        }
-        let filters = command::run_well("tc", &["filter", "show", "dev", device, "parent", "ffff:"], None, until);
-        if filters.is_ok_and(|filters| others_filters(&filters, offloads)) {
-            let cause = "it has an ingress qdisc with filters, which ovs-vswitchd removes when it starts";
-            let remedy = "none yet: they are lost in any restart; make them again afterwards, or use a clsact qdisc";
-            found.warn(Name::IngressQdisc, format!("device {device}"), cause, remedy);
-        }
-    }
-}
-
-/// Is one of these filters not Open vSwitch's own? Where it offloads flows, its are of the kind `flower`:
-/// `filter protocol ip pref 2 flower chain 0 handle 0x1`
-fn others_filters(filters: &str, offloads: bool) -> bool {
-    let mut heads = filters.lines().filter(|line| line.starts_with("filter "));
-    match offloads {
-        true => heads.any(|head| !head.split_whitespace().any(|word| word == "flower")),
-        false => !filters.trim().is_empty(),
-    }
-}
-
-/// `qdisc ingress ffff: dev v1 parent ffff:fff1 ----------------`
-fn with_ingress(qdiscs: &str) -> Vec<&str> {
-    let ingress = qdiscs.lines().filter(|line| line.starts_with("qdisc ingress "));
-    ingress.filter_map(|line| line.split_once(" dev ")?.1.split_whitespace().next()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_daemon_that_still_offloads_is_refused_and_its_own_filters_are_nobody_else_s() {
+    fn a_daemon_that_still_offloads_is_refused() {
         let shown = |name: &str, count: &str| {
             format!(
                 "{name}:\n  flows         : (current 3) (avg 3) (max 5) (limit 10000)\n{count}  dump duration : 1ms\n"
@@ -188,16 +150,5 @@ mod tests {
         assert_eq!(judged(true, false), Some((Name::HwOffload, "`ovs-graceful restart --plain`".to_owned())));
         // The database's finding has that as well.
         assert_eq!((judged(true, true), judged(false, false)), (None, None));
-        let own = "filter protocol ip pref 2 flower chain 0 \nfilter protocol ip pref 2 flower chain 0 handle 0x1 \n  eth_type ipv4\n";
-        let other = "filter protocol ip pref 9 u32 chain 0 \n";
-        assert!(others_filters(own, false) && !others_filters(own, true));
-        assert!(others_filters(&format!("{own}{other}"), true) && !others_filters("", false));
-    }
-
-    #[test]
-    fn devices_with_an_ingress_qdisc_are_read() {
-        let qdiscs = "qdisc noqueue 0: dev lo root refcnt 2\nqdisc ingress ffff: dev v1 parent ffff:fff1 ------\n\
-            qdisc clsact ffff: dev v2 parent ffff:fff1\n";
-        assert_eq!(with_ingress(qdiscs), ["v1"]);
     }
 }

@@ -1,0 +1,73 @@
+//! What others have put on the devices of the ports, and a run cannot keep.
+
+use crate::host::devices::{standing, Fate, Standing};
+use crate::host::{DatabaseFacts, HostError};
+use crate::report::{Findings, Level, Name};
+use crate::steps::{Host, Wish};
+
+/// Looks at the devices of the bridges. With a freeze the new daemon can be kept from deleting what is on them.
+pub(super) fn look(host: &Host, facts: &DatabaseFacts, level: Level, wish: &Wish, found: &mut Findings) {
+    let keeps = level == Level::Full && !wish.reloads_module();
+    judge(standing(host.devices.as_ref(), facts), keeps, found);
+}
+
+fn judge(standing: Result<Standing, HostError>, keeps: bool, found: &mut Findings) {
+    let again = "none yet: it is lost in any restart; make it again afterwards";
+    let standing = match standing {
+        Ok(standing) => standing,
+        Err(error) => {
+            let cause = format!("what others have put on them may be lost, and is not compared: {}", error.cause);
+            return found.warn(Name::Qdisc, error.object, cause, "none: look at `tc qdisc show` before and after");
+        }
+    };
+    for device in standing.devices.values() {
+        let object = format!("device {}", device.name);
+        for fate in standing.fates(device) {
+            use dpfreeze::freeze::KeptQdisc::{Classes, Ingress, Policing, Root};
+            let (name, cause) = match fate {
+                Fate::Lost { ingress: true, why } => (Name::IngressQdisc, why),
+                Fate::Lost { ingress: false, why } => (Name::Qdisc, why),
+                // It is made anew, as it was.
+                Fate::Kept(Policing) => continue,
+                Fate::Kept(_) if keeps => continue,
+                Fate::Kept(Ingress) => {
+                    (Name::IngressQdisc, "its ingress qdisc is removed by the starting ovs-vswitchd".into())
+                }
+                Fate::Kept(Root) => (Name::Qdisc, "its root qdisc is removed by the starting ovs-vswitchd".into()),
+                Fate::Kept(Classes) => (
+                    Name::Qdisc,
+                    "classes that the database does not have are removed by the starting ovs-vswitchd".into(),
+                ),
+            };
+            found.warn(name, &object, cause, again);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::simulated::{Script, Sim, Variant, SHAPED};
+
+    #[test]
+    fn what_is_kept_is_not_warned_of() {
+        let names = |keeps| {
+            let sim = Sim::new(Variant::USUAL, Script::default());
+            let host = sim.host();
+            let facts = host.database.facts(host.clock.now()).unwrap();
+            let mut found = Findings::default();
+            judge(standing(host.devices.as_ref(), &facts), keeps, &mut found);
+            found.into_inner().into_iter().map(|one| (one.name, one.object)).collect::<Vec<_>>()
+        };
+        assert_eq!(names(true), []);
+        assert_eq!(names(false), [(Name::Qdisc, format!("device {SHAPED}"))]);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_warned_of() {
+        let mut found = Findings::default();
+        judge(Err(HostError::new("devices of the ports", "too many")), true, &mut found);
+        let found = found.into_inner();
+        assert!(found.len() == 1 && found[0].cause.ends_with("too many"), "{found:?}");
+    }
+}
