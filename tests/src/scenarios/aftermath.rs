@@ -19,7 +19,7 @@ pub fn nothing_left(case: &str, outcome: &mut Outcome) {
     let unset = !flag.contains("flow-restore-wait") && !flag.contains("ovs-graceful");
     outcome.check(check("no flow-restore-wait, no mark"), unset, flag);
     let files = shell_lenient("ls /run/openvswitch /run/ovs-graceful; ls /run/systemd/system/*.d 2>/dev/null");
-    let clean = !["ovsg", "rules.", "devices.", "journal.", "report.", "restarted.", "90-ovs-graceful"]
+    let clean = !["ovsg", "rules.", "devices.", "standing.", "journal.", "report.", "restarted.", "90-ovs-graceful"]
         .iter()
         .any(|word| files.contains(word));
     outcome.check(check("no file of the run is left"), clean, files);

@@ -135,8 +135,15 @@ const GROUPS: &[Group] = &[
             ),
             warned(
                 "ingress-qdisc",
-                "tc qdisc add dev v-ns3 ingress; tc filter add dev v-ns3 parent ffff: protocol ip u32 match u32 0 0 action ok",
-                Remedy::Nothing("tc qdisc del dev v-ns3 ingress"),
+                "ovs-vsctl set interface v-ns3 ingress_policing_rate=100000
+                 tc filter add dev v-ns3 parent ffff: pref 7 protocol ip u32 match u32 0 0 action ok",
+                Remedy::Nothing("ovs-vsctl set interface v-ns3 ingress_policing_rate=0"),
+            ),
+            warned(
+                "qdisc",
+                "ovs-vsctl set port v-ns3 qos=@q -- --id=@q create qos type=linux-htb
+                 tc qdisc replace dev v-ns3 root handle 8: tbf rate 1gbit burst 1mb latency 400ms",
+                Remedy::Nothing("ovs-vsctl clear port v-ns3 qos"),
             ),
         ],
     },

@@ -40,6 +40,7 @@ mod park_level;
 mod park_limit;
 mod plain;
 mod port_removed;
+mod qdiscs;
 mod qinq;
 mod reboot;
 mod refusals;
@@ -388,6 +389,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&odd_rules::SAMPLE),
     Scenario::Custom(&odd_rules::WHOLE),
     Scenario::Custom(&port_removed::PortRemoved),
+    Scenario::Custom(&qdiscs::Qdiscs),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
