@@ -39,7 +39,6 @@ impl Step for Arm {
             devices::keep(run)?;
             run.checkpoint()?;
         }
-        by_hand::keep(run)?;
         if run.wish.ovsdb {
             no_other_job(run)?;
             replace_ovsdb_server(run)?;

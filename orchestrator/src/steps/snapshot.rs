@@ -7,7 +7,7 @@ use anyhow::Context;
 use dpfreeze::snapshot::Snapshot as Kernel;
 
 use super::features::found_by;
-use super::{devices, notes, restore, Ended, Run, Step};
+use super::{by_hand, devices, notes, restore, Ended, Run, Step};
 use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::machine::{Event, Phase};
@@ -41,6 +41,7 @@ impl Step for Snapshot {
         notes::rules_before(&mut run.report, &run.known.rules);
         run.known.state = openflow.state(&old, &bridges, until).context("what bridges know besides rules")?;
         run.checkpoint()?;
+        by_hand::keep(run)?;
         // Parsed and ready now, so that the gap does not pay for it.
         restore::prepare(run)?;
         Ok(Event::Done)
