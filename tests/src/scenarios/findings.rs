@@ -339,6 +339,7 @@ pub const REFUSALS: &[(&str, Remedy)] = &[
 /// Those that no command in this VM provokes, and the test that does.
 #[cfg(test)]
 const ELSEWHERE: &[(&str, &str)] = &[
+    ("ovsdb-server", "host::real::check::server::tests::what_cannot_be_put_back_is_named_and_a_backup_is_refused"),
     (
         "bridges",
         "scenario refusals, and orchestrator: \
