@@ -420,13 +420,22 @@ fn take_back(systemd: &Systemd, jobs: &[QueuedJob]) -> crate::host::Result<()> {
     jobs.iter().try_for_each(|job| systemd.cancel_job(job.id, soon()))
 }
 
-/// Not waited for: it waits for us. A restart of ovsdb-server is one of ovs-vswitchd as well (`Requires=`); a second job
-/// might find the first one's work done, and do it again.
+/// Not waited for: it waits for us. Up to Open vSwitch 3.x a restart of ovsdb-server is one of ovs-vswitchd as well
+/// (`Requires=`); a second job might find the first one's work done, and do it again. From 4.0 on it is not.
 fn restart_as_asked(systemd: &Systemd, jobs: &[QueuedJob]) {
-    let unit = if jobs.iter().any(|job| job.unit == DATABASE_UNIT) { DATABASE_UNIT } else { SWITCH_UNIT };
-    if let Err(error) = systemd.queue_restart(unit, soon()) {
-        complain(&format!("cannot restart {unit}: {error}; remedy: systemctl restart {unit}"));
+    for unit in [DATABASE_UNIT, SWITCH_UNIT] {
+        if !jobs.iter().any(|job| job.unit == unit) || is_restarted(systemd, unit) {
+            continue;
+        }
+        if let Err(error) = systemd.queue_restart(unit, soon()) {
+            complain(&format!("cannot restart {unit}: {error}; remedy: systemctl restart {unit}"));
+        }
     }
+}
+
+fn is_restarted(systemd: &Systemd, unit: &str) -> bool {
+    let queued = |jobs: Vec<QueuedJob>| jobs.iter().any(|job| job.unit == unit && job.kind == "restart");
+    systemd.jobs(soon()).is_ok_and(queued)
 }
 
 #[cfg(test)]
