@@ -22,7 +22,19 @@ use crate::supervisor;
 
 /// Variables that systemd gives to ExecReload= (systemd.exec(5), `service_spawn()` in src/core/service.c) and that
 /// ExecStart= may lack. `PIDFILE` is there once our drop-in sets PIDFile=.
-const RELOAD_ONLY: [&str; 6] = ["MAINPID", "NOTIFY_SOCKET", "PIDFILE", "WATCHDOG_PID", "WATCHDOG_USEC", "MANAGERPID"];
+const RELOAD_ONLY: [&str; 8] = [
+    "MAINPID",
+    "MAINPIDFDID",
+    "NOTIFY_SOCKET",
+    "PIDFILE",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+    "MANAGERPID",
+    "MANAGERPIDFDID",
+];
+
+/// Of the process that a reload meets: never right for the next one.
+const OF_THE_OLD: [&str; 2] = ["MAINPID", "MAINPIDFDID"];
 
 /// As much of the environment of a daemon is read, bytes.
 const ENVIRONMENT_MAX: u64 = 8 << 20;
@@ -221,7 +233,7 @@ fn reload_only(environ: &[u8]) -> impl Iterator<Item = &'static str> + '_ {
         let is_it = |entry: &[u8]| entry.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"="));
         environ.split(|byte| *byte == 0).any(is_it)
     };
-    RELOAD_ONLY.into_iter().filter(move |name| *name == "MAINPID" || !daemon_has(name))
+    RELOAD_ONLY.into_iter().filter(move |name| OF_THE_OLD.contains(name) || !daemon_has(name))
 }
 
 fn status_number(status: ExitStatus) -> i32 {
@@ -248,6 +260,7 @@ mod tests {
         assert!(!removed(b"PATH=/bin\0PIDFILE=/run/x.pid\0").contains(&"PIDFILE"));
         assert!(removed(b"PIDFILEX=1\0").contains(&"PIDFILE"));
         assert!(removed(b"MAINPID=1\0").contains(&"MAINPID"));
+        assert!(removed(b"MAINPIDFDID=1\0").contains(&"MAINPIDFDID"));
     }
 
     #[test]
