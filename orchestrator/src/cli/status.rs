@@ -152,8 +152,10 @@ fn ask(config: &Path) -> Answer {
     let mut undecided = !unknown.is_empty();
     let freeze = known(&mut unknown, freeze::state());
     let guard = known(&mut unknown, guard::status());
-    let facts = Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT);
-    let facts = known(&mut unknown, facts.map(Some));
+    // To ask is not to start: ovsdb-server is told as not running.
+    let asks = !RealDaemons::new(DATABASE_SOCKET).would_start_database();
+    let facts = asks.then(|| Ovsdb::new(DATABASE_SOCKET).facts(Instant::now() + DATABASE_LIMIT)).transpose();
+    let facts = known(&mut unknown, facts);
     let flow_restore_wait = facts.as_ref().map(DatabaseFacts::is_restore_wait_stuck);
     // A host without ovsdb-server has no flag.
     undecided |= flow_restore_wait.is_none() && Path::new(DATABASE_SOCKET).exists();

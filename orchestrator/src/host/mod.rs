@@ -170,6 +170,9 @@ pub trait Daemons: Send + Sync {
     fn find_vswitchd(&self, upcall_port_ids: &[u32]) -> Result<Daemon>;
     /// The ovsdb-server that listens on the database socket (`SO_PEERCRED`).
     fn find_ovsdb_server(&self) -> Result<Daemon>;
+    /// Does systemd alone listen on the database socket, so that it would start ovsdb-server for whoever connects? False
+    /// where that cannot be told.
+    fn would_start_database(&self) -> bool;
     /// Does systemd listen on the database socket, so that the server which its unit starts gets that very socket?
     fn systemd_listens(&self) -> Result<bool>;
     /// Holds the listening sockets that this daemon was handed at its start (`--remote=pfd:N`, Open vSwitch 4.0), so that

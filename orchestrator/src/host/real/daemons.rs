@@ -121,13 +121,19 @@ impl RealDaemons {
     /// one that the server was started by, the one that this very socket was handed to.
     fn database_listener(&self) -> Result<i32> {
         let object = || self.database_socket.display().to_string();
+        if self.would_start_database() {
+            return Err(HostError::new(object(), ONLY_SYSTEMD));
+        }
         let listener = self.database_peer()?;
         let (kind, run_directory) = (DaemonKind::OvsdbServer, self.run_directory()?);
         let by_systemd = listener == SYSTEMD;
         if !by_systemd && run_directory.admits(kind, listener) {
             return Ok(listener);
         }
-        let mut inodes = procfs::listening(&self.database_socket).about(object())?;
+        // It is in the network namespace of who began to listen, or in ours where that one has ended.
+        let mut inodes = procfs::listening(listener, &self.database_socket)
+            .or_else(|_| procfs::listening(std::process::id().cast_signed(), &self.database_socket))
+            .about(object())?;
         if by_systemd {
             let systemds = procfs::socket_inodes(SYSTEMD).about(object())?;
             inodes.retain(|inode| systemds.contains(inode));
@@ -139,7 +145,7 @@ impl RealDaemons {
         match the_one_with_a_lock(&run_directory, kind, owners).as_slice() {
             [pid] => Ok(*pid),
             [] if by_systemd => {
-                Err(HostError::new(object(), "systemd listens, and no ovsdb-server runs that has its socket"))
+                Err(HostError::new(object(), ONLY_SYSTEMD))
             }
             // What is wrong with it is told by who describes it.
             [] => Ok(listener),
@@ -147,6 +153,9 @@ impl RealDaemons {
         }
     }
 }
+
+/// Who connects has systemd start the server.
+const ONLY_SYSTEMD: &str = "systemd listens, and no ovsdb-server runs that has its socket";
 
 /// Whose upcall sockets these are, among `owners`: a process that they were handed to, or that a daemon has forked, has
 /// no PID file locked.
@@ -246,6 +255,17 @@ impl Daemons for RealDaemons {
             ));
         }
         self.describe(kind, pid)
+    }
+
+    fn would_start_database(&self) -> bool {
+        let Ok(mut inodes) = procfs::listening(SYSTEMD, &self.database_socket) else { return false };
+        let Ok(systemds) = procfs::socket_inodes(SYSTEMD) else { return false };
+        inodes.retain(|inode| systemds.contains(inode));
+        // In a container that process may be the server itself.
+        let is_server = self.run_directory().is_ok_and(|directory| directory.admits(DaemonKind::OvsdbServer, SYSTEMD));
+        let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
+        let mut others = procfs::pids().into_iter().flatten().filter(|pid| *pid != SYSTEMD);
+        !inodes.is_empty() && !is_server && !others.any(|pid| has_it(&pid))
     }
 
     fn systemd_listens(&self) -> Result<bool> {

@@ -241,10 +241,11 @@ pub fn socket_inodes(pid: i32) -> io::Result<BTreeSet<u64>> {
     Ok(links.filter_map(inode).collect())
 }
 
-/// The inodes of the sockets that listen at `path`, in our network namespace (`unix_seq_show`, net/unix/af_unix.c). A
-/// socket may have this name and lie elsewhere: it says nothing about whose it is.
-pub fn listening(path: &Path) -> io::Result<BTreeSet<u64>> {
-    Ok(fs::read_to_string("/proc/net/unix")?.lines().filter_map(|line| listens_at(line, path)).collect())
+/// The inodes of the sockets that listen at `path`, in the network namespace of process `pid` (`unix_seq_show`,
+/// net/unix/af_unix.c). A socket may have this name and lie elsewhere: it says nothing about whose it is.
+pub fn listening(pid: i32, path: &Path) -> io::Result<BTreeSet<u64>> {
+    let sockets = fs::read_to_string(self::path(pid, "net/unix"))?;
+    Ok(sockets.lines().filter_map(|line| listens_at(line, path)).collect())
 }
 
 /// `Num RefCount Protocol Flags Type St Inode Path`; a path may have spaces.

@@ -52,6 +52,10 @@ impl Daemons for SimDaemons {
         })
     }
 
+    fn would_start_database(&self) -> bool {
+        false
+    }
+
     fn systemd_listens(&self) -> Result<bool> {
         Ok(true)
     }
