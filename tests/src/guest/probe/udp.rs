@@ -286,6 +286,13 @@ fn source_socket(stream: Stream, port: u16) -> Result<UdpSocket> {
     Ok(socket)
 }
 
+impl Protocol {
+    /// Does this kernel have UDP-Lite?
+    pub fn udp_lite_is_known() -> bool {
+        datagrams(SocketAddr::from(([127, 0, 0, 1], 0)), libc::IPPROTO_UDPLITE).is_ok()
+    }
+}
+
 /// A datagram socket of `protocol`, bound to `address`.
 fn datagrams(address: SocketAddr, protocol: i32) -> std::io::Result<UdpSocket> {
     let family = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
