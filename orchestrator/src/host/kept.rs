@@ -27,7 +27,7 @@ const REPLICATION_PROBE: i64 = 60_000;
 const RELAY_PROBE: i64 = 5_000;
 /// Options of ovsdb-server whose value may be a word of its own (`parse_options`, ovsdb/ovsdb-server.c; the short ones are
 /// those of `STREAM_SSL_LONG_OPTIONS`).
-const WITH_VALUE: [&str; 19] = [
+const WITH_VALUE: [&str; 21] = [
     "--remote",
     "--unixctl",
     "--run",
@@ -47,6 +47,8 @@ const WITH_VALUE: [&str; 19] = [
     "--syslog-target",
     "--syslog-method",
     "-p",
+    "-c",
+    "-C",
 ];
 
 /// Something that a daemon lacks, and the command that gives it that.
@@ -285,7 +287,6 @@ impl ServerState {
         if !self.remotes.contains(MANAGERS) {
             removed.insert(MANAGERS.to_owned());
         }
-        removed.retain(|remote| !remote.starts_with(HANDED));
         let mut added: BTreeSet<String> = self.remotes.difference(&given.remotes).cloned().collect();
         added.retain(|remote| !remote.starts_with(HANDED));
         let is_given = |file: &String| given.databases.contains(file);
@@ -404,6 +405,13 @@ impl SystemRow {
             system_type: facts.system_type.clone(),
             system_version: facts.system_version.clone(),
         }
+    }
+
+    /// The run directory that ovs-ctl writes by itself is nobody's choice: `control` is a socket in it.
+    pub fn without_own_rundir(mut self, control: &Path) -> SystemRow {
+        let real = |path: &Path| path.strip_prefix("/var").map_or(path.to_owned(), |rest| Path::new("/").join(rest));
+        self.ids.retain(|key, value| key != "rundir" || control.parent().map(real) != Some(real(Path::new(value))));
+        self
     }
 
     /// What is to be there, where ovs-ctl has made `now` of it: by hand was what it would have written otherwise when it
@@ -639,6 +647,24 @@ mod tests {
         assert_eq!(with(&[]), "/etc/openvswitch/conf.db");
         assert_eq!(with(&[("OVS_DBDIR", "/srv/ovs")]), "/srv/ovs/conf.db");
         assert_eq!(with(&[("OVS_SYSCONFDIR", "/opt/etc")]), "/opt/etc/openvswitch/conf.db");
+    }
+
+    #[test]
+    fn the_run_directory_of_the_package_is_nobody_s_choice() {
+        let control = Path::new("/run/openvswitch/ovsdb-server.7.ctl");
+        let left = |value: &str| {
+            let ids = BTreeMap::from([("rundir".to_owned(), value.to_owned()), ("system-id".to_owned(), "a".to_owned())]);
+            SystemRow { ids, ..SystemRow::default() }.without_own_rundir(control).ids.into_keys().collect::<Vec<_>>()
+        };
+        assert_eq!(left("/var/run/openvswitch"), ["system-id"]);
+        assert_eq!(left("/run/openvswitch"), ["system-id"]);
+        assert_eq!(left("/srv/run"), ["rundir", "system-id"]);
+    }
+
+    #[test]
+    fn a_value_is_no_database() {
+        let given = Given::of(&server("ovsdb-server -p k.pem -c cert.pem -C ca.pem /srv/conf.db"));
+        assert_eq!(given.databases.into_iter().collect::<Vec<_>>(), ["/srv/conf.db"]);
     }
 
     #[test]

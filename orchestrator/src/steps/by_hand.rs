@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Context;
 
 use super::{log_levels, Host, Run, Stop};
-use crate::host::kept::{Lack, MANAGERS};
+use crate::host::kept::{printable, Lack, MANAGERS};
 use crate::host::real::ovsdb_server::row_options;
 use crate::host::{Daemon, HostError, Kept, ProcessId, ServerState, Sources, SystemRow};
 
@@ -28,7 +28,10 @@ pub(super) fn keep(run: &mut Run) -> Result<(), Stop> {
             Err(anyhow::Error::from(error).context("what was set in the daemons at run time").into())
         }
         Err(error) => {
-            let told = format!("what was set in the daemons at run time is not known, and not put back: {error}");
+            let told = format!(
+                "what was set in the daemons at run time is not known, and not put back: {error}; \
+                 remedy: set it again, where somebody did (log levels, remotes and databases of ovsdb-server)"
+            );
             run.report.differences.push(told.clone());
             run.warn(told);
             Ok(())
@@ -50,7 +53,7 @@ fn read(run: &Run) -> Result<Kept, HostError> {
         by_hand: state.by_hand(),
         server_logs,
         switch_logs,
-        row: SystemRow::of(&run.host.database.facts(until)?),
+        row: SystemRow::of(&run.host.database.facts(until)?).without_own_rundir(&server.control),
         sources: sources(&run.host, &server, until),
     })
 }
@@ -102,7 +105,8 @@ fn try_to_give_back(
     let is_new = kept.server != Some(server.id) && done != Some(server.id);
     for lack in lacks(kept, &state, is_new) {
         if let Err(error) = mend(host, &server, &lack, until) {
-            told.push(format!("{}: {error}", lack.what));
+            let command = format!("ovs-appctl -t ovsdb-server {} {}", lack.command, lack.arguments.join(" "));
+            told.push(printable(&format!("{}: {error}; remedy: `{command}`", lack.what)));
         }
     }
     if is_new {

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::check::refuse;
 use crate::host::kept::{printable, Given, ServerState};
+use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::ovsdb_server;
 use crate::host::surroundings::CheckOptions;
 use crate::host::{Daemon, Daemons, ServiceManager, Unit};
@@ -79,9 +80,9 @@ fn judge(server: &Daemon, state: &ServerState, options: &CheckOptions, found: &m
         let cause =
             "it was added at run time, and no file of that name leads to it any more: the next ovsdb-server will not \
                      serve it";
-        let remedy =
-            format!("keep what is in it: `ovsdb-client backup unix:/run/openvswitch/db.sock {name} > {name}.db`");
-        found.warn(Name::OvsdbServer, printable(&format!("database {name}")), cause, &remedy);
+        let name = printable(&name);
+        let remedy = format!("keep what is in it: `ovsdb-client backup unix:{DATABASE_SOCKET} {name} > {name}.db`");
+        found.warn(Name::OvsdbServer, format!("database {name}"), cause, &remedy);
     }
 }
 
