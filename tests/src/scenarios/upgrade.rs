@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 use serde_json::json;
 
 use super::{aftermath, doors, network, plain, Custom};
@@ -114,7 +114,10 @@ impl Custom for Upgrade {
             Way::Both => "dist-upgrade",
             Way::One | Way::Stock => "install openvswitch-switch",
         };
-        graceful(self.name, words, &log("apt"), outcome)?;
+        match number(&installed()?) == candidate()? {
+            true => back(self.name, &log("apt"), outcome)?,
+            false => graceful(self.name, words, &log("apt"), outcome)?,
+        }
         let stops = shell_lenient("journalctl -q -b -o cat -u ovs-vswitchd | grep -c '^Stopped' || true");
         // The lab's own restart at the first boot.
         outcome.check("systemd has not stopped ovs-vswitchd again", stops.trim() == "1", &stops);
@@ -131,6 +134,35 @@ pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Re
     doors::graceful(name, || apt(words, log), outcome)?;
     upgraded(&from, &to, outcome);
     told(&to, log, outcome)
+}
+
+/// From the last release to the one before it.
+fn back(name: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
+    let (all, installed) = (versions()?, installed()?);
+    let to = all.iter().rev().find(|version| **version != installed).context("apt has no other Open vSwitch")?;
+    let from = version();
+    doors::graceful(name, || apt(&to_version(to), log), outcome)?;
+    upgraded(&from, number(to), outcome);
+    told(number(to), log, outcome)
+}
+
+/// Without Debian's part.
+fn number(version: &str) -> &str {
+    version.split(['-', '+']).next().unwrap_or_default()
+}
+
+fn to_version(version: &str) -> String {
+    format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}")
+}
+
+/// Those that apt has, the newest last.
+fn versions() -> Result<Vec<String>> {
+    let all = shell("apt-cache madison openvswitch-switch | awk '{ print $3 }' | sort -uV")?;
+    Ok(all.lines().map(str::to_owned).collect())
+}
+
+fn installed() -> Result<String> {
+    Ok(shell("dpkg-query -W -f '${Version}' openvswitch-switch")?.trim().to_owned())
 }
 
 /// Exit code and words of `apt-get words`.
@@ -155,26 +187,22 @@ fn within(log: &str, outcome: &mut Outcome) -> Result<()> {
 
 /// To each release in turn, with what apt has of it.
 fn chain(out: &Path, outcome: &mut Outcome) -> Result<()> {
-    let all = shell("apt-cache madison openvswitch-switch | awk '{ print $3 }' | sort -uV")?;
-    let all: Vec<&str> = all.lines().collect();
-    let installed = shell("dpkg-query -W -f '${Version}' openvswitch-switch")?;
-    let here =
-        all.iter().position(|version| *version == installed.trim()).context("apt does not have what is installed")?;
+    let (all, installed) = (versions()?, installed()?);
+    let here = all.iter().position(|version| *version == installed).context("apt does not have what is installed")?;
     let up = here + 1..all.len();
     // Debian's own downgrade to its release 11 ends without ovs-vsctl and without a restart (docs/packages.md).
     let back = (1..all.len() - 1).rev();
     for (step, version) in up.chain(back).filter_map(|index| all.get(index)).enumerate() {
         let name = format!("step {}: to {version}", step + 1);
         let log = out.join(format!("apt-{}", step + 1)).display().to_string();
-        let words = format!("--allow-downgrades install openvswitch-switch={version} openvswitch-common={version}");
+        let words = to_version(version);
         if new_registers() && !has_new_registers(version) {
             goes_down_without(&name, || apt(&words, &log), out, outcome)?;
         } else {
             doors::graceful(&name, || apt(&words, &log), outcome)?;
         }
-        let number = version.split(['-', '+']).next().unwrap_or_default();
         let now = self::version();
-        outcome.check(format!("{name}: that runs"), now.contains(&format!(" {number}")), now);
+        outcome.check(format!("{name}: that runs"), now.contains(&format!(" {}", number(version))), now);
     }
     let audit = shell_lenient("dpkg --audit");
     outcome.check("dpkg finds nothing half done", audit.trim().is_empty(), audit);
@@ -246,8 +274,10 @@ fn version() -> String {
 /// What apt would install, as ovs-vswitchd tells it.
 fn candidate() -> Result<String> {
     let version = shell("apt-cache policy openvswitch-switch | sed -n 's/^ *Candidate: //p'")?;
-    let number = version.trim().split(['-', '+']).next().filter(|number| number.contains('.'));
-    number.map(str::to_owned).with_context(|| format!("apt has no openvswitch-switch: {version:?}"))
+    match number(version.trim()) {
+        number if number.contains('.') => Ok(number.to_owned()),
+        _ => bail!("apt has no openvswitch-switch: {version:?}"),
+    }
 }
 
 fn upgraded(from: &str, to: &str, outcome: &mut Outcome) {
