@@ -578,7 +578,11 @@ impl Recovery {
         let Ok(Some(kept)) = self.runs.by_hand(&self.id) else { return };
         let until = self.until(SHORT);
         let old = mark.old.as_ref().map(|old| old.id);
-        let all = host.daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
+        let all = || host.daemons.find_all(DaemonKind::OvsVswitchd);
+        let all = all().or_else(|_| all()).unwrap_or_else(|error| {
+            self.told(format!("what was set in the daemons at run time: {error}"));
+            Vec::new()
+        });
         let switch = all.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|one| one.id.start_time);
         if let Some(switch) = &switch {
             let given = log_levels::give_back(host.daemons.as_ref(), switch, &kept.switch_logs, until);
