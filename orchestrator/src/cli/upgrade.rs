@@ -37,11 +37,15 @@ const FORBIDDEN: u8 = 101;
 const PACKAGE: &str = "openvswitch-switch";
 /// Stopped with the daemons, for which it asks.
 const HOSTNAME_UNIT: &str = "ovs-record-hostname.service";
+/// Of Open vSwitch 4.0. systemd cannot make it anew while its server runs: who restarts it closes it.
+const SOCKET_UNIT: &str = "ovsdb-server.socket";
 /// The script of System V's init.
 const INIT_SCRIPT: &str = "openvswitch-switch";
 
 /// An upgrade asks several times, and is to hear the same: this was the first answer.
 const ANSWER: &str = "upgrade";
+/// A script's restart of the umbrella was forbidden for what it had with it: our trigger makes the run.
+const RUN_IS_OURS: &str = "upgrade-run";
 /// As long as an upgrade may take, from the first question to the last.
 const ANSWER_LASTS: Duration = Duration::from_secs(20 * 60);
 
@@ -66,6 +70,9 @@ pub(super) fn policy(config: &Path, unit: &str, action: &str) -> u8 {
         Some(Answer::Keep) => "not done; the daemons stay as they are, see above",
     };
     complain(&format!("{action} of {unit}: {why}"));
+    if unit == SOCKET_UNIT && answer == Some(Answer::Graceful) {
+        keep_answer(&Path::new(RUN_DIR).join(RUN_IS_OURS), Answer::Graceful);
+    }
     FORBIDDEN
 }
 
@@ -94,14 +101,15 @@ impl Answer {
 }
 
 /// Of Debian 12 and later preinst stops the daemons; of Debian 11 postinst restarts them one after the other before it
-/// restarts the umbrella.
+/// restarts the umbrella. With Open vSwitch 4.0 it restarts their socket together with the umbrella: deb-systemd-invoke
+/// does all that it is asked for, or nothing.
 fn takes_the_daemons_away(package: &str, script: &str, unit: &str, action: &str) -> bool {
     let daemon = [SWITCH_UNIT, DATABASE_UNIT].contains(&unit);
     package == PACKAGE
         && match (script, action) {
-            ("preinst", "stop") => daemon || unit == HOSTNAME_UNIT,
+            ("preinst", "stop") => daemon || [HOSTNAME_UNIT, SOCKET_UNIT].contains(&unit),
             // In parentheses: the script has no link in this runlevel.
-            ("postinst", "restart" | "(restart)") => daemon || unit == INIT_SCRIPT,
+            ("postinst", "restart" | "(restart)") => daemon || [INIT_SCRIPT, SOCKET_UNIT].contains(&unit),
             _ => false,
         }
 }
@@ -196,19 +204,23 @@ fn keep_answer(path: &Path, answer: Answer) {
 }
 
 /// The package's files have changed (our trigger): what became of it, as the scripts throw systemd's words away.
-/// RPM's packages leave the old daemons running: there the run is made here (`restarts`), and where we have forbidden an
-/// init script to restart them.
+/// RPM's packages leave the old daemons running: there the run is made here (`restarts`), and where we have forbidden a
+/// script to restart them.
 pub(super) fn upgraded(config: &Path, restarts: bool) -> u8 {
     let daemons = RealDaemons::new(DATABASE_SOCKET);
     let find = || daemons.find_all(DaemonKind::OvsVswitchd).unwrap_or_default();
     let kept = Path::new(RUN_DIR).join(ANSWER);
-    let restarts = restarts || !booted_with_systemd() && kept_answer(&kept) == Some(Answer::Graceful);
+    let ours = Path::new(RUN_DIR).join(RUN_IS_OURS);
+    let forbidden = if booted_with_systemd() { &ours } else { &kept };
+    let restarts = restarts || kept_answer(forbidden) == Some(Answer::Graceful);
     // One that cannot be read is told by the restart.
     let upgrades = Config::load(config).map_or(true, |config| config.doors.upgrades());
     if restarts && !find().is_empty() && upgrades {
         restart(config, RestartArgs { if_needed: true, ..RestartArgs::default() });
     }
-    let _gone_already = fs::remove_file(kept);
+    for answer in [kept, ours] {
+        let _gone_already = fs::remove_file(answer);
+    }
     let running = find();
     let [daemon] = running.as_slice() else { return ALLOWED };
     let last = Runs::default().list().ok().and_then(|mut runs| runs.pop()?.report);
@@ -271,13 +283,14 @@ mod tests {
     #[test]
     fn what_an_upgrade_does_to_the_daemons_is_told_from_all_else() {
         let taken = |script, unit, action| takes_the_daemons_away(PACKAGE, script, unit, action);
-        for unit in [SWITCH_UNIT, DATABASE_UNIT, HOSTNAME_UNIT] {
+        for unit in [SWITCH_UNIT, DATABASE_UNIT, HOSTNAME_UNIT, SOCKET_UNIT] {
             assert!(taken("preinst", unit, "stop"), "{unit}");
             assert!(!taken("prerm", unit, "stop"), "a removal stops {unit}");
             assert!(!takes_the_daemons_away("ovs-graceful", "preinst", unit, "stop"));
             assert!(!takes_the_daemons_away("", "", unit, "stop"), "a person stops {unit}");
         }
         assert!(taken("postinst", SWITCH_UNIT, "restart"));
+        assert!(taken("postinst", SOCKET_UNIT, "restart"), "it is made anew only while its server is away");
         assert!(taken("postinst", INIT_SCRIPT, "restart") && taken("postinst", INIT_SCRIPT, "(restart)"));
         assert!(!taken("postinst", "openvswitch-switch.service", "restart"), "this one is the run");
         assert!(!taken("postinst", SWITCH_UNIT, "start"));

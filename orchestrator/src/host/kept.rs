@@ -653,7 +653,8 @@ mod tests {
     fn the_run_directory_of_the_package_is_nobody_s_choice() {
         let control = Path::new("/run/openvswitch/ovsdb-server.7.ctl");
         let left = |value: &str| {
-            let ids = BTreeMap::from([("rundir".to_owned(), value.to_owned()), ("system-id".to_owned(), "a".to_owned())]);
+            let ids =
+                BTreeMap::from([("rundir".to_owned(), value.to_owned()), ("system-id".to_owned(), "a".to_owned())]);
             SystemRow { ids, ..SystemRow::default() }.without_own_rundir(control).ids.into_keys().collect::<Vec<_>>()
         };
         assert_eq!(left("/var/run/openvswitch"), ["system-id"]);

@@ -126,16 +126,18 @@ impl RealDaemons {
         }
         let listener = self.database_peer()?;
         let (kind, run_directory) = (DaemonKind::OvsdbServer, self.run_directory()?);
-        let by_systemd = listener == SYSTEMD;
-        if !by_systemd && run_directory.admits(kind, listener) {
+        let of_systemd = listener == SYSTEMD;
+        if !of_systemd && run_directory.admits(kind, listener) {
             return Ok(listener);
         }
         // It is in the network namespace of who began to listen, or in ours where that one has ended.
         let mut inodes = procfs::listening(listener, &self.database_socket)
             .or_else(|_| procfs::listening(std::process::id().cast_signed(), &self.database_socket))
             .about(object())?;
+        let systemds = if of_systemd { procfs::socket_inodes(SYSTEMD).about(object())? } else { BTreeSet::new() };
+        // One that systemd has made and let go of, as with `systemctl restart ovsdb-server.socket`, is the server's alone.
+        let by_systemd = !inodes.is_disjoint(&systemds);
         if by_systemd {
-            let systemds = procfs::socket_inodes(SYSTEMD).about(object())?;
             inodes.retain(|inode| systemds.contains(inode));
         }
         let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
@@ -144,9 +146,7 @@ impl RealDaemons {
         let owners = all.filter(|pid| run_directory.admits(kind, *pid)).filter(known).filter(has_it).collect();
         match the_one_with_a_lock(&run_directory, kind, owners).as_slice() {
             [pid] => Ok(*pid),
-            [] if by_systemd => {
-                Err(HostError::new(object(), ONLY_SYSTEMD))
-            }
+            [] if of_systemd => Err(HostError::new(object(), ONLY_SYSTEMD)),
             // What is wrong with it is told by who describes it.
             [] => Ok(listener),
             many => Err(HostError::new(object(), format!("processes {many:?} all have the socket behind it"))),
@@ -269,7 +269,12 @@ impl Daemons for RealDaemons {
     }
 
     fn systemd_listens(&self) -> Result<bool> {
-        Ok(self.database_peer()? == SYSTEMD)
+        let object = || self.database_socket.display().to_string();
+        if self.database_peer()? != SYSTEMD {
+            return Ok(false);
+        }
+        let inodes = procfs::listening(SYSTEMD, &self.database_socket).about(object())?;
+        Ok(!procfs::socket_inodes(SYSTEMD).about(object())?.is_disjoint(&inodes))
     }
 
     fn keep_listening(&self, daemon: &Daemon) -> Result<()> {
