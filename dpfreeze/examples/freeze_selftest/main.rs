@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod messages;
+mod preempted;
 mod sender;
 
 use std::fs;
@@ -37,6 +38,8 @@ fn main() -> ExitCode {
         Some("canary") => return freeze::canary_main(),
         Some("sender") => return sender_main(),
         Some("hold") => return hold(),
+        Some("busy") => return preempted::busy_main(),
+        Some("canaries") => return preempted::canaries_main(),
         _ => {}
     }
     std::panic::set_hook(Box::new(|_| {}));
@@ -98,6 +101,8 @@ const TESTS: &[(&str, fn())] = &[
     ("take_over", take_over),
     ("thaw_removes_everything", thaw_removes_everything),
     ("real_flow_survives", real_flow_survives),
+    ("preempted_fmod_ret", || preempted_on(Hook::FmodRet)),
+    ("preempted_lsm", || preempted_on(Hook::Lsm)),
 ];
 
 fn families() -> Families {
@@ -722,6 +727,30 @@ fn real_flow_survives() {
     if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// The kernel skips a program that a preempted task of the same CPU has begun: nothing may pass for that.
+fn preempted_on(hook: Hook) {
+    if hook == Hook::Lsm && !freeze::environment().lsms.iter().any(|lsm| lsm == "bpf") {
+        return;
+    }
+    let mut freeze = Freeze::load_on(hook).unwrap();
+    freeze.arm(&ghost_scope(), Classes::FLOW_FLUSH, LONG, LONG).unwrap();
+    let mut passed = Vec::new();
+    for busy in [1, 2, 4] {
+        for urgency in ["normal", "urgent"] {
+            let found = preempted::disturbed(busy, urgency);
+            println!("note {hook}: {busy} busy, {urgency}: {found:?}, skipped {:?}", skipped());
+            passed.push(found.passed);
+        }
+    }
+    assert_eq!(passed[..2], [0, 0], "messages passed unseen");
+}
+
+/// How often the kernel skipped each program.
+fn skipped() -> Vec<u64> {
+    let ours = |info: &libbpf_rs::query::ProgramInfo| info.name.to_string_lossy().starts_with("freeze_");
+    libbpf_rs::query::ProgInfoIter::default().filter(ours).map(|info| info.recursion_misses).collect()
 }
 
 fn lockdown_is_said() {

@@ -84,6 +84,17 @@ pub fn flow_del_probe(f: Families, ifindex: u32) -> Sendmsg {
     ovs(f.flow, 2, ifindex, &attrs)
 }
 
+/// A probe's deletion with as many attributes before the key as the program looks at.
+pub fn flow_del_long(f: Families, ifindex: u32) -> Sendmsg {
+    let attrs = attrs(|a| {
+        for _ in 0..15 {
+            a.push(11, &[0; 4]);
+        }
+        a.push_nested(1, &flow_key())
+    });
+    ovs(f.flow, 2, ifindex, &attrs)
+}
+
 pub fn flow_set(f: Families, ifindex: u32) -> Sendmsg {
     flow_put(f, 4, ifindex)
 }

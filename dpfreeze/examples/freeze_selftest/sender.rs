@@ -46,7 +46,7 @@ pub fn send(what: &Sendmsg) -> Fate {
 }
 
 /// As nl_sock_transact_multiple__() of lib/netlink-socket.c sends: by sendmsg, again where that was interrupted.
-fn sendmsg_as_ovs(socket: &Socket, bytes: &[u8]) -> nix::Result<usize> {
+pub fn sendmsg_as_ovs(socket: &Socket, bytes: &[u8]) -> nix::Result<usize> {
     loop {
         match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &[], MsgFlags::empty(), None) {
             Err(Errno::EINTR) => {}
