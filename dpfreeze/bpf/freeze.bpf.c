@@ -225,6 +225,19 @@ struct {
 	__uint(max_entries, 65536);
 } events SEC(".maps");
 
+/* The message of which an event was told though it passed: the second program comes to it as well. */
+struct told {
+	u64 message;
+	u64 sender;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct told);
+} told SEC(".maps");
+
 /* Kernel structures, only the members that are read; offsets come from the running kernel's BTF. */
 #define CORE __attribute__((preserve_access_index))
 struct ns_common {
@@ -371,6 +384,24 @@ static __always_inline void tell(u64 kind, u32 dp_ifindex, u64 n)
 	}
 }
 
+/* Has the other program told of this message? Asked once by each of the two, or by the one that the kernel calls. */
+static __always_inline int told_before(u64 message)
+{
+	u32 zero = 0;
+	u64 sender = bpf_get_current_pid_tgid();
+	struct told *last = bpf_map_lookup_elem(&told, &zero);
+
+	if (!last)
+		return 0;
+	if (last->message == message && last->sender == sender) {
+		last->message = 0;
+		return 1;
+	}
+	last->message = message;
+	last->sender = sender;
+	return 0;
+}
+
 /* Global functions are verified once, on their own: that keeps 64 messages times 16 attributes within 5.10's limit. */
 
 /* Offset of the first attribute of this type between off and end, or 0. */
@@ -488,7 +519,8 @@ __attribute__((noinline)) int classify_datapath(u64 data, u32 off, u32 end, u32 
 	}
 	/* Anybody else must be able to bind: a respawned daemon that cannot brings no bridge up (hazard 1). */
 	bpf_probe_read_kernel(&attr, sizeof(attr), (void *)(data + at));
-	tell(EVENT_BOUND_BY_OTHER, dp_ifindex, ((u32)attr.len - NLA_HDRLEN) >> 2);
+	if (!told_before(data + off))
+		tell(EVENT_BOUND_BY_OTHER, dp_ifindex, ((u32)attr.len - NLA_HDRLEN) >> 2);
 	return NONE;
 }
 
@@ -759,17 +791,36 @@ static __always_inline int decide(struct sock *sk, struct sk_buff *skb)
 }
 
 /*
- * Needs no `bpf` in the boot-time list of LSMs. `ret` is what programs before this one said; the trampoline does not
- * come here unless that was 0.
+ * Each program is there twice, and both are attached. Linux (since 5.12) does not call a program again on a CPU where it
+ * has begun and not ended: it passes over it, as if it had returned 0. A task that is preempted in the middle of decide()
+ * so opens the way for all others of its CPU, until it runs again. Each copy has a mark of its own, so that a message
+ * passes unseen only where both were interrupted. The counts are in bpf_prog_info.recursion_misses. Programs of LSM hooks
+ * are always called since Linux 6.2.
+ *
+ * What one copy refuses, the other is not asked about: the trampoline goes on only while the answer is 0, which `ret` is.
  */
+
+/* Needs no `bpf` in the boot-time list of LSMs. */
 SEC("fmod_ret/security_netlink_send")
 int BPF_PROG(freeze_fmod_ret, struct sock *sk, struct sk_buff *skb, int ret)
 {
 	return decide(sk, skb);
 }
 
+SEC("fmod_ret/security_netlink_send")
+int BPF_PROG(freeze_fmod_two, struct sock *sk, struct sk_buff *skb, int ret)
+{
+	return decide(sk, skb);
+}
+
 SEC("lsm/netlink_send")
 int BPF_PROG(freeze_lsm, struct sock *sk, struct sk_buff *skb, int ret)
+{
+	return decide(sk, skb);
+}
+
+SEC("lsm/netlink_send")
+int BPF_PROG(freeze_lsm_two, struct sock *sk, struct sk_buff *skb, int ret)
 {
 	return decide(sk, skb);
 }

@@ -451,6 +451,13 @@ impl Recovery {
             Ok(refused) => self.report.refused = refused,
             Err(error) => self.told(format!("what the freeze refused is not known: {error}")),
         }
+        let warning = match host.datapath.skipped() {
+            Ok(skipped) => self.report.freeze_skipped(skipped),
+            Err(error) => Some(format!("how often the kernel passed over the freeze is not known: {error}")),
+        };
+        if let Some(warning) = warning {
+            self.told(warning);
+        }
         match outcome {
             Ok(outcome) if !self.errors.is_empty() => {
                 needs_person(format!("{}, but not all of it could be put right: see the warnings", outcome.reason))

@@ -254,11 +254,18 @@ fn drive(run: &mut Run, mut journal: Recorder, started: Instant) -> Outcome {
     }
 }
 
-/// However the run has ended: what the freeze refused is in its report.
+/// However the run has ended: what the freeze refused, and whether it can have missed any, is in its report.
 fn note_refused(run: &mut Run) {
     match run.host.datapath.refused() {
         Ok(refused) => run.report.refused = refused,
         Err(error) => run.warn(format!("what the freeze refused is not known: {error}")),
+    }
+    let warning = match run.host.datapath.skipped() {
+        Ok(skipped) => run.report.freeze_skipped(skipped),
+        Err(error) => Some(format!("how often the kernel passed over the freeze is not known: {error}")),
+    };
+    if let Some(warning) = warning {
+        run.warn(warning);
     }
 }
 

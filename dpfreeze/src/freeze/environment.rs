@@ -82,7 +82,7 @@ pub fn environment() -> Environment {
     if let Err(error) = &pidfd_getfd {
         failures.push(pidfd_fact(error));
     }
-    let hook = hook::try_hooks(&Hook::ALL);
+    let hook = hook::try_hooks(&Hook::here());
     if let Err(error) = &hook {
         failures.push(bpf_fact(error));
     }
@@ -198,7 +198,7 @@ fn ptrace_scope() -> Option<u32> {
     read_trimmed("/proc/sys/kernel/yama/ptrace_scope")?.parse().ok()
 }
 
-fn lsms() -> Vec<String> {
+pub(super) fn lsms() -> Vec<String> {
     let list = read_trimmed("/sys/kernel/security/lsm").unwrap_or_default();
     list.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }

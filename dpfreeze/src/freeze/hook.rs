@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::freeze::environment;
-use crate::freeze::pins::{Pins, LINK};
+use crate::freeze::pins::{Pins, LINK, SECOND_LINK};
 
 /// The generated skeleton of `bpf/freeze.bpf.c`.
 #[allow(missing_docs, clippy::all, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -22,15 +22,27 @@ mod skeleton {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hook {
-    /// `fmod_ret/security_netlink_send`: kernel 5.7 (x86-64; arm64 about 6.4), any list of LSMs.
+    /// `fmod_ret/security_netlink_send`: kernel 5.7 (x86-64; arm64 about 6.4), any list of LSMs. The kernel (since 5.12)
+    /// passes over it on a CPU where another task was preempted in it ([`Skipped`](crate::freeze::Skipped)).
     FmodRet,
-    /// `lsm/netlink_send`: loads everywhere, but refuses nothing unless `bpf` is in the boot-time list of LSMs.
+    /// `lsm/netlink_send`: loads everywhere, but refuses nothing unless `bpf` is in the boot-time list of LSMs. Never
+    /// passed over since kernel 6.2.
     Lsm,
 }
 
 impl Hook {
-    /// In the order in which they are tried.
-    pub const ALL: [Hook; 2] = [Hook::FmodRet, Hook::Lsm];
+    /// In the order in which they are to be tried where these LSMs are active.
+    pub fn in_order(lsms: &[String]) -> [Hook; 2] {
+        match lsms.iter().any(|lsm| lsm == "bpf") {
+            true => [Hook::Lsm, Hook::FmodRet],
+            false => [Hook::FmodRet, Hook::Lsm],
+        }
+    }
+
+    /// In the order in which they are to be tried on this host.
+    pub fn here() -> [Hook; 2] {
+        Hook::in_order(&environment::lsms())
+    }
 }
 
 impl fmt::Display for Hook {
@@ -122,7 +134,9 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
     let mut object = MaybeUninit::uninit();
     let mut open = skeleton::FreezeSkelBuilder::default().open(&mut object)?;
     open.progs.freeze_fmod_ret.set_autoload(hook == Hook::FmodRet);
+    open.progs.freeze_fmod_two.set_autoload(hook == Hook::FmodRet);
     open.progs.freeze_lsm.set_autoload(hook == Hook::Lsm);
+    open.progs.freeze_lsm_two.set_autoload(hook == Hook::Lsm);
     let mut loaded = open.load()?;
     if let Some(pins) = pins {
         let maps = &mut loaded.maps;
@@ -137,13 +151,14 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
         pin(&mut maps.qdiscs, "qdiscs")?;
         pin(&mut maps.events, "events")?;
     }
-    let mut link: Link = match hook {
-        Hook::FmodRet => loaded.progs.freeze_fmod_ret.attach()?,
-        Hook::Lsm => loaded.progs.freeze_lsm.attach()?,
+    let progs = &mut loaded.progs;
+    let [mut link, mut second]: [Link; 2] = match hook {
+        Hook::FmodRet => [progs.freeze_fmod_ret.attach()?, progs.freeze_fmod_two.attach()?],
+        Hook::Lsm => [progs.freeze_lsm.attach()?, progs.freeze_lsm_two.attach()?],
     };
     // The link last: its pin says that everything else is in place.
     match pins {
-        Some(pins) => link.pin(pins.path(LINK)),
+        Some(pins) => second.pin(pins.path(SECOND_LINK)).and_then(|()| link.pin(pins.path(LINK))),
         None => Ok(()),
     }
 }
@@ -151,6 +166,14 @@ fn attach(hook: Hook, pins: Option<&Pins>) -> libbpf_rs::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_hook_that_is_never_passed_over_comes_first_where_it_works() {
+        let lsms = |list: &str| list.split(',').map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(Hook::in_order(&lsms("lockdown,capability,apparmor,bpf"))[0], Hook::Lsm);
+        assert_eq!(Hook::in_order(&lsms("lockdown,capability,apparmor"))[0], Hook::FmodRet);
+        assert_eq!(Hook::in_order(&[])[0], Hook::FmodRet);
+    }
 
     #[test]
     fn a_failure_is_one_short_sentence_and_its_remedy_fits() {

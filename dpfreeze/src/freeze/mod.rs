@@ -6,7 +6,10 @@
 //! * **Lease**: the program itself compares the clock (CLOCK_BOOTTIME, suspended time counts) with the lease and with
 //!   an absolute end; whatever dies or hangs, the freeze ends by itself.
 //! * **Guard**: timeout policies that connections live under are kept beyond the freeze by a [`PolicyGuard`].
-//! * **Pins**: link and maps lie under [`PIN_DIR`], so the freeze outlives a crash of its loader and any root process
+//! * **Two copies**: the kernel passes over a program in which another task of the same CPU was preempted, so there are two,
+//!   and [`Skipped`] says how often that happened. Programs of LSM hooks are always called (Linux 6.2): that hook is
+//!   taken where it works.
+//! * **Pins**: links and maps lie under [`PIN_DIR`], so the freeze outlives a crash of its loader and any root process
 //!   can look at it ([`state`]) or lift it ([`thaw`]).
 
 mod abi;
@@ -36,7 +39,7 @@ pub use hook::Hook;
 pub use pins::PIN_DIR;
 pub use process::{start_time, ProcessId};
 pub use scope::{Families, Scope, PROBE_METERS};
-pub use state::{state, Refused, State};
+pub use state::{state, Refused, Skipped, State};
 
 use crate::error::{Error, Result};
 use crate::ovs::Dispatch;
@@ -147,13 +150,13 @@ pub struct Freeze {
 }
 
 impl Freeze {
-    /// Loads and pins the program on the first hook that takes it. Left-over pins of a dead process are replaced.
+    /// Loads and pins the program on the first hook of [`Hook::here`] that takes it. Left-over pins of a dead process are replaced.
     ///
     /// # Errors
     /// Where a living process holds a freeze, or no hook takes the program: the error says what is missing (capability,
     /// kernel version, BTF, lockdown) and the remedy.
     pub fn load() -> Result<Freeze> {
-        Self::load_shared(&Hook::ALL)
+        Self::load_shared(&Hook::here())
     }
 
     /// Like [`Freeze::load`], on this hook and no other.
@@ -337,6 +340,11 @@ impl Freeze {
         Refused::read(&self.refused)
     }
 
+    /// How often the kernel has passed over the program since it was loaded; nothing where somebody has lifted it.
+    pub fn skipped(&self) -> Result<Skipped> {
+        Ok(self.pins.skipped()?.unwrap_or_default())
+    }
+
     /// The events since the last call, oldest first; never waits.
     pub fn events(&self) -> Result<Vec<Event>> {
         event::drain(&self.events)
@@ -396,7 +404,7 @@ fn first_proven(
     load: impl Fn(Hook) -> Result<Freeze>,
 ) -> Result<(Freeze, CanaryReport)> {
     let mut failures = Vec::new();
-    for hook in Hook::ALL {
+    for hook in Hook::here() {
         let proof = load(hook).and_then(|mut freeze| match freeze.canary(canary, families) {
             Ok(report) => Ok((freeze, report)),
             Err(error) => {

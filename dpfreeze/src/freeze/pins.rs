@@ -1,20 +1,21 @@
-//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/`, with the pins `link`, `config`, `halt`, `refused`, `captured`,
+//! Where the freeze lies: `/sys/fs/bpf/ovs-graceful/`, with the pins `link`, `link_two`, `config`, `halt`, `refused`, `captured`,
 //! `datapaths`, `dp_names`, `timeouts`, `qdiscs` and `events`.
 //!
-//! The link is pinned last and removed first: where it is, the freeze is whole.
+//! `link` is pinned last and removed first: where it is, the freeze is whole.
 
+use std::collections::HashMap;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use libbpf_rs::query::LinkTypeInfo;
+use libbpf_rs::query::{LinkInfo, LinkTypeInfo, ProgInfoIter};
 use libbpf_rs::{Link, MapHandle, ProgramAttachType};
 use nix::mount::{mount, MsFlags};
 use nix::sys::statfs::{statfs, FsType};
 
 use crate::error::{Error, Result};
-use crate::freeze::{abi, Hook};
+use crate::freeze::{abi, Hook, Skipped};
 
 /// The folder of the pins, mode 0700.
 pub const PIN_DIR: &str = "/sys/fs/bpf/ovs-graceful";
@@ -23,6 +24,8 @@ const GUARD: &str = "/sys/fs/bpf/ovs-graceful-guard";
 /// The folder of a proof, before the process id.
 const PROOF: &str = "/sys/fs/bpf/ovs-graceful-proof-";
 pub(super) const LINK: &str = "link";
+/// Of the program's second copy. A freeze that was pinned by an earlier version has none.
+pub(super) const SECOND_LINK: &str = "link_two";
 const BPFFS: &str = "/sys/fs/bpf";
 /// `BPF_FS_MAGIC`, linux/magic.h
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
@@ -92,9 +95,9 @@ impl Pins {
             .map_err(|error| abi::bpf_error(format!("map {name} in {}", self.0.display()), &error))
     }
 
-    /// The hook of the pinned link, None where nothing is pinned.
-    pub fn pinned_hook(&self) -> Result<Option<Hook>> {
-        let path = self.path(LINK);
+    /// What the kernel says of a pinned link, None where it is not pinned.
+    fn link(&self, name: &str) -> Result<Option<LinkInfo>> {
+        let path = self.path(name);
         // Asked for as the file system says it: EACCES is an error, not "nothing there".
         match fs::symlink_metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -102,7 +105,29 @@ impl Pins {
             Ok(_) => {}
         }
         let failed = |error: libbpf_rs::Error| abi::bpf_error(path.display().to_string(), &error);
-        let info = Link::open(&path).and_then(|link| link.info()).map_err(failed)?;
+        Link::open(&path).and_then(|link| link.info()).map(Some).map_err(failed)
+    }
+
+    /// How often the kernel has passed over the program; None where nothing is pinned.
+    pub fn skipped(&self) -> Result<Option<Skipped>> {
+        let Some(first) = self.link(LINK)?.map(|link| link.prog_id) else { return Ok(None) };
+        let second = self.link(SECOND_LINK)?.map(|link| link.prog_id);
+        let mut misses = HashMap::new();
+        let ours = ProgInfoIter::default().filter(|program| program.id == first || Some(program.id) == second);
+        misses.extend(ours.map(|program| (program.id, program.recursion_misses)));
+        let of = |id: u32| {
+            let gone = || Error::malformed(self.0.display().to_string(), format!("the kernel has no program {id}"));
+            misses.get(&id).copied().ok_or_else(gone)
+        };
+        let first = of(first)?;
+        // Without a second copy nothing stands behind the first.
+        Ok(Some(Skipped::of(first, second.map_or(Ok(first), of)?)))
+    }
+
+    /// The hook of the pinned link, None where nothing is pinned.
+    pub fn pinned_hook(&self) -> Result<Option<Hook>> {
+        let path = self.path(LINK);
+        let Some(info) = self.link(LINK)? else { return Ok(None) };
         let attached = match &info.info {
             LinkTypeInfo::Tracing(tracing) => tracing.attach_type.clone(),
             _ => ProgramAttachType::Unknown,

@@ -89,6 +89,36 @@ impl fmt::Display for Refused {
     }
 }
 
+/// How often the kernel passed over the program, whoever had sent a message, since the program was loaded.
+///
+/// Since Linux 5.12 it does not call a tracing program on a CPU where another task was preempted in that program: the
+/// message then meets the second copy alone. Programs of LSM hooks are always called since Linux 6.2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Skipped {
+    /// The first copy.
+    pub first: u64,
+    /// The second copy.
+    pub second: u64,
+    /// This many messages at the most met neither copy, and passed unseen.
+    pub unseen: u64,
+}
+
+impl Skipped {
+    pub(super) fn of(first: u64, second: u64) -> Skipped {
+        Skipped { first, second, unseen: first.min(second) }
+    }
+
+    /// This and that of another freeze.
+    pub fn plus(self, other: Skipped) -> Skipped {
+        Skipped {
+            first: self.first.saturating_add(other.first),
+            second: self.second.saturating_add(other.second),
+            unseen: self.unseen.saturating_add(other.unseen),
+        }
+    }
+}
+
 /// What a freeze is doing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
@@ -116,6 +146,9 @@ pub struct State {
     pub timeout_names: Vec<String>,
     /// The counters.
     pub refused: Refused,
+    /// How often the kernel passed over the program.
+    #[serde(default)]
+    pub skipped: Skipped,
     /// How often the standby's binding was captured.
     pub captured: u64,
 }
@@ -146,6 +179,7 @@ impl State {
             ifindexes: ifindexes(&freeze.datapaths)?,
             timeout_names: freeze.timeouts.keys().map(|key| name(&key)).collect(),
             refused: freeze.refused()?,
+            skipped: freeze.skipped()?,
             captured: abi::capture_count(&freeze.captured)?,
         })
     }
@@ -179,6 +213,14 @@ mod tests {
         let counted: Vec<(u32, String)> = counted.iter().map(|(index, name)| (*index, (*name).to_owned())).collect();
         assert_eq!(counted, classes);
         assert_eq!(others, [(9, "too_many")]);
+    }
+
+    #[test]
+    fn only_what_both_copies_missed_can_have_passed() {
+        assert_eq!(Skipped::of(7, 0).unseen, 0);
+        assert_eq!(Skipped::of(7, 2).unseen, 2);
+        let both = Skipped::of(7, 0).plus(Skipped::of(0, 7));
+        assert_eq!((both.first, both.second, both.unseen), (7, 7, 0), "two freezes, each with a copy that saw all");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::devices::Policer;
-use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused};
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused, Skipped};
 use dpfreeze::ovs::{FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
 use dpfreeze::snapshot::Snapshot;
@@ -140,6 +140,8 @@ pub trait Datapath {
     fn captured(&mut self) -> Result<Option<Captured>>;
     /// How often what was refused, by every freeze of this run; also after the [thaw](Datapath::thaw).
     fn refused(&mut self) -> Result<Refused>;
+    /// How often the kernel passed over them; also after the [thaw](Datapath::thaw).
+    fn skipped(&mut self) -> Result<Skipped>;
     /// What was seen since the last call.
     fn events(&mut self) -> Result<Vec<FreezeEvent>>;
     /// Lifts every refusal and unloads the freeze; what was held of the new daemon is let go, the guard stays. May be

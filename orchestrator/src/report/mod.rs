@@ -18,7 +18,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use atomic_write_file::unix::OpenOptionsExt as _;
-pub use dpfreeze::freeze::Refused;
+pub use dpfreeze::freeze::{Refused, Skipped};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -300,6 +300,25 @@ impl Report {
             Some(last) if last.name == name => last.duration_ms = end.saturating_sub(last.start_ms),
             _ => self.phases.push(PhaseTime { name: name.to_string(), start_ms, duration_ms }),
         }
+    }
+
+    /// Notes how often the kernel passed over the freeze; the warning where messages can have passed unseen.
+    #[must_use]
+    pub fn freeze_skipped(&mut self, skipped: Skipped) -> Option<String> {
+        if skipped != Skipped::default() {
+            let counts = serde_json::json!({
+                "first": skipped.first, "second": skipped.second, "unseen_at_most": skipped.unseen,
+            });
+            self.details.insert("freeze_skipped".to_owned(), counts);
+        }
+        (skipped.unseen > 0).then(|| {
+            format!(
+                "the kernel passed over the freeze: {} netlink messages at the most were not looked at, so kernel flows, \
+                 meters, ports or timeout policies may have been deleted; remedy: boot with `bpf` in the list of LSMs \
+                 (lsm=) on Linux 6.2 or later, or with preempt=voluntary where the kernel knows that",
+                skipped.unseen
+            )
+        })
     }
 
     /// Notes the end of the run.

@@ -16,6 +16,7 @@ use crate::host::simulated::{
     MTU, ODD_RULE, SHAPED,
 };
 use crate::recovery::{recover_interrupted, tidy_database};
+use crate::report::Skipped;
 
 /// How often somebody tries to recover before he gives up.
 const LIVES: u32 = 6;
@@ -715,6 +716,23 @@ fn the_way_back_from_a_daemon_that_dies_by_itself_begins_at_once() {
             assert!(took < usual + 20_000, "{took} ms, usually {usual}; {}", played.told());
         }
     }
+}
+
+#[test]
+fn a_freeze_that_the_kernel_passed_over_is_told() {
+    let told = |skipped: Skipped| {
+        let variant = Variant { skipped, ..PLAIN.variant };
+        let played = play(Setting { variant, ..PLAIN }, Script::default());
+        assert_eq!(played.code(), Some(ExitCode::Done), "{}", played.told());
+        let report = played.report.unwrap();
+        let warned = report.warnings.iter().any(|told| told.contains("passed over the freeze: 2 netlink messages"));
+        (warned, report.details.get("freeze_skipped").cloned())
+    };
+    assert_eq!(told(Skipped::default()), (false, None));
+    // The other copy has looked at them.
+    let counts = |second: u64, unseen: u64| serde_json::json!({"first": 5, "second": second, "unseen_at_most": unseen});
+    assert_eq!(told(Skipped { first: 5, second: 0, unseen: 0 }), (false, Some(counts(0, 0))));
+    assert_eq!(told(Skipped { first: 5, second: 2, unseen: 2 }), (true, Some(counts(2, 2))));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use dpfreeze::conntrack::TimeoutPolicy;
 use dpfreeze::devices::Policer;
 use dpfreeze::freeze::{
     self, CanaryCommand, Captured, Classes, EventKind, Families, Freeze, Halt, KeptQdisc, PolicyGuard, Port, Refused,
-    Renewal, Scope, PROBE_METERS,
+    Renewal, Scope, Skipped, PROBE_METERS,
 };
 use dpfreeze::ovs::{Datapath as Dp, Dispatch, Flow, FlowCounts, Ovs, Vport, ZoneLimit};
 use dpfreeze::park::binding::{self, Binding};
@@ -46,6 +46,8 @@ pub struct KernelDatapath {
     guard_refused: Option<u64>,
     /// What freezes of this run that have been lifted had refused.
     refused_before: Refused,
+    /// How often the kernel passed over those.
+    skipped_before: Skipped,
     old: Option<ProcessId>,
     drain: Option<DrainWatch>,
     adoption: Option<Adoption>,
@@ -80,6 +82,7 @@ impl KernelDatapath {
             removed: None,
             guard_refused: None,
             refused_before: Refused::default(),
+            skipped_before: Skipped::default(),
             old: None,
             drain: None,
             adoption: None,
@@ -310,6 +313,11 @@ impl Datapath for KernelDatapath {
         Ok(refused)
     }
 
+    fn skipped(&mut self) -> Result<Skipped> {
+        let now = self.freeze.as_ref().map(|freeze| freeze.skipped().about("freeze")).transpose()?;
+        Ok(self.skipped_before.plus(now.unwrap_or_default()))
+    }
+
     fn events(&mut self) -> Result<Vec<FreezeEvent>> {
         let events = self.freeze()?.events().about("freeze")?;
         Ok(events.into_iter().filter_map(known_event).collect())
@@ -319,8 +327,12 @@ impl Datapath for KernelDatapath {
         self.bound = None;
         // The counters go with the freeze, also with one that a dead supervisor has left.
         let freeze = self.freeze.take().or_else(|| Freeze::open().ok().flatten());
-        if let Some(refused) = freeze.and_then(|freeze| freeze.refused().ok()) {
-            self.refused_before = self.refused_before.plus(refused);
+        if let Some(freeze) = freeze {
+            self.refused_before = self.refused_before.plus(freeze.refused().unwrap_or_default());
+            match freeze.skipped() {
+                Ok(skipped) => self.skipped_before = self.skipped_before.plus(skipped),
+                Err(error) => tracing::warn!("how often the kernel passed over the freeze is not known: {error}"),
+            }
         }
         freeze::thaw().about("freeze")
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dpfreeze::conntrack::{limit, TimeoutPolicy};
 use dpfreeze::devices::Policer;
-use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused};
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Port, Refused, Skipped};
 use dpfreeze::ovs::Dispatch;
 use dpfreeze::ovs::{Datapath as Dp, Flow, FlowCounts, ZoneLimit};
 use dpfreeze::park::{ParkStats, RemovalReport, ReplayReport};
@@ -32,6 +32,8 @@ pub(super) struct SimDatapath {
     removed: Option<RemovalReport>,
     /// What freezes that were lifted had refused.
     refused_before: Refused,
+    /// How often the kernel passed over those.
+    skipped_before: Skipped,
 }
 
 impl SimDatapath {
@@ -45,6 +47,7 @@ impl SimDatapath {
             old: None,
             removed: None,
             refused_before: Refused::default(),
+            skipped_before: Skipped::default(),
         }
     }
 
@@ -292,6 +295,11 @@ impl Datapath for SimDatapath {
         Ok(self.refused_before.plus(now))
     }
 
+    fn skipped(&mut self) -> Result<Skipped> {
+        let now = self.sim.look().kernel.frost.as_ref().map(|frost| frost.skipped).unwrap_or_default();
+        Ok(self.skipped_before.plus(now))
+    }
+
     fn events(&mut self) -> Result<Vec<FreezeEvent>> {
         let mut world = self.sim.look();
         Ok(world.kernel.frost.as_mut().map(|frost| std::mem::take(&mut frost.events)).unwrap_or_default())
@@ -300,14 +308,16 @@ impl Datapath for SimDatapath {
     fn thaw(&mut self) -> Result<()> {
         self.open = false;
         self.handed_over = false;
-        let mut refused = Refused::default();
+        let (mut refused, mut skipped) = (Refused::default(), Skipped::default());
         let lifted = self.sim.operate("datapath.thaw", None, |world| {
             if let Some(frost) = world.kernel.frost.take() {
                 refused = frost.refused;
+                skipped = frost.skipped;
             }
             Ok(())
         });
         self.refused_before = self.refused_before.plus(refused);
+        self.skipped_before = self.skipped_before.plus(skipped);
         lifted
     }
 
@@ -494,6 +504,7 @@ fn frost(world: &World, classes: Classes, lease: Lease) -> Frost {
         kept: Vec::new(),
         captured: None,
         refused: Refused::default(),
+        skipped: world.variant.skipped,
         events: Vec::new(),
     }
 }

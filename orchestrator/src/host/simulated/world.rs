@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Refused};
+use dpfreeze::freeze::{Captured, Classes, KeptQdisc, Refused, Skipped};
 use dpfreeze::ovs::Dispatch;
 
 use super::devices::{BY_HAND, SHAPED, SHAPED_INDEX};
@@ -76,6 +76,8 @@ pub struct Variant {
     pub odd: Odd,
     /// A port has a qdisc of somebody.
     pub shaped: bool,
+    /// How often the kernel passes over a freeze.
+    pub skipped: Skipped,
 }
 
 /// What is the matter with [`ODD_RULE`].
@@ -105,6 +107,7 @@ impl Variant {
         containers: false,
         odd: Odd::None,
         shaped: true,
+        skipped: Skipped { first: 0, second: 0, unseen: 0 },
     };
 
     /// systemd starts the daemons.
@@ -192,6 +195,8 @@ pub struct Frost {
     pub captured: Option<Captured>,
     /// Counters.
     pub refused: Refused,
+    /// How often the kernel passes over it.
+    pub skipped: Skipped,
     /// What was seen.
     pub events: Vec<FreezeEvent>,
 }
