@@ -75,8 +75,9 @@ const KINDS: [(&str, &str); 6] = [
 ];
 /// Of them, those with classes.
 const WITH_CLASSES: [&str; 2] = ["htb", "hfsc"];
-/// The class above all queues (`htb_setup_class__`, `hfsc_setup_class__`).
-const ABOVE_QUEUES: u32 = 0x0001_fffe;
+/// `HTB_N_QUEUES`, `HFSC_N_QUEUES`: classes of other numbers than 1:1 to this one are not taken for queues, and left alone
+/// (`htb_parse_tcmsg__`, `hfsc_parse_tcmsg__`). 1:fffe, the one above all queues, is one of those.
+const MOST_QUEUES: u32 = 0xf000;
 /// `TC_RESERVED_PRIORITY_POLICE` (lib/tc.h) with `matchall`; where the kernel lacks that, `tc_add_policer()` makes this.
 const POLICER: [(&str, u16); 2] = [("matchall", 1), ("basic", 49)];
 
@@ -224,8 +225,11 @@ fn fate_of_root(device: &Device, qos: Option<&Qos>) -> Option<Fate> {
         let why = format!("the database asks for {} there, and its qdisc is {root}", qos.kind);
         return Some(Fate::Lost { ingress: false, why });
     }
+    // 1:0 is the kernel's own root class of hfsc.
     let known = |handle: u32| {
-        handle == ABOVE_QUEUES
+        let (major, minor) = (handle >> 16, handle & 0xffff);
+        major != 1
+            || !(1..=MOST_QUEUES).contains(&minor)
             || handle == 0x0001_0001
             || qos.queues.iter().any(|queue| i64::from(handle) == 0x0001_0001 + queue)
     };
@@ -262,7 +266,11 @@ mod tests {
     }
 
     fn class(minor: u32) -> Traffic {
-        Traffic::Class { kind: "htb".into(), handle: 0x0001_0000 | minor, parent: ABOVE_QUEUES }
+        class_of("htb", 0x0001_0000 | minor)
+    }
+
+    fn class_of(kind: &str, handle: u32) -> Traffic {
+        Traffic::Class { kind: kind.into(), handle, parent: 0x0001_fffe }
     }
 
     fn filter(kind: &str, preference: u16) -> Traffic {
@@ -304,6 +312,19 @@ mod tests {
         assert_eq!(fates(&own, htb(&[])), [Fate::Kept(KeptQdisc::Classes)]);
         let noop = Asked { qos: Some(Qos { kind: "linux-noop".into(), queues: vec![] }), ..Asked::default() };
         assert_eq!(fates(&own, noop), []);
+    }
+
+    #[test]
+    fn the_kernel_s_root_class_and_classes_below_others_are_nobody_s() {
+        let hfsc = Asked { qos: Some(Qos { kind: "linux-hfsc".into(), queues: vec![0] }), ..Asked::default() };
+        let mut own = vec![qdisc("hfsc", 1, ROOT), class_of("hfsc", 0x0001_0000)];
+        own.extend([0x0001_fffe, 0x0001_0001].map(|handle| class_of("hfsc", handle)));
+        assert_eq!(fates(&own, hfsc.clone()), []);
+        // Of a qdisc that somebody has hung below a queue: OVS looks at classes of the major number 1 alone.
+        own.extend([qdisc("htb", 5, 0x0001_0001), class_of("htb", 0x0005_0001)]);
+        assert_eq!(fates(&own, hfsc.clone()), []);
+        own.push(class_of("hfsc", 0x0001_0007));
+        assert_eq!(fates(&own, hfsc), [Fate::Kept(KeptQdisc::Classes)]);
     }
 
     #[test]
