@@ -7,7 +7,7 @@ use dpfreeze::devices::{Device, Policer, Traffic, INGRESS, ROOT};
 use dpfreeze::freeze::KeptQdisc;
 use serde::{Deserialize, Serialize};
 
-use super::{DatabaseFacts, Qos, Result};
+use super::{DatabaseFacts, Interface, Qos, Result};
 
 /// Network devices.
 pub trait Devices: Send + Sync {
@@ -81,12 +81,18 @@ const MOST_QUEUES: u32 = 0xf000;
 /// `TC_RESERVED_PRIORITY_POLICE` (lib/tc.h) with `matchall`; where the kernel lacks that, `tc_add_policer()` makes this.
 const POLICER: [(&str, u16); 2] = [("matchall", 1), ("basic", 49)];
 
+/// The types of interfaces that are devices of their name (`netdev_linux_class`, `netdev_internal_class`,
+/// `netdev_tap_class`).
+const DEVICES: [&str; 4] = ["", "system", "internal", "tap"];
+
 /// What the database asks for, by device.
 pub fn asked(facts: &DatabaseFacts) -> BTreeMap<String, Asked> {
     let mut all = BTreeMap::new();
     for bridge in facts.bridges.iter().filter(|bridge| bridge.is_of_kernel()) {
         for port in &bridge.ports {
-            for interface in &port.interfaces {
+            // A tunnel or patch port has no device of its own name, and one that is named so is a stranger's.
+            let of_device = |one: &&Interface| DEVICES.contains(&one.kind.as_str()) || one.name == bridge.name;
+            for interface in port.interfaces.iter().filter(of_device) {
                 let asked = Asked {
                     bridge: bridge.name.clone(),
                     internal: interface.kind == "internal" || interface.name == bridge.name,
@@ -259,6 +265,7 @@ fn fate_of_ingress(device: &Device, policed: bool) -> Option<Fate> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Bridge, Port};
     use super::*;
 
     fn qdisc(kind: &str, handle: u32, parent: u32) -> Traffic {
@@ -294,6 +301,20 @@ mod tests {
 
     fn htb(queues: &[i64]) -> Asked {
         Asked { qos: Some(Qos { kind: "linux-htb".into(), queues: queues.to_vec() }), ..Asked::default() }
+    }
+
+    #[test]
+    fn a_device_that_has_but_the_name_of_a_tunnel_is_a_stranger_s() {
+        let port = |name: &str, kind: &str| {
+            let interfaces = vec![Interface { name: name.into(), kind: kind.into(), ..Interface::default() }];
+            Port { name: name.into(), interfaces, ..Port::default() }
+        };
+        let kinds =
+            [("br0", "internal"), ("eth1", ""), ("v1", "system"), ("t0", "tap"), ("gre0", "gre"), ("p0", "patch")];
+        let ports = kinds.map(|(name, kind)| port(name, kind)).to_vec();
+        let bridge = Bridge { name: "br0".into(), ports, ..Bridge::default() };
+        let facts = DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() };
+        assert_eq!(asked(&facts).into_keys().collect::<Vec<_>>(), ["br0", "eth1", "t0", "v1"]);
     }
 
     #[test]
