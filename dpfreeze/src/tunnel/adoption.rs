@@ -1,5 +1,6 @@
 //! The thread that watches a starting daemon and turns its requests into questions.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +13,7 @@ use libc::pid_t;
 use super::message::{Change, Guard, Request};
 use super::tracee::{Stop, Syscall, Tracee};
 use crate::devices::policing::make_ingress_anew;
-use crate::devices::{delete_ingress, Policer};
+use crate::devices::{self, delete_ingress, Policer};
 use crate::error::{Error, Result};
 use crate::freeze::Halt;
 
@@ -22,6 +23,8 @@ const LOOKED_AT: usize = 4096;
 const MAX_PARTS: usize = 1024;
 /// `ERESTARTSYS` to `ERESTART_RESTARTBLOCK` (linux/errno.h of the kernel itself): only a tracer sees them.
 const ERESTART: std::ops::RangeInclusive<i64> = 512..=516;
+/// A daemon that deletes policing to make it anew goes on with that at once.
+const UNPOLICED_AFTER: Duration = Duration::from_millis(20);
 /// How often a tracing thread that should end is woken.
 const KICK_EVERY: Duration = Duration::from_millis(2);
 
@@ -61,7 +64,8 @@ impl Report {
             }
             Request::DeleteDevice => self.device_deletions += 1,
             Request::DeletePolicing => push_once(&mut self.unpoliced, name),
-            Request::AddPolicing => {}
+            // It was to be made anew, with what comes next; whether it does is not waited for.
+            Request::AddPolicing => self.unpoliced.retain(|n| n != name),
             Request::Police | Request::PoliceOtherwise => {
                 self.unpoliced.retain(|n| n != name);
                 push_once(&mut self.adopted, name);
@@ -95,7 +99,6 @@ impl Shared {
 pub struct Adoption {
     shared: Arc<Shared>,
     wanted: usize,
-    policed: Vec<Policer>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -112,7 +115,7 @@ impl Adoption {
     /// [`Error::Unsupported`] if the process must not or cannot be traced, with the remedy; [`Error::Io`] if it is gone
     /// or another one by now.
     pub fn attach(pid: i32, start_time: u64, guard: Guard, halt: Option<Halt>) -> Result<Self> {
-        let (wanted, policed) = (guard.len(), guard.policed.clone());
+        let wanted = guard.len();
         install_kick()?;
         let shared = Arc::new(Shared::default());
         let (tell, told) = mpsc::channel();
@@ -123,7 +126,7 @@ impl Adoption {
                 move || watch(pid, start_time, &guard, halt, &shared, &tell)
             })
             .map_err(|e| Error::io("thread for the tunnel ports", e))?;
-        let adoption = Adoption { shared, wanted, policed, thread: Some(thread) };
+        let adoption = Adoption { shared, wanted, thread: Some(thread) };
         match told.recv() {
             Ok(Ok(())) => Ok(adoption),
             Ok(Err(e)) => Err(e),
@@ -131,18 +134,25 @@ impl Adoption {
         }
     }
 
-    /// Waits until the daemon has adopted every guarded port, for `limit` at most; true if it has. Also returns
-    /// (false) when the daemon ends.
+    /// Waits until the daemon has adopted every guarded port and device, but for those that it was asked not to police any
+    /// more, for `limit` at most; true if it has. Also returns (false) when the daemon ends.
     pub fn wait(&self, limit: Duration) -> bool {
-        let end = Instant::now() + limit;
+        let mut end = Instant::now() + limit;
+        let mut others_since = None;
         let mut report = self.shared.report();
         loop {
             if report.adopted.len() >= self.wanted {
                 return true;
             }
-            let left = end.saturating_duration_since(Instant::now());
+            let now = Instant::now();
+            let all = report.adopted.len() + report.unpoliced.len() >= self.wanted;
+            others_since = all.then(|| others_since.unwrap_or(now));
+            if let Some(since) = others_since {
+                end = end.min(since + UNPOLICED_AFTER);
+            }
+            let left = end.saturating_duration_since(now);
             if left.is_zero() || self.shared.ended.load(Ordering::Acquire) {
-                return false;
+                return all;
             }
             let waited = self.shared.changed.wait_timeout(report, left);
             report = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -157,14 +167,7 @@ impl Adoption {
     /// Lets the daemon go, and says what became of the requests.
     pub fn finish(mut self) -> Report {
         self.end();
-        let mut report = self.report();
-        // What was left to it of their deletion is done now.
-        for policer in self.policed.iter().filter(|one| report.unpoliced.contains(&one.name)) {
-            if let Err(error) = delete_ingress(policer.ifindex) {
-                report.failed.push(format!("policing of {}: {error}", policer.name));
-            }
-        }
-        report
+        self.report()
     }
 
     /// The thread may be waiting in the kernel for the daemon's next stop: a signal gets it out of there. One that
@@ -266,6 +269,16 @@ fn refused(pid: pid_t, error: io::Error) -> Error {
     }
 }
 
+/// Deletes this policing, if it is there as it was.
+fn delete(policer: &Policer) -> Result<()> {
+    let now = devices::read(&BTreeSet::from([policer.name.clone()]))?.remove(&policer.name);
+    let now = now.map(|device| devices::policer(&device)).transpose()?.flatten();
+    if now.as_ref() == Some(policer) {
+        delete_ingress(policer.ifindex)?;
+    }
+    Ok(())
+}
+
 /// Field 22 of /proc/PID/stat.
 fn start_time_of(pid: pid_t) -> io::Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -298,6 +311,8 @@ impl Watch<'_> {
                 signal = 0;
             }
             if self.pending.is_empty() && self.done() {
+                // While it is stopped: what it believes to be deleted it may make anew as soon as it runs.
+                self.delete_policing();
                 // A process that is stopped as a whole stays so: the kernel keeps that state apart from ours.
                 return self.tracee.detach(signal);
             }
@@ -388,6 +403,16 @@ impl Watch<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What was left to it of its deletions is done, where nobody else has put anything there.
+    fn delete_policing(&self) {
+        let unpoliced = self.shared.report().unpoliced.clone();
+        for policer in self.guard.policed.iter().filter(|one| unpoliced.contains(&one.name)) {
+            if let Err(error) = delete(policer) {
+                self.shared.report().failed.push(format!("policing of {}: {error}", policer.name));
+            }
+        }
     }
 
     /// It has been told that the qdisc is new.
@@ -560,6 +585,29 @@ mod tests {
         assert_eq!(daemon.line("sent"), format!("sent {:?}", add_port()), "let go: no longer changed");
         let report = adoption.finish();
         assert_eq!((report.adopted, report.failed), (vec!["vxlan_sys_4789".to_owned()], vec![]));
+    }
+
+    #[test]
+    fn policing_that_comes_again_is_not_to_be_deleted() {
+        let mut report = Report::default();
+        report.note(Request::DeletePolicing, "v1");
+        assert_eq!(report.unpoliced, ["v1"]);
+        report.note(Request::AddPolicing, "v1");
+        assert_eq!(report.unpoliced, Vec::<String>::new(), "let go before the filter comes, it must find the qdisc");
+        report.note(Request::Police, "v1");
+        assert_eq!(report.adopted, ["v1"]);
+    }
+
+    #[test]
+    fn a_device_that_is_not_policed_any_more_is_not_waited_for() {
+        let adoption = Adoption { shared: Arc::default(), wanted: 2, thread: None };
+        assert!(!adoption.wait(Duration::from_millis(5)));
+        adoption.shared.report().note(Request::DeletePolicing, "v1");
+        assert!(!adoption.wait(Duration::from_millis(5)), "one is still to come");
+        adoption.shared.report().note(Request::AddPort, "vxlan_sys_4789");
+        let begun = Instant::now();
+        assert!(adoption.wait(LIMIT));
+        assert!(begun.elapsed() < LIMIT / 2, "it was waited for: {:?}", begun.elapsed());
     }
 
     #[test]
