@@ -57,7 +57,7 @@ pub(super) fn adopt(run: &mut Run) -> Result<(), Stop> {
         run.warn(not_kept("the new ovs-vswitchd had the database's lock first"));
     } else if stale || !policed.is_empty() {
         if let Err(error) = run.host.datapath.adopt(new.id, stale, &policed) {
-            run.warn(not_kept(error));
+            run.warn(not_adopted(stale, !policed.is_empty(), error));
         }
     }
     Ok(())
@@ -65,6 +65,16 @@ pub(super) fn adopt(run: &mut Run) -> Result<(), Stop> {
 
 fn not_kept(why: impl std::fmt::Display) -> String {
     format!("the new ovs-vswitchd may make its tunnel ports anew, and delete qdiscs of others, as without us: {why}")
+}
+
+/// It cannot be watched. What others have put on ports it cannot delete all the same: the freeze knows it.
+pub(super) fn not_adopted(tunnels: bool, policing: bool, why: impl std::fmt::Display) -> String {
+    let what = match (tunnels, policing) {
+        (true, true) => "its tunnel ports and its policing",
+        (false, true) => "its policing",
+        _ => "its tunnel ports",
+    };
+    format!("the new ovs-vswitchd may make {what} anew, as without us: {why}")
 }
 
 /// Open vSwitch before 3.2 deletes the ports of its tunnels at its start and makes them again (hazards 7, docs/tunnels.md);
@@ -80,6 +90,16 @@ pub(super) fn takes_tunnels_for_stale(version: Option<&str>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_watched_is_named_and_nothing_else() {
+        assert_eq!(
+            not_adopted(false, true, "EPERM"),
+            "the new ovs-vswitchd may make its policing anew, as without us: EPERM"
+        );
+        assert!(not_adopted(true, true, "EPERM").contains("tunnel ports and its policing"));
+        assert!(!not_adopted(true, false, "EPERM").contains("qdisc"));
+    }
 
     #[test]
     fn only_versions_before_3_2_take_tunnels_for_stale() {
