@@ -48,7 +48,7 @@ const CASES: &[Case] = &[
          tc filter add dev P parent ffff: pref 11 protocol ip u32 match u32 0 0 action ok",
     ),
     Case {
-        port: "v-ns2",
+        port: POLICED,
         put: "ovs-vsctl set interface P ingress_policing_rate=1000000 ingress_policing_burst=100000",
         stock: Stock::MakesAnew,
     },
@@ -109,9 +109,13 @@ const CASES: &[Case] = &[
     ),
 ];
 
-/// Internal ports with an MTU that nobody has asked the database for. Which of them a starting daemon changes is a matter of
-/// the order in which it finds them.
+/// Internal ports with an MTU that nobody has asked the database for. A starting daemon changes those that it finds before a
+/// port with less than 1500 ([`SMALLER`]): of all but the first it finds them so, for they ask for their OpenFlow numbers.
 const BY_HAND: [&str; 5] = ["br0", "i-one", "i-two", "i-three", "i-four"];
+/// A port whose MTU, 1450, is the smallest of those that are not internal.
+const SMALLER: &str = "p-mtu";
+/// The port that Open vSwitch polices, with traffic.
+const POLICED: &str = "v-ns2";
 
 impl Custom for Qdiscs {
     fn name(&self) -> &'static str {
@@ -136,11 +140,16 @@ impl Custom for Qdiscs {
                 case.port
             ))?;
         }
-        for port in &BY_HAND[1..] {
+        for (port, number) in BY_HAND[1..].iter().zip(101..) {
             shell(&format!(
-                "ovs-vsctl add-port br0 {port} -- set interface {port} type=internal; ip link set {port} up"
+                "ovs-vsctl add-port br0 {port} -- set interface {port} type=internal ofport_request={number}
+                 ip link set {port} up"
             ))?;
         }
+        shell(&format!(
+            "ip link add {SMALLER} mtu 1450 type veth peer name {SMALLER}-e mtu 1450
+             ip link set {SMALLER} up; ip link set {SMALLER}-e up; ovs-vsctl add-port br0 {SMALLER}"
+        ))?;
         shell("ip link set br0 up")?;
         stock(outcome)?;
         ours(out, outcome)?;
@@ -201,11 +210,20 @@ fn changed(before: &BTreeMap<String, String>, after: &BTreeMap<String, String>) 
     before.iter().filter_map(differ).collect()
 }
 
+/// What the policing of Open vSwitch has counted, bytes.
+fn policed_bytes() -> u64 {
+    let told = shell_lenient(&format!("tc -s filter show dev {POLICED} parent ffff:"));
+    let sent = told.lines().filter_map(|line| line.split_once("Sent ")?.1.split(' ').next()?.parse::<u64>().ok());
+    sent.max().unwrap_or_default()
+}
+
 /// It takes away what it is said to take away: else the rest would show nothing.
 fn stock(outcome: &mut Outcome) -> Result<()> {
     say("stock");
     put()?;
     let before = facts();
+    shell("ip netns exec ns1 ping -q -c 50 -i 0.02 -s 1200 10.9.0.2")?;
+    let policed = policed_bytes();
     shell("timeout 100 systemctl restart openvswitch-switch")?;
     wait_for_daemons()?;
     std::thread::sleep(Duration::from_secs(1));
@@ -215,8 +233,10 @@ fn stock(outcome: &mut Outcome) -> Result<()> {
         let name = format!("stock: {}: {:?}", case.port, case.stock);
         outcome.check(name, is_changed == (case.stock != Stock::Leaves), changed.get(case.port));
     }
+    let now = policed_bytes();
+    outcome.check("stock: the policing counts from 0", policed > 50_000 && now < policed, [policed, now]);
     let mtus: Vec<&str> = BY_HAND.into_iter().filter(|device| changed.contains_key(*device)).collect();
-    outcome.note("stock: MTU changed", json!(mtus));
+    outcome.check("stock: MTUs are changed", BY_HAND[1..].iter().all(|device| mtus.contains(device)), json!(mtus));
     outcome.note("stock: changed", json!(changed));
     plain::rules()?;
     network::ping("ns1", "10.9.0.2")
@@ -250,7 +270,10 @@ fn ours(out: &Path, outcome: &mut Outcome) -> Result<()> {
         let live = plain::start_probes()?;
         std::thread::sleep(Duration::from_secs(2));
         let before = facts();
+        let policed = policed_bytes();
         let (exit, report) = report_of(words, out, name);
+        let now = policed_bytes();
+        outcome.check(format!("{name}: the policing goes on counting"), policed > 0 && now > policed, [policed, now]);
         std::thread::sleep(Duration::from_secs(4));
         let changed = changed(&before, &facts());
         outcome.check(
@@ -288,9 +311,10 @@ fn without_bpf(out: &Path, outcome: &mut Outcome) -> Result<()> {
             > /run/systemd/system/ovs-graceful-run.service.d/lab.conf
          systemctl daemon-reload",
     )?;
-    let policing = facts()["v-ns2"].clone();
+    let (policing, policed) = (facts()[POLICED].clone(), policed_bytes());
     let (exit, report) = report_of("", out, "without-bpf");
-    let after = facts()["v-ns2"].clone();
+    let (after, now) = (facts()[POLICED].clone(), policed_bytes());
+    outcome.check("without BPF: the policing goes on counting", policed > 0 && now >= policed, [policed, now]);
     outcome.check("without BPF: policing is not made anew", policing == after, json!([policing, after]));
     outcome.check("without BPF: exit 30", exit == "exit=30", json!([exit, report["reason"]]));
     outcome.check("without BPF: level park", report["level"] == "park", &report["level"]);
