@@ -362,11 +362,15 @@ fn freeze_line(freeze: Option<&freeze::State>) -> String {
         None => "nothing is frozen".to_string(),
         Some(state) if !state.armed => "nothing is frozen (the program is loaded, its lease is over)".to_string(),
         Some(state) => format!(
-            "frozen for {:.1} s more, {:.0} s at most: {}; refused so far: {}",
+            "frozen for {:.1} s more, {:.0} s at most: {}; refused so far: {}{}",
             state.lease_left_ms as f64 / 1000.0,
             state.end_left_ms as f64 / 1000.0,
             state.classes.iter_names().map(|(name, _)| name.to_lowercase()).collect::<Vec<_>>().join(", "),
-            state.refused
+            state.refused,
+            match state.skipped.unseen {
+                0 => String::new(),
+                unseen => format!("; not looked at: {unseen} messages at the most"),
+            }
         ),
     }
 }
