@@ -13,11 +13,12 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags};
 
 use super::command::poll_timeout;
-use super::jsonrpc::remaining;
+use super::jsonrpc::{connected, remaining};
 use super::messages::{
     self, answer, in_words, kind, message, some, xid, Inbox, ECHO_REPLY, ECHO_REQUEST, ERROR, HEADER, HELLO,
     NX_VENDOR_ID, OF10, OF15,
 };
+use super::reading::name_of;
 use crate::host::{Context, HostError, Result};
 
 /// A bridge may tell so much about itself, bytes: 100,000 rules are about 20 MB.
@@ -49,14 +50,19 @@ pub enum Question {
 impl Connection {
     /// Connects in the highest of `versions` that the bridge speaks too.
     pub fn open(socket: &Path, versions: &[u8], until: Instant) -> Result<Self> {
-        let none = || HostError::new(socket.display().to_string(), "it speaks none of the versions that are wanted");
+        let none = || {
+            let names = versions.iter().map(|version| name_of(*version)).collect::<Vec<_>>().join(", ");
+            let cause = format!("it speaks none of the versions {names}");
+            HostError::new(socket.display().to_string(), cause)
+                .remedy("see column `protocols` of table Bridge, which may have changed meanwhile; then try again")
+        };
         Self::open_if_spoken(socket, versions, until)?.ok_or_else(none)
     }
 
     /// The same; `None` where it speaks none of them.
     pub fn open_if_spoken(socket: &Path, versions: &[u8], until: Instant) -> Result<Option<Self>> {
         let object = socket.display().to_string();
-        let stream = UnixStream::connect(socket).about(&object)?;
+        let stream = connected(socket).about(&object)?;
         stream.set_nonblocking(true).about(&object)?;
         let ours = versions.iter().fold(0_u32, |bits, version| bits | 1 << u32::from(*version));
         let highest = versions.iter().copied().max().unwrap_or(OF10);
@@ -285,9 +291,22 @@ mod tests {
         assert_eq!(settle(message(3, HELLO, 9, &[]).unwrap(), &[1, 2, 6]).unwrap(), 2);
         assert!(settle(hello(4, 0b001_0010), &[6]).is_err());
         let failed = message(4, ERROR, 9, &[&[0, 0, 0, 0]]).unwrap();
-        assert!(settle(failed, &[6]).unwrap_err().cause.contains("none of the versions"));
+        assert!(settle(failed, &[6]).unwrap_err().cause.contains("none of the versions OpenFlow15"));
         let other = message(4, ERROR, 9, &[&[0, 1, 0, 5]]).unwrap();
         assert!(settle(other, &[6]).unwrap_err().cause.contains("type 1 code 5"));
+    }
+
+    #[test]
+    fn a_bridge_that_takes_no_more_connections_is_not_waited_for_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let address = nix::sys::socket::UnixAddr::new(&path).unwrap();
+        let (family, kind) = (nix::sys::socket::AddressFamily::Unix, nix::sys::socket::SockType::Stream);
+        let socket = nix::sys::socket::socket(family, kind, nix::sys::socket::SockFlag::empty(), None).unwrap();
+        nix::sys::socket::bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &address).unwrap();
+        nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        let _waits = UnixStream::connect(&path).unwrap();
+        assert!(Connection::open(&path, &[6], soon()).is_err());
     }
 
     #[test]

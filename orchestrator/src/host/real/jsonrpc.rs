@@ -221,7 +221,8 @@ impl Connection {
     }
 }
 
-fn connected(path: &Path) -> std::io::Result<UnixStream> {
+/// Connects; where the backlog is full it waits no longer than [`BACKLOG_LIMIT`].
+pub(super) fn connected(path: &Path) -> std::io::Result<UnixStream> {
     let until = Instant::now() + BACKLOG_LIMIT;
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
