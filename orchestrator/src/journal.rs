@@ -384,6 +384,16 @@ impl Runs {
         self.replace(&self.rules_file(id), &serde_json::to_vec(&(rules, state))?)
     }
 
+    /// Keeps the groups and flows of a bridge as ovs-ofctl takes them, a file each, until run `id` is forgotten.
+    pub fn keep_words(&self, id: &str, rules: &BridgeRules) -> anyhow::Result<[PathBuf; 2]> {
+        let file = |kind: &str| self.folder(id).join(format!("{kind}.{}", rules.bridge.replace('/', "_")));
+        let files = [file("groups"), file("flows")];
+        for (file, words) in files.iter().zip([&rules.groups, &rules.flows]) {
+            self.replace(file, (words.join("\n") + "\n").as_bytes())?;
+        }
+        Ok(files)
+    }
+
     fn told(&self, id: &str) -> anyhow::Result<Option<Told>> {
         self.parsed(&self.rules_file(id))
     }

@@ -801,6 +801,10 @@ impl Recovery {
             // A bridge that has gone since is nobody's loss.
             .filter(|rules| now.iter().any(|now| now.bridge == rules.bridge && self.lacks(now, rules)))
             .collect();
+        let (lacking, in_words): (Vec<_>, Vec<_>) = lacking.into_iter().partition(BridgeRules::has_messages);
+        for rules in &in_words {
+            self.cannot_restore(rules)?;
+        }
         if lacking.is_empty() {
             return Ok(());
         }
@@ -813,6 +817,23 @@ impl Recovery {
             self.told(told);
         }
         self.refused.extend(news);
+        Ok(())
+    }
+
+    /// Rules of which another version of ovs-graceful has kept the words alone. The bridge goes on without them.
+    fn cannot_restore(&mut self, rules: &BridgeRules) -> anyhow::Result<()> {
+        let [groups, flows] = self.runs.keep_words(&self.id, rules)?;
+        let BridgeRules { bridge, protocol, .. } = rules;
+        let told = format!(
+            "bridge {bridge}: its OpenFlow rules were kept in words alone, by another version of ovs-graceful, and are not put \
+             back: it forwards without them as soon as flow-restore-wait is removed, which is now\nremedy:\n\
+             `ovs-ofctl -O {protocol} add-groups {bridge} {}`\n`ovs-ofctl -O {protocol} add-flows {bridge} {}`",
+            groups.display(),
+            flows.display()
+        );
+        if !self.report.warnings.contains(&told) {
+            self.told(told);
+        }
         Ok(())
     }
 

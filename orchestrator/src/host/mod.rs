@@ -688,12 +688,29 @@ pub struct BridgeRules {
     pub groups: Vec<String>,
     /// The flows, as `add-flows` takes them, without counters and ages.
     pub flows: Vec<String>,
-    /// The flows that no version tells as the daemon has them; they are not among `flows`.
+    /// The rules that no version tells as the daemon has them. Flows of them are not in `flows`; groups of them, which
+    /// flows need, are in `groups` as the highest version tells them.
     #[serde(default)]
     pub untold: Vec<RefusedRule>,
+    /// The groups of which the daemon does not show whether they are what is told.
+    #[serde(default)]
+    pub unsure: Vec<RefusedRule>,
     /// What adds all of it.
     #[serde(default)]
     pub messages: Messages,
+}
+
+impl BridgeRules {
+    /// Is there a message for each of its rules? Another version of ovs-graceful may have kept the words alone.
+    pub fn has_messages(&self) -> bool {
+        let kinds = [
+            (self.groups.len(), &self.messages.groups),
+            (self.flows.len(), &self.messages.flows),
+            (self.meters.len(), &self.messages.meters),
+            (self.tlv_map.len(), &self.messages.tlv_map),
+        ];
+        kinds.iter().all(|(count, messages)| messages.each().count() == *count)
+    }
 }
 
 /// How a bridge was restored.

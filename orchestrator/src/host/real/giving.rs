@@ -5,7 +5,7 @@
 //! before anything depends on them. The daemon answers each message that it refuses, and a bundle's other messages still
 //! count: what is left of it can be committed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::time::Instant;
 
@@ -74,6 +74,8 @@ enum Way {
     Bundle,
     /// One after the other.
     Singly,
+    /// The same with those that are longer than what a bundle holds.
+    LongOnes,
     /// So that the daemon judges them and changes nothing.
     Trial,
 }
@@ -103,14 +105,15 @@ impl<'a> Giving<'a> {
         let flows = rules.messages.flows.each().enumerate();
         let flows = flows.map(|(at, message)| Given { item: Item::Flow(at), message });
         let mut all: Vec<Given<'a>> = groups.chain(flows).collect();
-        if all.len() != rules.groups.len() + rules.flows.len() {
-            let cause = format!("{} messages for {} rules", all.len(), rules.groups.len() + rules.flows.len());
+        if !rules.has_messages() {
+            let wanted = rules.groups.len() + rules.flows.len();
+            let cause = format!("its rules were kept with {} messages for {wanted} groups and flows", all.len());
             return Err(HostError::new(format!("bridge {}", rules.bridge), cause));
         }
         // Again, whole: rules of the highest version need the group before.
-        let ids: Vec<_> = rules.messages.groups.each().map(told::group_id).collect();
-        let place = |message: &[u8]| ids.iter().position(|id| *id == told::group_id(message));
+        let places: HashMap<_, _> = rules.messages.groups.each().map(told::group_id).zip(0..).collect();
         let whole = rules.messages.whole_groups.each();
+        let place = |message: &[u8]| places.get(&told::group_id(message)).copied();
         all.extend(whole.filter_map(|message| Some(Given { item: Item::Group(place(message)?), message })));
         // What must not overlap with what is there comes before that is there.
         let last = |given: &Given<'_>| match given.item {
@@ -148,17 +151,17 @@ impl<'a> Giving<'a> {
         self.leave_out_dependents(refused, &mut left_out);
         let bundled = self.version >= OF13 && self.put_bundled(openflow, socket, refused, &mut left_out, until)?;
         if !bundled {
-            self.put_singly(self.version, openflow, socket, refused, &mut left_out, until)?;
+            self.put_singly((self.version, Way::Singly), openflow, socket, refused, &mut left_out, until)?;
             self.remove_others(socket, until)?;
         }
         let mut others = self.versions();
         others.retain(|version| *version != self.version);
         let alone = others.is_empty() && !self.has_long();
-        if self.has_long() && bundled {
-            others.push(self.version);
-        }
         for version in others {
-            self.put_singly(version, openflow, socket, refused, &mut left_out, until)?;
+            self.put_singly((version, Way::Singly), openflow, socket, refused, &mut left_out, until)?;
+        }
+        if self.has_long() && bundled {
+            self.put_singly((self.version, Way::LongOnes), openflow, socket, refused, &mut left_out, until)?;
         }
         Ok(bundled && alone)
     }
@@ -187,14 +190,14 @@ impl<'a> Giving<'a> {
 
     fn put_singly(
         &self,
-        version: u8,
+        (version, way): (u8, Way),
         openflow: &RealOpenFlow,
         socket: &Path,
         refused: &mut Vec<RefusedRule>,
         left_out: &mut BTreeSet<u32>,
         until: Instant,
     ) -> Result<()> {
-        let played = self.play(version, Way::Singly, left_out, socket, until)?;
+        let played = self.play(version, way, left_out, socket, until)?;
         self.leave_out(openflow, &played, refused, left_out, until);
         Ok(())
     }
@@ -320,7 +323,7 @@ impl<'a> Giving<'a> {
 
     /// The messages of a version, and the transaction id of the last one, which is answered.
     fn stream(&self, version: u8, way: Way, left_out: &BTreeSet<u32>) -> (Vec<u8>, u32) {
-        let bundles = version >= OF13 && way != Way::Singly;
+        let bundles = version >= OF13 && matches!(way, Way::Bundle | Way::Trial);
         let mut others = OTHER..;
         let mut next = || others.next().unwrap_or(OTHER);
         let mut stream = if version == OF10 { self.formats() } else { Vec::new() };
@@ -335,8 +338,12 @@ impl<'a> Giving<'a> {
         let now_ms = monotonic_ms();
         let mut inside = 0;
         for (given, xid) in self.all.iter().zip(1..) {
-            let is_long = version == self.version && bundles && is_long(given.message);
-            if given.message.first() != Some(&version) || left_out.contains(&xid) || is_long {
+            let other_way = match way {
+                Way::Bundle | Way::Trial => bundles && is_long(given.message),
+                Way::LongOnes => !is_long(given.message),
+                Way::Singly => false,
+            };
+            if given.message.first() != Some(&version) || left_out.contains(&xid) || other_way {
                 continue;
             }
             let message = self.given_now(given, xid, now_ms);
@@ -683,6 +690,10 @@ mod tests {
         assert!(giving.has_long());
         let (stream, _) = giving.stream(OF15, Way::Bundle, &BTreeSet::new());
         assert_eq!(each(&stream).filter_map(inner).filter(|inner| xid(inner) < Some(OTHER)).count(), 1);
+        // The other is not given twice.
+        let (stream, _) = giving.stream(OF15, Way::LongOnes, &BTreeSet::new());
+        let numbers: Vec<_> = each(&stream).filter_map(xid).filter(|xid| *xid < OTHER).collect();
+        assert_eq!(numbers, [2]);
     }
 
     #[test]
