@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::host::real::command;
-use crate::host::real::openflow::{ANY_VERSION, OVS_OFCTL};
+use crate::host::real::openflow::OVS_OFCTL;
 use crate::host::real::parallel::side_by_side;
 use crate::host::{Bridge, Daemon, Daemons, DatabaseFacts};
 use crate::report::{Findings, Name};
@@ -75,7 +75,7 @@ fn rules(bridge: &Bridge, until: Instant) -> String {
         return String::new();
     }
     let target = format!("unix:{}", Path::new(RUN_DIRECTORY).join(format!("{}.mgmt", bridge.name)).display());
-    let versions = if bridge.protocols.is_empty() { ANY_VERSION.to_owned() } else { bridge.protocols.join(",") };
+    let versions = bridge.protocols.join(",");
     let words = ["-O", &versions, "--no-stats", "--no-names", "dump-flows", &target];
     command::run_well(OVS_OFCTL, &words, None, until).unwrap_or_default()
 }
