@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::messages::numbered;
 use super::openflow::RealOpenFlow;
-use super::told::Head;
+use super::told::{self, Head};
 use crate::host::Result;
 
 /// What ovs-ofctl makes of a message.
@@ -81,8 +81,17 @@ pub fn flows<'a>(openflow: &RealOpenFlow, messages: impl Iterator<Item = &'a [u8
     }
     match count {
         0 => Ok(All::default()),
-        _ => Ok(All::new(openflow.print(&stream, until)?, count)),
+        _ => {
+            let said = openflow.print(&stream, until)?;
+            Ok(All::new(of_flows(&said), count))
+        }
     }
+}
+
+/// The lines about flows. Behind an error the whole message is printed in hexadecimal digits: ten times its words, and kept
+/// for nothing.
+fn of_flows(said: &str) -> String {
+    said.split_inclusive('\n').filter(|line| line_of(line).is_some()).collect()
 }
 
 /// What is said of the message of which number:
@@ -100,12 +109,10 @@ fn line_of(line: &str) -> Option<(usize, Printed<'_>)> {
     }
     let (head, actions) = rest.strip_prefix(" ADD")?.split_once("actions=")?;
     // All others are words of the message, not of the match: `table:3`, `idle:60`, `send_flow_rem`.
-    let is_match = |word: &&str| word.contains('=') || !(word.contains(':') || WORDS.contains(word));
+    let is_match = |word: &&str| word.contains('=') || !(word.contains(':') || told::is_flag(word));
     let matched = head.split(' ').filter(|word| !word.is_empty()).find(is_match).unwrap_or("");
     Some((number, Printed::Flow { matched, actions: actions.trim_end() }))
 }
-
-const WORDS: [&str; 5] = ["send_flow_rem", "check_overlap", "reset_counts", "no_packet_counts", "no_byte_counts"];
 
 /// A flow as `add-flows` takes it, of the head of its message and its other words. IGMP as `ovs-save` writes it, because ovs-ofctl cannot read its own word.
 pub fn text(head: &Head, matched: &str, actions: &str) -> String {
@@ -156,7 +163,8 @@ mod tests {
                     OFPT_FLOW_MOD (OF1.5) (xid=0x0): ADD table:3 priority=4,ip actions=output:1\n\
                     OFPT_FLOW_MOD (OF1.5) (xid=0x1): ***decode error: OFPBMC_BAD_FIELD***\n\
                     00000000  06 0e 00 50 00 00 00 00-00 00\nOFPT_FLOW_MOD (OF1.5) (xid=0x9): ADD actions=drop\n";
-        let all = All::new(said.to_owned(), 4);
+        assert_eq!(of_flows(said).lines().count(), 4);
+        let all = All::new(of_flows(said), 4);
         assert_eq!(all.get(0), Printed::Flow { matched: "priority=4,ip", actions: "output:1" });
         assert_eq!(all.get(1), Printed::Not("OFPBMC_BAD_FIELD"));
         assert_eq!(all.get(2), Printed::Flow { matched: "", actions: "drop" });

@@ -264,9 +264,9 @@ pub struct Head {
 
 /// OFPFF_CHECK_OVERLAP; OFPFF_RESET_COUNTS, from 1.2 on.
 pub const CHECK_OVERLAP: u16 = 2;
-const RESET_COUNTS: u16 = 4;
+pub const RESET_COUNTS: u16 = 4;
 /// The names of the flags, as ovs-ofctl has them.
-const FLAGS: [(u16, &str); 5] = [
+pub const FLAGS: [(u16, &str); 5] = [
     (1, "send_flow_rem"),
     (CHECK_OVERLAP, "check_overlap"),
     (RESET_COUNTS, "reset_counts"),
@@ -294,8 +294,18 @@ impl Head {
 
     /// The names of the flags.
     pub fn flags(&self) -> impl Iterator<Item = &'static str> + '_ {
-        FLAGS.into_iter().filter(|(flag, _)| self.flags & flag != 0).map(|(_, name)| name)
+        names_of(self.flags)
     }
+}
+
+/// The names of these flags.
+pub fn names_of(flags: u16) -> impl Iterator<Item = &'static str> {
+    FLAGS.into_iter().filter(move |(flag, _)| flags & flag != 0).map(|(_, name)| name)
+}
+
+/// Is this the name of a flag?
+pub fn is_flag(word: &str) -> bool {
+    FLAGS.iter().any(|(_, name)| *name == word)
 }
 
 /// Gives the message flags and importance, as far as its version has them; false where that is not all.
@@ -337,13 +347,19 @@ pub fn identity(flow_mod: &[u8]) -> Option<(u8, u16, &[u8])> {
     Some((head.table, head.priority, matched))
 }
 
-/// The same message, so that it deletes the very flow that it adds: OFPFC_DELETE_STRICT, with any cookie. Without actions,
-/// which the bridge need not take back as it tells them.
-pub fn deletion(flow_mod: &[u8]) -> Vec<u8> {
+/// The same message with its match, and without what is done then.
+pub fn without_instructions(flow_mod: &[u8]) -> Vec<u8> {
     let end = identity(flow_mod).map(|(_, _, matched)| (48 + matched.len().next_multiple_of(8)).min(flow_mod.len()));
     let mut message = flow_mod.get(..end.unwrap_or(flow_mod.len())).unwrap_or_default().to_vec();
     let length = u16::try_from(message.len()).unwrap_or(u16::MAX);
     put(&mut message, 2, length);
+    message
+}
+
+/// The same message, so that it deletes the very flow that it adds: OFPFC_DELETE_STRICT, with any cookie. Without actions,
+/// which the bridge need not take back as it tells them.
+pub fn deletion(flow_mod: &[u8]) -> Vec<u8> {
+    let mut message = without_instructions(flow_mod);
     if let Some(command) = message.get_mut(25) {
         *command = 4;
     }
