@@ -16,7 +16,7 @@ use crate::host::surroundings::{CheckOptions, Known, Surroundings};
 use crate::host::{Bridge, Daemon, DatabaseFacts, HostError, Versions};
 use crate::journal::STATE_DIR;
 use crate::report::{CheckReport, Finding, Findings, Level, Name, Severity, Strategy};
-use crate::steps::notes::{rule_remedy, unread};
+use crate::steps::notes::{self, rule_remedy, unread};
 use crate::steps::{Host, Wish};
 
 /// Starts both daemons.
@@ -132,6 +132,10 @@ pub fn check_rules(host: &Host, checked: &mut Checked, until: Instant) {
     let openflow = host.openflow.as_ref();
     let rules = openflow.snapshot(daemon, &facts.bridges, until);
     let rules = rules.map_err(|error| unread(openflow, daemon, &facts.bridges, error, until));
+    for unsure in rules.iter().flatten().flat_map(|rules| &rules.unsure) {
+        let remedy = format!("none where it is right; {}", notes::add_anew(unsure, &facts.bridges));
+        found.warn(Name::Rule, format!("bridge {}", unsure.bridge), notes::unsure_cause(unsure), &remedy);
+    }
     let refused = rules.and_then(|rules| Ok(openflow.prepare_restore(daemon, &rules, until)?.refused));
     let refused = keep(refused, Name::Rule, "see what `ovs-ofctl dump-flows` says of that bridge", &mut found);
     for rule in refused.unwrap_or_default() {

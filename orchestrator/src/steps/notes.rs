@@ -7,8 +7,8 @@ use dpfreeze::park::{doom_of, feature_probes, suspicious_since, ParkStats, Remov
 use dpfreeze::snapshot::{compare, kept_flows, DatapathSnapshot, Difference, Snapshot};
 
 use crate::host::datapath::DATAPATH;
-use crate::host::real::faithful::deletion;
-use crate::host::real::openflow::compare as compare_rules;
+use crate::host::real::faithful::{deletion, key};
+use crate::host::real::openflow::{compare as compare_rules, first_field};
 use crate::host::{
     Bridge, BridgeRules, Daemon, HostError, LearnReport, OpenFlow, RefusedRule, RestoredRules, RuleDifference,
 };
@@ -240,6 +240,23 @@ pub(crate) fn rule_remedy(rule: &RefusedRule, bridges: &[Bridge]) -> String {
     }
 }
 
+/// A group that may come back as another, in words; without its bridge.
+pub(crate) fn unsure_cause(rule: &RefusedRule) -> String {
+    format!("{} `{}` may be put back as another: {}", rule.kind, rule.rule, rule.reason)
+}
+
+/// What makes sure of it.
+pub(crate) fn add_anew(rule: &RefusedRule, bridges: &[Bridge]) -> String {
+    let version = protocols(rule, bridges).iter().max().map_or("OpenFlow15", String::as_str);
+    format!("else add it anew with `ovs-ofctl -O {version} mod-group {}`", rule.bridge)
+}
+
+/// The groups that may come back as others.
+pub(super) fn unsure(rules: &[BridgeRules]) -> Vec<String> {
+    let all = rules.iter().flat_map(|rules| &rules.unsure);
+    all.map(|rule| format!("bridge {}: {}", rule.bridge, unsure_cause(rule))).collect()
+}
+
 /// The other half of the remedy.
 const ANEW: &str =
     "where it is wanted, add it anew in a form that the bridge's highest OpenFlow version prints and takes \
@@ -261,8 +278,15 @@ pub(crate) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[
         entry.meters_after = now.meters.len() as u64;
     }
     // The new daemon has a rule that was none before, and that is told as another.
-    report.differences.extend(after.iter().flat_map(|now| &now.untold).map(ToString::to_string));
-    for difference in compare_rules(before, after) {
+    let untold: Vec<&RefusedRule> = after.iter().flat_map(|now| &now.untold).collect();
+    report.differences.extend(untold.iter().map(ToString::to_string));
+    let is_told = |difference: &RuleDifference| {
+        let same =
+            |untold: &&&RefusedRule| (&*untold.bridge, &*untold.kind) == (&*difference.bridge, &*difference.kind);
+        difference.missing
+            && untold.iter().filter(same).any(|untold| is_same(&untold.kind, &untold.rule, &difference.rule))
+    };
+    for difference in compare_rules(before, after).into_iter().filter(|difference| !is_told(difference)) {
         let sign = if difference.missing { "missing" } else { "new" };
         let is_it =
             |refused: &&RefusedRule| (&*refused.bridge, &*refused.rule) == (&*difference.bridge, &*difference.rule);
@@ -273,6 +297,14 @@ pub(crate) fn rules_after(report: &mut Report, before: &[BridgeRules], after: &[
         let why = refused.map(|refused| format!(" (refused: {})", refused.reason)).unwrap_or_default();
         let RuleDifference { bridge, kind, rule, .. } = difference;
         report.differences.push(format!("bridge {bridge}: {sign} {kind}: {rule}{why}"));
+    }
+}
+
+/// Are these two texts of one rule?
+fn is_same(kind: &str, one: &str, other: &str) -> bool {
+    match kind {
+        "flow" => key(one) == key(other),
+        _ => first_field(one) == first_field(other),
     }
 }
 
@@ -297,5 +329,29 @@ mod tests {
             assert!(told.contains(part), "{part}: {told}");
         }
         assert_eq!(cannot_be_put_back(&[], &bridges), None);
+    }
+
+    #[test]
+    fn a_rule_that_the_new_daemon_has_and_no_version_tells_is_a_difference_once() {
+        let text = "cookie=0x5,priority=7,ip actions=mod_vlan_vid:5";
+        let rules = |flows: &[&str], untold: &[&str]| BridgeRules {
+            bridge: "br0".into(),
+            flows: flows.iter().map(|flow| (*flow).to_owned()).collect(),
+            untold: untold
+                .iter()
+                .map(|rule| RefusedRule {
+                    bridge: "br0".into(),
+                    kind: "flow".into(),
+                    rule: (*rule).into(),
+                    reason: "told as another".into(),
+                })
+                .collect(),
+            ..BridgeRules::default()
+        };
+        let mut report = Report::new("r", crate::report::Strategy::Standby, 0);
+        let after = rules(&[], &["priority=7,ip actions=mod_vlan_vid:5"]);
+        rules_after(&mut report, &[rules(&[text, "priority=8 actions=drop"], &[])], &[after], &[]);
+        let [untold, missing] = &report.differences[..] else { panic!("{:?}", report.differences) };
+        assert!(untold.contains("told as another") && missing.contains("priority=8"), "{missing}");
     }
 }

@@ -41,10 +41,17 @@ pub(super) fn prepare(run: &mut Run) -> Result<(), Stop> {
             refused
         }),
     };
-    match notes::cannot_be_put_back(&refused.context("preparing the restore of OpenFlow rules")?, &facts.bridges) {
-        None => run.checkpoint(),
-        Some(told) => Err(anyhow!(told).into()),
+    let refused = refused.context("preparing the restore of OpenFlow rules")?;
+    if let Some(told) = notes::cannot_be_put_back(&refused, &facts.bridges) {
+        return Err(anyhow!(told).into());
     }
+    let unsure = notes::unsure(rules);
+    for told in unsure {
+        if !run.report.warnings.contains(&told) {
+            run.warn(told);
+        }
+    }
+    run.checkpoint()
 }
 
 pub(super) fn restore(run: &mut Run) -> Result<(), Stop> {

@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 
 use super::openflow::{first_field, flow};
+use super::told;
 use crate::host::RefusedRule;
 
 /// Actions that must be told as often as the daemon has them.
@@ -19,21 +20,14 @@ const COUNTED: [&str; 7] =
 /// What is no part of a match.
 const NO_MATCH: [&str; 7] =
     ["cookie=", "idle_timeout=", "hard_timeout=", "importance=", "n_offload_packets=", "n_offload_bytes=", "actions="];
-const FLAGS: [&str; 7] = [
-    "send_flow_rem",
-    "check_overlap",
-    "reset_counts",
-    "no_packet_counts",
-    "no_byte_counts",
-    "allow_hidden_fields",
-    "no_readonly_table",
-];
+/// Flags that no message has.
+const INTERNAL_FLAGS: [&str; 2] = ["allow_hidden_fields", "no_readonly_table"];
 /// The table of the daemon's own rules (TBL_INTERNAL, ofproto/ofproto-dpif.h).
 const INTERNAL_TABLE: &str = "table=254";
 /// OFP_DEFAULT_PRIORITY, which is not printed.
 const USUAL_PRIORITY: u16 = 0x8000;
 /// What stands for "no tag" in a match.
-const UNTAGGED: &str = "vlan_tci=untagged";
+pub const UNTAGGED: &str = "vlan_tci=untagged";
 
 /// The flows in the daemon's text, but those that it keeps to itself: each one's line, and its [`key`].
 pub fn own_lines(own: &str) -> impl Iterator<Item = (&str, String)> {
@@ -77,6 +71,27 @@ pub fn tag(rule: &str) -> Option<&str> {
     criteria(rule).find_map(|field| field.strip_prefix("vlan_tci="))
 }
 
+/// Have both the same values of tunnels' options? Neither how long they are printed counts, nor their masks, which ovs-ofctl
+/// leaves out.
+pub fn same_options(own: &str, told: &str) -> bool {
+    if !own.contains("tun_metadata") && !told.contains("tun_metadata") {
+        return true;
+    }
+    options(own) == options(told)
+}
+
+fn options(rule: &str) -> BTreeSet<(&str, &str)> {
+    let fields = criteria(rule).filter_map(|field| field.split_once('='));
+    let options = fields.filter(|(name, _)| name.starts_with("tun_metadata"));
+    options.map(|(name, value)| (name, digits(value))).collect()
+}
+
+/// The digits of a number that count, without its mask.
+fn digits(value: &str) -> &str {
+    let number = value.split_once('/').map_or(value, |(number, _)| number);
+    number.trim_start_matches("0x").trim_start_matches('0')
+}
+
 /// Table and priority of a rule, or of a daemon's own line.
 pub fn place(rule: &str) -> (u8, u16) {
     let number = |name: &str| criteria(rule).find_map(|field| field.strip_prefix(name)?.parse::<u16>().ok());
@@ -116,7 +131,8 @@ pub fn deletion(refused: &RefusedRule, protocols: &[String]) -> Option<String> {
 fn criteria(rule: &str) -> impl Iterator<Item = &str> {
     let head = rule.split_once("actions=").map_or(rule, |(head, _)| head);
     head.split([',', ' ']).filter(|field| {
-        !field.is_empty() && !FLAGS.contains(field) && !NO_MATCH.iter().any(|other| field.starts_with(other))
+        let is_flag = told::is_flag(field) || INTERNAL_FLAGS.contains(field);
+        !field.is_empty() && !is_flag && !NO_MATCH.iter().any(|other| field.starts_with(other))
     })
 }
 
@@ -144,7 +160,27 @@ pub fn same_meaning(key: &str, own: &str, told: &str) -> bool {
     let count = |text: &str, word: &str| text.matches(word).count();
     let told_alike = |word: &&str| (untagged && *word == "push_vlan:") || count(own, word) == count(told, word);
     let requeues = own.contains("enqueue:") && own.contains("set_queue:") && !told.contains("enqueue:");
-    !requeues && COUNTED.iter().all(told_alike)
+    // Before OpenFlow 1.2 what sets a field has no mask (`set_field_to_legacy_openflow`).
+    let legacy = |text: &str| LEGACY.iter().map(|word| count(text, word)).sum::<usize>();
+    let loses_mask = sets_with_mask(own) && legacy(told) > legacy(own) + whole_sets(own);
+    !requeues && !loses_mask && COUNTED.iter().all(told_alike)
+}
+
+/// How actions that set a field begin, that have no mask.
+const LEGACY: [&str; 2] = ["mod_", "set_vlan_"];
+
+/// The values that `set_field` sets, as `0x5/0xff`.
+fn set_values(actions: &str) -> impl Iterator<Item = &str> {
+    actions.split("set_field:").skip(1).filter_map(|rest| rest.split("->").next())
+}
+
+fn sets_with_mask(actions: &str) -> bool {
+    set_values(actions).any(|value| value.contains('/'))
+}
+
+/// How many set a field as a whole, which needs no mask.
+fn whole_sets(actions: &str) -> usize {
+    set_values(actions).filter(|value| !value.contains('/')).count()
 }
 
 #[cfg(test)]
@@ -191,6 +227,33 @@ mod tests {
         assert_eq!(look(own, told), [""; 0]);
         let found = look(own, "priority=4,tun_metadata0=0x1 actions=drop\npriority=4,tun_metadata0=0x2 actions=drop");
         assert_eq!(found.len(), 1, "{found:?}");
+    }
+
+    #[test]
+    fn options_are_the_same_however_they_are_printed() {
+        let own = "priority=4,tun_metadata0=0x00000005/0xff,tun_metadata1 actions=drop";
+        assert!(same_options(own, "priority=9,tun_metadata0=0x5,ip actions=drop"));
+        assert!(!same_options(own, "tun_metadata0=0x50 actions=drop") && !same_options(own, "ip actions=drop"));
+        assert!(same_options("ip actions=drop", "udp actions=set_field:5->tun_metadata0"));
+    }
+
+    #[test]
+    fn a_mask_that_a_version_leaves_out_is_missed() {
+        // As OVS 3.1.0 tells them in OpenFlow 1.0.
+        let is_told = |own: &str, told: &str| same_meaning("ip", own, told);
+        assert!(!is_told("set_field:02:00:00:00:00:00/ff:00:00:00:00:00->eth_src", "mod_dl_src:02:00:00:00:00:00"));
+        assert!(!is_told(
+            "set_field:1.2.3.4->ip_src,set_field:10.0.0.0/8->ip_dst",
+            "mod_nw_src:1.2.3.4,mod_nw_dst:10.0.0.0"
+        ));
+        assert!(is_told(
+            "set_field:1.2.3.4->ip_src,set_field:0x5/0xff->reg0",
+            "mod_nw_src:1.2.3.4,load:0x5->NXM_NX_REG0[0..7]"
+        ));
+        assert!(is_told(
+            "mod_nw_dst:1.2.3.4,set_field:0x5/0xff->reg0",
+            "mod_nw_dst:1.2.3.4,load:0x5->NXM_NX_REG0[0..7]"
+        ));
     }
 
     #[test]

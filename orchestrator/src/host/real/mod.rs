@@ -17,6 +17,7 @@ mod exchange;
 pub mod faithful;
 mod fdb;
 mod giving;
+mod groups;
 mod identity;
 pub mod jsonrpc;
 pub mod limits;

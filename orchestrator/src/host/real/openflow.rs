@@ -13,7 +13,7 @@ use super::messages::{answer, ERROR, HEADER};
 use super::parallel::side_by_side;
 use super::prepared::Prepared;
 use super::rule_watch::Watch;
-use super::{command, controllers, faithful, fdb, reading, small, state, unixctl};
+use super::{command, controllers, faithful, fdb, groups, reading, small, state, unixctl};
 use crate::host::state::lost;
 use crate::host::{
     Bridge, BridgeRules, BridgeState, Daemon, FdbEntry, HostError, LearnReport, OpenFlow, Preparation, PreparedRestore,
@@ -287,12 +287,12 @@ fn parse_mistake(said: &str) -> Option<(usize, String)> {
     Some((number.parse().ok()?, reason.trim().to_owned()))
 }
 
-/// Are TLV map, meters and groups those of `rules`?
+/// Are TLV map, meters and groups surely those of `rules`?
 fn is_small_part(small: &BridgeRules, rules: &BridgeRules) -> bool {
     let part = |rules: &BridgeRules| {
         (rules.protocol.clone(), rules.tlv_map.clone(), rules.meters.clone(), rules.groups.clone())
     };
-    part(small) == part(rules)
+    part(small) == part(rules) && !groups::may_be_others(rules)
 }
 
 /// 10 for `OpenFlow10` and so on.
@@ -365,7 +365,7 @@ pub(super) fn parse_tlv_map(dump: &str) -> Vec<String> {
 }
 
 /// A group's `group_id=5`.
-pub(super) fn first_field(rule: &str) -> &str {
+pub fn first_field(rule: &str) -> &str {
     rule.split([',', ' ']).next().unwrap_or(rule)
 }
 

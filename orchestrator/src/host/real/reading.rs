@@ -14,10 +14,11 @@ use nix::time::{clock_gettime, ClockId};
 
 use super::connection::Connection;
 use super::faithful::{self, actions, key, same_meaning};
+use super::groups;
 use super::messages::{OF10, OF13, OF14, OF15};
-use super::openflow::{first_field, parse_groups, parse_meters, parse_tlv_map, RealOpenFlow};
+use super::openflow::{parse_groups, parse_meters, parse_tlv_map, RealOpenFlow};
 use super::printed::{self, Printed};
-use super::told::{self, set_flags, Head, Told, CHECK_OVERLAP};
+use super::told::{self, set_flags, Head, Told, CHECK_OVERLAP, RESET_COUNTS};
 use super::unixctl;
 use crate::host::messages::{Messages, Stream};
 use crate::host::{Bridge, BridgeRules, Daemon, HostError, RefusedRule, Result};
@@ -25,7 +26,7 @@ use crate::host::{Bridge, BridgeRules, Daemon, HostError, RefusedRule, Result};
 /// Rules that change while they are compared look as if they were told wrongly: they are compared so often.
 const COMPARISONS: u32 = 3;
 /// What a bridge that has no groups, as it knows no such message, may say (OFPBRC_BAD_TYPE, _BAD_STAT, _BAD_SUBTYPE).
-const UNKNOWN: [&str; 3] = ["type 1 code 1", "type 1 code 2", "type 1 code 4"];
+const UNKNOWN: [&str; 3] = [" type 1 code 1", " type 1 code 2", " type 1 code 4"];
 
 /// The versions that a bridge may speak, as the first byte of their messages.
 pub fn versions(bridge: &Bridge) -> Vec<u8> {
@@ -41,6 +42,11 @@ pub fn name_of(version: u8) -> String {
     format!("OpenFlow1{}", version.saturating_sub(OF10))
 }
 
+/// `OpenFlow 1.5` for 6.
+pub fn in_words(version: u8) -> String {
+    format!("OpenFlow 1.{}", version.saturating_sub(OF10))
+}
+
 /// Reads one bridge of `daemon`; its flows only where `known` does not have them.
 pub fn bridge(
     openflow: &RealOpenFlow,
@@ -52,18 +58,15 @@ pub fn bridge(
     let socket = openflow.socket(&bridge.name);
     let mut connection = Connection::open(&socket, &versions(bridge), until)?;
     let mut rules = small_tables(openflow, &mut connection, &bridge.name, until)?;
-    if (OF10 + 1..OF15).contains(&connection.version()) && versions(bridge).contains(&OF10) && !rules.groups.is_empty()
-    {
-        whole_groups(openflow, &socket, &mut rules, until)?;
-    }
+    let look = Look { openflow, daemon, bridge, socket: &socket, until };
+    groups::settle(&mut rules, || look.old_groups(), |questions| look.traces(questions))?;
     if let Some(known) = known {
         rules.flows.clone_from(&known.flows);
-        rules.untold.clone_from(&known.untold);
+        rules.untold.extend(known.untold.iter().filter(|untold| untold.kind == "flow").cloned());
         rules.messages.flows = known.messages.flows.clone();
         rules.messages.ends.clone_from(&known.messages.ends);
         return Ok(rules);
     }
-    let look = Look { openflow, daemon, bridge, socket: &socket, until };
     let mut found = look.flows(&mut connection)?;
     for _ in 1..COMPARISONS {
         if found.untold.is_empty() {
@@ -74,7 +77,8 @@ pub fn bridge(
         found.untold.retain(|rule| before.iter().any(|before| before.rule == rule.rule));
     }
     look.must_be_readable(&found.untold)?;
-    (rules.flows, rules.untold) = (found.texts, found.untold);
+    rules.flows = found.texts;
+    rules.untold.extend(found.untold);
     (rules.messages.flows, rules.messages.ends) = (Stream::new(found.messages), found.ends);
     Ok(rules)
 }
@@ -86,7 +90,7 @@ fn small_tables(
     bridge: &str,
     until: Instant,
 ) -> Result<BridgeRules> {
-    let unknown = |error: &HostError| UNKNOWN.iter().any(|word| error.cause.contains(word));
+    let unknown = |error: &HostError| UNKNOWN.iter().any(|word| error.cause.ends_with(word));
     let groups = match told::groups(connection, until) {
         Err(error) if connection.version() == OF10 && unknown(&error) => Vec::new(),
         groups => groups?,
@@ -109,9 +113,14 @@ fn small_tables(
         tlv_map: parse_tlv_map(&printed),
         ..BridgeRules::default()
     };
-    let told = [groups.len(), meters.len(), tlv_map.len()];
-    if told != [rules.groups.len(), rules.meters.len(), rules.tlv_map.len()] {
-        return Err(connection.error("ovs-ofctl cannot read its groups, meters or TLV map"));
+    let told = [
+        ("groups", groups.len(), rules.groups.len()),
+        ("meters", meters.len(), rules.meters.len()),
+        ("mappings of the TLV map", tlv_map.len(), rules.tlv_map.len()),
+    ];
+    if let Some((what, told, read)) = told.into_iter().find(|(_, told, read)| told != read) {
+        let cause = format!("it tells {told} {what}, of which the installed ovs-ofctl can read {read}");
+        return Err(connection.error(cause).remedy("install the version of Open vSwitch that runs"));
     }
     let stream = |messages: Vec<Vec<u8>>| Stream::new(messages.concat());
     let messages =
@@ -119,32 +128,7 @@ fn small_tables(
     Ok(BridgeRules { messages, ..rules })
 }
 
-/// OpenFlow 1.1 to 1.4 tell of a group neither how a bucket is selected nor the numbers of its buckets; 1.0, where it is
-/// an extension, tells both.
-fn whole_groups(openflow: &RealOpenFlow, socket: &Path, rules: &mut BridgeRules, until: Instant) -> Result<()> {
-    let Some(mut connection) = Connection::open_if_spoken(socket, &[OF10], until)? else { return Ok(()) };
-    let old = small_tables(openflow, &mut connection, &rules.bridge, until)?;
-    let mut whole = Vec::new();
-    for (text, message) in old.groups.iter().zip(old.messages.groups.each()) {
-        let same = rules.groups.iter_mut().find(|group| first_field(group) == first_field(text));
-        // It must mean the same in all else.
-        if let Some(group) = same.filter(|group| tells_more(text) && same_meaning("", group, text)) {
-            group.clone_from(text);
-            whole.extend_from_slice(message);
-        }
-    }
-    rules.messages.whole_groups = Stream::new(whole);
-    Ok(())
-}
-
-/// Is there something in a group that versions without it would make anew in another way? They count buckets from 0.
-fn tells_more(group: &str) -> bool {
-    let ids = group.split("bucket_id:").skip(1);
-    let ids = ids.map(|rest| rest.split([',', ' ']).next().and_then(|id| id.parse::<usize>().ok()));
-    group.contains("selection_method=") || ids.enumerate().any(|(at, id)| id != Some(at))
-}
-
-/// One look at the flows of a bridge.
+/// One look at a bridge.
 struct Look<'a> {
     openflow: &'a RealOpenFlow,
     daemon: &'a Daemon,
@@ -176,6 +160,30 @@ struct Telling {
 }
 
 impl Look<'_> {
+    /// Its groups in OpenFlow 1.0, where it speaks that.
+    fn old_groups(&self) -> Result<Option<BridgeRules>> {
+        if !versions(self.bridge).contains(&OF10) {
+            return Ok(None);
+        }
+        let connection = Connection::open_if_spoken(self.socket, &[OF10], self.until)?;
+        connection.map(|mut it| small_tables(self.openflow, &mut it, &self.bridge.name, self.until)).transpose()
+    }
+
+    /// What the daemon does to packets in groups. What it does not trace shows nothing.
+    fn traces(&self, questions: &[groups::Question]) -> Result<Vec<String>> {
+        let asked = questions
+            .iter()
+            .map(|(packet, group)| ("ofproto/trace-packet-out", serde_json::json!([self.bridge.name, packet, group])));
+        match unixctl::commands(self.daemon, &asked.collect::<Vec<_>>(), self.until) {
+            Err(error) if error.away || error.timed_out => Err(error),
+            Err(error) => {
+                tracing::warn!("tracing groups of bridge {}: {error}", self.bridge.name);
+                Ok(vec![String::new(); questions.len()])
+            }
+            answers => answers,
+        }
+    }
+
     fn flows(&self, connection: &mut Connection) -> Result<Found> {
         let highest = self.telling(connection, |_| true)?;
         // Asked afterwards: what went meanwhile is in neither, and what came is looked for again.
@@ -203,7 +211,11 @@ impl Look<'_> {
         let at_ms = monotonic_ms();
         told.retain(|told| Head::of(&told.message).is_some_and(|head| wanted(&head)));
         let printed = printed::flows(self.openflow, told.iter().map(|told| &*told.message), self.until)?;
-        Ok(Telling::new(connection.version(), at_ms, told, printed))
+        // Whose they are, their match says alone.
+        let undecoded = told.iter().enumerate().filter(|(at, _)| matches!(printed.get(*at), Printed::Not(_)));
+        let bare: Vec<Vec<u8>> = undecoded.map(|(_, told)| told::without_instructions(&told.message)).collect();
+        let bare = printed::flows(self.openflow, bare.iter().map(Vec::as_slice), self.until)?;
+        Ok(Telling::new(connection.version(), at_ms, told, printed, &bare))
     }
 
     /// Flows that the installed ovs-ofctl does not know are another matter than those that no version tells.
@@ -272,10 +284,17 @@ impl<'a> Choice<'a> {
 
     fn add(&mut self, mut telling: Telling) {
         let number = self.tellings.len();
-        for own in self.own.iter_mut().filter(|own| own.exact.is_none()) {
-            let (words, tag) = (actions(own.line), faithful::tag(own.line));
-            let is_it = |matched: &str, said: &str| said == words && faithful::tag(matched) == tag;
-            own.exact = telling.take(own.key, is_it).map(|at| (number, at));
+        // Of flows that share a key each gets first the one with its own option: another's would be told twice.
+        for with_options in [true, false] {
+            for own in self.own.iter_mut().filter(|own| own.exact.is_none()) {
+                let (words, tag) = (actions(own.line), faithful::tag(own.line));
+                let is_it = |matched: &str, said: &str| {
+                    said == words
+                        && faithful::tag(matched) == tag
+                        && (!with_options || faithful::same_options(own.line, matched))
+                };
+                own.exact = telling.take(own.key, is_it).map(|at| (number, at));
+            }
         }
         self.tellings.push(telling);
     }
@@ -326,12 +345,18 @@ impl<'a> Choice<'a> {
     fn alike(&mut self, own: &Own<'_>, beside: &Beside) -> Option<Taken> {
         let words = actions(own.line);
         let key = key(&faithful::own_flow(own.line));
+        let own_options = |matched: &str| faithful::same_options(own.line, matched);
         let same = |said: &str| said == words;
         let means_the_same = |said: &str| same_meaning(&key, words, said);
-        let ways: [&dyn Fn(&str) -> bool; 2] = [&same, &means_the_same];
+        let ways: [&dyn Fn(&str, &str) -> bool; 4] = [
+            &|matched, said| same(said) && own_options(matched),
+            &|matched, said| means_the_same(said) && own_options(matched),
+            &|_, said| same(said),
+            &|_, said| means_the_same(said),
+        ];
         let count = self.tellings.len();
         for (way, number) in ways.iter().flat_map(|way| (0..count).map(move |number| (way, number))) {
-            let at = self.tellings.get_mut(number).and_then(|telling| telling.take(own.key, |_, said| way(said)));
+            let at = self.tellings.get_mut(number).and_then(|telling| telling.take(own.key, way));
             let taken = at.and_then(|at| self.taken(own, number, at, beside));
             if taken.is_some() {
                 return taken;
@@ -347,12 +372,7 @@ impl<'a> Choice<'a> {
         let mut message = told.message.clone();
         // Flags are told from 1.3 on, importance from 1.4 on.
         if from.version < highest.version && highest.version >= OF13 {
-            let Head { table, priority, cookie, .. } = Head::of(&message)?;
-            let same = highest.free(own.key).collect::<Vec<_>>();
-            let (flags, importance) = match same[..] {
-                [at] => Head::of(&highest.told.get(at)?.message).map(|head| (head.flags, head.importance))?,
-                _ => beside.get(&(table, priority, cookie)).copied()??,
-            };
+            let (flags, importance) = highest.flags(own.key, &Head::of(&message)?, beside)?;
             // What must not overlap comes first, which rules of other versions do not.
             if flags & CHECK_OVERLAP != 0 || !set_flags(&mut message, flags, importance) {
                 return None;
@@ -393,28 +413,49 @@ impl<'a> Choice<'a> {
     /// Why no version's telling is taken, as the highest has it.
     fn reason(&self, own: &Own<'_>) -> String {
         let Some(highest) = self.tellings.first() else { return String::new() };
-        let version = name_of(highest.version).replacen("OpenFlow1", "OpenFlow 1.", 1);
+        let version = in_words(highest.version);
         let said = highest.of_key(own.key).next().map(|at| highest.printed.get(at));
-        if let Some(Printed::Flow { actions, .. }) = said {
-            return format!("{version} tells it as `actions={actions}`, which is another rule");
-        }
-        let place = faithful::place(own.line);
-        let here = |told: &Told| Head::of(&told.message).is_some_and(|head| (head.table, head.priority) == place);
-        let errors = highest.told.iter().enumerate().filter(|(_, told)| here(told));
-        let mut errors = errors.filter_map(|(at, _)| match highest.printed.get(at) {
-            Printed::Not(error) => Some(error),
-            Printed::Flow { .. } => None,
-        });
-        match errors.next() {
-            Some(error) => format!("{version} does not take what it tells: {error}"),
-            None => format!("{version} cannot tell its match"),
+        let told = match said {
+            Some(Printed::Flow { actions, .. }) => {
+                format!("{version} tells it as `actions={actions}`, which is another rule")
+            }
+            Some(Printed::Not(error)) => format!("{version} does not take what it tells: {error}"),
+            None => match highest.unreadable_at(faithful::place(own.line)) {
+                Some(error) => format!("{version} does not take what it tells: {error}"),
+                None => format!("{version} cannot tell its match"),
+            },
+        };
+        let words = actions(own.line);
+        let others = self.tellings.iter().skip(1);
+        let mut others = others.filter(|other| other.free(own.key).any(|at| other.says(at, words)));
+        match others.next() {
+            Some(other) => {
+                format!("{told}; {} tells it, and {}", in_words(other.version), highest.why_not_flags(own.key))
+            }
+            None => told,
         }
     }
 }
 
-/// Flags and importance by table, priority and cookie, of the flows that the highest version tells with other words; `None`
-/// where there are several.
-type Beside = HashMap<(u8, u16, u64), Option<(u16, u16)>>;
+/// Flags and importance of a flow.
+type Flags = (u16, u16);
+/// They, by their [`looks`], of the flows that the highest version tells with other words; `None` where there are several.
+type Beside = HashMap<Looks, Option<Flags>>;
+/// Table, priority, cookie and time-outs: what all versions tell alike.
+type Looks = (u8, u16, u64, u16, u16);
+
+fn looks(head: &Head) -> Looks {
+    (head.table, head.priority, head.cookie, head.idle_timeout, head.hard_timeout)
+}
+
+/// Those that all have. `reset_counts` changes nothing of a rule that is there, and 1.0 gives it to each: it does not count.
+fn in_common(mut all: impl Iterator<Item = Option<Flags>>) -> Option<Flags> {
+    let first = all.next()??;
+    let alike = |other: Option<Flags>| {
+        other.is_some_and(|other| (other.0 ^ first.0) & !RESET_COUNTS == 0 && other.1 == first.1)
+    };
+    all.all(alike).then_some(first)
+}
 
 /// A flow that can be put back.
 struct Taken {
@@ -424,10 +465,20 @@ struct Taken {
 }
 
 impl Telling {
-    fn new(version: u8, at_ms: u64, told: Vec<Told>, printed: printed::All) -> Self {
-        let hashed = |(at, told): (usize, &Told)| match (printed.get(at), Head::of(&told.message)) {
-            (Printed::Flow { matched, .. }, Some(head)) => Some((hash(&key(&printed::text(&head, matched, ""))), at)),
-            _ => None,
+    /// `bare` are those that ovs-ofctl cannot decode, in their order, without their instructions.
+    fn new(version: u8, at_ms: u64, told: Vec<Told>, printed: printed::All, bare: &printed::All) -> Self {
+        let mut undecoded = 0..;
+        let hashed = |(at, told): (usize, &Told)| {
+            let said = match printed.get(at) {
+                Printed::Not(_) => bare.get(undecoded.next()?),
+                said @ Printed::Flow { .. } => said,
+            };
+            match (said, Head::of(&told.message)) {
+                (Printed::Flow { matched, .. }, Some(head)) => {
+                    Some((hash(&key(&printed::text(&head, matched, ""))), at))
+                }
+                _ => None,
+            }
         };
         let mut by_key: Vec<(u64, usize)> = told.iter().enumerate().filter_map(hashed).collect();
         by_key.sort_unstable();
@@ -457,17 +508,53 @@ impl Telling {
         Some(at)
     }
 
+    /// Does it tell the flow in this place with these actions?
+    fn says(&self, at: usize, words: &str) -> bool {
+        matches!(self.printed.get(at), Printed::Flow { actions, .. } if actions == words)
+    }
+
+    fn flags_at(&self, at: usize) -> Option<Flags> {
+        Head::of(&self.told.get(at)?.message).map(|head| (head.flags, head.importance))
+    }
+
+    /// Those of the flow of this key; where that is not told, or several are meant, those of all that look as it does.
+    fn flags(&self, key: u64, head: &Head, beside: &Beside) -> Option<Flags> {
+        let of_key = in_common(self.free(key).map(|at| self.flags_at(at)));
+        of_key.or_else(|| beside.get(&looks(head)).copied()?)
+    }
+
     fn beside(&self) -> Beside {
         let mut beside = Beside::new();
         for (told, _) in self.told.iter().zip(&self.taken).filter(|(_, taken)| !**taken) {
             let Some(head) = Head::of(&told.message) else { continue };
-            let found = (head.flags, head.importance);
-            let known = beside.entry((head.table, head.priority, head.cookie)).or_insert(Some(found));
-            if *known != Some(found) {
-                *known = None;
-            }
+            let found = Some((head.flags, head.importance));
+            let known = beside.entry(looks(&head)).or_insert(found);
+            *known = in_common([*known, found].into_iter());
         }
         beside
+    }
+
+    /// Why a flow of this key cannot have its flags in another version.
+    fn why_not_flags(&self, key: u64) -> String {
+        let Some((flags, importance)) = in_common(self.free(key).map(|at| self.flags_at(at))) else {
+            return "which flags it has is not known".to_owned();
+        };
+        let mut names: Vec<String> = told::names_of(flags & !RESET_COUNTS).map(str::to_owned).collect();
+        names.extend((importance != 0).then(|| format!("importance={importance}")));
+        match names.is_empty() {
+            true => "not all that belongs to it".to_owned(),
+            false => format!("not its {}", names.join(", ")),
+        }
+    }
+
+    /// What ovs-ofctl says of the first flow of this table and priority that it cannot decode.
+    fn unreadable_at(&self, place: (u8, u16)) -> Option<&str> {
+        let here = |told: &Told| Head::of(&told.message).is_some_and(|head| (head.table, head.priority) == place);
+        let mut errors = self.told.iter().enumerate().filter(|(_, told)| here(told));
+        errors.find_map(|(at, _)| match self.printed.get(at) {
+            Printed::Not(error) => Some(error),
+            Printed::Flow { .. } => None,
+        })
     }
 }
 
@@ -508,20 +595,29 @@ mod tests {
     fn telling(version: u8, flows: &[Said<'_>]) -> Telling {
         let line = |(number, (_, said)): (usize, &Said<'_>)| match said {
             Ok((matched, actions)) => format!("NXT_FLOW_MOD (xid={number:#x}): ADD {matched} actions={actions}\n"),
-            Err(error) => format!("NXT_FLOW_MOD (xid={number:#x}): ***decode error: {error}***\n"),
+            Err(error) => {
+                let error = error.split(' ').next().unwrap();
+                format!("NXT_FLOW_MOD (xid={number:#x}): ***decode error: {error}***\n")
+            }
         };
         let said: String = flows.iter().enumerate().map(line).collect();
+        let undecoded = flows.iter().filter_map(|(_, said)| said.err()).enumerate();
+        let bare = undecoded.filter_map(|(number, error)| Some((number, error.split_once(' ')?.1)));
+        let bare =
+            bare.map(|(number, matched)| format!("NXT_FLOW_MOD (xid={number:#x}): ADD {matched} actions=drop\n"));
+        let bare = printed::All::new(bare.collect(), flows.len());
         let told: Vec<Told> = flows.iter().map(|(told, _)| told.clone()).collect();
         let printed = printed::All::new(said, told.len());
-        Telling::new(version, 1_000_000, told, printed)
+        Telling::new(version, 1_000_000, told, printed, &bare)
     }
 
+    /// Match and actions, or the error, and behind it the match where that alone can be read.
     type Said<'a> = (Told, std::result::Result<(&'a str, &'a str), &'a str>);
 
-    /// Of the daemon's own flows and what each version tells: the text and the version of what is taken, and what is not.
     /// Text and version.
     type Chosen = Vec<(String, u8)>;
 
+    /// Of the daemon's own flows and what each version tells: the text and the version of what is taken, and what is not.
     fn choose(own: &[&str], tellings: &[(u8, &[Said<'_>])]) -> (Chosen, Vec<String>, BTreeMap<usize, u64>) {
         let mut tellings = tellings.iter().map(|(version, flows)| telling(*version, flows));
         let own = own.join("\n");
@@ -623,7 +719,43 @@ mod tests {
             assert_eq!(choose(&own, &[(OF15, &told(flags)), (OF10, &old)]).1.len(), 1);
         }
         let two = [told(0), told(1)].concat();
-        assert_eq!(choose(&own, &[(OF15, &two), (OF10, &old)]).1.len(), 1);
+        let untold = choose(&own, &[(OF15, &two), (OF10, &old)]).1;
+        assert!(untold[0].ends_with("; OpenFlow 1.0 tells it, and which flags it has is not known"), "{untold:?}");
+        // What 1.0 gives to each says nothing.
+        let two = [told(1), told(1 | 4)].concat();
+        assert_eq!(choose(&own, &[(OF15, &two), (OF10, &old)]).0.len(), 1);
+    }
+
+    #[test]
+    fn flags_are_those_of_the_flow_with_the_same_match() {
+        let own = ["priority=5,in_port=2 actions=strip_vlan", "priority=5,in_port=3 actions=strip_vlan"];
+        let old: [Said<'_>; 2] = [
+            (plain(OF10), Ok(("priority=5,in_port=2", "strip_vlan"))),
+            (plain(OF10), Ok(("priority=5,in_port=3", "strip_vlan"))),
+        ];
+        let told = |flags, matched| (told(OF15, 5, flags, 0, 0, None), Err(matched));
+        let highest = [told(1, "E priority=5,in_port=3"), told(8, "E"), told(4, "E priority=5,in_port=2")];
+        let (taken, untold, _) = choose(&own, &[(OF15, &highest), (OF10, &old)]);
+        let texts: Vec<&str> = taken.iter().map(|(text, _)| text.as_str()).collect();
+        assert_eq!(texts, [own[0], "send_flow_rem,priority=5,in_port=3 actions=strip_vlan"], "{untold:?}");
+        let highest = [told(8, "E priority=5,in_port=3"), told(4, "E priority=5,in_port=2")];
+        let untold = choose(&own, &[(OF15, &highest), (OF10, &old)]).1;
+        assert!(untold[0].contains("in_port=3") && untold[0].ends_with("and not its no_packet_counts"), "{untold:?}");
+    }
+
+    #[test]
+    fn flows_that_differ_in_a_tunnel_option_alone_come_back_each_once() {
+        let own = ["priority=5,tun_metadata0=0x2 actions=drop", "priority=5,tun_metadata0=0x1 actions=drop"];
+        // The highest cannot decode one of them.
+        let highest: [Said<'_>; 2] =
+            [(plain(OF15), Ok(("priority=5,tun_metadata0=0x1", "drop"))), (plain(OF15), Err("OFPBAC_X"))];
+        let old: [Said<'_>; 2] = [
+            (plain(OF10), Ok(("priority=5,tun_metadata0=0x1", "drop"))),
+            (plain(OF10), Ok(("priority=5,tun_metadata0=0x2", "drop"))),
+        ];
+        let (mut taken, untold, _) = choose(&own, &[(OF15, &highest), (OF10, &old)]);
+        taken.sort();
+        assert_eq!((taken[0].0.as_str(), taken[1].0.as_str()), (own[1], own[0]), "{untold:?}");
     }
 
     #[test]
@@ -638,17 +770,6 @@ mod tests {
         assert_eq!(ends(&[(OF15, &highest), (OF10, &changed)]), BTreeMap::from([(0, 1_053_000)]));
         let unchanged = flow(OF10, 20_500, Some(20));
         assert_eq!(ends(&[(OF15, &highest), (OF10, &unchanged)]), BTreeMap::from([(0, 1_039_500)]));
-    }
-
-    #[test]
-    fn a_group_is_told_whole_where_its_buckets_are_not_counted_or_not_selected_as_usual() {
-        // As `ovs-ofctl dump-groups` of OVS 3.1.0 prints them, over OpenFlow 1.0.
-        let plain = "group_id=5,type=all,bucket=bucket_id:0,actions=output:1,bucket=bucket_id:1,actions=output:2";
-        assert!(!tells_more(plain) && !tells_more("group_id=7,type=all"));
-        assert!(tells_more(&plain.replace("bucket_id:1", "bucket_id:7")));
-        assert!(tells_more(
-            "group_id=3,type=select,selection_method=hash,bucket=bucket_id:0,weight:5,actions=output:1"
-        ));
     }
 
     #[test]
