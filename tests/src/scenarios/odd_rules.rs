@@ -27,9 +27,10 @@ pub const WHOLE: OddRules = OddRules { whole: true };
 pub const SAMPLE: OddRules = OddRules { whole: false };
 
 /// Before a run, in the midst of one, and on each of its ways out.
-const SAMPLED: [&str; 6] = [
+const SAMPLED: [&str; 7] = [
     "rules of OpenFlow 1.0",
     "rules of OpenFlow 1.0 on a bridge of 1.3 alone",
+    "groups of OpenFlow 1.0",
     "added while the run stands by",
     "a table that is too full",
     "a table that is too full, on the way back",
@@ -107,6 +108,44 @@ const CASES: &[Case] = &[
         prepare: ONLY_13,
         named: &["bridge br13", "in_port=77", "in_port=78", "vlan_tci=0x3000/0x3000", "in_port=80", "OFPBAC_MATCH_INCONSISTENT"],
         checked: true,
+        tidy: "ovs-vsctl del-br br13",
+        ..BASE
+    },
+    Case {
+        name: "flags of rules that look alike",
+        prepare: "ovs-ofctl -O OpenFlow13 add-flow br0 'cookie=0x777,priority=5,in_port=90,actions=load:5->NXM_NX_REG0[]'; \
+                  ovs-ofctl add-flow br0 cookie=0x777,priority=5,in_port=91,actions=strip_vlan; \
+                  ovs-ofctl add-flow br0 cookie=0x777,priority=5,in_port=92,send_flow_rem,actions=strip_vlan",
+        exit: 0,
+        ..BASE
+    },
+    Case {
+        name: "groups of OpenFlow 1.0",
+        prepare: "g() { ovs-ofctl \"$@\" || exit 1; }; g add-group br0 'group_id=771,type=all,bucket=mod_vlan_vid:10,output:2'; \
+                  g -O OpenFlow13 add-group br0 'group_id=772,type=all,bucket=push_vlan:0x8100,set_field:4106->vlan_vid,output:2'; \
+                  g add-group br0 'group_id=773,type=select,bucket=weight=1,mod_vlan_vid:10,output:2,bucket=weight=1,mod_vlan_vid:11,output:3'; \
+                  g add-group br0 'group_id=774,type=ff,bucket=watch_port:1,mod_vlan_vid:12,output:2,bucket=watch_port:2,mod_vlan_vid:13,output:3'; \
+                  g add-flow br0 cookie=0x777,priority=5,in_port=77,actions=group:771,group:772",
+        exit: 0,
+        named: &["bridge br0", "group_id=774"],
+        tidy: "ovs-ofctl del-flows br0 cookie=0x777/-1; for g in 771 772 773 774; do ovs-ofctl del-groups br0 group_id=$g; done",
+        ..BASE
+    },
+    Case {
+        name: "a group of OpenFlow 1.0 on a bridge of 1.3 alone",
+        prepare: "ovs-vsctl add-br br13; ovs-ofctl del-flows br13; \
+                  ovs-ofctl add-group br13 'group_id=771,type=all,bucket=mod_vlan_vid:10,output:2'; \
+                  ovs-vsctl set bridge br13 protocols=OpenFlow13",
+        named: &["bridge br13", "group_id=771", "tells its mod_vlan_vid as push_vlan"],
+        checked: true,
+        tidy: "ovs-vsctl del-br br13",
+        ..BASE
+    },
+    Case {
+        name: "how a group of OpenFlow 1.0 selects",
+        prepare: "ovs-vsctl add-br br13 -- set bridge br13 protocols=OpenFlow10,OpenFlow13; ovs-ofctl del-flows br13; \
+                  ovs-ofctl add-group br13 'group_id=771,type=select,selection_method=hash,bucket=bucket_id=1,weight=1,mod_vlan_vid:10,output:2'",
+        exit: 0,
         tidy: "ovs-vsctl del-br br13",
         ..BASE
     },
@@ -290,7 +329,10 @@ fn rules(bridges: &[String]) -> Vec<String> {
         // In the daemon's own words: OpenFlow cannot tell, for example, whether a tag is pushed.
         let own = shell_lenient(&format!(
             "timeout 60 ovs-appctl bridge/dump-flows {bridge} | sed 's/duration=[^ ]* n_packets=[^ ]* n_bytes=[^ ]* //'; \
-             timeout 60 ovs-ofctl dump-groups {bridge} 2> /dev/null | grep group_id="
+             timeout 60 ovs-ofctl dump-groups {bridge} 2> /dev/null | grep group_id= | while read -r group; do \
+             echo \"$group\"; group=${{group%%,*}}; timeout 60 ovs-appctl ofproto/trace-packet-out {bridge} \
+             in_port=LOCAL,dp_hash=1,tcp,nw_ttl=64 group:${{group#*=}} < /dev/null | grep -E 'bucket|vlan|actions:' | \
+             sed \"s/^/$group: /\"; done"
         ));
         all.extend(own.lines().map(|line| format!("{bridge} itself: {}", line.trim().replace("table_id=", "table="))));
     }

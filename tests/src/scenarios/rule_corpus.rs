@@ -55,7 +55,8 @@ impl Custom for RuleCorpus {
         let ends = timed()?;
         let before = Seen::now()?;
         before.write(&out.join("before"))?;
-        outcome.check("there is much to be kept", before.flows.len() > FLOOR, before.flows.len());
+        let count = [before.flows.len(), before.heads.len()];
+        outcome.check("there is much to be kept", count.iter().all(|count| *count > FLOOR), json!(count));
         let report = meanwhile::restart(&[], out, outcome, |_, _| Ok(()))?;
         let after = Seen::now()?;
         after.write(&out.join("after"))?;
@@ -166,6 +167,7 @@ fn ended_in_time(ends: &BTreeMap<&'static str, Instant>, outcome: &mut Outcome) 
 /// What there is.
 struct Seen {
     flows: Vec<String>,
+    heads: Vec<String>,
     small: Vec<String>,
     traces: Vec<String>,
 }
@@ -191,6 +193,12 @@ impl Seen {
             }
             small.extend(lines);
         }
+        // The daemon's own words have no cookie, flags, importance and time-outs. What is left of a `hard_timeout` is
+        // another matter, and `reset_counts` says nothing of a rule that is there.
+        let told = shell("ovs-ofctl -O OpenFlow15 --no-stats dump-flows br0")?;
+        let lines = told.lines().filter(|line| line.contains("actions=") && !is_timed(line));
+        let mut heads: Vec<String> = lines.map(|line| line.trim().replace("reset_counts ", "")).collect();
+        heads.sort();
         let mut traces = Vec::new();
         for table in MATCH_VERSIONS.into_iter().chain(VERSIONS.map(|version| version + ACTION_TABLES)) {
             for packet in PACKETS {
@@ -199,12 +207,13 @@ impl Seen {
                 traces.push(format!("{flow}\n{}", without_counts(&trace)));
             }
         }
-        Ok(Seen { flows, small, traces })
+        Ok(Seen { flows, heads, small, traces })
     }
 
     fn write(&self, folder: &Path) -> Result<()> {
         fs::create_dir_all(folder)?;
-        for (name, lines) in [("flows", &self.flows), ("small", &self.small), ("traces", &self.traces)] {
+        let kinds = [("flows", &self.flows), ("heads", &self.heads), ("small", &self.small), ("traces", &self.traces)];
+        for (name, lines) in kinds {
             fs::write(folder.join(name), lines.join("\n"))?;
         }
         Ok(())
@@ -213,6 +222,7 @@ impl Seen {
     fn compare(&self, after: &Seen, outcome: &mut Outcome) {
         let kinds = [
             ("every flow is in the daemon's words what it was", &self.flows, &after.flows),
+            ("cookies, flags, importance and idle time-outs are what they were", &self.heads, &after.heads),
             ("groups, meters and TLV map are what they were", &self.small, &after.small),
             ("packets are traced as they were", &self.traces, &after.traces),
         ];
@@ -222,6 +232,11 @@ impl Seen {
             outcome.check(what, before == after, json!([missing, new]));
         }
     }
+}
+
+/// Has the rule a `hard_timeout`? What is in its actions is about other rules.
+fn is_timed(rule: &str) -> bool {
+    rule.split("actions=").next().is_some_and(|head| head.contains("hard_timeout="))
 }
 
 /// A trace's lines but those that say how often.
