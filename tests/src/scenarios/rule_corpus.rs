@@ -186,11 +186,10 @@ impl Seen {
         let mut small = Vec::new();
         for dump in ["-O OpenFlow15 dump-groups", "-O OpenFlow13 dump-meters", "dump-tlv-map"] {
             let told = shell(&format!("ovs-ofctl {dump} br0"))?;
+            // A meter's bands are lines of their own, behind it; the daemon tells meters in any order.
+            let told = told.replace("\ntype=", " type=");
             let mut lines: Vec<String> = told.lines().skip(1).map(|line| line.trim().to_owned()).collect();
-            // A meter's bands are lines of their own, behind it.
-            if !dump.contains("meters") {
-                lines.sort();
-            }
+            lines.sort();
             small.extend(lines);
         }
         // The daemon's own words have no cookie, flags, importance and time-outs. What is left of a `hard_timeout` is
