@@ -319,7 +319,11 @@ fn judge(case: &Case, report: &Value, before: &Seen, after: &Seen, outcome: &mut
 fn rules(bridges: &[String]) -> Vec<String> {
     let mut all = Vec::new();
     for bridge in bridges {
-        let dump = format!("timeout 60 ovs-ofctl --no-stats dump-flows {bridge} 2> /dev/null || timeout 60 ovs-ofctl -O OpenFlow11 --no-stats dump-flows {bridge}");
+        // By the first of these versions that the bridge speaks; only later ones tell `reset_counts`.
+        let dump = format!(
+            "for v in 10 11 12 13 14 15; do timeout 60 ovs-ofctl -O OpenFlow$v --no-stats dump-flows {bridge} \
+             2> /dev/null && break; done | sed 's/reset_counts //'"
+        );
         all.extend(
             shell_lenient(&dump)
                 .lines()
