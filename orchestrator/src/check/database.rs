@@ -7,6 +7,10 @@ use crate::report::{Findings, Name};
 /// For what no run keeps.
 const PLAIN: &str = "none: an ordinary restart, in a maintenance window, is `ovs-graceful restart --plain`";
 
+/// The ways in which a bond gives each flow a link of its own; without a word all flows take one (`bond_mode_from_string`,
+/// ofproto/bond.c).
+const SPREADS: [&str; 2] = ["balance-slb", "balance-tcp"];
+
 /// Looks at what the database says of this host.
 pub(super) fn look(facts: &DatabaseFacts, found: &mut Findings) {
     let mut odd = Findings::default();
@@ -69,8 +73,13 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
         let cause = format!("{name} is on: after a restart its ports listen for about 30 s");
         found.refuse(Name::SpanningTree, &object, cause, PLAIN);
     }
+    controllers(bridge, found);
     for port in &bridge.ports {
         let object = format!("{object}, port {}", port.name);
+        if port.interfaces.len() > 1 && port.bond_mode.as_deref().is_some_and(|mode| SPREADS.contains(&mode)) {
+            let cause = "flows may go by another link after the restart: which link each takes is chosen anew";
+            found.warn(Name::Bond, &object, cause, "none: each flow stays whole on its new link");
+        }
         if port.lacp.is_some() {
             found.warn(
                 Name::Lacp,
@@ -81,9 +90,15 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
         }
         for interface in &port.interfaces {
             let object = format!("{object}, interface {}", interface.name);
+            if interface.lldp {
+                let cause =
+                    "LLDP forgets its neighbours, which are there again with their next frames, after 30 s or so";
+                found.warn(Name::Lldp, &object, cause, "none: pause what acts on it for the time of the run");
+            }
             for (on, name, word) in [(interface.bfd, Name::Bfd, "BFD"), (interface.cfm, Name::Cfm, "CFM")] {
                 if on {
-                    let cause = format!("{word} starts again in state Down");
+                    let cause =
+                        format!("{word} starts again in state Down, and whatever was forced by hand is forgotten");
                     found.warn(name, &object, cause, "none: pause what acts on it for the time of the run");
                 }
             }
@@ -92,7 +107,8 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
     if bridge.sflow {
         found.warn(Name::Sampling, &object, "sFlow takes no sample of the packets of the gap", "none");
     }
-    for (on, name) in [(bridge.ipfix, "IPFIX"), (bridge.netflow, "NetFlow")] {
+    let of_flows = "IPFIX (of single flows, Flow_Sample_Collector_Set)";
+    for (on, name) in [(bridge.ipfix, "IPFIX"), (bridge.flow_ipfix, of_flows), (bridge.netflow, "NetFlow")] {
         if on {
             let cause = format!(
                 "the {name} records that the old ovs-vswitchd has not exported yet are lost with it (those of an active \
@@ -100,6 +116,23 @@ fn bridge(bridge: &Bridge, found: &mut Findings) {
             );
             found.warn(Name::Sampling, &object, cause, "none");
         }
+    }
+}
+
+/// What a bridge has agreed upon with its controllers, or does because none is there.
+fn controllers(bridge: &Bridge, found: &mut Findings) {
+    let object = format!("bridge {}", bridge.name);
+    for target in &bridge.ranked {
+        let cause = format!("controller {target} is primary or secondary, and begins as equal after the restart");
+        found.warn(Name::Controller, &object, cause, "none: a controller asks for its role when it connects again");
+    }
+    // Whatever is not `secure` is standalone (`bridge_configure_remotes`, vswitchd/bridge.c).
+    if !bridge.controllers.is_empty() && bridge.connected.is_empty() && bridge.fail_mode != "secure" {
+        let cause = "it forwards by itself, since none of its controllers answers (fail-open): after the restart it \
+                     forwards nothing until they have been waited for, about 15 s";
+        let remedy =
+            format!("see why none answers; or, if none is wanted: `ovs-vsctl del-controller '{}'`", bridge.name);
+        found.warn(Name::Controller, &object, cause, &remedy);
     }
 }
 
@@ -162,20 +195,58 @@ mod tests {
 
     #[test]
     fn what_is_outside_the_promise_is_named_by_interface() {
-        let interface = Interface { name: "e0".into(), bfd: true, cfm: true, ..Interface::default() };
-        let port =
-            Port { name: "bond0".into(), lacp: Some("active".into()), interfaces: vec![interface], ..Port::default() };
+        let interface = Interface { name: "e0".into(), bfd: true, cfm: true, lldp: true, ..Interface::default() };
+        let port = Port {
+            name: "bond0".into(),
+            lacp: Some("active".into()),
+            bond_mode: Some("balance-tcp".into()),
+            interfaces: vec![interface, Interface::default()],
+            ..Port::default()
+        };
         let bridge = Bridge { name: "br0".into(), ports: vec![port], ipfix: true, ..Bridge::default() };
         let found = look(&DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() });
         let seen: Vec<_> = found.iter().map(|f| (f.name.word(), f.severity, f.object.as_str())).collect();
         assert_eq!(
             seen,
             [
+                ("bond", Severity::Warning, "bridge br0, port bond0"),
                 ("lacp", Severity::Warning, "bridge br0, port bond0"),
+                ("lldp", Severity::Warning, "bridge br0, port bond0, interface e0"),
                 ("bfd", Severity::Warning, "bridge br0, port bond0, interface e0"),
                 ("cfm", Severity::Warning, "bridge br0, port bond0, interface e0"),
                 ("sampling", Severity::Warning, "bridge br0"),
             ]
         );
+    }
+    #[test]
+    fn a_bridge_without_its_controllers_and_one_with_ranked_ones_are_warned_of() {
+        let judged = |bridge: Bridge| names(&DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() });
+        let one = || vec!["tcp:192.0.2.1".to_owned()];
+        let alone = || Bridge { controllers: one(), ..Bridge::default() };
+        assert_eq!(judged(alone()), [(Name::Controller, Severity::Warning)]);
+        let fine = [(Name::Bridges, Severity::Ok)];
+        assert_eq!(judged(Bridge { fail_mode: "secure".into(), ..alone() }), fine);
+        assert_eq!(judged(Bridge { connected: one(), ..alone() }), fine);
+        let ranked = Bridge { connected: one(), ranked: one(), ..alone() };
+        assert_eq!(judged(ranked), [(Name::Controller, Severity::Warning)]);
+    }
+
+    #[test]
+    fn a_bond_that_does_not_spread_and_one_link_are_fine() {
+        let two = || vec![Interface::default(), Interface::default()];
+        let mode = |mode: &str| Port { bond_mode: Some(mode.into()), interfaces: two(), ..Port::default() };
+        let one = Port { interfaces: vec![Interface::default()], ..mode("balance-slb") };
+        for port in [mode("active-backup"), Port { interfaces: two(), ..Port::default() }, one] {
+            let bridge = Bridge { ports: vec![port], ..Bridge::default() };
+            let facts = DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() };
+            assert_eq!(names(&facts), [(Name::Bridges, Severity::Ok)]);
+        }
+    }
+
+    #[test]
+    fn ipfix_of_single_flows_is_warned_of() {
+        let bridge = Bridge { flow_ipfix: true, ..Bridge::default() };
+        let facts = DatabaseFacts { bridges: vec![bridge], ..DatabaseFacts::default() };
+        assert_eq!(names(&facts), [(Name::Sampling, Severity::Warning)]);
     }
 }

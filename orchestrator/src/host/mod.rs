@@ -280,6 +280,9 @@ pub struct Interface {
     pub bfd: bool,
     /// True where CFM is enabled on it.
     pub cfm: bool,
+    /// True where LLDP is enabled on it.
+    #[serde(default)]
+    pub lldp: bool,
     /// True where ovs-vswitchd polices what it receives, by an ingress qdisc of its own.
     #[serde(default)]
     pub policed: bool,
@@ -313,6 +316,9 @@ pub struct Port {
     pub vlan_mode: Option<String>,
     /// `active` or `passive` where LACP is on.
     pub lacp: Option<String>,
+    /// How a bond spreads its traffic, where that is set.
+    #[serde(default)]
+    pub bond_mode: Option<String>,
     /// Its QoS, where it has one.
     #[serde(default)]
     pub qos: Option<Qos>,
@@ -336,6 +342,9 @@ pub struct Bridge {
     /// Of them, those that the daemon was connected to, by its own word (up to 5 s old).
     #[serde(default)]
     pub connected: Vec<String>,
+    /// Of them, those that are primary or secondary, by their role.
+    #[serde(default)]
+    pub ranked: Vec<String>,
     /// It snoops on multicast memberships.
     #[serde(default)]
     pub snoops: bool,
@@ -351,6 +360,9 @@ pub struct Bridge {
     pub sflow: bool,
     /// It exports IPFIX.
     pub ipfix: bool,
+    /// It exports IPFIX of single flows.
+    #[serde(default)]
+    pub flow_ipfix: bool,
     /// Its ports.
     pub ports: Vec<Port>,
 }

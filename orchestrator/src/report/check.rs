@@ -121,6 +121,16 @@ names! {
     Cfm = "cfm",
     /// sFlow, IPFIX and NetFlow.
     Sampling = "sampling",
+    /// What a bridge has agreed upon with its controllers, or does because there are none.
+    Controller = "controller",
+    /// A bond whose flows may change links.
+    Bond = "bond",
+    /// LLDP.
+    Lldp = "lldp",
+    /// What was set in ovs-vswitchd at run time, or on its command line alone.
+    OvsVswitchd = "ovs-vswitchd",
+    /// Sockets whose mode or owner was changed.
+    Sockets = "sockets",
     /// The service manager.
     Systemd = "systemd",
     /// A stop of the machine.

@@ -128,6 +128,33 @@ const GROUPS: &[Group] = &[
                 Remedy::Nothing("ovs-vsctl clear bridge br0 netflow"),
             ),
             warned(
+                "controller",
+                "ovs-vsctl set-controller brx tcp:127.0.0.1:7",
+                Remedy::Typed,
+            ),
+            warned(
+                "bond",
+                "ovs-vsctl add-bond brx bondx x-one x-two bond_mode=balance-slb -- set interface x-one type=internal \
+                    -- set interface x-two type=internal",
+                Remedy::Nothing("ovs-vsctl del-port brx bondx"),
+            ),
+            warned(
+                "lldp",
+                "ovs-vsctl set interface v-ns1 lldp:enable=true",
+                Remedy::Nothing("ovs-vsctl clear interface v-ns1 lldp"),
+            ),
+            // CFM is on there by now.
+            warned(
+                "ovs-vswitchd",
+                "ovs-appctl cfm/set-fault v-ns2 true; ovs-appctl upcall/disable-ufid",
+                Remedy::Nothing("ovs-appctl cfm/set-fault v-ns2 normal; ovs-appctl upcall/enable-ufid"),
+            ),
+            warned(
+                "sockets",
+                "stat -c %a /run/openvswitch/br0.mgmt > /run/lab-mode; chmod 0777 /run/openvswitch/br0.mgmt",
+                Remedy::Nothing("chmod $(cat /run/lab-mode) /run/openvswitch/br0.mgmt"),
+            ),
+            warned(
                 "hard-timeout",
                 "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop; \
                  ovs-vsctl set bridge br0 protocols=OpenFlow13",

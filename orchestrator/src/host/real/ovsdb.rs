@@ -560,7 +560,7 @@ const WANTED: &[(&str, &[&str])] = &[
             "ports",
         ],
     ),
-    ("Port", &["name", "tag", "trunks", "cvlans", "vlan_mode", "lacp", "qos", "interfaces"]),
+    ("Port", &["name", "tag", "trunks", "cvlans", "vlan_mode", "lacp", "bond_mode", "qos", "interfaces"]),
     ("QoS", &["type", "queues"]),
     (
         "Interface",
@@ -571,12 +571,14 @@ const WANTED: &[(&str, &[&str])] = &[
             "options",
             "bfd",
             "cfm_mpid",
+            "lldp",
             "ingress_policing_rate",
             "ingress_policing_kpkts_rate",
             "mtu_request",
         ],
     ),
-    ("Controller", &["target", "is_connected"]),
+    ("Controller", &["target", "is_connected", "role"]),
+    ("Flow_Sample_Collector_Set", &["bridge", "ipfix"]),
     // Schema 8.2.0 (OVS 2.13) and later; the limits 8.5.0 (OVS 3.3).
     ("Datapath", &["ct_zones", "ct_zone_default_limit"]),
     ("CT_Zone", &["timeout_policy", "limit"]),
@@ -662,6 +664,12 @@ impl Tables {
                 .filter(|row| row["is_connected"] == true)
                 .map(|row| string(&row["target"]))
                 .collect(),
+            // Their names in the schema, which has kept them.
+            ranked: controllers
+                .iter()
+                .filter(|row| ["master", "slave"].contains(&string(&row["role"]).as_str()))
+                .map(|row| string(&row["target"]))
+                .collect(),
             snoops: row["mcast_snooping_enable"] == json!(true),
             stp: row["stp_enable"] == json!(true),
             rstp: row["rstp_enable"] == json!(true),
@@ -669,6 +677,9 @@ impl Tables {
             netflow: !set(&row["netflow"]).is_empty(),
             sflow: !set(&row["sflow"]).is_empty(),
             ipfix: !set(&row["ipfix"]).is_empty(),
+            flow_ipfix: self
+                .rows("Flow_Sample_Collector_Set")
+                .any(|one| one["bridge"] == row["_uuid"] && !set(&one["ipfix"]).is_empty()),
             ports: self.referred("Port", &row["ports"]).map(|port| self.port(port)).collect(),
         }
     }
@@ -682,6 +693,7 @@ impl Tables {
             cvlans: set(&row["cvlans"]).into_iter().filter_map(Value::as_i64).collect(),
             vlan_mode: word("vlan_mode"),
             lacp: word("lacp").filter(|mode| mode != "off"),
+            bond_mode: word("bond_mode"),
             qos: self.referred("QoS", &row["qos"]).next().map(qos),
             interfaces: self.referred("Interface", &row["interfaces"]).map(interface).collect(),
         }
@@ -701,6 +713,7 @@ fn interface(row: &Value) -> Interface {
         dst_port: map(&row["options"]).remove("dst_port"),
         bfd: map(&row["bfd"]).get("enable").is_some_and(|v| v == "true"),
         cfm: row["cfm_mpid"].is_i64(),
+        lldp: map(&row["lldp"]).get("enable").is_some_and(|v| v == "true"),
         policed: ["ingress_policing_rate", "ingress_policing_kpkts_rate"]
             .iter()
             .any(|column| row[*column].as_i64().is_some_and(|rate| rate > 0)),
@@ -950,19 +963,30 @@ mod tests {
     #[test]
     fn a_bridge_is_put_together_from_its_rows() {
         let tables = Tables(BTreeMap::from([
-            ("Controller", BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4", "is_connected": true}))])),
+            (
+                "Controller",
+                BTreeMap::from([row("c", json!({"target": "tcp:1.2.3.4", "is_connected": true, "role": "slave"}))]),
+            ),
+            (
+                "Flow_Sample_Collector_Set",
+                BTreeMap::from([row("s", json!({"bridge": ["uuid", "b"], "ipfix": ["uuid", "x"]}))]),
+            ),
             (
                 "Port",
                 BTreeMap::from([row(
                     "p",
-                    json!({"name": "bond0", "lacp": "active", "tag": 5, "trunks": ["set", []],
+                    json!({"name": "bond0", "lacp": "active", "bond_mode": "balance-tcp", "tag": 5, "trunks": ["set", []],
                         "interfaces": ["set", [["uuid", "i"], ["uuid", "j"], ["uuid", "gone"]]]}),
                 )]),
             ),
             (
                 "Interface",
                 BTreeMap::from([
-                    row("i", json!({"name": "e0", "type": "", "ofport": 1, "bfd": ["map", [["enable", "true"]]]})),
+                    row(
+                        "i",
+                        json!({"name": "e0", "type": "", "ofport": 1, "bfd": ["map", [["enable", "true"]]],
+                        "lldp": ["map", [["enable", "true"]]]}),
+                    ),
                     row(
                         "j",
                         json!({"name": "e1", "type": "vxlan", "ofport": ["set", []], "cfm_mpid": 7,
@@ -971,14 +995,21 @@ mod tests {
                 ]),
             ),
         ]));
-        let bridge = tables.bridge(&json!({"name": "br0", "datapath_type": "netdev", "protocols": "OpenFlow13",
-            "controller": ["uuid", "c"], "ports": ["uuid", "p"], "stp_enable": true, "fail_mode": ["set", []]}));
+        let bridge = tables.bridge(
+            &json!({"_uuid": ["uuid", "b"], "name": "br0", "datapath_type": "netdev", "protocols": "OpenFlow13",
+            "controller": ["uuid", "c"], "ports": ["uuid", "p"], "stp_enable": true, "fail_mode": ["set", []]}),
+        );
         assert_eq!((&bridge.controllers, &bridge.connected), (&vec!["tcp:1.2.3.4".to_owned()], &bridge.controllers));
+        assert_eq!(bridge.ranked, bridge.controllers);
+        assert!(bridge.flow_ipfix && !bridge.ipfix);
         assert_eq!(bridge.protocols, ["OpenFlow13"]);
         assert!(bridge.stp && !bridge.rstp && bridge.fail_mode.is_empty());
         let port = &bridge.ports[0];
         assert_eq!((port.tag, port.lacp.as_deref(), port.interfaces.len()), (Some(5), Some("active"), 2));
         assert!(port.interfaces[0].bfd && !port.interfaces[0].cfm && port.interfaces[1].cfm);
+        assert!(
+            port.interfaces[0].lldp && !port.interfaces[1].lldp && port.bond_mode.as_deref() == Some("balance-tcp")
+        );
         assert_eq!((port.interfaces[0].ofport, port.interfaces[1].ofport), (Some(1), None));
     }
 }

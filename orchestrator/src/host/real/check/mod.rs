@@ -2,10 +2,12 @@
 
 mod daemons;
 mod disks;
+mod options;
 mod programs;
 mod schema;
 mod server;
 mod services;
+mod sockets;
 mod switch;
 
 use std::time::Instant;
@@ -42,6 +44,8 @@ pub fn findings(
     if let Some(facts) = known.facts {
         switch::look(daemons, &vswitchd, facts, until, &mut found);
     }
+    let replaced = Some(&server).filter(|server| options.replace_ovsdb && !server.contained);
+    sockets::look(&vswitchd, replaced, known.facts, &mut found);
     services::look(services, &vswitchd, &server, options, until, &mut found);
     limits::look(&vswitchd, options, &mut found);
     found.into_inner()

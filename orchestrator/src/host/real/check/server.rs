@@ -1,9 +1,8 @@
 //! What a run could not give the next ovsdb-server back.
 
-use std::collections::BTreeSet;
-use std::fs;
 use std::time::Instant;
 
+use super::options;
 use crate::check::refuse;
 use crate::host::kept::{printable, Given, ServerState};
 use crate::host::real::assemble::DATABASE_SOCKET;
@@ -88,35 +87,19 @@ fn judge(server: &Daemon, state: &ServerState, options: &CheckOptions, found: &m
 
 /// What stands on its command line, and not in its unit.
 fn judge_options(server: &Daemon, unit: &Unit, found: &mut Findings) {
-    for word in of_its_own(server, &texts(unit)).iter().map(|word| printable(word)) {
+    for word in of_its_own(server, &options::texts(unit)).iter().map(|word| printable(word)) {
         let cause = format!("ovsdb-server (pid {}) runs with {word}, which this unit does not have", server.id.pid);
         found.warn(Name::OvsdbServer, &unit.name, cause, KEPT_BY_UNIT);
     }
 }
 
-/// Everything in which a unit can say how it starts its daemon.
-fn texts(unit: &Unit) -> String {
-    let files = unit.environment_files.iter().chain(&unit.fragment).chain(&unit.drop_ins);
-    let files = files.filter_map(|path| fs::read_to_string(path).ok());
-    let lines = files.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
-    let lines = lines.filter(|line| !line.trim_start().starts_with(['#', ';']));
-    lines.chain(unit.exec_start.iter().cloned()).collect::<Vec<_>>().join("\n")
-}
-
 /// The options and files of the command line that ovs-ctl does not give of itself and that `texts` do not have.
 fn of_its_own(server: &Daemon, texts: &str) -> Vec<String> {
-    let words: BTreeSet<&str> = texts.split(|c: char| c.is_whitespace() || "=\"'".contains(c)).collect();
-    let is_said = |word: &str| words.contains(word) || word.rsplit('/').next().is_some_and(|name| words.contains(name));
-    let usual = |word: &&String| OF_OVS_CTL.iter().any(|usual| word.starts_with(usual));
-    let option = |word: &&String| {
-        let value = word.split_once('=').map_or(word.as_str(), |(_, value)| value);
-        word.starts_with("--") && !is_said(value)
-    };
-    let options = server.argv.iter().skip(1).filter(|word| !usual(word)).filter(option).cloned();
     // The first is the switch's own, which ovs-ctl names.
     let own = ovsdb_server::database_file(server);
     let files = Given::of(server).databases.into_iter().filter(|file| own.as_os_str() != file.as_str());
-    options.chain(files.filter(|file| !is_said(file))).collect()
+    let unsaid = files.filter(|file| !options::is_said(file, texts));
+    options::of_its_own(server, &OF_OVS_CTL, texts).into_iter().chain(unsaid).collect()
 }
 
 #[cfg(test)]

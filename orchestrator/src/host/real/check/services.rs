@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::options::judge_switch;
 use crate::check::refuse;
 use crate::host::real::ovsdb_server;
 use crate::host::surroundings::CheckOptions;
@@ -26,7 +27,10 @@ pub(super) fn look(
         return;
     }
     match services.owner(vswitchd, until) {
-        Ok(Some(unit)) => owner_findings(&unit, options.called_by.as_deref() == Some(&unit.name), found),
+        Ok(Some(unit)) => {
+            owner_findings(&unit, options.called_by.as_deref() == Some(&unit.name), found);
+            judge_switch(vswitchd, &unit, found);
+        }
         Ok(None) if options.elsewhere => {}
         Ok(None) => found.ok(Name::Unit, "ovs-vswitchd", "no unit owns it; it is started as it was"),
         Err(error) => refuse(Name::Unit, &error, "look at `systemctl status ovs-vswitchd`", found),

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use crate::host::kept::printable;
 use crate::host::real::command;
 use crate::host::real::openflow::OVS_OFCTL;
 use crate::host::real::parallel::side_by_side;
@@ -26,6 +27,8 @@ pub(super) fn look(
     let shown = daemons.command(vswitchd, "upcall/show", &[], until).unwrap_or_default();
     let offloads = offloads(&shown);
     judge_offload(offloads, facts.is_on("hw-offload"), found);
+    let told = |command: &str| daemons.command(vswitchd, command, &[], until).unwrap_or_default();
+    judge_by_hand(&shown, &told("ovs/route/show"), &told("cfm/show"), found);
     let kernel = facts.bridges.iter().filter(|bridge| bridge.is_of_kernel());
     let bridges: Vec<Bridge> = kernel.cloned().collect();
     // A program for each of hundreds of bridges: what else is looked at needs its time, too.
@@ -56,6 +59,41 @@ fn offloads(shown: &str) -> bool {
         }
         datapath.starts_with("system@") && line.trim_start().starts_with("offloaded flows")
     })
+}
+
+/// What was set by commands, and what shows it: `upcall/show`, `ovs/route/show` and `cfm/show`
+/// (`upcall_unixctl_show`, ofproto/ofproto-dpif-upcall.c; `ovs_router_show`, lib/ovs-router.c; `cfm_print_details`,
+/// lib/cfm.c).
+fn judge_by_hand(upcalls: &str, routes: &str, cfm: &str, found: &mut Findings) {
+    let mut warn = |cause: String| {
+        found.warn(
+            Name::OvsVswitchd,
+            "ovs-vswitchd",
+            cause,
+            "none: it is lost in any restart; set it again afterwards",
+        );
+    };
+    let routes: Vec<String> = routes.lines().filter_map(|line| line.strip_prefix("User: ")).map(printable).collect();
+    if !routes.is_empty() {
+        warn(format!("routes were added by hand (ovs/route/add): {}", named(&routes)));
+    }
+    // The first line of each: `---- NAME ----`.
+    let name = |line: &str| line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" ----")).map(printable);
+    let mut last = String::new();
+    let mut forced = Vec::new();
+    for line in cfm.lines() {
+        if let Some(name) = name(line) {
+            last = name;
+        } else if line.starts_with("MPID") && line.ends_with("fault_override") {
+            forced.push(last.clone());
+        }
+    }
+    if !forced.is_empty() {
+        warn(format!("the fault of CFM was forced by hand (cfm/set-fault): {}", named(&forced)));
+    }
+    if upcalls.lines().any(|line| line.trim() == "ufid enabled : false") {
+        warn("UFIDs were switched off by hand (upcall/disable-ufid)".to_owned());
+    }
 }
 
 /// What the database asks for holds from the next start on; what it asks for is told of the database.
@@ -94,7 +132,7 @@ fn judge(object: &str, rules: &str, found: &mut Findings) {
 }
 
 /// The first few, and how many more.
-fn named(all: &[String]) -> String {
+pub(super) fn named(all: &[String]) -> String {
     let first = all.iter().take(NAMED).map(|text| text.trim()).collect::<Vec<_>>().join("; ");
     match all.len().saturating_sub(NAMED) {
         0 => first,
@@ -121,6 +159,26 @@ mod tests {
         assert_eq!(names(""), []);
         assert_eq!(names(" priority=1 actions=learn(hard_timeout=5,output:1)\n"), []);
         assert_eq!(names(" hard_timeout=60, priority=1 actions=drop\n"), [Name::HardTimeout]);
+    }
+
+    #[test]
+    fn what_was_set_by_commands_is_named() {
+        let judged = |upcalls: &str, routes: &str, cfm: &str| {
+            let mut found = Findings::default();
+            judge_by_hand(upcalls, routes, cfm, &mut found);
+            found.into_inner().into_iter().map(|one| one.cause).collect::<Vec<_>>()
+        };
+        let plain = [
+            "system@ovs-system:\n  ufid enabled : true\n",
+            "Route Table:\nCached: 127.0.0.1/32 dev lo SRC 127.0.0.1 local\n",
+        ];
+        let cfm = "---- v1 ----\nMPID 7:\n\taverage health: 100\n";
+        assert_eq!(judged(plain[0], plain[1], cfm), Vec::<String>::new());
+        let route = "Route Table:\nUser: 192.0.2.0/24 dev br0 SRC 10.0.0.1\n";
+        let forced = "---- v1 ----\nMPID 7:\n---- v2 ----\nMPID 8: extended fault_override\n\tfault: override\n";
+        let found = judged(&plain[0].replace("true", "false"), route, forced);
+        assert!(found[0].ends_with("192.0.2.0/24 dev br0 SRC 10.0.0.1"), "{found:?}");
+        assert!(found[1].ends_with(": v2") && found[2].contains("UFID") && found.len() == 3, "{found:?}");
     }
 
     #[test]
