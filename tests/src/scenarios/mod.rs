@@ -36,6 +36,7 @@ mod odd_rules;
 mod other_init;
 mod ovn;
 mod package;
+mod pairs;
 mod park_level;
 mod park_limit;
 mod plain;
@@ -45,6 +46,7 @@ mod qinq;
 mod reboot;
 mod refusals;
 mod reload_module;
+mod rows;
 mod rpm;
 mod rule_change;
 mod rule_corpus;
@@ -390,6 +392,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&odd_rules::WHOLE),
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&qdiscs::Qdiscs),
+    Scenario::Custom(&pairs::Pairs),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::{json, Value};
 
 use super::{aftermath, network, plain, Custom};
@@ -133,13 +133,7 @@ impl Custom for Qdiscs {
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::patient_veth()?;
-        for case in &CASES[2..] {
-            shell(&format!(
-                "ip link add {0} type veth peer name {0}-e; ip link set {0} up; ip link set {0}-e up
-                 ovs-vsctl add-port br0 {0}",
-                case.port
-            ))?;
-        }
+        CASES.iter().try_for_each(|case| make_port(case.port))?;
         for (port, number) in BY_HAND[1..].iter().zip(101..) {
             shell(&format!(
                 "ovs-vsctl add-port br0 {port} -- set interface {port} type=internal ofport_request={number}
@@ -159,44 +153,64 @@ impl Custom for Qdiscs {
     }
 }
 
+/// A port of br0 to put something on, where plain has none of that name.
+pub(super) fn make_port(port: &str) -> Result<()> {
+    if port.starts_with("v-") {
+        return Ok(());
+    }
+    shell(&format!(
+        "ip link add {port} type veth peer name {port}-e; ip link set {port} up; ip link set {port}-e up
+         ovs-vsctl add-port br0 {port}"
+    ))
+    .map(drop)
+}
+
+/// Takes everything off `port` that is on it.
+pub(super) fn clear(port: &str) -> Result<()> {
+    shell(&format!(
+        "ovs-vsctl clear port {port} qos
+         ovs-vsctl set interface {port} ingress_policing_rate=0 ingress_policing_burst=0
+         tc qdisc del dev {port} root 2>/dev/null || true
+         tc qdisc del dev {port} ingress 2>/dev/null || true
+         tc qdisc del dev {port} clsact 2>/dev/null || true"
+    ))
+    .map(drop)
+}
+
+/// What is to be on `port`, whatever is there.
+pub(super) fn put_on(port: &str) -> Result<()> {
+    let case = CASES.iter().find(|case| case.port == port).with_context(|| format!("no case {port}"))?;
+    clear(port)?;
+    shell(&case.put.replace("dev P", &format!("dev {port}")).replace(" P ", &format!(" {port} "))).map(drop)
+}
+
 /// Everything as it is to be, whatever is there.
 fn put() -> Result<()> {
-    for case in CASES {
-        shell(&format!(
-            "ovs-vsctl clear port {0} qos
-             ovs-vsctl set interface {0} ingress_policing_rate=0 ingress_policing_burst=0
-             tc qdisc del dev {0} root 2>/dev/null || true
-             tc qdisc del dev {0} ingress 2>/dev/null || true
-             tc qdisc del dev {0} clsact 2>/dev/null || true
-             {1}",
-            case.port,
-            case.put.replace("dev P", &format!("dev {}", case.port)).replace(" P ", &format!(" {} ", case.port)),
-        ))?;
-    }
+    CASES.iter().try_for_each(|case| put_on(case.port))?;
     for device in BY_HAND {
         shell(&format!("ip link set {device} mtu 1400"))?;
     }
     Ok(())
 }
 
-/// What `tc` and `ip` tell of each device, without counters.
-fn facts() -> BTreeMap<String, String> {
-    let of_port = |port: &str| {
-        shell_lenient(&format!(
-            "tc qdisc show dev {port}; tc class show dev {port}
-             for parent in root ffff: ffff:fff2 ffff:fff3 5: 5:10; do tc filter show dev {port} parent $parent 2>/dev/null; done"
-        ))
-    };
+/// What `tc` tells of a port, without counters.
+pub(super) fn look_at(port: &str) -> String {
+    let text = shell_lenient(&format!(
+        "tc qdisc show dev {port}; tc class show dev {port}
+         for parent in root ffff: ffff:fff2 ffff:fff3 5: 5:10; do tc filter show dev {port} parent $parent 2>/dev/null; done"
+    ));
     // The order of classes is the kernel's, and classes of fq_codel and sfq come and go with packets.
-    let plain = |text: String| {
-        let lines = text.lines().map(|line| line.split(" direct_packets_stat").next().unwrap_or(line));
-        let mut lines: Vec<&str> =
-            lines.filter(|line| !line.starts_with("class fq_codel") && !line.starts_with("class sfq")).collect();
-        lines.sort_unstable();
-        lines.join("\n")
-    };
+    let lines = text.lines().map(|line| line.split(" direct_packets_stat").next().unwrap_or(line));
+    let mut lines: Vec<&str> =
+        lines.filter(|line| !line.starts_with("class fq_codel") && !line.starts_with("class sfq")).collect();
+    lines.sort_unstable();
+    lines.join("\n")
+}
+
+/// What `tc` and `ip` tell of each device.
+fn facts() -> BTreeMap<String, String> {
     let mut all: BTreeMap<String, String> =
-        CASES.iter().map(|case| (case.port.to_owned(), plain(of_port(case.port)))).collect();
+        CASES.iter().map(|case| (case.port.to_owned(), look_at(case.port))).collect();
     let mtu = |device: &str| shell_lenient(&format!("cat /sys/class/net/{device}/mtu")).trim().to_owned();
     all.extend(BY_HAND.iter().map(|device| ((*device).to_owned(), mtu(device))));
     all

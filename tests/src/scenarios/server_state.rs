@@ -12,7 +12,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 use serde_json::{json, Value};
 
-use super::{aftermath, is_chosen, network, plain, Custom};
+use super::{aftermath, is_chosen, network, plain, rows, Custom};
 use crate::command::{shell, shell_lenient};
 use crate::guest::{self, facts, run, say};
 use crate::outcome::{Job, Outcome};
@@ -38,24 +38,17 @@ const CONFIGURE: &str = r#"cd /etc/openvswitch
     echo "OVS_CTL_OPTS='--ovsdb-server-options=--remote=ptcp:6641:127.0.0.1 --extra-dbs=/etc/openvswitch/Removed.db'" \
         > /etc/default/openvswitch-switch
     systemctl restart openvswitch-switch; ovs-vsctl show > /dev/null"#;
-/// All of it, by hand.
+/// Of [`rows`], what is set by hand here.
+const ROWS: [&str; 5] = ["remotes-added", "remotes-removed", "switch-logs", "server-logs", "system-row"];
+/// And besides.
 const SET: &str = r#"server() { ovs-appctl -t ovsdb-server "$@"; }
-    server ovsdb-server/add-remote ptcp:6640:127.0.0.1
     server ovsdb-server/remove-remote ptcp:6641:127.0.0.1
-    server ovsdb-server/remove-remote db:Open_vSwitch,Open_vSwitch,manager_options
     server ovsdb-server/add-db /etc/openvswitch/Extra.db
     server ovsdb-server/remove-db Removed
     server ovsdb-server/set-active-ovsdb-server tcp:127.0.0.1:7777
     server ovsdb-server/set-sync-exclude-tables Extra:T
     server ovsdb-server/tlog-set Open_vSwitch:Bridge on
-    for daemon in ovsdb-server ovs-vswitchd; do
-        ovs-appctl -t $daemon vlog/set ANY:syslog:warn
-        ovs-appctl -t $daemon vlog/set jsonrpc:file:dbg
-        ovs-appctl -t $daemon vlog/set 'PATTERN:file:%D{%H:%M:%S}|%c|%p|lab: %m'
-        ovs-appctl -t $daemon vlog/disable-rate-limit jsonrpc
-    done
-    ovs-vsctl --no-wait set open_vswitch . system_type=lab system_version=7 external_ids:rundir=/run/lab \
-        external_ids:hostname=lab-host external_ids:system-id='"lab id"'"#;
+    ovs-vsctl --no-wait set open_vswitch . external_ids:hostname=lab-host external_ids:system-id='"lab id"'"#;
 /// What is looked at, by name.
 const LOOK: [(&str, &str); 13] = [
     ("remotes", "ovs-appctl -t ovsdb-server ovsdb-server/list-remotes | grep -v -e ^pfd: -e db.sock"),
@@ -184,7 +177,7 @@ impl Custom for ServerState {
         guest::wait_for_daemons()?;
         plain::rules()?;
         let fresh = look();
-        shell(SET).context("setting all of it by hand")?;
+        set_all()?;
         let wanted = look();
         for (name, _) in LOOK {
             outcome.check(
@@ -215,6 +208,12 @@ impl Custom for ServerState {
     }
 }
 
+/// Sets all of it by hand.
+fn set_all() -> Result<()> {
+    rows::set(&ROWS)?;
+    shell(SET).map(drop).context("setting the rest by hand")
+}
+
 type Seen = BTreeMap<&'static str, String>;
 
 fn look() -> Seen {
@@ -233,7 +232,7 @@ fn one(case: &Case, wanted: &Seen, out: &Path, outcome: &mut Outcome) -> Result<
     if case.name.starts_with("another folder") {
         guest::wait_for_daemons()?;
         plain::rules()?;
-        shell(SET).context("setting all of it by hand")?;
+        set_all()?;
     }
     if !case.named.is_empty() || !case.warned.is_empty() {
         let said = shell_lenient("ovs-graceful check");
@@ -299,7 +298,7 @@ fn without_a_unit(out: &Path, outcome: &mut Outcome) -> Result<()> {
             /usr/share/openvswitch/scripts/ovs-ctl --no-monitor --system-id=random $OVS_CTL_OPTS start",
     )?;
     plain::rules()?;
-    shell(SET).context("setting all of it by hand")?;
+    set_all()?;
     let wanted = look();
     one(&Case { name: "without a unit", ..BASE }, &wanted, out, outcome)?;
     shell(
@@ -308,5 +307,5 @@ fn without_a_unit(out: &Path, outcome: &mut Outcome) -> Result<()> {
          systemctl start openvswitch-switch; ovs-vsctl show > /dev/null",
     )?;
     guest::wait_for_daemons()?;
-    shell(SET).map(drop)
+    set_all()
 }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::{network, plain, Traffic};
+use super::{network, plain, rows, Traffic};
 use crate::command::{shell, shell_lenient};
 use crate::guest::probe::{Place, Ports, Spec};
 use crate::guest::Evidence;
@@ -19,23 +19,27 @@ pub struct SwitchState;
 /// The group that ns2 has joined.
 const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 1, 1);
 const PORT: u16 = 9003;
-/// An IGMPv2 query of 192.0.2.9 to all hosts, as it comes in at a router's port.
-const QUERY: &str = "01005e00000102000000000908004600002000000000010282cdc0000209e0000001940400001164ee9b00000000";
-
-/// What is compared, and what is no part of it: ages, counters, and what follows from the moment.
+/// What of [`rows`] is set here, and a word that is in what is seen then.
 const KNOWN: [(&str, &str); 6] = [
-    ("multicast", "ovs-appctl mdb/show br0 | sed 's/ *[0-9]*$//' | sort"),
-    ("addresses that are not learned as usual", "ovs-appctl fdb/show br0 | awk '$4 == \"static\" || $1 == \"LOCAL\" || $2 == 9 { print $1, $2, $3, $4 == \"static\" }' | sort"),
-    ("flags of ports", "ovs-ofctl -O OpenFlow10 show br0 | grep -e '): addr:' -e 'config:' | sed 's/ addr:.*//'"),
-    ("fragments", "ovs-ofctl -O OpenFlow10 get-frags br0"),
-    ("tables", "ovs-ofctl -O OpenFlow14 dump-table-desc br0 | sed -e 1d -e 's/vacancy=[0-9]*%//'"),
-    ("misses", "ovs-ofctl -O OpenFlow12 dump-tables br0 | grep -A9 'table 7'"),
+    ("multicast-groups", "239.1.1.1"),
+    ("multicast-routers", "querier"),
+    ("port-flags", "NO_FLOOD"),
+    ("fragments", "nx-match"),
+    ("tables", "eviction=on"),
+    ("misses", "drop"),
 ];
+/// Besides.
+const ADDRESSES: (&str, &str) = (
+    "addresses that are not learned as usual",
+    "ovs-appctl fdb/show br0 | \
+     awk '$4 == \"static\" || $1 == \"LOCAL\" || $2 == 9 { print $1, $2, $3, $4 == \"static\" }' | sort",
+);
 
 static BEFORE: Mutex<Vec<(&str, String)>> = Mutex::new(Vec::new());
 
 fn known() -> Vec<(&'static str, String)> {
-    KNOWN.into_iter().map(|(name, command)| (name, shell_lenient(command))).collect()
+    let addresses = (ADDRESSES.0, shell_lenient(ADDRESSES.1));
+    KNOWN.into_iter().map(|(kept, _)| (kept, rows::look(kept))).chain([addresses]).collect()
 }
 
 impl Traffic for SwitchState {
@@ -66,17 +70,9 @@ impl Traffic for SwitchState {
 
     /// A restart that nobody cares for has lost all of it.
     fn before_traffic(&self) -> Result<()> {
-        shell_lenient("ip -n ns2 addr del 239.1.1.1/32 dev e-ns2 autojoin");
-        shell("ip -n ns2 addr add 239.1.1.1/32 dev e-ns2 autojoin")?;
-        shell(&format!("ovs-appctl ofproto/trace-packet-out br0 in_port=4 {QUERY} NORMAL"))?;
-        shell(
-            "ovs-ofctl mod-port br0 v-ns3 no-flood && ovs-ofctl mod-port br0 v-ns4 no-packet-in \
-             && ovs-ofctl set-frags br0 nx-match \
-             && ovs-ofctl -O OpenFlow14 mod-table br0 5 evict && ovs-ofctl -O OpenFlow14 mod-table br0 6 vacancy:20,80 \
-             && ovs-ofctl -O OpenFlow12 mod-table br0 7 drop",
-        )?;
+        rows::set(&KNOWN.map(|(kept, _)| kept))?;
         // Version 2.15 has no static addresses.
-        shell_lenient("ovs-appctl fdb/add br0 v-ns3 0 02:00:00:00:00:33");
+        let _unknown_command = rows::set(&["static-addresses"]);
         shell_lenient("ping -c 1 -W 1 10.100.0.9; ip netns exec ns5 ping -c 1 -W 1 10.7.0.9");
         Ok(())
     }
@@ -110,9 +106,6 @@ impl Traffic for SwitchState {
 
 /// Is there what the scenario is about?
 fn is_all(known: &[(&str, String)]) -> bool {
-    let words = ["239.1.1.1", "LOCAL 100", "NO_FLOOD", "nx-match", "eviction=on", "drop"];
-    let has = |((_, text), word): (&(&str, String), &str)| text.contains(word);
-    known.len() == words.len()
-        && known.iter().zip(words).all(has)
-        && known.iter().any(|(_, text)| text.contains("querier"))
+    let words = KNOWN.into_iter().chain([(ADDRESSES.0, "LOCAL 100")]);
+    words.zip(known).all(|((name, word), (known, text))| name == *known && text.contains(word))
 }
