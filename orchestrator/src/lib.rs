@@ -10,6 +10,7 @@ pub mod control;
 pub mod features;
 pub mod guard;
 pub mod host;
+pub mod inventory;
 pub mod journal;
 pub mod machine;
 pub mod recovery;

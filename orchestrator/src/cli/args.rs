@@ -35,6 +35,9 @@ pub enum Command {
         /// Print the answer as JSON.
         #[arg(long)]
         json: bool,
+        /// Print as well what is lost in any run without a finding, and what that costs.
+        #[arg(long, conflicts_with = "json")]
+        lost: bool,
     },
     /// Replace the daemons.
     Restart(RestartArgs),
@@ -138,7 +141,7 @@ impl Command {
     /// Was the answer asked for as JSON?
     pub fn wants_json(&self) -> bool {
         match self {
-            Command::Check { json } | Command::Status { json } | Command::Wait { json, .. } => *json,
+            Command::Check { json, .. } | Command::Status { json } | Command::Wait { json, .. } => *json,
             Command::Restart(args) => args.json,
             Command::Runs { json, command: None } => *json,
             Command::Runs { json, command: Some(RunsCommand::Show { json: inner, .. }) } => *json || *inner,

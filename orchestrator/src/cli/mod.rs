@@ -28,6 +28,7 @@ use anyhow::Context;
 
 use crate::config::Config;
 use crate::control::{AbortAnswer, Connection, Holder, Progress, RunLock, LOCK, SOCKET};
+use crate::inventory;
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::recovery;
@@ -60,7 +61,7 @@ pub fn run(cli: Cli) -> u8 {
 fn execute(cli: Cli, json: bool) -> u8 {
     let config = cli.config;
     match cli.command {
-        Command::Check { .. } => answered(json, check(&config, json)),
+        Command::Check { lost, .. } => answered(json, check(&config, json, lost)),
         Command::Restart(args) => restart::restart(&config, args),
         Command::Status { .. } => status::status(&config, json),
         Command::Wait { id, .. } => wait::wait(id, json),
@@ -113,7 +114,7 @@ fn exit_code(code: i32) -> u8 {
     known.unwrap_or(ExitCode::NeedsPerson).code()
 }
 
-fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
+fn check(config: &Path, json: bool, lost: bool) -> anyhow::Result<ExitCode> {
     // What is found in the middle of another run says nothing. Who may not look at the lock is told so by the check.
     if let Ok(Some(holder)) = RunLock::holder(Path::new(LOCK)) {
         return Ok(exit_code_of_busy(json, &holder));
@@ -124,6 +125,9 @@ fn check(config: &Path, json: bool) -> anyhow::Result<ExitCode> {
         true => say_json(&report),
         false => {
             say(&configuration_line(config));
+            if lost {
+                say(inventory::losses().trim_end());
+            }
             say(report.to_string().trim_end());
         }
     }

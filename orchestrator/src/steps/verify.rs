@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::conntrack::Conntrack;
 use crate::host::state::lost;
 use crate::host::DatabaseFacts;
+use crate::inventory::{self, Comparison};
 use crate::machine::{Event, Phase};
 
 pub(super) struct Verify;
@@ -22,30 +23,65 @@ impl Step for Verify {
 
     fn perform(&self, run: &mut Run) -> Ended {
         let until = run.deadline;
-        let mut after = run.host.datapath.snapshot().context("the datapath's state")?;
+        let kernel = run.host.datapath.snapshot().context("the datapath's state")?;
         let facts = run.host.database.facts(until).context("the database")?;
-        if let Some(before) = run.known.before.take() {
-            compare_conntrack(run, &facts, &before, &mut after)?;
-            let reloads = run.wish.reloads_module();
-            notes::after(&mut run.report, &before, &after, &ports::wanted(&facts), reloads);
-            run.known.before = Some(before);
+        let mut now = Now { kernel, facts };
+        for comparison in inventory::compared(Phase::Verify) {
+            compare(run, comparison, &mut now)?;
+            run.checkpoint()?;
         }
-        bridges::forget_removed(run, &facts);
-        let new = run.new_daemon()?.clone();
-        let rules = bridges::despite_removals(run, |run| {
-            run.host.openflow.snapshot(&new, &run.known.facts.bridges, until).context("OpenFlow rules")
-        })?;
-        notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
-        compare_state(run)?;
-        compare_features(run);
-        by_hand::compare(run)?;
-        devices::compare(run, &facts);
-        run.checkpoint()?;
         match run.report.differences.is_empty() {
             true => Ok(Event::Done),
             false => Ok(Event::DifferencesFound),
         }
     }
+}
+
+/// What is there now.
+struct Now {
+    kernel: Snapshot,
+    facts: DatabaseFacts,
+}
+
+/// What is not as it was is a difference.
+fn compare(run: &mut Run, comparison: Comparison, now: &mut Now) -> Result<(), Stop> {
+    match comparison {
+        Comparison::Conntrack => compare_conntrack(run, now),
+        Comparison::Kernel => {
+            compare_kernel(run, now);
+            Ok(())
+        }
+        Comparison::Rules => compare_rules(run, now),
+        Comparison::Bridges => compare_state(run),
+        Comparison::Features => {
+            compare_features(run);
+            Ok(())
+        }
+        Comparison::ByHand => by_hand::compare(run),
+        Comparison::Devices => {
+            devices::compare(run, &now.facts);
+            Ok(())
+        }
+        // In the phases that give and keep them: restore, gates, handover.
+        Comparison::Addresses | Comparison::Flows | Comparison::Packets => Ok(()),
+    }
+}
+
+fn compare_kernel(run: &mut Run, now: &Now) {
+    let Some(before) = &run.known.before else { return };
+    let reloads = run.wish.reloads_module();
+    notes::after(&mut run.report, before, &now.kernel, &ports::wanted(&now.facts), reloads);
+}
+
+fn compare_rules(run: &mut Run, now: &Now) -> Result<(), Stop> {
+    let until = run.deadline;
+    bridges::forget_removed(run, &now.facts);
+    let new = run.new_daemon()?.clone();
+    let rules = bridges::despite_removals(run, |run| {
+        run.host.openflow.snapshot(&new, &run.known.facts.bridges, until).context("OpenFlow rules")
+    })?;
+    notes::rules_after(&mut run.report, &run.known.rules, &rules, &run.known.refused);
+    Ok(())
 }
 
 /// What was learned goes by itself, too: of that counts what the new daemon had taken when it was given.
@@ -62,21 +98,17 @@ fn compare_state(run: &mut Run) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Zones by meaning; limits that were lost are set again, and `after` has them then.
-fn compare_conntrack(
-    run: &mut Run,
-    facts: &DatabaseFacts,
-    before: &Snapshot,
-    after: &mut Snapshot,
-) -> Result<(), Stop> {
+/// Zones by meaning; limits that were lost are set again, and the kernel has them from then on.
+fn compare_conntrack(run: &mut Run, now: &mut Now) -> Result<(), Stop> {
+    let Some(before) = &run.known.before else { return Ok(()) };
     let old = Conntrack::of(&run.known.facts, before);
-    let lost = old.lost_limits(&Conntrack::of(facts, after));
+    let lost = old.lost_limits(&Conntrack::of(&now.facts, &now.kernel));
     if !lost.is_empty() {
         run.host.datapath.set_ct_limits(&lost).context("setting conntrack limits again")?;
         run.report.conntrack.zone_limits_restored = lost.len() as u64;
-        *after = run.host.datapath.snapshot().context("the datapath's state")?;
+        now.kernel = run.host.datapath.snapshot().context("the datapath's state")?;
     }
-    run.report.differences.extend(old.zone_differences(&Conntrack::of(facts, after)));
+    run.report.differences.extend(old.zone_differences(&Conntrack::of(&now.facts, &now.kernel)));
     run.report.conntrack.connections_after = run.host.surroundings.connections();
     Ok(())
 }

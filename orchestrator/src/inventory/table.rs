@@ -1,0 +1,201 @@
+//! The table. The words of what it costs are about what is lost.
+
+use super::{Fate, Kept, Row, Unnamed};
+use crate::report::Name;
+
+const fn row(state: &'static str, fate: Fate) -> Row {
+    Row { state, fate, findings: &[] }
+}
+
+const fn kept(state: &'static str, kept: Kept) -> Row {
+    row(state, Fate::Kept(kept))
+}
+
+const fn lost(state: &'static str, cost: &'static str, unnamed: Unnamed) -> Row {
+    row(state, Fate::Lost { cost, unnamed })
+}
+
+impl Row {
+    const fn named(self, findings: &'static [Name]) -> Row {
+        Row { findings, ..self }
+    }
+}
+
+/// Every row of docs/reference/state.md, in its order.
+pub const ROWS: &[Row] = &[
+    // OpenFlow tables, ports and switch settings
+    kept("Flow rules: match, actions, priority, cookie, importance, flags", Kept::Rules).named(&[Name::Rule]),
+    kept("Rules that change between snapshot and switch", Kept::RulesMeanwhile),
+    lost("Rules that a controller adds or deletes between its reconnection and the second restore", "rules that a controller deletes in that second come back, and rules that it adds go, until it acts again", Unnamed::Later),
+    row("Learned rules whose parent has `delete_learned`", Fate::Told),
+    row("`hard_timeout`: the time that has passed", Fate::Left).named(&[Name::HardTimeout]),
+    lost("`idle_timeout`: the idle time that has passed", "a rule lives up to one idle period longer", Unnamed::Costly),
+    lost("Counters and duration of rules", "who watches them sees a jump", Unnamed::Everywhere),
+    lost("Counters of tables (lookups, matches)", "who watches them sees a fall", Unnamed::Everywhere),
+    kept("Groups: type, buckets, properties", Kept::Groups),
+    kept("Bucket ids and `selection_method` of groups on a bridge without OpenFlow 1.5", Kept::GroupProperties),
+    lost("Counters and duration of groups and buckets", "who watches them sees a fall", Unnamed::Everywhere),
+    row("Bucket that established flows use (`dp_hash`, `hash`)", Fate::Left),
+    row("Liveness of watched ports in fast-failover groups", Fate::Warned).named(&[Name::Bfd, Name::Cfm, Name::Lacp]),
+    kept("Meters: bands, flags, also `slowpath` and `controller`", Kept::Meters),
+    lost("Counters, duration and token bucket of meters", "a full bucket lets one burst pass", Unnamed::Everywhere),
+    kept("TLV map (`tun_metadata`)", Kept::TlvMap),
+    kept("Port flags: no-flood, no-fwd, no-receive, no-packet-in, no-stp", Kept::PortFlags),
+    row("Port down by OpenFlow (`mod-port P down`)", Fate::Untouched),
+    kept("Fragment handling", Kept::Fragments),
+    kept("Eviction by OpenFlow, vacancy", Kept::Tables),
+    kept("Table-miss behaviour by OpenFlow 1.1 or 1.2 (`mod-table`)", Kept::Misses),
+    lost("Table names by OpenFlow (`mod-table T name:N`)", "tables have no names until somebody gives them again", Unnamed::Costly),
+    row("Eviction groups, daemon's own rules (table 254, in-band)", Fate::Left),
+    row("OpenFlow port numbers", Fate::Left),
+    row("Datapath id of a bridge", Fate::Left),
+    lost("OpenFlow port numbers used a short time ago; age of ports", "a freed number may be given again sooner", Unnamed::Everywhere),
+    lost("Flow-removed messages that are owed (`send_flow_rem`), open bundles", "a controller is not told of rules that end in that moment; it sends an open bundle again", Unnamed::Later),
+    row("Prefix tracking of tables", Fate::Left),
+    // Controllers and OpenFlow connections
+    row("The connections themselves", Fate::Told),
+    lost("Packet-ins and packet-outs on their way; queues and tokens of the rate limit", "packets on their way to a controller, or from it, in that moment", Unnamed::Later),
+    lost("Continuations (`controller(pause)`)", "packets that are paused in that moment", Unnamed::Untold),
+    row("Role and election id", Fate::Warned).named(&[Name::Controller]),
+    lost("Asynchronous configuration, packet-in format, controller id, `miss_send_len`, flow monitors", "nothing: controllers set it again when they connect", Unnamed::Everywhere),
+    row("Fail-open: a standalone bridge whose controller is away forwards by a hidden rule", Fate::Warned).named(&[Name::Controller]),
+    lost("Back-off, last error, time since connection", "who watches them sees them begin anew", Unnamed::Everywhere),
+    row("In-band control: rules, next hop's MAC", Fate::Left),
+    lost("Clients of `BR.mgmt` and `BR.snoop` (ovn-controller, `ovs-ofctl monitor`, `snoop`)", "ovn-controller connects again; an `ovs-ofctl monitor` ends", Unnamed::Later),
+    row("OpenFlow version of each peer, TLS session, bootstrapped CA", Fate::Left),
+    // Ports: link protocols and bonds
+    row("LACP: partner, state, timers", Fate::Warned).named(&[Name::Lacp]),
+    row("BFD session", Fate::Warned).named(&[Name::Bfd]),
+    row("CFM: remote end points, health, fault", Fate::Warned).named(&[Name::Cfm]),
+    row("Forced state of BFD and CFM (`bfd/set-forwarding`, `cfm/set-fault`)", Fate::Warned).named(&[Name::Bfd, Name::OvsVswitchd]),
+    lost("Counters of LACP, flaps of BFD and CFM, link resets", "who watches them sees a fall", Unnamed::Everywhere),
+    row("STP, RSTP", Fate::Refused).named(&[Name::SpanningTree]),
+    row("Active member of a bond", Fate::Left),
+    row("Bond: which hash goes to which member", Fate::Warned).named(&[Name::Bond]),
+    lost("Bond: running `updelay`, `downdelay` and rebalance timers; a member disabled by hand", "a timer that runs in that moment begins anew", Unnamed::Untold),
+    row("Bond: recirculation id and internal rules of balance-tcp", Fate::Left),
+    lost("Bond: learning packets that are owed; lock of addresses after gratuitous ARP", "peers learn addresses some frames later", Unnamed::Untold),
+    row("LLDP neighbours, auto-attach state and counters", Fate::Warned).named(&[Name::Lldp]),
+    row("Error text of a port", Fate::Left),
+    row("Queue to DSCP map", Fate::Left),
+    // Bridging: learned addresses, multicast, mirrors
+    kept("Learned MAC addresses", Kept::Addresses),
+    row("Learned addresses of members of a bond with LACP, which take no made-up frame", Fate::Told),
+    kept("Static addresses (`fdb/add`)", Kept::StaticAddresses),
+    lost("Ages and order of addresses", "an address may outlive its owner by one ageing time", Unnamed::Everywhere),
+    lost("Statistics of the table", "who watches them sees a fall", Unnamed::Everywhere),
+    kept("Multicast groups", Kept::MulticastGroups),
+    kept("Multicast router ports", Kept::MulticastRouters),
+    row("Membership of mirrors", Fate::Left),
+    lost("Counters of mirrors", "who watches them sees a fall", Unnamed::Everywhere),
+    // Kernel datapath and its flows
+    kept("Datapath, its index and counters (hit, missed, lost)", Kept::Datapath),
+    kept("Ports: numbers, names, types, options, devices", Kept::Ports),
+    kept("Kernel flows (megaflows)", Kept::KernelFlows),
+    row("Recirculation ids, frozen states, translation caches", Fate::Told),
+    kept("Packets that wait for an answer of the daemon", Kept::Packets),
+    kept("What the daemon found that the datapath can do", Kept::Features),
+    lost("Features lowered by hand (`dpif/set-dp-features`)", "flows may use a feature again that somebody has switched off", Unnamed::Untold),
+    row("User features of the datapath, dispatch of upcalls", Fate::Left),
+    lost("Flow limit", "none: it follows the load from then on", Unnamed::Everywhere),
+    row("Size of the mask cache (`dpctl/cache-set-size`)", Fate::Left),
+    lost("Order of masks and their hit counters", "look-ups are slower for a moment", Unnamed::Everywhere),
+    row("Counters of ports and of their upcalls", Fate::Left),
+    lost("Ports added by hand (`ovs-dpctl add-if`)", "the port is deleted", Unnamed::Costly),
+    row("Other datapaths (`ovs-dpctl add-dp`)", Fate::Told).named(&[Name::Module]),
+    lost("Kernel flows added by hand (`ovs-appctl dpctl/add-flow`)", "the flow is deleted", Unnamed::Costly),
+    row("Port in another network namespace", Fate::Left).named(&[Name::Module]),
+    row("Meters of the daemon's probe", Fate::Left),
+    row("Loaded modules and their parameters", Fate::Left),
+    // Tunnels and routing
+    kept("Kernel tunnel ports and devices (`vxlan_sys_4789`, `genev_sys_6081`, `gre_sys`)", Kept::Tunnels),
+    row("Settings of a tunnel device (ethtool, txqueuelen, sysctl, tc)", Fate::Left),
+    lost("Counters of tunnel and patch interfaces", "who bills or watches by them sees a fall", Unnamed::Everywhere),
+    row("Map of tunnels, their egress interface", Fate::Left),
+    row("Routes and routing rules added by hand (`ovs/route/add`, `ovs/route/rule/add`)", Fate::Warned).named(&[Name::OvsVswitchd]),
+    row("Routes read from the kernel", Fate::Left),
+    // Conntrack
+    row("Entries: state, zone, mark, label, NAT, remaining life, TCP window", Fate::Untouched),
+    row("Helpers (ALG) and expectations", Fate::Untouched),
+    row("Fragments that wait for the rest", Fate::Untouched),
+    kept("Zone limits, by `dpctl/ct-set-limits` or the database", Kept::ZoneLimits),
+    kept("Timeout policies that connections live under", Kept::GuardedPolicies),
+    kept("Policies of zones for new connections", Kept::ZonePolicies),
+    row("Policies that wait for their deletion", Fate::Left),
+    row("Protection of limits that the database sets", Fate::Left),
+    kept("Timeout policies of others", Kept::OthersPolicies),
+    // Sampling and flow export
+    row("Records of NetFlow, and of IPFIX of a bridge, that are not exported yet", Fate::Warned).named(&[Name::Sampling]),
+    row("The same of IPFIX per flow (`Flow_Sample_Collector_Set`, action `sample`)", Fate::Warned).named(&[Name::Sampling]),
+    row("Packets of the gap for sFlow", Fate::Warned).named(&[Name::Sampling]),
+    lost("Sequence numbers, boot time, template timers, sample pool, statistics of exporters", "collectors see an agent that restarted", Unnamed::Everywhere),
+    lost("Counters of local sampling (psample)", "who watches them sees a fall", Unnamed::Everywhere),
+    // Devices of the bridges, and traffic control
+    kept("MTU of an internal port by `ip link`, without `mtu_request`", Kept::Mtu),
+    row("MTU by `mtu_request`, MAC by column `mac` or `other_config:hwaddr`, address by a controller's `local_ip`", Fate::Left),
+    lost("MAC of a bridge by `ip link`", "the MAC is that of the database or of a port, as after any change of ports", Unnamed::Untold),
+    kept("Root qdisc of others on a port, with classes and filters (tbf, htb, netem, fq)", Kept::RootQdisc).named(&[Name::Qdisc]),
+    kept("Ingress qdisc with filters of others", Kept::IngressQdisc).named(&[Name::IngressQdisc]),
+    row("Filters of others beside the policing of Open vSwitch", Fate::Warned).named(&[Name::IngressQdisc]),
+    kept("Policing of Open vSwitch: token bucket, counters", Kept::Policing),
+    row("QoS of Open vSwitch: root qdisc, classes, their counters; filters of others on it", Fate::Left),
+    kept("Classes that others added to that qdisc", Kept::Classes).named(&[Name::Qdisc]),
+    row("TC flower filters of hardware offload", Fate::Refused).named(&[Name::HwOffload]),
+    row("clsact qdisc and its programs, XDP, filters on `ovs-system`", Fate::Untouched),
+    row("Addresses, routes, neighbours, sysctl of internal ports", Fate::Untouched),
+    row("Flags, txqueuelen, alias, ethtool, link, counters of ports", Fate::Untouched),
+    row("Devices on top of internal ports: VLANs, bonds, bridges", Fate::Untouched).named(&[Name::Module]),
+    row("Firewall rules by `ovs-ctl enable-protocol`", Fate::Untouched),
+    // ovs-vswitchd as a process
+    kept("Log levels, patterns and switched-off rate limits that were set by hand", Kept::SwitchLogs),
+    lost("Facility of the log (`vlog/set FACILITY:…`), a closed log file (`vlog/close`)", "messages go where the unit says", Unnamed::Untold),
+    lost("Coverage counters, stopwatches, statistics of handlers and dumps", "who watches them sees a fall", Unnamed::Everywhere),
+    row("Debug switches: UFID off, megaflows off", Fate::Warned).named(&[Name::OvsVswitchd]),
+    lost("Paused revalidators (`revalidator/pause`)", "they run again", Unnamed::Untold),
+    row("Options that were read at start: `hw-offload`, `dpdk-init`", Fate::Refused).named(&[Name::HwOffload, Name::Dpdk]),
+    row("Mode, owner and label of its sockets (`BR.mgmt`, `*.ctl`)", Fate::Warned).named(&[Name::Sockets]),
+    lost("CPU affinity, scheduler, I/O priority, coredump filter, set at run time", "the daemon runs as its unit says", Unnamed::Untold),
+    lost("nice, limits, oom score, set at run time", "the daemon runs as its unit says", Unnamed::Untold),
+    row("Limits of the unit's cgroup (`systemctl set-property --runtime`)", Fate::Left),
+    row("Options of the running daemon that its unit does not have", Fate::Warned).named(&[Name::OvsVswitchd]),
+    row("Lock of the database, control socket, PID file, monitor, netlink sockets", Fate::Left),
+    lost("Commands under way", "`ovs-appctl` fails once", Unnamed::Later),
+    // ovsdb-server as a process
+    kept("Remotes added at run time", Kept::RemotesAdded),
+    kept("Remotes removed at run time", Kept::RemotesRemoved),
+    kept("Databases added or removed at run time", Kept::Databases),
+    row("A database added at run time whose file was moved or removed since; before 3.3 a relayed one (`relay:…`)", Fate::Warned).named(&[Name::OvsdbServer]),
+    row("Managers", Fate::Left),
+    kept("Active-backup: source, excluded tables", Kept::ActiveBackup),
+    row("Active-backup: role", Fate::Refused).named(&[Name::OvsdbServer]),
+    kept("Probe intervals of active and relayed servers", Kept::Probes),
+    row("Configuration file (`--config-file`)", Fate::Left),
+    kept("Log levels, patterns, switched-off rate limits, transaction log", Kept::ServerLogs),
+    lost("Switches: memory trim, column diff, data conversion, conditional monitors", "they are as at first until somebody sets them again", Unnamed::Untold),
+    lost("Performance counters", "who watches them sees a fall", Unnamed::Everywhere),
+    lost("Sessions, monitors, waiting transactions, locks of clients other than ovs-vswitchd", "clients connect again; an `ovsdb-client monitor` may end", Unnamed::Everywhere),
+    row("Listening socket", Fate::Left),
+    row("Mode and owner of `db.sock`", Fate::Warned).named(&[Name::Sockets]),
+    row("Conversion of the schema", Fate::Refused).named(&[Name::Schema]),
+    row("A database that is in memory because its disk failed", Fate::Refused).named(&[Name::DatabaseDisk]),
+    row("A clustered database: raft state, election timer", Fate::Left),
+    row("Options and databases on the running server's command line that its unit does not have (`--remote=ptcp:…`)", Fate::Warned).named(&[Name::OvsdbServer]),
+    // Columns of the database that daemons and ovs-ctl write
+    row("`external_ids:system-id` where it differs from `/etc/openvswitch/system-id.conf`", Fate::Left),
+    kept("`system_type`, `system_version`, `external_ids:rundir`", Kept::SystemRow),
+    row("`external_ids:hostname`", Fate::Left),
+    row("`ovs_version`, `db_version`", Fate::Left),
+    row("Bridges, and ports with `other_config:transient=true`", Fate::Warned).named(&[Name::OvsCtlOptions]),
+    row("Ephemeral columns: `statistics`, `status`, `link_state`, `ifindex`, `mtu`, `datapath_id`, `is_connected`, `role`", Fate::Left),
+    row("`bfd_status`, `cfm_fault` and others, `lacp_current`", Fate::Warned).named(&[Name::Bfd, Name::Cfm, Name::Lacp]),
+    row("`Datapath.capabilities`, `datapath_version`, `iface_types`", Fate::Left),
+    row("`next_cfg`", Fate::Left),
+    row("ovn-controller's `flow-restore-wait` for the next reboot", Fate::Left),
+    row("Changes of others during the run", Fate::Untouched),
+    // Neighbours of the daemons
+    row("ovn-controller: its flows, its connection", Fate::Left),
+    lost("Units that require the umbrella unit: openvswitch-ipsec with its policies, your own", "they are restarted by `systemctl restart openvswitch-switch` and upgrades", Unnamed::Later),
+    row("A container of ovs-vswitchd", Fate::Left),
+    row("ovs-vtep, ovs-monitor-ipsec and other clients in Python", Fate::Left),
+    row("Mirrors and ports of `ovs-tcpdump`", Fate::Left),
+];
