@@ -2,7 +2,8 @@
 //!
 //! `OVS_GRACEFUL_CHAOS=STEP:WHEN:FAULT` in the environment of `ovs-graceful restart`, for example
 //! `restore:after:kill-new`. STEP is a phase of the journal, WHEN `before` or `after` its effect. A fault strikes once in
-//! a run; a supervisor that is started again throws none.
+//! a run; a supervisor that is started again throws none. `OVS_GRACEFUL_FORGET=KIND` has the run forget a kind of state
+//! (`inventory/forgotten.rs`).
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,6 +13,7 @@ use anyhow::{anyhow, bail, Context};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
+use crate::inventory::{is_forgotten, Kept};
 use crate::machine::Phase;
 use crate::steps::{Run, Stop};
 
@@ -30,6 +32,9 @@ static STRUCK: AtomicBool = AtomicBool::new(false);
 
 /// `phase` is about to be done.
 pub fn before(run: &mut Run, phase: Phase) -> Result<(), Stop> {
+    for kept in Kept::ALL.iter().filter(|kept| phase == Phase::Check && is_forgotten(**kept)) {
+        run.warn(format!("chaos: forgets {}", kept.word()));
+    }
     strike(run, phase, "before")
 }
 

@@ -4,10 +4,14 @@
 //! What is kept has a [`Kept`], which says in which phase it is given back and what compares it: Verify does what the
 //! table names ([`compared`]), so that nothing can be called kept without being compared.
 
+mod forgotten;
 mod table;
 #[cfg(test)]
 mod tests;
 
+#[cfg(feature = "chaos")]
+pub use forgotten::VARIABLE;
+pub use forgotten::{forgets, is_forgotten};
 pub use table::ROWS;
 
 use crate::machine::Phase;

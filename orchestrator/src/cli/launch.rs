@@ -108,6 +108,8 @@ fn environment() -> Vec<(String, String)> {
         "OVS_GRACEFUL_LOG",
         #[cfg(feature = "chaos")]
         crate::chaos::VARIABLE,
+        #[cfg(feature = "chaos")]
+        crate::inventory::VARIABLE,
     ];
     names.into_iter().filter_map(|name| Some((name.to_string(), std::env::var(name).ok()?))).collect()
 }

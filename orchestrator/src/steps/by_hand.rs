@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use super::{log_levels, Host, Run, Stop};
+use super::{log_levels, remembered, Host, Run, Stop};
 use crate::host::kept::{printable, Lack, MANAGERS};
 use crate::host::real::ovsdb_server::row_options;
 use crate::host::{Daemon, HostError, Kept, ProcessId, ServerState, Sources, SystemRow};
+use crate::inventory::{self, is_forgotten};
 
 /// A command that fails once may work the next time.
 const TRIES: u32 = 2;
@@ -103,14 +104,17 @@ fn try_to_give_back(
     let server = daemons.find_ovsdb_server()?;
     let state = daemons.server_state(&server, until)?;
     let is_new = kept.server != Some(server.id) && done != Some(server.id);
-    for lack in lacks(kept, &state, is_new) {
+    for lack in remembered::lacks(lacks(kept, &state, is_new)) {
         if let Err(error) = mend(host, &server, &lack, until) {
             let command = format!("ovs-appctl -t ovsdb-server {} {}", lack.command, lack.arguments.join(" "));
             told.push(printable(&format!("{}: {error}; remedy: `{command}`", lack.what)));
         }
     }
     if is_new {
-        told.extend(log_levels::give_back(daemons, &server, &kept.server_logs, until).err().map(|e| e.to_string()));
+        if !is_forgotten(inventory::Kept::ServerLogs) {
+            let given = log_levels::give_back(daemons, &server, &kept.server_logs, until);
+            told.extend(given.err().map(|error| error.to_string()));
+        }
         told.extend(put_row_back(host, kept, until).err().map(|error| format!("row of this host: {error}")));
     }
     Ok(server.id)
@@ -138,7 +142,7 @@ fn mend(host: &Host, server: &Daemon, lack: &Lack, until: Instant) -> Result<(),
 fn put_row_back(host: &Host, kept: &Kept, until: Instant) -> Result<(), HostError> {
     let now = SystemRow::of(&host.database.facts(until)?);
     let wanted = kept.row.wanted(&now, kept.sources);
-    match wanted == now {
+    match wanted == now || is_forgotten(inventory::Kept::SystemRow) {
         true => Ok(()),
         false => host.database.write_row(&wanted, until),
     }

@@ -4,9 +4,10 @@
 use anyhow::Context;
 use dpfreeze::devices::Policer;
 
-use super::{Run, Stop};
+use super::{remembered, Run, Stop};
 use crate::host::devices::{standing, Devices, Standing};
 use crate::host::DatabaseFacts;
+use crate::inventory::{is_forgotten, Kept};
 
 /// What stands, to be kept and compared. Without it the run goes on. May be done twice.
 pub(super) fn look(run: &mut Run) -> Result<(), Stop> {
@@ -20,7 +21,8 @@ pub(super) fn look(run: &mut Run) -> Result<(), Stop> {
 
 /// What was found is not deleted by the new daemon, where there is a freeze.
 pub(super) fn keep(run: &mut Run) -> Result<(), Stop> {
-    Ok(run.host.datapath.keep_qdiscs(&run.known.standing.kept()).context("qdiscs of others")?)
+    let kept = remembered::qdiscs(run.known.standing.kept());
+    Ok(run.host.datapath.keep_qdiscs(&kept).context("qdiscs of others")?)
 }
 
 fn remember(run: &mut Run, standing: Standing) {
@@ -40,7 +42,7 @@ pub(super) fn has_kept(run: &Run) -> bool {
 /// The policing that the next daemon shall find as it is. Without it that is made anew, as without us.
 pub(super) fn policers(run: &mut Run) -> Vec<Policer> {
     let policed = run.known.standing.policed();
-    if policed.is_empty() {
+    if policed.is_empty() || is_forgotten(Kept::Policing) {
         return Vec::new();
     }
     run.host.devices.policers(&policed).unwrap_or_else(|error| {
@@ -51,6 +53,9 @@ pub(super) fn policers(run: &mut Run) -> Vec<Policer> {
 
 /// As soon as the new daemon has its ports: it has adapted them by then.
 pub(super) fn put_mtus_back(run: &mut Run) -> Result<(), Stop> {
+    if is_forgotten(Kept::Mtu) {
+        return run.checkpoint();
+    }
     for told in mtus_put_back(&run.known.standing, run.host.devices.as_ref(), &run.known.facts) {
         run.warn(told);
     }

@@ -5,10 +5,14 @@ use std::time::Instant;
 use super::Run;
 use crate::host::logs::LogsByHand;
 use crate::host::{Daemon, Daemons, Result};
+use crate::inventory::{is_forgotten, Kept};
 
 /// Gives the new ovs-vswitchd those of the old one. What does not work is a warning.
 pub(super) fn put_back(run: &mut Run) {
     let (Some(kept), Some(new)) = (&run.known.kept, &run.known.new) else { return };
+    if is_forgotten(Kept::SwitchLogs) {
+        return;
+    }
     let given = give_back(run.host.daemons.as_ref(), new, &kept.switch_logs, run.deadline);
     if let Err(error) = given {
         run.warn(format!("log levels that were set by hand: {error}"));

@@ -19,6 +19,7 @@ pub(crate) mod notes;
 mod policies;
 mod ports;
 mod reload;
+mod remembered;
 mod restore;
 mod run;
 mod settle;

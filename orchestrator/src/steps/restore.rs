@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
 
-use super::{bridges, notes, Ended, Host, Known, Run, Step, Stop};
+use super::{bridges, notes, remembered, Ended, Host, Known, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::{
     Bridge, BridgeRules, Daemon, FdbEntry, LearnReport, OpenFlow, Preparation, PreparedRestore, RestoredRules,
@@ -97,6 +97,7 @@ fn put_back(
     until: Instant,
 ) -> anyhow::Result<(Vec<RestoredRules>, LearnReport)> {
     let openflow = host.openflow.as_ref();
+    let rules = &*remembered::rules(rules);
     let (mut restored, mut learned) = (None, None);
     let mut restore = || {
         restored = Some(match prepared {
@@ -123,7 +124,7 @@ fn teach_addresses(
     let mut learned = LearnReport::default();
     for bridge in bridges {
         let Some(entries) = addresses.get(&bridge.name) else { continue };
-        let taught = openflow.learn(new, bridge, entries, until)?;
+        let taught = openflow.learn(new, bridge, &remembered::addresses(entries), until)?;
         learned.restored += taught.restored;
         for (reason, count) in taught.skipped {
             *learned.skipped.entry(reason).or_default() += count;
@@ -134,7 +135,7 @@ fn teach_addresses(
 
 /// No rule and no packet is given up for it: what is not taken is a difference in the end.
 fn give_state(run: &mut Run, new: &Daemon, bridges: &[Bridge]) {
-    let (openflow, wanted, until) = (run.host.openflow.as_ref(), &run.known.state, run.deadline);
+    let (openflow, wanted, until) = (run.host.openflow.as_ref(), &*remembered::state(&run.known.state), run.deadline);
     let given = openflow.give_state(new, bridges, wanted, until);
     let given = given.or_else(|_| openflow.give_state(new, bridges, wanted, until));
     run.known.state_lost =

@@ -20,6 +20,7 @@ pub mod doors;
 mod findings;
 mod group;
 mod hostile;
+mod kept_or_told;
 mod killed;
 mod large;
 mod learn;
@@ -393,6 +394,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&port_removed::PortRemoved),
     Scenario::Custom(&qdiscs::Qdiscs),
     Scenario::Custom(&pairs::Pairs),
+    Scenario::Custom(&kept_or_told::KeptOrTold),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
