@@ -239,6 +239,17 @@ pub enum HookCommand {
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<OsString>,
     },
+    /// ExecStop= of ovs-graceful-neighbours.service: where a run is about to replace the daemons, takes back the restarts of
+    /// all units that hang on theirs.
+    Neighbours,
+    /// A generator of systemd: puts that unit behind all that hang on Open vSwitch's units.
+    Generate {
+        /// Where it writes; systemd names two more folders.
+        into: PathBuf,
+        /// Not used.
+        #[arg(hide = true)]
+        more: Vec<PathBuf>,
+    },
     /// Before somebody ends the container of ovs-vswitchd to start another: begins a run, and ends when everything is
     /// parked. An exit code other than 0 means that nothing is.
     ContainerStop,

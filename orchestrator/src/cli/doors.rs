@@ -13,6 +13,7 @@ use anyhow::{bail, Context};
 use super::ended::{FAILED, USAGE};
 use super::hook::{self, lives, main_process};
 use super::launch::{launch, Launched};
+use super::neighbours;
 use super::output::{complain, complain_of};
 use super::patience;
 use super::restart::{no_run_now, restart};
@@ -168,7 +169,10 @@ pub(super) fn unit_stop(config: &Path, unit: String, command: &[OsString]) -> u8
         true => {
             let (code, restarts) = umbrella_stop(config, &unit, &systemd, &jobs);
             match (code, restarts) {
-                (Some(code), _) if ![ExitCode::Refused.code(), FAILED, USAGE].contains(&code) => well(code),
+                (Some(code), _) if ![ExitCode::Refused.code(), FAILED, USAGE].contains(&code) => {
+                    neighbours::forget();
+                    well(code)
+                }
                 (None, _) => package_s_own(command),
                 (Some(_), restarts) => {
                     refused(doors.refused, &unit, &systemd, &jobs, &restarts);
@@ -220,6 +224,7 @@ fn refused(wish: WhenRefused, unit: &str, systemd: &Systemd, jobs: &[QueuedJob],
             restart_as_asked(systemd, restarts);
         }
         WhenRefused::Keep => {
+            neighbours::forget();
             complain(&format!("refused, see above: the daemons stay as they are; the restart of {unit} is cancelled"));
             let own = jobs.iter().find(|job| job.unit == unit);
             let cancelled = own.map_or(Ok(()), |job| systemd.cancel_job(job.id, soon()));
@@ -238,16 +243,24 @@ fn switch_stop(config: &Path, unit: String, command: &[OsString]) -> u8 {
     if Config::load(config).is_err() {
         // It was told above.
         complain("the daemon is restarted as it is without ovs-graceful: systemd ends it whatever we do");
+        neighbours::restart_as_asked();
         return package_s_own(command);
     }
     // It may be the run under way that restarts the unit, as its last resort.
     let free = wait_while(longest_run(config), ends_without_us);
     match free.then(|| wait_for_the_word(config, unit)).transpose() {
-        Ok(Some(())) => 0,
+        Ok(Some(())) => {
+            neighbours::forget();
+            0
+        }
         _ if !main_process().is_some_and(|pid| lives(&pid)) => 0,
-        Ok(None) => package_s_own(command),
+        Ok(None) => {
+            neighbours::restart_as_asked();
+            package_s_own(command)
+        }
         Err(error) => {
             complain(&format!("{error:#}: the daemon is restarted as it is without ovs-graceful"));
+            neighbours::restart_as_asked();
             package_s_own(command)
         }
     }
@@ -366,7 +379,7 @@ pub(super) fn doors_or_keep(config: &Path) -> DoorsConfig {
 }
 
 /// Is `ovs-graceful restart --plain` under way?
-fn is_plain() -> bool {
+pub(super) fn is_plain() -> bool {
     RunLock::holder(Path::new(LOCK)).ok().flatten().is_some_and(|holder| holder.id == PLAIN)
 }
 
@@ -431,6 +444,7 @@ fn restart_as_asked(systemd: &Systemd, jobs: &[QueuedJob]) {
             complain(&format!("cannot restart {unit}: {error}; remedy: systemctl restart {unit}"));
         }
     }
+    neighbours::restart_as_asked();
 }
 
 fn is_restarted(systemd: &Systemd, unit: &str) -> bool {

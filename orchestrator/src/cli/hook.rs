@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use super::output::complain;
-use super::{containers, doors, exit_code, log, upgrade, HookCommand};
+use super::{containers, doors, exit_code, log, neighbours, upgrade, HookCommand};
 use crate::control::{HookClient, HookCommand as Order, HookReporter, LockError, SOCKET};
 use crate::guard;
 use crate::host::real::Systemd;
@@ -62,6 +62,8 @@ pub fn hook(config: &Path, command: HookCommand) -> u8 {
         },
         HookCommand::UnitReload { unit, command } => doors::unit_reload(config, unit, &command),
         HookCommand::UnitStop { unit, command } => doors::unit_stop(config, unit, &command),
+        HookCommand::Neighbours => neighbours::leave_alone(config),
+        HookCommand::Generate { into, more: _ } => neighbours::generate(&into),
         HookCommand::ContainerStop => containers::stop(config),
         HookCommand::ContainerStarted => containers::started(),
         HookCommand::Policy { unit, action } => upgrade::policy(config, &unit, &action),

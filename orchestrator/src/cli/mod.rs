@@ -8,6 +8,7 @@ mod ended;
 mod hook;
 mod launch;
 mod log;
+mod neighbours;
 mod output;
 mod patience;
 mod plain;

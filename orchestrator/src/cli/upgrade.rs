@@ -22,7 +22,7 @@ use crate::guard;
 use crate::host::disk::Disk;
 use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::{RealDaemons, RealDisk, Systemd};
-use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, SWITCH_UNIT, UMBRELLAS};
+use crate::host::{DaemonKind, Daemons, ServiceManager, DATABASE_UNIT, HOSTNAME_UNIT, SWITCH_UNIT, UMBRELLAS};
 use crate::journal::Runs;
 use crate::machine::ExitCode;
 use crate::report::{CheckReport, Finding, Name, Report, Severity, Strategy};
@@ -35,8 +35,6 @@ const FORBIDDEN: u8 = 101;
 
 /// The package whose scripts take the daemons away.
 const PACKAGE: &str = "openvswitch-switch";
-/// Stopped with the daemons, for which it asks.
-const HOSTNAME_UNIT: &str = "ovs-record-hostname.service";
 /// Of Open vSwitch 4.0. systemd cannot make it anew while its server runs: who restarts it closes it.
 const SOCKET_UNIT: &str = "ovsdb-server.socket";
 /// The script of System V's init.

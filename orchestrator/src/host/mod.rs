@@ -510,6 +510,44 @@ pub const UMBRELLAS: [&str; 2] = ["openvswitch-switch.service", "openvswitch.ser
 /// those that stand for both, of Debian and of RHEL.
 pub const UNITS: [&str; 4] = [SWITCH_UNIT, DATABASE_UNIT, UMBRELLAS[0], UMBRELLAS[1]];
 
+/// Our unit that is stopped before every unit that hangs on those of Open vSwitch, and takes their restarts back.
+pub const GATE: &str = "ovs-graceful-neighbours.service";
+
+/// Of Open vSwitch as well; its package's scripts restart it beside the umbrella unit.
+pub const HOSTNAME_UNIT: &str = "ovs-record-hostname.service";
+
+/// Is this a unit of Open vSwitch or of ours, and no neighbour?
+pub fn is_our_own(unit: &str) -> bool {
+    UNITS.contains(&unit) || unit == HOSTNAME_UNIT || unit.starts_with("ovs-graceful-")
+}
+
+/// A unit that systemd stops and restarts with one of Open vSwitch's (`Requires=`, `BindsTo=`, `PartOf=`), directly or by
+/// way of others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its name.
+    pub name: String,
+    /// The unit of Open vSwitch that it hangs on.
+    pub hangs_on: String,
+    /// `active`, `deactivating`, `inactive`, ...
+    pub state: String,
+    /// Whether it stays as it is where one of Open vSwitch's units is restarted.
+    pub gated: Gated,
+}
+
+/// Whether [`GATE`] takes the restart of a unit back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gated {
+    /// Before it is stopped.
+    Yes,
+    /// The gate is not installed.
+    NoGate,
+    /// The gate is there and not active.
+    Inactive,
+    /// The gate does not wait for it: no daemon-reload since its unit was written.
+    NotOrdered,
+}
+
 /// A service unit, as its manager has it loaded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unit {
@@ -634,6 +672,8 @@ pub trait ServiceManager: Send + Sync {
     fn shutdown_queued(&self, until: Instant) -> Result<bool>;
     /// All jobs that somebody has queued.
     fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>>;
+    /// The loaded units that hang on those of Open vSwitch.
+    fn neighbours(&self, until: Instant) -> Result<Vec<Neighbour>>;
     /// Takes a job out of the queue: it ends as `canceled`. One that has ended meanwhile is no error.
     fn cancel_job(&self, id: u32, until: Instant) -> Result<()>;
     /// Writes the run-time drop-in, loads it and returns the unit with it; no unit of Open vSwitch can be stopped or

@@ -137,6 +137,8 @@ names! {
     Shutdown = "shutdown",
     /// A job that is queued for a unit of Open vSwitch.
     UnitJob = "unit-job",
+    /// Units that systemd restarts with those of Open vSwitch.
+    Neighbour = "neighbour",
     /// The unit of ovs-vswitchd.
     Unit = "unit",
     /// The options of the units.

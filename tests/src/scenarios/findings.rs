@@ -366,6 +366,11 @@ pub const REFUSALS: &[(&str, Remedy)] = &[
 /// Those that no command in this VM provokes, and the test that does.
 #[cfg(test)]
 const ELSEWHERE: &[(&str, &str)] = &[
+    (
+        "neighbour",
+        "scenario dependents, and orchestrator: host::real::check::services::tests::\
+         who_would_be_restarted_is_named_with_the_remedy",
+    ),
     ("ovsdb-server", "host::real::check::server::tests::what_cannot_be_put_back_is_named_and_a_backup_is_refused"),
     (
         "bridges",

@@ -45,6 +45,7 @@ mod surroundings;
 pub mod systemd;
 mod told;
 mod trusted;
+pub mod unit_files;
 pub mod unixctl;
 
 pub use clock::RealClock;

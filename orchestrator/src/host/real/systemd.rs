@@ -5,7 +5,7 @@
 //!
 //! zbus is asynchronous: each connection has a small runtime of its own, which runs only while we wait.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -22,8 +22,8 @@ use zbus::{Connection, MatchRule, Message, MessageStream, OwnedObjectPath, Owned
 use super::jsonrpc::remaining;
 use super::limits::MOST_DESCRIPTORS;
 use crate::host::{
-    Context, Daemon, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, SavedProgram, ServiceManager,
-    SupervisorUnit, Unit, DATABASE_UNIT, SWITCH_UNIT, UNITS,
+    is_our_own, Context, Daemon, Gated, GuardUnits, HandOver, HostError, Job, JobKind, Neighbour, QueuedJob, Result,
+    SavedProgram, ServiceManager, SupervisorUnit, Unit, DATABASE_UNIT, GATE, SWITCH_UNIT, UMBRELLAS, UNITS,
 };
 
 const DESTINATION: &str = "org.freedesktop.systemd1";
@@ -97,6 +97,10 @@ impl Bus {
     fn properties(&self, path: &str, interface: &str, until: Instant) -> Result<Properties> {
         let message = self.call(path, "org.freedesktop.DBus.Properties", "GetAll", &(interface,), until)?;
         Ok(Properties(message.body().deserialize().about(OBJECT)?))
+    }
+
+    fn unit_properties(&self, path: &str, until: Instant) -> Result<Properties> {
+        self.properties(path, "org.freedesktop.systemd1.Unit", until)
     }
 
     fn jobs(&self, until: Instant) -> Result<Vec<JobRow>> {
@@ -228,6 +232,11 @@ impl Systemd {
         Bus::connect(until)?.manager("RestartUnit", &(unit, "replace"), until).map(drop)
     }
 
+    /// Queues a restart of the unit where it is active, as `systemctl try-restart` does; does not wait for it.
+    pub fn queue_try_restart(&self, unit: &str, until: Instant) -> Result<()> {
+        Bus::connect(until)?.manager("TryRestartUnit", &(unit, "replace"), until).map(drop)
+    }
+
     fn write_drop_in(&self, unit: &str, text: &str) -> Result<()> {
         let file = self.drop_in(unit);
         write_whole(&file, &format!("{DROP_IN_HEAD}{text}")).about(file.display().to_string())
@@ -290,6 +299,29 @@ impl ServiceManager for Systemd {
     fn jobs(&self, until: Instant) -> Result<Vec<QueuedJob>> {
         let job = |row: JobRow| QueuedJob { id: row.0, unit: row.1, kind: row.2, running: row.3 == "running" };
         Ok(Bus::connect(until)?.jobs(until)?.into_iter().map(job).collect())
+    }
+
+    fn neighbours(&self, until: Instant) -> Result<Vec<Neighbour>> {
+        let bus = Bus::connect(until)?;
+        let gate = bus.path("LoadUnit", &(GATE,), until)?;
+        let gate = gate.map_or_else(|| Ok(Properties::default()), |path| bus.unit_properties(path.as_str(), until))?;
+        let mut found: Vec<Neighbour> = Vec::new();
+        let mut seen: BTreeSet<String> = UNITS.map(str::to_owned).into();
+        // Taken from the end: who hangs on several units is told of the umbrella. The last name may be its alias.
+        let roots = [UMBRELLAS[1], SWITCH_UNIT, DATABASE_UNIT, UMBRELLAS[0]];
+        let mut left: Vec<(String, &str)> = roots.map(|unit| (unit.to_owned(), unit)).into();
+        while let Some((name, root)) = left.pop() {
+            let Some(path) = bus.path("GetUnit", &(&name,), until)? else { continue };
+            let unit = bus.unit_properties(path.as_str(), until)?;
+            let hang = CARRIES_RESTARTS.iter().flat_map(|list| unit.get::<Vec<String>>(list).unwrap_or_default());
+            left.extend(hang.filter(|other| seen.insert(other.clone())).map(|other| (other, root)));
+            if !is_our_own(&name) {
+                let (gated, state) = (gated(&gate, &name), unit.text("ActiveState"));
+                found.push(Neighbour { name, hangs_on: root.to_owned(), state, gated });
+            }
+        }
+        found.sort_by(|one, other| one.name.cmp(&other.name));
+        Ok(found)
     }
 
     fn cancel_job(&self, id: u32, until: Instant) -> Result<()> {
@@ -484,6 +516,21 @@ impl Job for RealJob {
 /// The next message of a stream (what `StreamExt::next` does).
 async fn next(stream: &mut MessageStream) -> Option<zbus::Result<Message>> {
     std::future::poll_fn(|cx| zbus::export::futures_core::Stream::poll_next(Pin::new(&mut *stream), cx)).await
+}
+
+/// The lists of a unit whose members are stopped and restarted with it (systemd.unit(5)).
+const CARRIES_RESTARTS: [&str; 5] = ["RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo"];
+
+/// Whether the gate, which has these properties, takes the restart of `unit` back.
+fn gated(gate: &Properties, unit: &str) -> Gated {
+    let waits = gate.get::<Vec<String>>("After").is_some_and(|after| after.iter().any(|other| other == unit));
+    match (gate.text("LoadState").as_str(), gate.text("ActiveState").as_str()) {
+        ("loaded", _) if !waits => Gated::NotOrdered,
+        // Restarted with Open vSwitch, it is taking back.
+        ("loaded", "active" | "deactivating" | "activating") => Gated::Yes,
+        ("loaded", _) => Gated::Inactive,
+        _ => Gated::NoGate,
+    }
 }
 
 /// How a run-time drop-in begins.

@@ -6,8 +6,8 @@ use std::time::Instant;
 use super::world::{WorldHook, SERVER, SWITCH};
 use super::Sim;
 use crate::host::{
-    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, QueuedJob, Result, SavedProgram, ServiceManager,
-    SupervisorUnit, Unit,
+    Daemon, DaemonKind, GuardUnits, HandOver, HostError, Job, JobKind, Neighbour, QueuedJob, Result, SavedProgram,
+    ServiceManager, SupervisorUnit, Unit,
 };
 
 pub(super) struct SimServices(pub(super) Sim);
@@ -74,6 +74,10 @@ impl ServiceManager for SimServices {
             };
             Ok(world.switch.hook.iter().filter(|hook| hook.stops).map(restart).collect())
         })
+    }
+
+    fn neighbours(&self, until: Instant) -> Result<Vec<Neighbour>> {
+        self.0.operate("services.neighbours", Some(until), |_| Ok(Vec::new()))
     }
 
     fn cancel_job(&self, _id: u32, until: Instant) -> Result<()> {

@@ -6,7 +6,7 @@ use super::options::judge_switch;
 use crate::check::refuse;
 use crate::host::real::ovsdb_server;
 use crate::host::surroundings::CheckOptions;
-use crate::host::{Daemon, QueuedJob, Result, ServiceManager, Unit, SWITCH_UNIT, UNITS};
+use crate::host::{Daemon, Gated, Neighbour, QueuedJob, Result, ServiceManager, Unit, GATE, SWITCH_UNIT, UNITS};
 use crate::report::{Findings, Name};
 
 pub(super) fn look(
@@ -21,10 +21,12 @@ pub(super) fn look(
         return found.ok(Name::Systemd, "systemd", "it does not run; daemons are started as they were");
     }
     let queued = services.jobs(until);
-    let answers = queued.is_ok();
+    let answer = queued.as_ref().ok().cloned();
     jobs(queued, options, found);
-    if !answers {
-        return;
+    let Some(queued) = answer else { return };
+    match services.neighbours(until) {
+        Ok(all) => all.iter().for_each(|one| neighbour(one, &queued, options, found)),
+        Err(error) => found.warn(Name::Neighbour, &error.object, &error.cause, SEE_NEIGHBOURS),
     }
     match services.owner(vswitchd, until) {
         Ok(Some(unit)) => {
@@ -64,6 +66,44 @@ fn jobs(jobs: Result<Vec<QueuedJob>>, options: &CheckOptions, found: &mut Findin
         let remedy = format!("wait for its end, or `systemctl cancel {}`", job.id);
         found.refuse(Name::UnitJob, &job.unit, format!("a {} job is queued for it", job.kind), &remedy);
     }
+}
+
+/// A restart has become a start once its unit is stopped.
+const RESTARTS: &[&str] = &["restart", "start"];
+const SEE_NEIGHBOURS: &str =
+    "see `systemctl list-dependencies --reverse` of Open vSwitch's units before you restart them";
+
+/// Told is who would be restarted, by what, and who has been when we are called.
+fn neighbour(one: &Neighbour, queued: &[QueuedJob], options: &CheckOptions, found: &mut Findings) {
+    let Neighbour { name, hangs_on, state, gated } = one;
+    let is = |job: &QueuedJob, unit: &str, kinds: &[&str]| job.unit == unit && kinds.contains(&job.kind.as_str());
+    let queued = |unit: &str, kinds: &[&str]| queued.iter().any(|job| is(job, unit, kinds));
+    let up = matches!(state.as_str(), "active" | "activating" | "reloading");
+    let gated = if *gated == Gated::Inactive && queued(GATE, RESTARTS) { Gated::Yes } else { *gated };
+    let comes_with_it = queued(name, RESTARTS) || up && gated != Gated::Yes;
+    if comes_with_it && options.called_by.as_deref().is_some_and(|unit| queued(unit, &["restart"])) {
+        let cause = format!("systemd restarts it together with {hangs_on}, and this run is part of that restart");
+        let remedy = format!("none now; it runs again after the run. Next time: `systemctl reload {hangs_on}`");
+        return found.warn(Name::Neighbour, name, cause, &remedy);
+    }
+    if !up {
+        return;
+    }
+    let (why, remedy) = match gated {
+        Gated::Yes => {
+            return found.ok(Name::Neighbour, name, format!("it hangs on {hangs_on}, and a run leaves it alone"));
+        }
+        Gated::NoGate => {
+            let remedy = format!("none: `ovs-graceful restart` and `systemctl reload {hangs_on}` leave it alone");
+            (format!("{GATE} is not installed"), remedy)
+        }
+        Gated::Inactive => (format!("{GATE} is not active"), format!("`systemctl start {GATE}`")),
+        Gated::NotOrdered => (format!("{GATE} does not know of it"), "`systemctl daemon-reload`".to_owned()),
+    };
+    let cause = format!(
+        "it hangs on {hangs_on}: `systemctl restart {hangs_on}` and an upgrade restart it as well, because {why}"
+    );
+    found.warn(Name::Neighbour, name, cause, &remedy);
 }
 
 /// The job that has called us, and where that is the restart of ovs-vswitchd, those of the units that are restarted with
@@ -120,6 +160,66 @@ mod tests {
         assert_eq!(found(|found| jobs(Ok(reload()), &ours, found)), []);
         let silent = HostError::new("systemd", "no answer");
         assert_eq!(found(|found| jobs(Err(silent), &options, found)), [(Name::Systemd, Severity::Refused)]);
+    }
+
+    const UMBRELLA: &str = "openvswitch-switch.service";
+
+    /// What is told of a neighbour in this state, with these jobs; in a run that `called_by` has begun, or before one.
+    fn of_neighbour(
+        state: &str,
+        gated: Gated,
+        jobs: &[(&str, &str)],
+        called_by: Option<&str>,
+    ) -> Option<(Severity, String)> {
+        let (name, hangs_on) = ("ipsec.service".into(), UMBRELLA.into());
+        let one = Neighbour { name, hangs_on, state: state.into(), gated };
+        let job = |(unit, kind): &(&str, &str)| QueuedJob {
+            id: 3,
+            unit: (*unit).into(),
+            kind: (*kind).into(),
+            running: false,
+        };
+        let queued: Vec<QueuedJob> = jobs.iter().map(job).collect();
+        let options = CheckOptions { called_by: called_by.map(str::to_owned), ..CheckOptions::default() };
+        let mut found = Findings::default();
+        neighbour(&one, &queued, &options, &mut found);
+        found.into_inner().pop().map(|one| (one.severity, one.remedy))
+    }
+
+    #[test]
+    fn who_would_be_restarted_is_named_with_the_remedy() {
+        let severity = |state, gated| of_neighbour(state, gated, &[], None).map(|told| told.0);
+        assert_eq!(severity("active", Gated::Yes), Some(Severity::Ok));
+        assert_eq!(severity("inactive", Gated::NoGate), None);
+        for (gated, remedy) in [
+            (Gated::NoGate, "systemctl reload openvswitch-switch.service"),
+            (Gated::Inactive, "`systemctl start ovs-graceful-neighbours.service`"),
+            (Gated::NotOrdered, "`systemctl daemon-reload`"),
+        ] {
+            let (severity, told) = of_neighbour("active", gated, &[], None).unwrap();
+            assert!(severity == Severity::Warning && told.contains(remedy), "{told}");
+        }
+    }
+
+    #[test]
+    fn who_is_restarted_with_the_unit_that_has_called_is_named() {
+        let restart = (UMBRELLA, "restart");
+        let told = |state, gated, jobs: &[(&str, &str)]| of_neighbour(state, gated, jobs, Some(UMBRELLA));
+        for (state, gated, job) in [
+            ("inactive", Gated::NotOrdered, ("ipsec.service", "start")),
+            ("deactivating", Gated::NoGate, ("ipsec.service", "restart")),
+            // It was quicker than we.
+            ("active", Gated::NotOrdered, ("other.service", "restart")),
+        ] {
+            let (severity, told) = told(state, gated, &[restart, job]).unwrap();
+            assert!(severity == Severity::Warning && told.contains("runs again after the run"), "{told}");
+        }
+        // The gate itself is restarted, and has done its work.
+        let gate = (GATE, "start");
+        assert_eq!(told("active", Gated::Inactive, &[restart, gate]).unwrap().0, Severity::Ok);
+        // A reload restarts nobody.
+        let (_, told) = told("active", Gated::NotOrdered, &[(UMBRELLA, "reload")]).unwrap();
+        assert!(told.contains("daemon-reload"), "{told}");
     }
 
     #[test]
