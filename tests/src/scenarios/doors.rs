@@ -36,6 +36,17 @@ pub const DROP_INS: [(&str, &str); 2] = [
         include_str!("../../../systemd/ovs-vswitchd.service.d/50-ovs-graceful.conf"),
     ),
 ];
+/// Our unit that leaves those alone that hang on Open vSwitch's, and the generator that tells it who they are.
+const GATE: (&str, &str) = (
+    "/usr/lib/systemd/system/ovs-graceful-neighbours.service",
+    include_str!("../../../systemd/ovs-graceful-neighbours.service"),
+);
+const GENERATOR: (&str, &str) = (
+    "/usr/lib/systemd/system-generators/ovs-graceful-generator",
+    include_str!("../../../systemd/ovs-graceful-generator"),
+);
+/// One that hangs on the umbrella: scenario `dependents` has all kinds.
+const NEIGHBOUR: &str = "/run/systemd/system/lab-neighbour.service";
 const PATCH: &str = include_str!("../../../patches/ovs-ctl-graceful.patch");
 /// Of every release here.
 pub const OVS_CTL: &str = "/usr/share/openvswitch/scripts/ovs-ctl";
@@ -73,6 +84,7 @@ impl Custom for Doors {
         let stock = aftermath::commands(&[UNIT, "ovs-vswitchd"]);
         fs::copy("/usr/bin/ovs-graceful", "/usr/sbin/ovs-graceful")?;
         install_drop_ins()?;
+        let neighbour = start_neighbour()?;
         for round in ["first", "second"] {
             let name = format!("{round} reload");
             graceful(&name, || systemctl(&format!("reload {UNIT}"), &name, out), outcome)?;
@@ -89,7 +101,8 @@ impl Custom for Doors {
         let other = || systemctl("restart ovsdb-server", "restart of ovsdb-server", out);
         graceful("restart of ovsdb-server", other, outcome)?;
         let reload = || systemctl("reload ovs-vswitchd", "reload of ovs-vswitchd", out);
-        graceful_of(&["ovs-vswitchd"], (UNIT, ONE_RUN), "reload of ovs-vswitchd", reload, outcome)?;
+        graceful_switch("reload of ovs-vswitchd", reload, outcome)?;
+        neighbour_stays(&neighbour, outcome)?;
         undone(out, outcome)?;
         during_a_run(self.whole, out, outcome)?;
         without_the_umbrella(self.whole, out, outcome)?;
@@ -113,13 +126,39 @@ pub fn install_drop_ins() -> Result<()> {
         fs::create_dir_all(folder)?;
         fs::write(format!("{folder}/50-ovs-graceful.conf"), text)?;
     }
-    shell("systemctl daemon-reload").map(drop)
+    for (path, text) in [GATE, GENERATOR] {
+        fs::create_dir_all(Path::new(path).parent().unwrap_or(Path::new("/")))?;
+        fs::write(path, text)?;
+    }
+    let (gate, generator) = (GATE.0, GENERATOR.0);
+    shell(&format!("chmod 755 {generator}; systemctl daemon-reload; systemctl enable --now $(basename {gate}) 2>&1"))
+        .map(drop)
+}
+
+/// Starts a unit that hangs on the umbrella; its main process.
+fn start_neighbour() -> Result<String> {
+    let text =
+        format!("[Unit]\nRequires={UNIT}.service\nAfter={UNIT}.service\n[Service]\nExecStart=/bin/sleep 99999\n");
+    fs::write(NEIGHBOUR, text)?;
+    shell("systemctl daemon-reload; systemctl start lab-neighbour")?;
+    Ok(facts::unit_property("lab-neighbour", "MainPID"))
+}
+
+/// No door so far has stopped it.
+fn neighbour_stays(main: &str, outcome: &mut Outcome) -> Result<()> {
+    let now = facts::unit_property("lab-neighbour", "MainPID");
+    outcome.check("who hangs on the umbrella was left alone", main == now && now != "0", json!([main, now]));
+    shell(&format!("systemctl stop lab-neighbour; rm {NEIGHBOUR}; systemctl daemon-reload")).map(drop)
 }
 
 /// The units are what their package wrote again.
 pub fn remove_drop_ins() -> Result<()> {
     for (folder, _) in DROP_INS {
         fs::remove_dir_all(folder)?;
+    }
+    shell(&format!("systemctl disable --now $(basename {}) 2>&1", GATE.0))?;
+    for (path, _) in [GATE, GENERATOR] {
+        fs::remove_file(path)?;
     }
     shell("systemctl daemon-reload").map(drop)
 }
@@ -196,6 +235,11 @@ pub fn graceful(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome
 /// The same where `unit` stands for both daemons.
 pub fn graceful_by(unit: &str, name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
     graceful_of(&facts::DAEMONS, (unit, ONE_RUN), name, door, outcome)
+}
+
+/// The same where ovs-vswitchd alone is to be replaced.
+pub fn graceful_switch(name: &str, door: impl FnOnce() -> String, outcome: &mut Outcome) -> Result<()> {
+    graceful_of(&["ovs-vswitchd"], (UNIT, ONE_RUN), name, door, outcome)
 }
 
 const ONE_RUN: usize = 1;

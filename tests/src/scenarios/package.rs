@@ -88,8 +88,8 @@ fn in_order(name: &str, order: &[String], outcome: &mut Outcome) {
 
 /// Everything of a package that could stay behind, and what it changes about the units of Open vSwitch.
 fn traces() -> String {
-    let places = "/usr/sbin /usr/lib/ovs-graceful /lib/systemd/system /usr/lib/systemd/system /etc/systemd/system \
-        /run/systemd/system /run/systemd/transient /etc/ovs-graceful /etc/needrestart /var/lib/ovs-graceful \
+    let places = "/usr/sbin /usr/lib/ovs-graceful /lib/systemd/system /usr/lib/systemd/system /usr/lib/systemd/system-generators /etc/systemd/system \
+        /run/systemd/system /run/systemd/generator /run/systemd/transient /etc/ovs-graceful /etc/needrestart /var/lib/ovs-graceful \
         /run/ovs-graceful /sys/fs/bpf /var/lib/systemd/deb-systemd-helper-enabled /etc/alternatives /usr/share/man \
         /usr/share/doc /usr/share/bash-completion /usr/share/zsh /usr/share/fish";
     let files = shell_lenient(&format!("find {places} 2>/dev/null | grep -e ovs-graceful -e dpfreeze -e policy-rc.d"));
