@@ -25,6 +25,8 @@ pub enum Packages {
     OursAndNext,
     /// Ours, and Open vSwitch of the guest's own suite.
     OursAndSame,
+    /// Ours, Open vSwitch of the guest's own suite, and openvswitch-ipsec.
+    OursAndIpsec,
     /// Ours, and what it takes to go to Open vSwitch of each release that we know of.
     OursAndAll,
     /// Ours as RPM, a stand-in for RHEL's openvswitch, and rpm itself.
@@ -85,6 +87,9 @@ pub fn put(wanted: Packages, suite: &str, folder: &Path) -> Result<()> {
     repack(&ours, NEW, &folder.join(format!("ovs-graceful_{NEW}_amd64.deb")), |_| Ok(()))?;
     match wanted {
         Packages::None | Packages::Ours | Packages::Rpm | Packages::Layers(_) => {}
+        Packages::OursAndIpsec => {
+            copy_all(&apt(suite, suite, &[&OPEN_VSWITCH[..], &["openvswitch-ipsec"]].concat())?, folder)?;
+        }
         Packages::OursAndSame => copy_all(&apt(suite, suite, &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndNext => copy_all(&apt(suite, next(suite), &OPEN_VSWITCH)?, folder)?,
         Packages::OursAndAll => {

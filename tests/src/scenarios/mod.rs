@@ -14,6 +14,7 @@ mod ct_policies;
 mod ct_zones;
 mod database_clients;
 mod database_disk;
+mod dependents;
 mod dispatch_modes;
 mod disturbed;
 pub mod doors;
@@ -400,6 +401,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&systemd::Systemd),
     Scenario::Custom(&told::Told),
     Scenario::Custom(&doors::SAMPLE),
+    Scenario::Custom(&dependents::Dependents),
     Scenario::Custom(&doors::WHOLE),
     Scenario::Custom(&package::Package),
     Scenario::Custom(&other_init::OtherInit),
