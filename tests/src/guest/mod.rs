@@ -242,7 +242,8 @@ pub fn install_product() -> Result<()> {
 /// Probes under way, by name.
 pub type Live = Vec<(String, Box<dyn Running>)>;
 
-fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
+/// One round of a network that is set up: its traffic, the action, and the judgement.
+pub fn run_traffic(job: &Job, scenario: &dyn Traffic, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let bridges = scenario.bridges();
     // New flows have the ports of the last round: its connections would make old ones of them.
     let _nothing_to_flush = shell_lenient("conntrack -F");

@@ -30,6 +30,7 @@ mod many;
 mod meanwhile;
 mod memory_limit;
 mod mirror;
+mod more_tunnels;
 mod nat;
 pub mod network;
 mod new_dies;
@@ -396,6 +397,7 @@ pub const ALL: &[Scenario] = &[
     Scenario::Custom(&qdiscs::Qdiscs),
     Scenario::Custom(&pairs::Pairs),
     Scenario::Custom(&kept_or_told::KeptOrTold),
+    Scenario::Custom(&more_tunnels::MoreTunnels),
     Scenario::Custom(&new_dies::NewDies),
     Scenario::Custom(&sees_less::SeesLess),
     Scenario::Custom(&systemd::Systemd),
