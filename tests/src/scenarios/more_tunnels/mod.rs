@@ -101,10 +101,13 @@ const MIRROR: Tunnel = Tunnel {
 /// lib/dpif-netlink-rtnl.c), Debian's kernel has no `bareudp`, and of two tunnels that are the same it makes one.
 const UNMAKEABLE: [&str; 3] = [
     "gtpu -- set interface gtpu type=gtpu options:remote_ip=172.16.0.2 options:key=16",
-    "bareudp -- set interface bareudp type=bareudp options:remote_ip=172.16.0.2 options:payload_type=ip",
+    "bareudp -- set interface bareudp type=bareudp options:remote_ip=172.16.0.2 options:dst_port=6635 options:payload_type=ip",
     "twin1 -- set interface twin1 type=vxlan options:remote_ip=172.16.0.3 options:key=20 \
      -- add-port br0 twin2 -- set interface twin2 type=vxlan options:remote_ip=172.16.0.3 options:key=20",
 ];
+
+/// Source ports of a tunnel's new flows.
+const NEW_PORTS: u16 = 3000;
 
 const CAPTURE: &str = "/run/lab-outer.pcap";
 
@@ -223,6 +226,7 @@ impl Traffic for Link {
                 net.ipv4.conf.all.arp_ignore=1 net.ipv4.conf.all.arp_announce=2
              ip link add u0 type veth peer name u1 netns far
              ip netns exec far sysctl -qw net.ipv6.conf.u1.disable_ipv6=0
+             sysctl -qw net.ipv6.conf.u0.disable_ipv6=0
              ip addr add 172.16.0.1/24 dev u0
              ip addr add fd00::1/64 dev u0 nodad
              ip link set u0 up
@@ -272,7 +276,9 @@ impl Traffic for Link {
                 probes.push((format!("{} {letter}", tunnel.name), spec));
             };
             udp("e", constant, 4 * network::CONSTANT_US, Ports::Constant);
-            udp("n", new, 8 * network::EACH_NEW_US, Ports::EachNew);
+            // Each from a new port for as long as a round takes, and from no other tunnel's.
+            let first = 10_000 + NEW_PORTS * (n as u16 - 1);
+            udp("n", new, 8 * network::EACH_NEW_US, Ports::Cycle { first, count: NEW_PORTS });
         }
         let address = Ipv4Addr::new(10, 9, 1, 2).into();
         let tcp = Spec::Tcp { from: here, to: there, address, port: network::TCP_PORT, pace: tcp::MODEST };
