@@ -286,15 +286,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("db with spaces.sock");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let inodes = listening(&path).unwrap();
+        let own = std::process::id().cast_signed();
+        let inodes = listening(own, &path).unwrap();
         assert_eq!(inodes.len(), 1);
-        assert!(inodes.is_subset(&socket_inodes(std::process::id() as i32).unwrap()));
+        assert!(inodes.is_subset(&socket_inodes(own).unwrap()));
         // One that has connected has the name, too, and does not listen.
         let client = std::os::unix::net::UnixStream::connect(&path).unwrap();
         let served = listener.accept().unwrap();
-        assert_eq!(listening(&path).unwrap(), inodes);
+        assert_eq!(listening(own, &path).unwrap(), inodes);
         drop((listener, client, served));
-        assert!(listening(&path).unwrap().is_empty());
+        assert!(listening(own, &path).unwrap().is_empty());
         assert_eq!(listens_at("Num       RefCount Protocol Flags    Type St Inode Path", Path::new("Path")), None);
     }
 
