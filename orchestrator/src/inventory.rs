@@ -192,6 +192,8 @@ kept! {
     RulesMeanwhile = "rules-meanwhile", SwitchPrepare, Rules, ["rule_change"];
     /// Groups.
     Groups = "groups", Restore, Rules, ["rule_corpus", "group", "pairs"];
+    /// Whether buckets push a tag onto another.
+    GroupTags = "group-tags", Restore, Rules, ["rule_corpus"];
     /// Properties of groups that OpenFlow 1.0 alone tells.
     GroupProperties = "group-properties", Restore, Rules, ["pairs"];
     /// Meters.

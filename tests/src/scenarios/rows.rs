@@ -255,11 +255,12 @@ mod tests {
     use super::*;
 
     /// Shown in another way, or not at all, as the table says.
-    const ELSEWHERE: [&str; 15] = [
+    const ELSEWHERE: [&str; 16] = [
         "active-backup",
         "addresses",
         "datapath",
         "features",
+        "group-tags",
         "guarded-policies",
         "kernel-flows",
         "others-policies",
