@@ -427,7 +427,7 @@ impl<'a> Choice<'a> {
         };
         let words = actions(own.line);
         let others = self.tellings.iter().skip(1);
-        let mut others = others.filter(|other| other.free(own.key).any(|at| other.says(at, words)));
+        let mut others = others.filter(|other| other.of_key(own.key).any(|at| other.says(at, words)));
         match others.next() {
             Some(other) => {
                 format!("{told}; {} tells it, and {}", in_words(other.version), highest.why_not_flags(own.key))
