@@ -772,6 +772,49 @@ mod tests {
         assert_eq!(ends(&[(OF15, &highest), (OF10, &unchanged)]), BTreeMap::from([(0, 1_039_500)]));
     }
 
+    /// The bridge br0 of an Open vSwitch of one's own, with a dummy datapath, loses all that it has and gets it back.
+    #[test]
+    #[ignore = "asks for OVS_RUNDIR (with ovs-vswitchd.pid), its ovs-ofctl in PATH, and PROTOCOLS, which may be empty"]
+    fn a_bridge_of_a_daemon_comes_back() {
+        use super::super::{daemons, procfs};
+        use crate::host::{DaemonKind, OpenFlow};
+        let directory = std::path::PathBuf::from(std::env::var("OVS_RUNDIR").unwrap());
+        let pid = std::fs::read_to_string(directory.join("ovs-vswitchd.pid")).unwrap().trim().parse().unwrap();
+        let daemon = daemons::describe(DaemonKind::OvsVswitchd, procfs::identity(pid).unwrap()).unwrap();
+        let openflow = RealOpenFlow::new(directory);
+        let soon = || Instant::now() + std::time::Duration::from_secs(120);
+        let protocols = std::env::var("PROTOCOLS").unwrap_or_default();
+        let protocols = protocols.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        let br0 = Bridge { name: "br0".into(), protocols, ..Bridge::default() };
+        let read = || bridge(&openflow, &daemon, &br0, None, soon()).unwrap();
+        let own = || {
+            let said = unixctl::command(&daemon, "bridge/dump-flows", &["br0"], soon()).unwrap();
+            let mut own: Vec<String> = faithful::own_lines(&said).map(|(line, _)| faithful::own_flow(line)).collect();
+            own.sort();
+            own
+        };
+        let began = Instant::now();
+        let (before, own_before) = (read(), own());
+        let mut of_version = BTreeMap::<u8, usize>::new();
+        before.messages.flows.each().for_each(|message| *of_version.entry(message[0]).or_default() += 1);
+        let again = before.messages.whole_groups.each().count();
+        println!("{} flows {of_version:?}, {} groups, {again} again", before.flows.len(), before.groups.len());
+        println!("read in {:?}\nuntold {:#?}\nunsure {:#?}", began.elapsed(), before.untold, before.unsure);
+        let refused = openflow.prepare_restore(&daemon, std::slice::from_ref(&before), soon()).unwrap().refused;
+        println!("refused {refused:#?}");
+        let version = before.protocol.as_str();
+        for command in ["del-flows", "del-groups"] {
+            openflow.ofctl(version, &[command, &openflow.target("br0")], None, soon()).unwrap();
+        }
+        assert!(own().is_empty());
+        let began = Instant::now();
+        let restored = openflow.restore(std::slice::from_ref(&before), soon()).unwrap();
+        println!("given in {:?}: {restored:?}", began.elapsed());
+        let differences = super::super::openflow::compare(&[before], &[read()]);
+        assert!(differences.is_empty(), "{differences:#?}");
+        assert_eq!(own_before, own());
+    }
+
     #[test]
     fn the_versions_of_a_bridge_are_those_of_the_database() {
         let bridge = |protocols: &[&str]| Bridge {
