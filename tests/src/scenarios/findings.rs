@@ -150,15 +150,16 @@ const GROUPS: &[Group] = &[
                 Remedy::Nothing("ovs-appctl cfm/set-fault v-ns2 normal; ovs-appctl upcall/enable-ufid"),
             ),
             warned(
-                "sockets",
-                "stat -c %a /run/openvswitch/br0.mgmt > /run/lab-mode; chmod 0777 /run/openvswitch/br0.mgmt",
-                Remedy::Nothing("chmod $(cat /run/lab-mode) /run/openvswitch/br0.mgmt"),
-            ),
-            warned(
                 "hard-timeout",
                 "ovs-ofctl add-flow br0 cookie=0x77,priority=1,hard_timeout=60000,udp,tp_dst=7,actions=drop; \
                  ovs-vsctl set bridge br0 protocols=OpenFlow13",
                 Remedy::Nothing("ovs-vsctl clear bridge br0 protocols; ovs-ofctl del-flows br0 cookie=0x77/-1"),
+            ),
+            // A bridge that changes its protocols makes its socket anew.
+            warned(
+                "sockets",
+                "stat -c %a /run/openvswitch/br0.mgmt > /run/lab-mode; chmod 0777 /run/openvswitch/br0.mgmt",
+                Remedy::Nothing("chmod $(cat /run/lab-mode) /run/openvswitch/br0.mgmt"),
             ),
             warned(
                 "ingress-qdisc",
