@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn a_device_is_read_from_its_attributes() {
-        let mut head = vec![0; IFINFOMSG];
+        let mut head = [0; IFINFOMSG];
         head[4] = 7;
         let mut attrs = AttrBuf::new();
         attrs.push_str(IFLA_IFNAME, "v1").push_u32(99, 5).push_u32(IFLA_MTU, 1400);

@@ -273,6 +273,9 @@ fn hash(key: &str) -> u64 {
     hasher.finish()
 }
 
+/// Does a match, and do these actions, say what is looked for?
+type Means<'a> = dyn Fn(&str, &str) -> bool + 'a;
+
 impl<'a> Choice<'a> {
     /// Of the flows in the daemon's text.
     fn new(own: &'a str, highest: Telling) -> Self {
@@ -348,7 +351,7 @@ impl<'a> Choice<'a> {
         let own_options = |matched: &str| faithful::same_options(own.line, matched);
         let same = |said: &str| said == words;
         let means_the_same = |said: &str| same_meaning(&key, words, said);
-        let ways: [&dyn Fn(&str, &str) -> bool; 4] = [
+        let ways: [&Means<'_>; 4] = [
             &|matched, said| same(said) && own_options(matched),
             &|matched, said| means_the_same(said) && own_options(matched),
             &|_, said| same(said),

@@ -79,7 +79,7 @@ fn judge(server: &Daemon, state: &ServerState, options: &CheckOptions, found: &m
         let cause =
             "it was added at run time, and no file of that name leads to it any more: the next ovsdb-server will not \
                      serve it";
-        let name = printable(&name);
+        let name = printable(name);
         let remedy = format!("keep what is in it: `ovsdb-client backup unix:{DATABASE_SOCKET} {name} > {name}.db`");
         found.warn(Name::OvsdbServer, format!("database {name}"), cause, &remedy);
     }
