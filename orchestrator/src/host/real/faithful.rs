@@ -153,7 +153,7 @@ fn is_untagged(value: &str) -> bool {
     number(value) == Some(0) && number(mask).is_some_and(|mask| mask & 0x1000 != 0)
 }
 
-/// See [`COUNTED`]. On a packet without a tag, setting one pushes it. A queue that was set before holds again after an
+/// See `COUNTED`. On a packet without a tag, setting one pushes it. A queue that was set before holds again after an
 /// `enqueue`, and not after the `pop_queue` that it is told as.
 pub fn same_meaning(key: &str, own: &str, told: &str) -> bool {
     let untagged = key.split(',').any(|field| field == UNTAGGED);
