@@ -19,12 +19,12 @@ use crate::netlink::{Protocol, Socket};
 use traffic::{RTM_GETQDISC, RTM_GETTCLASS, RTM_GETTFILTER};
 
 // linux/rtnetlink.h
-const RTM_GETLINK: u16 = 18;
+pub(crate) const RTM_GETLINK: u16 = 18;
 const RTM_NEWLINK: u16 = 16;
 /// `struct ifinfomsg {u8 family; u8 pad; u16 type; int index; u32 flags; u32 change}`
-const IFINFOMSG: usize = 16;
+pub(crate) const IFINFOMSG: usize = 16;
 // linux/if_link.h
-const IFLA_IFNAME: u16 = 3;
+pub(crate) const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_EXT_MASK: u16 = 29;
 /// `RTEXT_FILTER_SKIP_STATS`

@@ -2,7 +2,7 @@
 
 use super::Backer;
 use crate::devices::policing::{self, Asks};
-use crate::devices::Policer;
+use crate::devices::{Policer, IFINFOMSG, IFLA_IFNAME, RTM_GETLINK};
 use crate::error::Result;
 use crate::netlink::attr::{align, Attrs};
 use crate::netlink::message::{NLM_F_ACK, NLM_F_REQUEST};
@@ -13,11 +13,6 @@ const NLMSG_HEADER: usize = 16;
 const TYPE_AT: usize = 4;
 // linux/rtnetlink.h
 pub(super) const RTM_DELLINK: u16 = 17;
-const RTM_GETLINK: u16 = 18;
-/// `struct ifinfomsg {u8 family; u8 pad; u16 type; int index; u32 flags; u32 change}`
-pub(super) const IFINFOMSG: usize = 16;
-// linux/if_link.h
-pub(super) const IFLA_IFNAME: u16 = 3;
 // linux/openvswitch.h
 const OVS_VPORT_VERSION: u8 = 1;
 const OVS_VPORT_CMD_NEW: u8 = 1;

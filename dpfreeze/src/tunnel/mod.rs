@@ -20,6 +20,7 @@ pub use message::{Guard, Request};
 
 use nix::errno::Errno;
 
+use crate::devices::{IFINFOMSG, IFLA_IFNAME};
 use crate::error::{Error, Result};
 use crate::netlink::attr::AttrBuf;
 use crate::netlink::{Protocol, Socket};
@@ -79,8 +80,8 @@ pub fn backer_of(kind: &str, dst_port: Option<&str>) -> Option<String> {
 /// As [`Socket::request`].
 pub fn delete_device(name: &str) -> Result<bool> {
     let mut attrs = AttrBuf::new();
-    attrs.push_str(message::IFLA_IFNAME, name);
-    let body = [&[0; message::IFINFOMSG], attrs.as_bytes()].concat();
+    attrs.push_str(IFLA_IFNAME, name);
+    let body = [&[0; IFINFOMSG], attrs.as_bytes()].concat();
     let what = format!("RTM_DELLINK of {name}");
     match Socket::open(Protocol::Route)?.request(&what, message::RTM_DELLINK, 0, &body) {
         Ok(_) => Ok(true),
