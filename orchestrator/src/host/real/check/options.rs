@@ -6,12 +6,11 @@ use crate::host::kept::printable;
 use crate::host::{Daemon, Unit};
 use crate::report::{Findings, Name};
 
-/// Options that ovs-ctl gives ovs-vswitchd of itself (`do_start_forwarding` in utilities/ovs-ctl.in, `start_daemon` in
-/// ovs-lib.in). Levels of the log are looked after one by one.
-const OF_OVS_CTL: [&str; 11] = [
+/// Options that ovs-ctl gives every daemon of itself (`start_daemon`, utilities/ovs-lib.in; `do_start_ovsdb` and
+/// `do_start_forwarding`, utilities/ovs-ctl.in). Levels of the log are looked after one by one.
+const OF_OVS_CTL: [&str; 10] = [
     "-v",
     "--verbose",
-    "--mlockall",
     "--no-self-confinement",
     "--log-file",
     "--pidfile",
@@ -22,17 +21,25 @@ const OF_OVS_CTL: [&str; 11] = [
     "--user",
 ];
 
+/// The same of ovs-vswitchd alone.
+const OF_SWITCH: [&str; 1] = ["--mlockall"];
+
 /// Looks at the running ovs-vswitchd, which `unit` owns.
 pub(super) fn judge_switch(vswitchd: &Daemon, unit: &Unit, found: &mut Findings) {
     judge(vswitchd, &unit.name, &texts(unit), found);
 }
 
 fn judge(vswitchd: &Daemon, unit: &str, texts: &str, found: &mut Findings) {
-    for word in of_its_own(vswitchd, &OF_OVS_CTL, texts).iter().map(|word| printable(word)) {
-        let cause = format!("ovs-vswitchd (pid {}) runs with {word}, which this unit does not have", vswitchd.id.pid);
-        let remedy = "put it into the options of that unit (Debian: OVS_CTL_OPTS='--ovs-vswitchd-options=…' in \
-                      /etc/default/openvswitch-switch), where it is wanted";
-        found.warn(Name::OvsVswitchd, unit, cause, remedy);
+    let remedy = "put it into the options of that unit (Debian: OVS_CTL_OPTS='--ovs-vswitchd-options=…' in \
+                  /etc/default/openvswitch-switch), where it is wanted";
+    let own = of_its_own(vswitchd, &OF_SWITCH, texts);
+    tell(Name::OvsVswitchd, &format!("ovs-vswitchd (pid {})", vswitchd.id.pid), unit, &own, remedy, found);
+}
+
+/// Names each of these words of a running daemon's command line.
+pub(super) fn tell(name: Name, daemon: &str, unit: &str, words: &[String], remedy: &str, found: &mut Findings) {
+    for word in words.iter().map(|word| printable(word)) {
+        found.warn(name, unit, format!("{daemon} runs with {word}, which this unit does not have"), remedy);
     }
 }
 
@@ -52,9 +59,10 @@ pub(super) fn is_said(word: &str, texts: &str) -> bool {
     words.any(|said| said == word || said == name)
 }
 
-/// The options of the command line that do not begin as one of `usual` does, and that `texts` do not have.
-pub(super) fn of_its_own(daemon: &Daemon, usual: &[&str], texts: &str) -> Vec<String> {
-    let is_usual = |word: &&String| usual.iter().any(|usual| word.starts_with(usual));
+/// The options of the command line that ovs-ctl does not give of itself (`more` are those of this daemon alone), and that
+/// `texts` do not have.
+pub(super) fn of_its_own(daemon: &Daemon, more: &[&str], texts: &str) -> Vec<String> {
+    let is_usual = |word: &&String| OF_OVS_CTL.iter().chain(more).any(|usual| word.starts_with(usual));
     let unsaid = |word: &&String| {
         let value = word.split_once('=').map_or(word.as_str(), |(_, value)| value);
         word.starts_with("--") && !is_said(value, texts)

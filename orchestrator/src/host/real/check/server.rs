@@ -11,24 +11,13 @@ use crate::host::surroundings::CheckOptions;
 use crate::host::{Daemon, Daemons, ServiceManager, Unit};
 use crate::report::{Findings, Name};
 
-/// Options that ovs-ctl gives of itself (`do_start_ovsdb` in utilities/ovs-ctl.in, `start_daemon` in ovs-lib.in). Levels of
-/// the log are looked after one by one.
-const OF_OVS_CTL: [&str; 15] = [
-    "-v",
-    "--verbose",
+/// Options that ovs-ctl gives ovsdb-server alone of itself (`do_start_ovsdb`, utilities/ovs-ctl.in).
+const OF_SERVER: [&str; 5] = [
     "--remote=punix:",
     "--remote=pfd:",
     "--private-key=db:Open_vSwitch,",
     "--certificate=db:Open_vSwitch,",
     "--bootstrap-ca-cert=db:Open_vSwitch,",
-    "--log-file",
-    "--pidfile",
-    "--unixctl",
-    "--no-chdir",
-    "--detach",
-    "--monitor",
-    "--user",
-    "--no-self-confinement",
 ];
 /// What makes a server listen or serve something is the more important half.
 const KEPT_BY_UNIT: &str =
@@ -87,10 +76,9 @@ fn judge(server: &Daemon, state: &ServerState, options: &CheckOptions, found: &m
 
 /// What stands on its command line, and not in its unit.
 fn judge_options(server: &Daemon, unit: &Unit, found: &mut Findings) {
-    for word in of_its_own(server, &options::texts(unit)).iter().map(|word| printable(word)) {
-        let cause = format!("ovsdb-server (pid {}) runs with {word}, which this unit does not have", server.id.pid);
-        found.warn(Name::OvsdbServer, &unit.name, cause, KEPT_BY_UNIT);
-    }
+    let own = of_its_own(server, &options::texts(unit));
+    let daemon = format!("ovsdb-server (pid {})", server.id.pid);
+    options::tell(Name::OvsdbServer, &daemon, &unit.name, &own, KEPT_BY_UNIT, found);
 }
 
 /// The options and files of the command line that ovs-ctl does not give of itself and that `texts` do not have.
@@ -99,7 +87,7 @@ fn of_its_own(server: &Daemon, texts: &str) -> Vec<String> {
     let own = ovsdb_server::database_file(server);
     let files = Given::of(server).databases.into_iter().filter(|file| own.as_os_str() != file.as_str());
     let unsaid = files.filter(|file| !options::is_said(file, texts));
-    options::of_its_own(server, &OF_OVS_CTL, texts).into_iter().chain(unsaid).collect()
+    options::of_its_own(server, &OF_SERVER, texts).into_iter().chain(unsaid).collect()
 }
 
 #[cfg(test)]
