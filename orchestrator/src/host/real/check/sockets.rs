@@ -6,14 +6,12 @@ use std::path::{Path, PathBuf};
 
 use super::switch::named;
 use crate::host::kept::printable;
-use crate::host::real::assemble::RUN_DIRECTORY;
+use crate::host::real::assemble::{DATABASE_SOCKET, RUN_DIRECTORY};
 use crate::host::{Daemon, DatabaseFacts};
 use crate::report::{Findings, Name};
 
 /// What a daemon makes a socket with (`bind_unix_socket`, lib/socket-util-unix.c); its umask takes some of that away.
 const MODE: u32 = 0o770;
-/// The socket of ovsdb-server, which every client knows.
-const DATABASE: &str = "db.sock";
 /// How a server is given a socket that systemd holds, which outlives it.
 const HANDED: &str = "--remote=pfd:";
 
@@ -24,7 +22,7 @@ pub(super) fn look(vswitchd: &Daemon, server: Option<&Daemon>, facts: Option<&Da
     let mut all: Vec<(PathBuf, &Daemon)> =
         bridges.map(|bridge| (folder.join(format!("{}.mgmt", bridge.name)), vswitchd)).collect();
     let own = server.filter(|server| !server.argv.iter().any(|word| word.starts_with(HANDED)));
-    all.extend(own.map(|server| (folder.join(DATABASE), server)));
+    all.extend(own.map(|server| (DATABASE_SOCKET.into(), server)));
     let changed = all.iter().filter(|(path, daemon)| is_changed(path, daemon));
     let changed: Vec<String> = changed.filter_map(|(path, _)| path.file_name()?.to_str().map(printable)).collect();
     if !changed.is_empty() {
