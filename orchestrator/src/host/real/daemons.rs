@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -117,6 +117,14 @@ impl RealDaemons {
         Ok(Connection::connect(&self.database_socket)?.peer()?.pid())
     }
 
+    /// The sockets at the database's path on which systemd listens.
+    fn sockets_of_systemd(&self) -> io::Result<BTreeSet<u64>> {
+        let mut inodes = procfs::listening(SYSTEMD, &self.database_socket)?;
+        let own = procfs::socket_inodes(SYSTEMD)?;
+        inodes.retain(|inode| own.contains(inode));
+        Ok(inodes)
+    }
+
     /// The process behind the database socket, by its credentials; where another has begun to listen, which is systemd or
     /// one that the server was started by, the one that this very socket was handed to.
     fn database_listener(&self) -> Result<i32> {
@@ -130,16 +138,16 @@ impl RealDaemons {
         if !of_systemd && run_directory.admits(kind, listener) {
             return Ok(listener);
         }
-        // It is in the network namespace of who began to listen, or in ours where that one has ended.
-        let mut inodes = procfs::listening(listener, &self.database_socket)
-            .or_else(|_| procfs::listening(std::process::id().cast_signed(), &self.database_socket))
-            .about(object())?;
-        let systemds = if of_systemd { procfs::socket_inodes(SYSTEMD).about(object())? } else { BTreeSet::new() };
+        let systemds = if of_systemd { self.sockets_of_systemd().about(object())? } else { BTreeSet::new() };
         // One that systemd has made and let go of, as with `systemctl restart ovsdb-server.socket`, is the server's alone.
-        let by_systemd = !inodes.is_disjoint(&systemds);
-        if by_systemd {
-            inodes.retain(|inode| systemds.contains(inode));
-        }
+        let by_systemd = !systemds.is_empty();
+        let inodes = match by_systemd {
+            true => systemds,
+            // It is in the network namespace of who began to listen, or in ours where that one has ended.
+            false => procfs::listening(listener, &self.database_socket)
+                .or_else(|_| procfs::listening(std::process::id().cast_signed(), &self.database_socket))
+                .about(object())?,
+        };
         let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
         let known = |pid: &i32| by_systemd || run_directory.holds_pid_file(kind, *pid);
         let all = procfs::pids().about("/proc")?.into_iter();
@@ -258,23 +266,18 @@ impl Daemons for RealDaemons {
     }
 
     fn would_start_database(&self) -> bool {
-        let Ok(mut inodes) = procfs::listening(SYSTEMD, &self.database_socket) else { return false };
-        let Ok(systemds) = procfs::socket_inodes(SYSTEMD) else { return false };
-        inodes.retain(|inode| systemds.contains(inode));
+        let inodes = self.sockets_of_systemd().unwrap_or_default();
         // In a container that process may be the server itself.
-        let is_server = self.run_directory().is_ok_and(|directory| directory.admits(DaemonKind::OvsdbServer, SYSTEMD));
-        let has_it = |pid: &i32| procfs::socket_inodes(*pid).is_ok_and(|own| !own.is_disjoint(&inodes));
-        let mut others = procfs::pids().into_iter().flatten().filter(|pid| *pid != SYSTEMD);
-        !inodes.is_empty() && !is_server && !others.any(|pid| has_it(&pid))
+        let is_server =
+            || self.run_directory().is_ok_and(|directory| directory.admits(DaemonKind::OvsdbServer, SYSTEMD));
+        let has_it = |pid: i32| procfs::socket_inodes(pid).is_ok_and(|own| !own.is_disjoint(&inodes));
+        let others = || procfs::pids().into_iter().flatten().filter(|pid| *pid != SYSTEMD);
+        !inodes.is_empty() && !is_server() && !others().any(has_it)
     }
 
     fn systemd_listens(&self) -> Result<bool> {
-        let object = || self.database_socket.display().to_string();
-        if self.database_peer()? != SYSTEMD {
-            return Ok(false);
-        }
-        let inodes = procfs::listening(SYSTEMD, &self.database_socket).about(object())?;
-        Ok(!procfs::socket_inodes(SYSTEMD).about(object())?.is_disjoint(&inodes))
+        let holds = || self.sockets_of_systemd().map(|sockets| !sockets.is_empty());
+        Ok(self.database_peer()? == SYSTEMD && holds().about(self.database_socket.display().to_string())?)
     }
 
     fn keep_listening(&self, daemon: &Daemon) -> Result<()> {
