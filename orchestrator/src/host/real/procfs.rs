@@ -1,6 +1,7 @@
 //! What `/proc` tells about a process (`Documentation/filesystems/proc.rst`).
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -262,6 +263,13 @@ fn listens_at(line: &str, path: &Path) -> Option<u64> {
         (word().and(word()).and(word()).and_then(|_| word())?, word().and(word()).and_then(|_| word())?);
     let accepts = u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & ACCEPTS != 0);
     (accepts && Path::new(rest) == path).then(|| inode.parse().ok())?
+}
+
+/// The number of the mount that descriptor `name` of process `pid` was reached by (`/proc/PID/fdinfo`, proc(5)).
+pub fn mount_of(pid: i32, name: &OsStr) -> io::Result<u64> {
+    let text = fs::read_to_string(path(pid, "fdinfo").join(name))?;
+    let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::other("the kernel does not tell its mount"))
 }
 
 /// Has process `pid` the file at `path` open?

@@ -255,11 +255,8 @@ fn is_where_it_is_named(file: &File, path: &Path) -> io::Result<bool> {
     Ok(trusted::only_ours(&folder.metadata()?) && mount_of(file)? == mount_of(&folder.file)?)
 }
 
-/// The number of the mount that an open file was reached by (`/proc/PID/fdinfo`, proc(5)).
 fn mount_of(file: &impl AsRawFd) -> io::Result<u64> {
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
-    let number = text.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
-    number.ok_or_else(|| io::Error::other("the kernel does not tell its mount"))
+    procfs::mount_of(std::process::id().cast_signed(), file.as_raw_fd().to_string().as_ref())
 }
 
 /// The files whose code the process has mapped, its executable among them, that are no longer what their names stand for.

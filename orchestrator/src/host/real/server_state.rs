@@ -4,7 +4,6 @@
 //! ovsdb/ovsdb-server.c). Names of databases are in the files themselves: `list-dbs` does not say which file is whose.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -41,20 +40,13 @@ struct Open {
 const SERVED_BY_OTHERS: [&str; 7] = ["fuse", "nfs", "cifs", "smb", "ceph", "9p", "afs"];
 
 /// The mounts of process `pid` whose files could have us wait, by their numbers (`/proc/PID/mountinfo`, proc(5)).
-fn served_by_others(pid: i32) -> io::Result<BTreeSet<String>> {
+fn served_by_others(pid: i32) -> io::Result<BTreeSet<u64>> {
     let number = |line: &str| {
         let (mount, file_system) = line.split_once(" - ")?;
         let waits = SERVED_BY_OTHERS.iter().any(|kind| file_system.starts_with(kind));
-        waits.then(|| mount.split(' ').next().map(str::to_owned)).flatten()
+        waits.then(|| mount.split(' ').next()?.parse().ok()).flatten()
     };
     Ok(fs::read_to_string(format!("/proc/{pid}/mountinfo"))?.lines().filter_map(number).collect())
-}
-
-/// Is descriptor `name` of process `pid` of a mount that is none of `others`?
-fn is_local(pid: i32, name: &OsStr, others: &BTreeSet<String>) -> bool {
-    let path = Path::new("/proc").join(pid.to_string()).join("fdinfo").join(name);
-    let mount = |text: &str| Some(text.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().to_owned());
-    fs::read_to_string(path).ok().as_deref().and_then(mount).is_some_and(|mount| !others.contains(&mount))
 }
 
 /// Every regular file that process `pid` has open. What is none is not opened, and nothing of a network: it could have us
@@ -62,7 +54,7 @@ fn is_local(pid: i32, name: &OsStr, others: &BTreeSet<String>) -> bool {
 fn open_files(pid: i32) -> io::Result<Vec<Open>> {
     let others = served_by_others(pid)?;
     let regular = |entry: fs::DirEntry| {
-        if !is_local(pid, &entry.file_name(), &others) {
+        if others.contains(&procfs::mount_of(pid, &entry.file_name()).ok()?) {
             return None;
         }
         let descriptor = open(&entry.path(), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
