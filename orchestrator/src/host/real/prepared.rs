@@ -9,31 +9,49 @@ use std::time::Instant;
 use super::giving::Giving;
 use super::openflow::RealOpenFlow;
 use super::parallel::side_by_side;
-use crate::host::{BridgeRules, Daemon, OpenFlow, PreparedRestore, RefusedRule, RestoredRules, Result};
+use crate::host::{BridgeRules, Daemon, Messages, OpenFlow, PreparedRestore, RefusedRule, RestoredRules, Result};
 
 /// All bridges.
 pub struct Prepared {
     openflow: RealOpenFlow,
-    /// Those that are proved.
-    bridges: Vec<BridgeRules>,
+    proved: Vec<Proved>,
+}
+
+/// A bridge all of whose rules are taken: what was asked about. Their texts, of which there may be many, say nothing more.
+struct Proved {
+    bridge: String,
+    protocol: String,
+    messages: Messages,
+}
+
+impl Proved {
+    fn of(rules: &BridgeRules) -> Self {
+        let BridgeRules { bridge, protocol, messages, .. } = rules;
+        Proved { bridge: bridge.clone(), protocol: protocol.clone(), messages: messages.clone() }
+    }
+
+    fn is_of(&self, rules: &BridgeRules) -> bool {
+        self.bridge == rules.bridge && self.protocol == rules.protocol && self.messages == rules.messages
+    }
 }
 
 impl Prepared {
     /// Nothing is prepared yet.
     pub fn new(openflow: &RealOpenFlow) -> Self {
-        Prepared { openflow: openflow.clone(), bridges: Vec::new() }
+        Prepared { openflow: openflow.clone(), proved: Vec::new() }
     }
 }
 
 impl PreparedRestore for Prepared {
     fn update(&mut self, _daemon: &Daemon, rules: &[BridgeRules], until: Instant) -> Result<Vec<RefusedRule>> {
-        let changed: Vec<&BridgeRules> = rules.iter().filter(|rules| !self.bridges.contains(rules)).collect();
-        let proved = side_by_side(&changed, |rules| prove(&self.openflow, rules, until))?;
-        self.bridges.retain(|before| rules.contains(before));
+        let is_proved = |rules: &BridgeRules| rules.untold.is_empty() && self.proved.iter().any(|one| one.is_of(rules));
+        let changed: Vec<&BridgeRules> = rules.iter().filter(|rules| !is_proved(rules)).collect();
+        let answers = side_by_side(&changed, |rules| prove(&self.openflow, rules, until))?;
+        self.proved.retain(|one| rules.iter().any(|rules| one.is_of(rules)));
         let mut refused = Vec::new();
-        for (rules, refused_here) in changed.into_iter().zip(proved) {
+        for (rules, refused_here) in changed.into_iter().zip(answers) {
             if refused_here.is_empty() {
-                self.bridges.push(rules.clone());
+                self.proved.push(Proved::of(rules));
             }
             refused.extend(refused_here);
         }
