@@ -14,8 +14,8 @@ use super::messages::{
     self, add_or_modify, barrier, bundle_control, extension, header, in_bundle, in_words, kind, numbered,
     without_effect, xid, Bundle, BUFFER_UNKNOWN, ERROR, HEADER, OF10, OF13,
 };
-use super::openflow::{first_field, version_number, RealOpenFlow};
-use super::reading::monotonic_ms;
+use super::openflow::{first_field, RealOpenFlow};
+use super::reading::{monotonic_ms, number_of};
 use super::told::{self, Head};
 use crate::host::{BridgeRules, Context, HostError, RefusedRule, Result};
 
@@ -89,9 +89,9 @@ struct Played {
     carried_out: bool,
 }
 
-/// The first byte of messages of `OpenFlow15`.
+/// The first byte of messages of `OpenFlow15`, that of OpenFlow 1.0 where no version is named.
 pub fn version_of(protocol: &str) -> u8 {
-    u8::try_from(version_number(protocol).saturating_sub(9)).unwrap_or(OF10)
+    number_of(protocol).unwrap_or(OF10)
 }
 
 impl<'a> Giving<'a> {

@@ -30,11 +30,16 @@ const UNKNOWN: [&str; 3] = [" type 1 code 1", " type 1 code 2", " type 1 code 4"
 
 /// The versions that a bridge may speak, as the first byte of their messages.
 pub fn versions(bridge: &Bridge) -> Vec<u8> {
-    let number = |name: &String| name.strip_prefix("OpenFlow1")?.parse::<u8>().ok().map(|minor| minor + OF10);
+    let known = OF10..=OF15;
     match bridge.protocols.is_empty() {
-        true => (OF10..=OF15).collect(),
-        false => bridge.protocols.iter().filter_map(number).filter(|version| (OF10..=OF15).contains(version)).collect(),
+        true => known.collect(),
+        false => bridge.protocols.iter().filter_map(|name| number_of(name)).filter(|one| known.contains(one)).collect(),
     }
+}
+
+/// 6 for `OpenFlow15`: the first byte of its messages.
+pub fn number_of(name: &str) -> Option<u8> {
+    name.strip_prefix("OpenFlow1")?.parse::<u8>().ok()?.checked_add(OF10)
 }
 
 /// `OpenFlow15` for 6.
