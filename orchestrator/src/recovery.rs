@@ -539,7 +539,7 @@ impl Recovery {
         if new.is_none() {
             let found = host.daemons.find_all(DaemonKind::OvsVswitchd);
             let others = self.keep("running daemons", found).unwrap_or_default();
-            new = others.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|daemon| daemon.id.start_time);
+            new = newest_but(old, others);
         }
         if let (true, None, Some(old)) = (plan::past_no_return(entries), &new, old) {
             // It may be on its way out.
@@ -590,7 +590,7 @@ impl Recovery {
             self.told(format!("what was set in the daemons at run time: {error}"));
             Vec::new()
         });
-        let switch = all.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|one| one.id.start_time);
+        let switch = newest_but(old, all);
         if let Some(switch) = &switch {
             let given = log_levels::give_back(host.daemons.as_ref(), switch, &kept.switch_logs, until);
             given.err().into_iter().for_each(|error| self.told(format!("log levels that were set by hand: {error}")));
@@ -1098,6 +1098,11 @@ impl Recovery {
 
 fn needs_person(reason: String) -> Outcome {
     Outcome { exit_code: ExitCode::NeedsPerson, reason }
+}
+
+/// The daemon that was started last, of all but the old one.
+fn newest_but(old: Option<ProcessId>, all: Vec<Daemon>) -> Option<Daemon> {
+    all.into_iter().filter(|daemon| Some(daemon.id) != old).max_by_key(|daemon| daemon.id.start_time)
 }
 
 fn nothing_touched() -> Outcome {
