@@ -130,20 +130,21 @@ impl Custom for Upgrade {
 
 /// `apt-get words`, which upgrades Open vSwitch: a run, and apt says so.
 pub fn graceful(name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
-    let (from, to) = (version(), candidate()?);
+    goes_to(&candidate()?, name, words, log, outcome)
+}
+
+fn goes_to(to: &str, name: &str, words: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
+    let from = version();
     doors::graceful(name, || apt(words, log), outcome)?;
-    upgraded(&from, &to, outcome);
-    told(&to, log, outcome)
+    upgraded(&from, to, outcome);
+    told(to, log, outcome)
 }
 
 /// From the last release to the one before it.
 fn back(name: &str, log: &str, outcome: &mut Outcome) -> Result<()> {
     let (all, installed) = (versions()?, installed()?);
     let to = all.iter().rev().find(|version| **version != installed).context("apt has no other Open vSwitch")?;
-    let from = version();
-    doors::graceful(name, || apt(&to_version(to), log), outcome)?;
-    upgraded(&from, number(to), outcome);
-    told(number(to), log, outcome)
+    goes_to(number(to), name, &to_version(to), log, outcome)
 }
 
 /// Without Debian's part.
