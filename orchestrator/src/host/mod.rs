@@ -838,8 +838,21 @@ pub struct FdbEntry {
 pub struct LearnReport {
     /// How many are in the table again.
     pub restored: u64,
-    /// How many are not, by reason.
+    /// How many there was no time for.
+    pub unasked: u64,
+    /// How many are not, by another reason.
     pub skipped: BTreeMap<String, u64>,
+}
+
+impl LearnReport {
+    /// With what became of those that there had been no time for.
+    pub fn and_then(&mut self, rest: LearnReport) {
+        self.restored += rest.restored;
+        self.unasked = rest.unasked;
+        for (reason, count) in rest.skipped {
+            *self.skipped.entry(reason).or_default() += count;
+        }
+    }
 }
 
 /// The bridges, through their management sockets.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use dpfreeze::ovs::FlowCounts;
 
-use super::{bridges, notes, Ended, Run, Step, Stop};
+use super::{bridges, notes, restore, Ended, Run, Step, Stop};
 use crate::config::Config;
 use crate::host::datapath::DATAPATH;
 use crate::host::real::openflow::is_timed;
@@ -23,6 +23,7 @@ impl Step for Gates {
     }
 
     fn perform(&self, run: &mut Run) -> Ended {
+        restore::teach_the_rest(run)?;
         note_frozen_flows(run)?;
         if !has_every_rule(run)? {
             return Ok(Event::DifferencesFound);

@@ -177,9 +177,16 @@ pub(super) fn restored(report: &mut Report, restored: &[RestoredRules]) {
 }
 
 /// What became of learned addresses.
-pub(super) fn learned(report: &mut Report, learned: &LearnReport) {
-    report.details.insert("fdb_restored".into(), learned.restored.into());
-    for (reason, count) in &learned.skipped {
+pub(super) fn learned<'a>(report: &mut Report, all: impl Iterator<Item = &'a LearnReport>) {
+    let mut sum = LearnReport::default();
+    for learned in all {
+        let unasked = sum.unasked + learned.unasked;
+        sum.and_then(learned.clone());
+        sum.unasked = unasked;
+    }
+    report.details.insert("fdb_restored".into(), sum.restored.into());
+    let unasked = (sum.unasked > 0).then(|| ("no time left".to_owned(), sum.unasked));
+    for (reason, count) in sum.skipped.into_iter().chain(unasked) {
         report.warnings.push(format!("{count} learned addresses were not restored: {reason}"));
     }
 }

@@ -1,6 +1,6 @@
 //! Restore: the new daemon gets back what the old one had been told and had learned.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Context};
@@ -16,6 +16,8 @@ pub(super) struct Restore;
 
 /// A daemon that has every bridge has its tunnel ports and their policing as well, but for this.
 const TUNNEL_PATIENCE: Duration = Duration::from_millis(500);
+/// Packets wait while addresses are taught: those that were seen last come first, and the rest comes when no packet waits.
+const ADDRESSES_WHILE_PACKETS_WAIT: Duration = Duration::from_millis(500);
 /// A bridge that the daemon does not have after this time may have been removed from the database.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -86,6 +88,9 @@ fn wait_for_bridges(run: &mut Run, new: &Daemon) -> Result<(), Stop> {
     }
 }
 
+/// What became of the learned addresses of each bridge.
+type Learned = BTreeMap<String, LearnReport>;
+
 /// Rules and addresses, side by side: the one waits for the daemon's table, the other for its control socket.
 fn put_back(
     host: &Host,
@@ -95,7 +100,7 @@ fn put_back(
     addresses: &BTreeMap<String, Vec<FdbEntry>>,
     prepared: Option<&dyn PreparedRestore>,
     until: Instant,
-) -> anyhow::Result<(Vec<RestoredRules>, LearnReport)> {
+) -> anyhow::Result<(Vec<RestoredRules>, Learned)> {
     let openflow = host.openflow.as_ref();
     let rules = &*remembered::rules(rules);
     let (mut restored, mut learned) = (None, None);
@@ -105,7 +110,8 @@ fn put_back(
             None => openflow.restore(rules, until),
         });
     };
-    openflow.both(&mut restore, &mut || learned = Some(teach_addresses(openflow, new, bridges, addresses, until)));
+    let enough = until.min(host.clock.now() + ADDRESSES_WHILE_PACKETS_WAIT);
+    openflow.both(&mut restore, &mut || learned = Some(teach_addresses(openflow, new, bridges, addresses, enough)));
     let ended_early = || anyhow!("putting rules and addresses back ended early; the log says why");
     Ok((
         restored.ok_or_else(ended_early)?.context("restoring OpenFlow rules")?,
@@ -120,17 +126,44 @@ fn teach_addresses(
     bridges: &[Bridge],
     addresses: &BTreeMap<String, Vec<FdbEntry>>,
     until: Instant,
-) -> anyhow::Result<LearnReport> {
-    let mut learned = LearnReport::default();
+) -> anyhow::Result<Learned> {
+    let known = |bridge: &Bridge| addresses.get(&bridge.name).map(|entries| remembered::addresses(entries));
+    let teach = |bridge: &Bridge| {
+        let taught = openflow.learn(new, bridge, &known(bridge)?, until);
+        Some(taught.map(|taught| (bridge.name.clone(), taught)))
+    };
+    Ok(bridges.iter().filter_map(teach).collect::<Result<_, _>>()?)
+}
+
+/// Addresses that there was no time for while packets waited. A bridge may have learned some of them by itself since, also
+/// at another port.
+pub(super) fn teach_the_rest(run: &mut Run) -> Result<(), Stop> {
+    let lacks = |name: &str| run.known.learned.get(name).is_some_and(|learned| learned.unasked > 0);
+    let bridges: Vec<Bridge> = run.known.facts.bridges.iter().filter(|one| lacks(&one.name)).cloned().collect();
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
     for bridge in bridges {
-        let Some(entries) = addresses.get(&bridge.name) else { continue };
-        let taught = openflow.learn(new, bridge, &remembered::addresses(entries), until)?;
-        learned.restored += taught.restored;
-        for (reason, count) in taught.skipped {
-            *learned.skipped.entry(reason).or_default() += count;
+        let taught = teach_what_lacks(run, &new, &bridge, until);
+        match taught {
+            Ok(rest) => run.known.learned.entry(bridge.name).or_default().and_then(rest),
+            Err(error) => run.warn(format!("bridge {}: learned addresses may be lost: {error}", bridge.name)),
         }
     }
-    Ok(learned)
+    notes::learned(&mut run.report, run.known.learned.values());
+    run.checkpoint()
+}
+
+fn teach_what_lacks(run: &Run, new: &Daemon, bridge: &Bridge, until: Instant) -> crate::host::Result<LearnReport> {
+    let openflow = &run.host.openflow;
+    let there = openflow.fdb(new, std::slice::from_ref(bridge), until)?.concat();
+    let is_static = |entry: &FdbEntry| entry.age_s.is_none();
+    let there: HashMap<_, _> = there.iter().map(|entry| ((entry.vlan, &*entry.mac), is_static(entry))).collect();
+    let wanted =
+        run.known.addresses.get(&bridge.name).map(|entries| remembered::addresses(entries)).unwrap_or_default();
+    let lacking = wanted.iter().filter(|entry| match there.get(&(entry.vlan, &*entry.mac)) {
+        Some(known_as_static) => is_static(entry) && !known_as_static,
+        None => true,
+    });
+    openflow.learn(new, bridge, &lacking.cloned().collect::<Vec<_>>(), until)
 }
 
 /// No rule and no packet is given up for it: what is not taken is a difference in the end.
@@ -142,9 +175,9 @@ fn give_state(run: &mut Run, new: &Daemon, bridges: &[Bridge]) {
         given.unwrap_or_else(|error| vec![format!("what bridges knew besides rules may be lost: {error}")]);
 }
 
-fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, LearnReport)) -> Result<(), Stop> {
+fn note(run: &mut Run, (restored, learned): (Vec<RestoredRules>, Learned)) -> Result<(), Stop> {
     notes::restored(&mut run.report, &restored);
-    notes::learned(&mut run.report, &learned);
+    run.known.learned.extend(learned);
     let known = std::mem::take(&mut run.known.refused);
     let refused: Vec<_> = restored.iter().flat_map(|done| done.refused.clone()).collect();
     let news: Vec<_> = refused.iter().filter(|refused| !known.contains(refused)).cloned().collect();

@@ -16,8 +16,9 @@ use crate::host::devices::{Devices, Standing};
 use crate::host::module::{Device, KernelModule};
 use crate::host::surroundings::Surroundings;
 use crate::host::{
-    BridgeRules, BridgeState, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, Kept, OpenFlow, PreparedRestore,
-    ProcessId, RefusedRule, RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting, SwitchLock,
+    BridgeRules, BridgeState, Daemon, Daemons, Database, DatabaseFacts, FdbEntry, Job, Kept, LearnReport, OpenFlow,
+    PreparedRestore, ProcessId, RefusedRule, RestoreWaitWatch, RuleWatch, SavedProgram, ServiceManager, Starting,
+    SwitchLock,
 };
 use crate::journal::Runs;
 use crate::machine::{Action, Event, Machine};
@@ -140,6 +141,8 @@ pub struct Known {
     pub refused: Vec<RefusedRule>,
     /// Learned addresses by bridge.
     pub addresses: BTreeMap<String, Vec<FdbEntry>>,
+    /// What became of them, by bridge.
+    pub learned: BTreeMap<String, LearnReport>,
     /// What bridges know besides rules and addresses.
     pub state: Vec<BridgeState>,
     /// What of it the new daemon has not taken, in words.

@@ -12,8 +12,8 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use super::*;
 use crate::host::simulated::{
-    state, Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World, BY_HAND,
-    MTU, ODD_RULE, SHAPED,
+    addresses, state, Crash, DiskState, Fault, Odd, Place, Program, Script, Sim, SimControl, SimDisk, Variant, World,
+    BY_HAND, MTU, ODD_RULE, SHAPED,
 };
 use crate::recovery::{recover_interrupted, tidy_database};
 use crate::report::Skipped;
@@ -202,6 +202,10 @@ impl Played {
         known.retain(|bridge, _| world.table.removed != Some(bridge.as_str()));
         if switch.state != known && !world.rebooted && !plain && !world.died_knowing {
             wrong.push("the switch has forgotten what it knew besides its rules".into());
+        }
+        if switch.addresses != addresses() && !self.crashed && code == Some(ExitCode::Done) && !self.names("addresses")
+        {
+            wrong.push("done, and addresses are forgotten".into());
         }
         world.pass(Duration::from_secs(1));
         if world.lost() > lost && !world.rebooted && !plain {

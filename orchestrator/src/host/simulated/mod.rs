@@ -30,7 +30,7 @@ pub use control::SimControl;
 pub use devices::{BY_HAND, SHAPED};
 pub use disk::SimDisk;
 pub use fault::{Crash, Fault, Place, Script};
-pub use world::{state, DiskState, Odd, Program, Variant, World, MTU, ODD_RULE};
+pub use world::{addresses, state, DiskState, Odd, Program, Variant, World, MTU, ODD_RULE};
 
 use crate::host::{HostError, Result};
 use crate::steps::Host;

@@ -513,9 +513,10 @@ fn written_row() -> SystemRow {
     SystemRow { ids, system_type: Some("debian".into()), system_version: Some("12".into()) }
 }
 
-fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
-    let entry = FdbEntry { port: "2".into(), vlan: 0, mac: "aa:bb:cc:dd:ee:01".into(), age_s: Some(3) };
-    BTreeMap::from([("br0".to_owned(), vec![entry])])
+/// What bridges have learned.
+pub fn addresses() -> BTreeMap<String, Vec<FdbEntry>> {
+    let entry = |mac: &str| FdbEntry { port: "2".into(), vlan: 0, mac: mac.into(), age_s: Some(3) };
+    BTreeMap::from([("br0".to_owned(), vec![entry("aa:bb:cc:dd:ee:01"), entry("aa:bb:cc:dd:ee:02")])])
 }
 
 /// What bridges know besides.
