@@ -123,7 +123,7 @@ fn told_in_lanes(requests: Vec<Request>, lanes: usize, lock: &VmLock) -> usize {
 }
 
 /// Scenarios of the matrix that make their own runs, where they run besides Debian 12.
-const ELSEWHERE: [(&str, &str); 40] = [
+const ELSEWHERE: [(&str, &str); 42] = [
     ("bad_upgrade", "trixie"),
     ("back", "bookworm+backports"),
     ("back", "bookworm+untold"),
@@ -141,6 +141,8 @@ const ELSEWHERE: [(&str, &str); 40] = [
     ("killed", "trixie+backports"),
     ("many_meters", "testing"),
     ("many_meters", "trixie"),
+    ("many_groups", "testing"),
+    ("many_addresses", "testing"),
     ("many_ports", "bullseye"),
     ("odd_rules_whole", "bullseye"),
     ("odd_rules_whole", "trixie"),

@@ -1,11 +1,13 @@
-//! Hosts with many of something: CPUs that the kernel may get, ports, bridges, meters. Plain's network and traffic beside
-//! them.
+//! Hosts with many of something: CPUs that the kernel may get, ports, bridges, meters, groups, learned addresses. Plain's
+//! network and traffic beside them.
 
 use std::fmt::Write;
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 
-use anyhow::Result;
-use serde_json::json;
+use anyhow::{Context, Result};
+use serde_json::{json, Value};
 
 use super::{network, plain, Traffic};
 use crate::command::{shell, shell_lenient};
@@ -23,6 +25,8 @@ pub struct Many {
     count: &'static str,
     /// At least so many.
     least: u64,
+    /// Prints what is the same afterwards, besides what every scenario compares.
+    look: &'static str,
 }
 
 /// As many CPUs as a large server has, two of them there. APIC number 255 is everybody's, and makes one less.
@@ -41,6 +45,7 @@ pub const CPUS: Many = Many {
     },
     count: "echo $(($(sed 's/.*-//' /sys/devices/system/cpu/possible) + 1))",
     least: 255,
+    look: "true",
 };
 
 /// On Debian 11 the daemon has a socket for each.
@@ -57,6 +62,7 @@ pub const PORTS: Many = Many {
     },
     count: "ovs-dpctl show | grep -c ' port [0-9]*: m[0-9]'",
     least: 1000,
+    look: "true",
 };
 
 /// Each with rules of its own.
@@ -79,6 +85,7 @@ pub const BRIDGES: Many = Many {
     },
     count: "ovs-vsctl list-br | grep -c bq",
     least: 250,
+    look: "true",
 };
 
 /// No bundle takes them.
@@ -98,10 +105,80 @@ pub const METERS: Many = Many {
     },
     count: "ovs-ofctl -O OpenFlow13 dump-meters br0 | grep -c meter=",
     least: 1100,
+    look: "true",
 };
+
+/// Of every type.
+pub const GROUPS: Many = Many {
+    name: "many_groups",
+    about: "5,000 groups, some of them used by rules",
+    cpus: vm::CPUS,
+    set_up: || {
+        let kinds =
+            ["all,bucket=output:2,bucket=output:3", "indirect,bucket=output:2", "select,bucket=weight:7,output:2"];
+        let groups = (1..=5000).zip(kinds.iter().cycle()).fold(String::new(), |mut words, (id, kind)| {
+            let _ = writeln!(words, "group_id={id},type={kind}");
+            words
+        });
+        fs::write("/run/lab-groups", groups)?;
+        shell(
+            "ovs-ofctl -O OpenFlow15 add-groups br0 /run/lab-groups
+             for i in 1 2 3 4999 5000; do
+               ovs-ofctl -O OpenFlow13 add-flow br0 priority=50,udp,tp_dst=$i,actions=group:$i
+             done",
+        )
+        .map(drop)
+    },
+    count: "ovs-ofctl -O OpenFlow15 dump-groups br0 | grep -c group_id=",
+    least: 5000,
+    look: "true",
+};
+
+/// So many learned addresses, at two ports.
+const LEARNED: u32 = 50_000;
+
+/// More than half of the largest table that a bridge may have.
+pub const ADDRESSES: Many = Many {
+    name: "many_addresses",
+    about: "50,000 learned addresses",
+    cpus: vm::CPUS,
+    set_up: || {
+        shell("ovs-vsctl set bridge br0 other_config:mac-table-size=65536 other_config:mac-aging-time=3600")?;
+        learn(LEARNED)
+    },
+    count: "ovs-appctl fdb/show br0 | grep -c ' 02:50:'",
+    least: LEARNED as u64,
+    look: "ovs-appctl fdb/show br0 | awk '/ 02:50:/ { print $1, $2, $3 }' | sort | md5sum",
+};
+
+/// Has the daemon learn them as it learns from a frame, which would be an upcall each.
+fn learn(count: u32) -> Result<()> {
+    let path = shell("echo /run/openvswitch/ovs-vswitchd.$(cat /run/openvswitch/ovs-vswitchd.pid).ctl")?;
+    let mut daemon = UnixStream::connect(path.trim()).with_context(|| format!("cannot connect to {path}"))?;
+    let mut answers = serde_json::Deserializer::from_reader(daemon.try_clone()?).into_iter::<Value>();
+    let numbers: Vec<u32> = (0..count).collect();
+    for some in numbers.chunks(40) {
+        for number in some {
+            let [_, a, b, c] = number.to_be_bytes();
+            let mac = format!("02:50:00:{a:02x}:{b:02x}:{c:02x}");
+            let frame = format!("in_port={},dl_src={mac},dl_dst={mac},dl_type=0x88b5", 2 + number % 2);
+            let params = json!(["br0", frame, "-generate", "NORMAL"]);
+            daemon.write_all(
+                json!({"id": number, "method": "ofproto/trace-packet-out", "params": params}).to_string().as_bytes(),
+            )?;
+        }
+        for _ in some {
+            let answer = answers.next().context("ovs-vswitchd closed its control socket")??;
+            anyhow::ensure!(answer["error"].is_null(), "ovs-vswitchd learns no address: {answer}");
+        }
+    }
+    Ok(())
+}
 
 /// The rules of every bridge as they were when the network was made.
 const RULES_BEFORE: &str = "/run/lab-all-rules";
+/// What [`Many::look`] printed before the run.
+const LOOKED_BEFORE: &str = "/run/lab-looked";
 
 fn all_rules() -> String {
     shell_lenient(
@@ -139,6 +216,7 @@ impl Traffic for Many {
     fn before_action(&self, outcome: &mut Outcome) -> Result<()> {
         let found: u64 = shell(self.count)?.trim().parse()?;
         outcome.check(format!("{} of them", self.least), found >= self.least, found);
+        fs::write(LOOKED_BEFORE, shell(self.look)?)?;
         Ok(())
     }
 
@@ -149,6 +227,13 @@ impl Traffic for Many {
         let (before, after) = (fs::read_to_string(RULES_BEFORE).unwrap_or_default(), all_rules());
         let found = json!([before.lines().count(), after.lines().count()]);
         outcome.check("rules of all bridges as before", !before.is_empty() && before == after, found);
+        let looked = json!([fs::read_to_string(LOOKED_BEFORE).unwrap_or_default(), shell_lenient(self.look)]);
+        let left: u64 = shell_lenient(self.count).trim().parse().unwrap_or(0);
+        outcome.check(
+            "all of them are there, as before",
+            left >= self.least && looked[0] == looked[1],
+            json!([left, looked]),
+        );
         if let Some(report) = &evidence.report {
             outcome.note("gap_ms", &report["gap_ms"]);
             let phases = report["phases"].as_array().into_iter().flatten();

@@ -381,6 +381,8 @@ pub const ALL: &[Scenario] = &[
     Scenario::Traffic(&many::PORTS),
     Scenario::Traffic(&many::BRIDGES),
     Scenario::Traffic(&many::METERS),
+    Scenario::Traffic(&many::GROUPS),
+    Scenario::Traffic(&many::ADDRESSES),
     Scenario::Traffic(&park_limit::NEWEST),
     Scenario::Traffic(&park_limit::OLDEST),
     Scenario::Traffic(&park_level::ParkLevel),
