@@ -21,12 +21,13 @@ use crate::config::Config;
 use crate::control::{Holder, LockError, RunLock, LOCK};
 use crate::host::clock::{unix_ms, Clock};
 use crate::host::database_disk;
+use crate::host::real::assemble::DATABASE_SOCKET;
 use crate::host::real::openflow::compare;
 use crate::host::real::procfs::own_program;
-use crate::host::real::{RealClock, Systemd};
+use crate::host::real::{fragments, RealClock, RealDaemons, Systemd};
 use crate::host::{
-    complete_job, BridgeRules, Cleared, Daemon, DaemonKind, Database, DatabaseFacts, GuardUnits, JobKind, ProcessId,
-    RefusedRule, ServiceManager, Signal, DATABASE_UNIT, OVN_MANAGED_ASIDE, SWITCH_UNIT,
+    complete_job, BridgeRules, Cleared, Daemon, DaemonKind, Daemons as _, Database, DatabaseFacts, GuardUnits, JobKind,
+    ProcessId, RefusedRule, ServiceManager, Signal, DATABASE_UNIT, OVN_MANAGED_ASIDE, SWITCH_UNIT,
 };
 use crate::journal::{Entry, Runs};
 use crate::machine::{ExitCode, Outcome};
@@ -76,6 +77,9 @@ pub fn recover(config: &Config, kept: Vec<(String, OwnedFd)>) -> anyhow::Result<
     let database = Host::real_database();
     let recovered =
         recover_interrupted(&runs, config, Arc::new(RealClock), database.as_ref(), kept, || Host::real(config))?;
+    if let Err(error) = fragments::come_as_before() {
+        eprintln!("net.ipv4.ipfrag_max_dist is not put back: {error}");
+    }
     // Whether or not there was a run: a flag of ours that nobody looks after any more goes.
     let tidied = tidy_database(database.as_ref(), &RealClock);
     let well = tidied.is_ok();
@@ -141,8 +145,16 @@ const FOREIGN_FLAG: &str =
     "flow-restore-wait is set, and not by us: an ovs-vswitchd that starts with it answers no misses; \
      remedy, if nobody is restoring flows: `ovs-vsctl remove open_vswitch . other_config flow-restore-wait`";
 
+/// Where systemd listens for ovsdb-server, which does not run, a question would start it. Nobody has asked for that.
+fn would_start_database() -> bool {
+    RealDaemons::new(DATABASE_SOCKET).would_start_database()
+}
+
 /// A flow-restore-wait that is somebody else's, in words; none where the database cannot be asked.
 pub fn foreign_flag() -> Option<&'static str> {
+    if would_start_database() {
+        return None;
+    }
     told_of_flag(&Host::real_database().facts(Instant::now() + SHORT).ok()?)
 }
 
@@ -228,6 +240,10 @@ pub(crate) fn tidy_database(database: &dyn Database, clock: &dyn Clock) -> anyho
 /// # Errors
 /// As there, and where the lock cannot be taken.
 pub fn tidy() -> anyhow::Result<Vec<String>> {
+    fragments::come_as_before().context("net.ipv4.ipfrag_max_dist is not put back")?;
+    if would_start_database() {
+        return Ok(Vec::new());
+    }
     let database = Host::real_database();
     match database.has_left_over() {
         Err(error) if error.away => return Ok(Vec::new()),
@@ -287,6 +303,7 @@ pub fn thaw(config: &Config) -> anyhow::Result<i32> {
         return Ok(if well.contains(&code) { 0 } else { code });
     }
     freeze::thaw()?;
+    fragments::come_as_before().context("net.ipv4.ipfrag_max_dist is not put back")?;
     crate::guard::release()?;
     println!("thaw: nothing is frozen any more, and no timeout policy guarded");
     if holder.is_none() && freeze::Families::resolve()?.datapath == 0 {

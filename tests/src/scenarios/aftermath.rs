@@ -15,6 +15,8 @@ pub fn nothing_left(case: &str, outcome: &mut Outcome) {
     let frozen = shell_lenient("dpfreeze status --json");
     let thawed = serde_json::from_str::<Value>(&frozen).is_ok_and(|s| s.is_null() || s["armed"] == false);
     outcome.check(check("nothing is frozen"), thawed, frozen);
+    let distance = shell_lenient("sysctl -n net.ipv4.ipfrag_max_dist");
+    outcome.check(check("fragments are put together as before"), distance.trim() == "64", distance);
     let flag = shell_lenient("ovs-vsctl get open_vswitch . other_config external_ids");
     let unset = !flag.contains("flow-restore-wait") && !flag.contains("ovs-graceful");
     outcome.check(check("no flow-restore-wait, no mark"), unset, flag);
@@ -127,7 +129,8 @@ pub fn finish(case: &str, live: Live, may_lose: bool, outcome: &mut Outcome) -> 
             let lost = udp.requests.lost + udp.replies.lost;
             all_lost[usize::from(probe == "n")] = lost;
             let good = udp.requests.received > 0 && (lost == 0 || may_lose);
-            outcome.check(format!("{case}: {probe}: nothing lost"), good, json!({ "lost": lost }));
+            let value = json!({ "lost": lost, "beside the switch since boot": facts::dropped() });
+            outcome.check(format!("{case}: {probe}: nothing lost"), good, value);
         }
         outcome.probes.insert(format!("{case} {probe}"), ended);
     }

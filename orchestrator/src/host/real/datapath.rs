@@ -21,7 +21,7 @@ use dpfreeze::park::{
 use dpfreeze::snapshot::{self, Snapshot};
 use dpfreeze::tunnel::{self, Adoption, Guard};
 
-use super::daemons;
+use super::{daemons, fragments};
 use crate::guard::{self, Guarded, Terms};
 use crate::host::datapath::{Datapath, FreezeEvent, GoesTo, HandedOver, Lease, DATAPATH};
 use crate::host::{Context, HostError, ProcessId, Result};
@@ -334,6 +334,9 @@ impl Datapath for KernelDatapath {
                 Err(error) => tracing::warn!("how often the kernel passed over the freeze is not known: {error}"),
             }
         }
+        if let Err(error) = fragments::come_as_before() {
+            tracing::warn!("net.ipv4.ipfrag_max_dist is not put back: {error}");
+        }
         freeze::thaw().about("freeze")
     }
 
@@ -384,6 +387,9 @@ impl Datapath for KernelDatapath {
         if self.park.is_none() {
             // The old daemon has ended by itself before its sockets could be adopted.
             self.park = Some(Park::open(self.limits).about("parking sockets")?);
+        }
+        if let Err(error) = fragments::may_come_in_any_order() {
+            tracing::warn!("net.ipv4.ipfrag_max_dist stays, and a replay may cost datagrams of fragments: {error}");
         }
         let port_ids = self.park()?.port_ids();
         let dp = self.dp()?;

@@ -16,6 +16,7 @@ mod disk;
 mod exchange;
 pub mod faithful;
 mod fdb;
+pub mod fragments;
 mod giving;
 mod groups;
 mod identity;
