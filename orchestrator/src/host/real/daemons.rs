@@ -266,13 +266,18 @@ impl Daemons for RealDaemons {
     }
 
     fn would_start_database(&self) -> bool {
-        let inodes = self.sockets_of_systemd().unwrap_or_default();
-        // In a container that process may be the server itself.
-        let is_server =
-            || self.run_directory().is_ok_and(|directory| directory.admits(DaemonKind::OvsdbServer, SYSTEMD));
-        let has_it = |pid: i32| procfs::socket_inodes(pid).is_ok_and(|own| !own.is_disjoint(&inodes));
-        let others = || procfs::pids().into_iter().flatten().filter(|pid| *pid != SYSTEMD);
-        !inodes.is_empty() && !is_server() && !others().any(has_it)
+        let handed = self.sockets_of_systemd().unwrap_or_default();
+        if handed.is_empty() {
+            return false;
+        }
+        // After a reload by ovs-ctl the server's own socket lies over systemd's. Of other sockets the name says nothing.
+        let all = procfs::listening(SYSTEMD, &self.database_socket).unwrap_or_default();
+        let directory = self.run_directory().ok();
+        let is_server = |pid: i32| directory.as_ref().is_some_and(|one| one.admits(DaemonKind::OvsdbServer, pid));
+        let has =
+            |pid: i32, sockets: &BTreeSet<u64>| procfs::socket_inodes(pid).is_ok_and(|own| !own.is_disjoint(sockets));
+        let serves = |pid: i32| pid != SYSTEMD && has(pid, &handed) || has(pid, &all) && is_server(pid);
+        !procfs::pids().into_iter().flatten().any(serves)
     }
 
     fn systemd_listens(&self) -> Result<bool> {
