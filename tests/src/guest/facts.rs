@@ -76,6 +76,34 @@ fn parse_counters(text: &str) -> Option<Counters> {
     Some(Counters { hit: field("hit")?, missed: field("missed")?, lost: field("lost")?, flows })
 }
 
+/// Packets that went where no probe and no counter of a port sees them, since boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Dropped {
+    /// The queues of CPUs had no room (`softnet_data`; /proc/net/softnet_stat).
+    pub by_cpus: u64,
+    /// A sender waited for the address of its neighbour, and its queue had no room (/proc/net/stat/arp_cache).
+    pub unresolved: u64,
+}
+
+/// Reads them.
+pub fn dropped() -> Dropped {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let arp = read("/proc/net/stat/arp_cache");
+    let titles = arp.lines().next().unwrap_or_default();
+    let column = titles.split_whitespace().position(|title| title == "unresolved_discards");
+    let rows = arp.lines().skip(1).collect::<Vec<_>>().join("\n");
+    Dropped {
+        // The second column of each CPU's line (`softnet_seq_show`, net/core/net-procfs.c).
+        by_cpus: sum_of_column(&read("/proc/net/softnet_stat"), 1),
+        unresolved: column.map_or(0, |column| sum_of_column(&rows, column)),
+    }
+}
+
+/// Hexadecimal numbers, one line for each CPU.
+fn sum_of_column(lines: &str, column: usize) -> u64 {
+    lines.lines().filter_map(|line| u64::from_str_radix(line.split_whitespace().nth(column)?, 16).ok()).sum()
+}
+
 /// A flow of the kernel datapath, as `ovs-dpctl dump-flows -m` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Flow {
@@ -247,6 +275,8 @@ pub fn save_everything(folder: &Path, bridges: &[String]) {
         ("units".to_owned(), "systemctl --no-pager status 'ovs*' openvswitch-switch; systemctl --failed".to_owned()),
         ("upcall-show".to_owned(), "ovs-appctl upcall/show".to_owned()),
         ("links".to_owned(), "ip -s link; ip addr".to_owned()),
+        // A packet that a busy CPU's queue (softnet_data) has no room for is in no counter of a port.
+        ("softnet".to_owned(), "cat /proc/net/softnet_stat /proc/sys/net/core/netdev_max_backlog".to_owned()),
         // For lost fragments: who gave up putting them together (IpReasm...).
         (
             "snmp".to_owned(),
@@ -274,6 +304,12 @@ mod tests {
         let text = "system@ovs-system:\n  lookups: hit:7034 missed:412 lost:3\n  flows: 17\n  masks: hit:9 total:2 hit/pkt:1.2\n  port 0: ovs-system (internal)\n";
         assert_eq!(parse_counters(text), Some(Counters { hit: 7034, missed: 412, lost: 3, flows: 17 }));
         assert_eq!(parse_counters(""), None);
+    }
+
+    #[test]
+    fn drops_of_all_cpus() {
+        assert_eq!(sum_of_column("0000aa 00000002 00000000\n0000bb 00000010 00000000\n", 1), 18);
+        assert_eq!(sum_of_column("", 1), 0);
     }
 
     #[test]

@@ -128,6 +128,7 @@ pub fn probes_sent(outcome: &mut Outcome) {
 
 /// No probe lost, doubled or spoiled anything.
 pub fn no_losses(expect: &Expect, outcome: &mut Outcome) {
+    outcome.note("dropped beside the switch since boot", facts::dropped());
     let mut checks = Vec::new();
     for (name, probe) in &outcome.probes {
         match probe {

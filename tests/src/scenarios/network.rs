@@ -36,6 +36,9 @@ pub fn patient_veth() -> Result<()> {
 
 /// Makes namespace `ns`, whose device `e-ns` is the other end of port `v-ns` of `bridge`.
 ///
+/// In a slow VM a question for a neighbour may wait, parked, for longer than its asker does: the asker then drops what it has
+/// to send (3 questions, one a second), and no switch ever sees it. So it asks for a minute.
+///
 /// IPv6 is off, so that a silent port hears nothing but what the switch sends it. Ports that nobody asks for by number come
 /// from the end, so that a probe which takes each in turn finds them free.
 pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Result<()> {
@@ -50,6 +53,8 @@ pub fn attach(ns: &str, bridge: &str, address: &str, port_options: &str) -> Resu
          ip link set v-{ns} up
          ip -n {ns} link set lo up
          ip -n {ns} link set e-{ns} up
+         ip netns exec {ns} sysctl -qw net.ipv4.neigh.e-{ns}.ucast_solicit=60 net.ipv4.neigh.e-{ns}.mcast_solicit=60 \
+            net.ipv4.neigh.e-{ns}.unres_qlen_bytes=16777216
          {address}
          ovs-vsctl add-port {bridge} v-{ns} {port_options}"
     ))?;
