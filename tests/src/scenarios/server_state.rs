@@ -127,6 +127,8 @@ const CASES: [Case; 10] = [
         name: "an option that the unit has no more",
         prepare: "sed -i 's/ --extra-dbs=[^ ]*Removed.db//' /etc/default/openvswitch-switch",
         warned: "runs with /etc/openvswitch/Removed.db, which this unit does not have",
+        tidy: "sed -i \"s|:127.0.0.1'|:127.0.0.1 --extra-dbs=/etc/openvswitch/Removed.db'|\" /etc/default/openvswitch-switch; \
+               grep -q Removed.db /etc/default/openvswitch-switch",
         ..BASE
     },
     Case {

@@ -21,8 +21,9 @@ const GRE_KEY: u16 = 0x2000;
 const GRE_SEQ: u16 = 0x1000;
 /// The flag of a VXLAN header that carries a group (draft-smith-vxlan-group-policy).
 const VXLAN_GBP: u8 = 0x80;
-/// A number that falls by so much began anew; less is two CPUs that send at once.
-const ANEW: u32 = 200;
+/// A number that falls by so much, and to less than half, began anew; less is two CPUs that send at once, one of which may
+/// have stood still.
+const ANEW: u32 = 1000;
 
 /// One packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +69,7 @@ pub fn read(capture: &[u8]) -> Result<Seen> {
         // All tunnels of a kind share a device, and its numbers.
         let device = outer.words.split(' ').next().unwrap_or_default().to_owned();
         let known = highest.entry(device).or_insert(seq);
-        if seq.saturating_add(ANEW) < *known {
+        if seq.saturating_add(ANEW) < *known && seq < *known / 2 {
             seen.begun_anew += 1;
             *known = seq;
         }
