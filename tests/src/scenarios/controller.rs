@@ -66,6 +66,10 @@ impl Traffic for WithController {
         self.about
     }
 
+    fn by_hand(&self) -> bool {
+        !self.reactive
+    }
+
     /// A stock reload loses the rules of a bridge with a controller for good.
     fn stock_spoils(&self) -> bool {
         true

@@ -32,6 +32,10 @@ impl Custom for CtGuard {
         "the guard of timeout policies: timer stopped, age reached, removed, supervisor and daemons killed"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         CtPolicies.set_up()?;
         let pairs = hold_udp(&UDP)?;

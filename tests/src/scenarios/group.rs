@@ -19,6 +19,10 @@ impl Traffic for Group {
         "a select group with dp_hash, misses behind its hash"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn set_up(&self) -> Result<()> {
         plain::set_up()?;
         shell(

@@ -26,6 +26,10 @@ impl Traffic for LocalPort {
         "the host's own traffic through br0, a TCP session of a minute over it"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn after_s(&self) -> Option<f64> {
         Some(52.0)
     }

@@ -29,6 +29,10 @@ impl Custom for Package {
         "our Debian package is installed, upgraded, removed, purged: Open vSwitch runs on, and nothing is left"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn packages(&self) -> Packages {
         Packages::Ours
     }

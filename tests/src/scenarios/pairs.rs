@@ -1,6 +1,6 @@
 //! Any two kinds of state that a run keeps (`rows.rs`), chosen by a seed and set in one network under traffic: one restart,
-//! which ends with 0, and both are as before. `lab run pairs -- seed=7` takes one pair, `seeds=5` the first five, and
-//! `NAME NAME` these two.
+//! which ends with 0, and both are as before. `lab run pairs -- seed=7` takes another pair than that of every run of the
+//! tests, `seeds=5` the first five, and `NAME NAME` these two; `pairs_whole` takes twenty.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
@@ -16,10 +16,14 @@ use crate::guest::say;
 use crate::outcome::{Job, Outcome};
 
 /// See the module.
-pub struct Pairs;
+pub struct Pairs {
+    seeds: u64,
+}
 
-/// So many pairs without a word.
-const SEEDS: u64 = 20;
+/// For every `tests/all`.
+pub const SAMPLE: Pairs = Pairs { seeds: 1 };
+/// Most kinds are among these.
+pub const WHOLE: Pairs = Pairs { seeds: 20 };
 
 /// Two rows, never the same.
 fn pair(seed: u64) -> [&'static Row; 2] {
@@ -32,7 +36,7 @@ fn pair(seed: u64) -> [&'static Row; 2] {
 }
 
 /// What the arguments ask for, by name.
-fn chosen(arguments: &[String]) -> Result<Vec<(String, [&'static Row; 2])>> {
+fn chosen(arguments: &[String], seeds: u64) -> Result<Vec<(String, [&'static Row; 2])>> {
     let number = |key: &str| arguments.iter().find_map(|word| word.strip_prefix(key)).map(str::parse::<u64>);
     let seeded = |seed: u64| (format!("seed {seed}"), pair(seed));
     if let Some(seed) = number("seed=") {
@@ -41,28 +45,41 @@ fn chosen(arguments: &[String]) -> Result<Vec<(String, [&'static Row; 2])>> {
     if let [one, other] = arguments {
         return Ok(vec![("named".to_owned(), [rows::find(one)?, rows::find(other)?])]);
     }
-    Ok((1..=number("seeds=").transpose()?.unwrap_or(SEEDS)).map(seeded).collect())
+    Ok((1..=number("seeds=").transpose()?.unwrap_or(seeds)).map(seeded).collect())
+}
+
+impl Pairs {
+    fn is_whole(&self) -> bool {
+        self.seeds > SAMPLE.seeds
+    }
 }
 
 impl Custom for Pairs {
     fn name(&self) -> &'static str {
-        "pairs"
+        if self.is_whole() {
+            "pairs_whole"
+        } else {
+            "pairs"
+        }
     }
 
     fn about(&self) -> &'static str {
-        "any two kinds of state at once, by seed, through one restart under traffic"
+        match self.is_whole() {
+            true => "twenty of pairs, by seed",
+            false => "any two kinds of state at once, by seed, through one restart under traffic",
+        }
     }
 
     fn by_hand(&self) -> bool {
-        true
+        self.is_whole()
     }
 
     fn runs(&self, arguments: &[String]) -> Result<u32> {
-        Ok(chosen(arguments)?.len() as u32)
+        Ok(chosen(arguments, self.seeds)?.len() as u32)
     }
 
     fn run(&self, job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
-        let pairs = chosen(&job.extra_args)?;
+        let pairs = chosen(&job.extra_args, self.seeds)?;
         rows::set_up()?;
         for (name, pair) in pairs {
             let case = format!("{name}: {} and {}", pair[0].kept, pair[1].kept);
@@ -123,7 +140,7 @@ mod tests {
             all.extend([one, other]);
         }
         assert_eq!(all.len(), ROWS.len());
-        let listed: BTreeSet<&str> = (1..=SEEDS).flat_map(names).collect();
+        let listed: BTreeSet<&str> = (1..=WHOLE.seeds).flat_map(names).collect();
         assert!(listed.len() * 4 > ROWS.len() * 3, "{listed:?}");
     }
 
@@ -131,12 +148,12 @@ mod tests {
     fn arguments_are_a_seed_a_number_of_them_or_two_names() {
         let names = |words: &[&str]| {
             let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-            chosen(&words).map(|all| all.into_iter().map(|(name, _)| name).collect::<Vec<_>>())
+            chosen(&words, WHOLE.seeds).map(|all| all.into_iter().map(|(name, _)| name).collect::<Vec<_>>())
         };
         assert_eq!(names(&["seed=7"]).unwrap(), ["seed 7"]);
         assert_eq!(names(&["seeds=2"]).unwrap(), ["seed 1", "seed 2"]);
         assert_eq!(names(&["meters", "mtu"]).unwrap(), ["named"]);
-        assert_eq!(names(&[]).unwrap().len() as u64, SEEDS);
+        assert_eq!(names(&[]).unwrap().len() as u64, WHOLE.seeds);
         assert!(names(&["meters", "nothing"]).is_err() && names(&["seed=x"]).is_err());
     }
 }

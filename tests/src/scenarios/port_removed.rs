@@ -33,6 +33,10 @@ impl Custom for PortRemoved {
         "a port and a tunnel are removed while their deletion is refused"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         network::attach("ns4", "br0", "", "")?;

@@ -49,6 +49,10 @@ impl Custom for RuleCorpus {
         "every action and match of every OpenFlow version comes back as it was"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         load(out, outcome)?;

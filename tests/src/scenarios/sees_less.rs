@@ -28,6 +28,10 @@ impl Custom for SeesLess {
         "the new ovs-vswitchd is misled about what the datapath can do: told, and mended by the remedy"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn runs(&self, _arguments: &[String]) -> Result<u32> {
         Ok(2)
     }

@@ -30,6 +30,10 @@ impl Custom for Told {
         "status, wait, refused messages, replaced libraries, time limits of units: what is told is true"
     }
 
+    fn by_hand(&self) -> bool {
+        true
+    }
+
     fn run(&self, _job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         plain::set_up()?;
         let (code, status) = status()?;
