@@ -262,7 +262,13 @@ fn listens_at(line: &str, path: &Path) -> Option<u64> {
     let (flags, inode) =
         (word().and(word()).and(word()).and_then(|_| word())?, word().and(word()).and_then(|_| word())?);
     let accepts = u32::from_str_radix(flags, 16).is_ok_and(|flags| flags & ACCEPTS != 0);
-    (accepts && Path::new(rest) == path).then(|| inode.parse().ok())?
+    (accepts && is_same(Path::new(rest), path)).then(|| inode.parse().ok())?
+}
+
+/// Do both names stand for the same place? Open vSwitch says `/var/run` to what systemd calls `/run`.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let folder = |path: &Path| fs::canonicalize(path.parent()?).ok();
+    one == other || one.file_name() == other.file_name() && folder(one).is_some() && folder(one) == folder(other)
 }
 
 /// The number of the mount that descriptor `name` of process `pid` was reached by (`/proc/PID/fdinfo`, proc(5)).
@@ -298,6 +304,10 @@ mod tests {
         let inodes = listening(own, &path).unwrap();
         assert_eq!(inodes.len(), 1);
         assert!(inodes.is_subset(&socket_inodes(own).unwrap()));
+        let alias = folder.path().join("alias");
+        std::os::unix::fs::symlink(folder.path(), &alias).unwrap();
+        assert_eq!(listening(own, &alias.join("db with spaces.sock")).unwrap(), inodes);
+        assert!(listening(own, &folder.path().join("nowhere/db with spaces.sock")).unwrap().is_empty());
         // One that has connected has the name, too, and does not listen.
         let client = std::os::unix::net::UnixStream::connect(&path).unwrap();
         let served = listener.accept().unwrap();
