@@ -166,7 +166,7 @@ fn told_of_flag(facts: &DatabaseFacts) -> Option<&'static str> {
 pub fn is_marked() -> bool {
     let is_marked =
         |facts: DatabaseFacts| [MARK, OVN_MANAGED_ASIDE].iter().any(|key| facts.external_ids.contains_key(*key));
-    Host::real_database().facts(Instant::now() + SHORT).is_ok_and(is_marked)
+    !would_start_database() && Host::real_database().facts(Instant::now() + SHORT).is_ok_and(is_marked)
 }
 
 /// Finishes or undoes the run that has no report yet, if there is one: it is over once it has.
