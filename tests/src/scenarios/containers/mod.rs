@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -86,18 +87,20 @@ impl Custom for Containers {
 struct Wanted {
     /// Exit code of the run: one of these.
     exit: &'static [u64],
-    /// The version that forwards afterwards.
-    version: &'static str,
+    /// The image whose version forwards afterwards.
+    image: &'static str,
     /// The daemon of before goes on.
     stays: bool,
 }
 
 const DONE: &[u64] = &[0, 30];
-const OLD: Wanted = Wanted { exit: DONE, version: "3.1.0", stays: false };
-const NEW: Wanted = Wanted { exit: DONE, version: "3.5.0", stays: false };
+const OLD: Wanted = Wanted { exit: DONE, image: "old", stays: false };
+const NEW: Wanted = Wanted { exit: DONE, image: "new", stays: false };
 
 fn rounds(whole: bool, out: &Path, outcome: &mut Outcome) -> Result<()> {
     let impostor = impostor()?;
+    // While the host has its programs.
+    outcome.note("versions of the images", json!([version_of("old"), version_of("new")]));
     refused(outcome);
     let log = |name: &str| out.join(name.replace(' ', "-"));
     let restart = |name: &str, command: &str, wanted: Wanted, outcome: &mut Outcome| {
@@ -107,7 +110,7 @@ fn rounds(whole: bool, out: &Path, outcome: &mut Outcome) -> Result<()> {
     database_alone(outcome)?;
     restart("upgrade", "container restart switch new", NEW, outcome)?;
     round("downgrade by hooks", || by_hooks("container restart switch old"), OLD, outcome)?;
-    let back = Wanted { exit: &[21], version: "3.1.0", stays: false };
+    let back = Wanted { exit: &[21], image: "old", stays: false };
     restart("an image that crashes", "container restart switch bad; sleep 2", back, outcome)?;
     // The program of before runs outside of any container now, and the report says how to go on.
     shell_lenient("container stop switch");
@@ -124,7 +127,7 @@ fn rounds(whole: bool, out: &Path, outcome: &mut Outcome) -> Result<()> {
 
 /// What starts the container again does not, or takes more down than that.
 fn wrong_commands(restart: Restart<'_>, outcome: &mut Outcome) -> Result<()> {
-    let nothing = Wanted { exit: &[21], version: "3.1.0", stays: true };
+    let nothing = Wanted { exit: &[21], image: "old", stays: true };
     restart("a command that fails", "container restart swich", nothing, outcome)?;
     restart("a command that does nothing", "true", nothing, outcome)?;
     nobody_restarts(nothing, outcome)?;
@@ -303,7 +306,7 @@ fn without_tools(outcome: &mut Outcome) -> Result<()> {
 fn killed(log: &Path, outcome: &mut Outcome) -> Result<()> {
     let supervisor = "sed -n \"s/.*\\\"pid\\\": *\\([0-9]*\\).*/\\1/p\" /run/ovs-graceful/lock";
     let command = format!("kill -KILL $({supervisor}); container restart switch");
-    let recovered = Wanted { exit: &[21], version: "3.1.0", stays: false };
+    let recovered = Wanted { exit: &[21], image: "old", stays: false };
     let known = run::known();
     let door = || {
         let said = restart_by(&command, log);
@@ -345,6 +348,16 @@ fn switch() -> Vec<(u32, u64, String)> {
     found.filter(|(_, _, control)| Path::new(control).exists()).collect()
 }
 
+/// The image `old` is of the guest's own release, `new` of Debian 13.
+fn version_of(image: &str) -> String {
+    static OWN: OnceLock<String> = OnceLock::new();
+    let own = || shell_lenient("ovs-vswitchd --version | awk 'NR == 1 { print \" \" $NF }'").trim_end().to_owned();
+    match image {
+        "old" => OWN.get_or_init(own).clone(),
+        _ => " 3.5.0".to_owned(),
+    }
+}
+
 fn version() -> String {
     let control = switch().first().map(|(_, _, control)| control.clone()).unwrap_or_default();
     shell_lenient(&format!("timeout 20 ovs-appctl -t {control} version | head -1")).trim().to_owned()
@@ -373,8 +386,8 @@ fn round(name: &str, door: impl FnOnce() -> String, wanted: Wanted, outcome: &mu
     let now = switch();
     let right = now.len() == 1 && (before == now) == wanted.stays;
     outcome.check(format!("{name}: one ovs-vswitchd, the right one"), right, json!([before, now]));
-    let version = version();
-    outcome.check(format!("{name}: of the right version"), version.ends_with(wanted.version), version);
+    let (version, right) = (version(), version_of(wanted.image));
+    outcome.check(format!("{name}: of the right version"), version.ends_with(&right), json!([version, right]));
     aftermath::nothing_left(name, outcome);
     aftermath::as_before(name, &rules, outcome);
     aftermath::new_traffic_passes(name, outcome);
