@@ -18,6 +18,8 @@ pub(super) struct Restore;
 const TUNNEL_PATIENCE: Duration = Duration::from_millis(500);
 /// Packets wait while addresses are taught: those that were seen last come first, and the rest comes when no packet waits.
 const ADDRESSES_WHILE_PACKETS_WAIT: Duration = Duration::from_millis(500);
+/// What is not taught in this time is told as not restored: the other gates come after it.
+const ADDRESSES_AFTERWARDS: Duration = Duration::from_secs(40);
 /// A bridge that the daemon does not have after this time may have been removed from the database.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -140,7 +142,7 @@ fn teach_addresses(
 pub(super) fn teach_the_rest(run: &mut Run) -> Result<(), Stop> {
     let lacks = |name: &str| run.known.learned.get(name).is_some_and(|learned| learned.unasked > 0);
     let bridges: Vec<Bridge> = run.known.facts.bridges.iter().filter(|one| lacks(&one.name)).cloned().collect();
-    let (new, until) = (run.new_daemon()?.clone(), run.deadline);
+    let (new, until) = (run.new_daemon()?.clone(), run.deadline.min(run.now() + ADDRESSES_AFTERWARDS));
     for bridge in bridges {
         let taught = teach_what_lacks(run, &new, &bridge, until);
         match taught {

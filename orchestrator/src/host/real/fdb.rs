@@ -17,8 +17,11 @@ use crate::host::{Bridge, Daemon, FdbEntry, LearnReport, Port, Result};
 /// IEEE 802 local experimental EtherType 1: nothing looks into such a frame.
 const ETHER_TYPE: &str = "0x88b5";
 
-/// So many commands are under way at once: a daemon takes ten of a connection in each turn of its main loop.
+/// So many commands of a connection are under way at once: a daemon takes ten of each in a turn of its main loop, which may
+/// take it long (`run_connection`, lib/unixctl.c).
 pub(super) const BATCH: usize = 40;
+/// So many connections teach addresses.
+const CONNECTIONS: usize = 16;
 
 /// A table of 50,000 addresses is shown in 0.2 s by a daemon that has nothing else to do.
 const SHOWN_WITHIN: Duration = Duration::from_secs(5);
@@ -45,23 +48,35 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
         return Ok(report);
     }
     let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
-    let mut connection = unixctl::connect(daemon)?;
+    let mut connections = Vec::new();
+    for _ in 0..entries.len().div_ceil(BATCH).min(CONNECTIONS) {
+        connections.push(unixctl::connect(daemon)?);
+    }
     // Static ones first: nothing that is learned takes their place.
     let (learned, fixed): (Vec<&FdbEntry>, Vec<&FdbEntry>) = entries.iter().partition(|entry| entry.age_s.is_some());
     let all: Vec<&FdbEntry> = fixed.into_iter().chain(learned).collect();
-    for batch in all.chunks(BATCH) {
+    for some in all.chunks(BATCH * CONNECTIONS) {
         if remaining(until).is_none() {
-            report.unasked += batch.len() as u64;
+            report.unasked += some.len() as u64;
             continue;
         }
-        let calls: Vec<_> = batch.iter().map(|entry| call(bridge, entry)).collect();
-        // A batch that was sent is waited for: it may be taken, and the connection goes on.
-        match connection.call_many(&calls, Instant::now() + SHOWN_WITHIN) {
-            Ok(answers) => answers.into_iter().filter_map(|answer| answer.err()).for_each(|error| skip(&error.cause)),
-            Err(error) if error.timed_out => batch.iter().for_each(|_| skip("the daemon does not answer in time")),
-            Err(error) => return Err(error),
+        // What was sent is waited for: it may be taken, and the connection goes on.
+        let answered_within = Instant::now() + SHOWN_WITHIN;
+        let mut asked = Vec::new();
+        for (connection, batch) in connections.iter_mut().zip(some.chunks(BATCH)) {
+            let calls: Vec<_> = batch.iter().map(|entry| call(bridge, entry)).collect();
+            let first = connection.ask_many(&calls, answered_within)?;
+            asked.push((connection, calls, first));
+        }
+        for (connection, calls, first) in asked {
+            match connection.answers(&calls, first, answered_within) {
+                Ok(answers) => answers.into_iter().filter_map(|one| one.err()).for_each(|error| skip(&error.cause)),
+                Err(error) if error.timed_out => calls.iter().for_each(|_| skip("the daemon does not answer in time")),
+                Err(error) => return Err(error),
+            }
         }
     }
+    let Some(connection) = connections.first_mut() else { return Ok(report) };
     // Counted by what is in the table, not by what was asked for.
     let table = connection.call("fdb/show", json!([bridge.name]), Instant::now() + SHOWN_WITHIN)?;
     let there = parse(table.as_str().unwrap_or_default());
