@@ -137,7 +137,7 @@ impl Way {
             Way::Reloaded => "systemctl --job-mode=ignore-dependencies reload ovsdb-server".to_owned(),
             // Nobody connects but the one that starts the server by it.
             Way::ByHand => format!(
-                "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server ovsdb-server.socket
+                "systemctl stop openvswitch-switch ovs-vswitchd ovsdb-server ovsdb-server.socket; rm -f {SOCKET}
                  systemd-run -q --scope --unit=by-hand systemd-socket-activate -l {SOCKET} \\
                     --fdname=ovsdb-server.socket /usr/share/openvswitch/scripts/ovs-ctl --no-monitor \\
                     --system-id=random start > /dev/null 2>&1 &

@@ -204,7 +204,7 @@ impl Look<'_> {
             }
             let other = Connection::open_if_spoken(self.socket, &[version], self.until)?;
             let Some(mut connection) = other else { continue };
-            let is_wanted = |head: &Head| wanted.contains(&(head.table, head.priority));
+            let is_wanted = |head: &Head| wanted.contains(&(head.table, head.priority, head.cookie));
             choice.add(self.telling(&mut connection, is_wanted)?);
         }
         Ok(choice.made(&self.bridge.name))
@@ -307,24 +307,21 @@ impl<'a> Choice<'a> {
         self.tellings.push(telling);
     }
 
-    /// Table and priority of the flows that this version should tell: those that the highest tells in other words, and for
-    /// the time of their last change those with a `hard_timeout`. A flow that the highest does not tell at all has come
-    /// since.
-    fn wanted(&self, version: u8) -> BTreeSet<(u8, u16)> {
+    /// Table, priority and cookie of the flows that this version should tell: those that the highest tells in other words,
+    /// and for the time of their last change those with a `hard_timeout`. A flow that the highest does not tell at all has
+    /// come since.
+    fn wanted(&self, version: u8) -> BTreeSet<(u8, u16, u64)> {
         let Some(highest) = self.tellings.first() else { return BTreeSet::new() };
-        let (mut other, mut timed) = (BTreeSet::new(), BTreeSet::new());
-        for (told, taken) in highest.told.iter().zip(&highest.taken) {
-            let Some(head) = Head::of(&told.message) else { continue };
-            if !taken {
-                other.insert((head.table, head.priority));
-            }
-            if head.hard_timeout != 0 && version == OF10 {
-                timed.insert((head.table, head.priority));
-            }
-        }
-        let pending = self.own.iter().filter(|own| own.exact.is_none()).map(|own| faithful::place(own.line));
-        timed.extend(pending.filter(|place| other.contains(place)));
-        timed
+        let pending = self.own.iter().filter(|own| own.exact.is_none());
+        let pending: BTreeSet<(u8, u16)> = pending.map(|own| faithful::place(own.line)).collect();
+        let is_wanted = |head: &Head, taken: bool| {
+            let other = !taken && pending.contains(&(head.table, head.priority));
+            other || head.hard_timeout != 0 && version == OF10
+        };
+        let told = highest.told.iter().zip(&highest.taken);
+        let heads = told.filter_map(|(told, taken)| Some((Head::of(&told.message)?, *taken)));
+        let wanted = heads.filter(|(head, taken)| is_wanted(head, *taken));
+        wanted.map(|(head, _)| (head.table, head.priority, head.cookie)).collect()
     }
 
     fn made(mut self, bridge: &str) -> Found {
@@ -681,7 +678,7 @@ mod tests {
             let choice = Choice::new(&own, telling(OF15, highest));
             (choice.wanted(OF14), choice.wanted(OF10))
         };
-        let (none, one) = (BTreeSet::new(), BTreeSet::from([(0, 5)]));
+        let (none, one) = (BTreeSet::new(), BTreeSet::from([(0, 5, 0)]));
         let same = [(plain(OF15), Ok(("priority=5,ip", "drop")))];
         assert_eq!(wanted(&["priority=5,ip actions=drop"], &same), (none.clone(), none.clone()));
         // One that has come since, and one that is told with other words.
@@ -692,6 +689,19 @@ mod tests {
         assert_eq!(wanted(&["priority=5,ip actions=dec_ttl"], &same), (one.clone(), one.clone()));
         let timed = [(told(OF15, 5, 0, 60, 0, None), Ok(("priority=5,ip", "drop")))];
         assert_eq!(wanted(&["priority=5,ip actions=drop"], &timed), (none, one));
+        // Of two in one place only the one that is told with other words.
+        let with_cookie = |cookie: u64| {
+            let mut told = plain(OF15);
+            told.message[8..16].copy_from_slice(&cookie.to_be_bytes());
+            told
+        };
+        let two = [
+            (with_cookie(7), Ok(("priority=5,ip", "drop"))),
+            (with_cookie(9), Ok(("priority=5,udp", "set_field:5->reg0"))),
+        ];
+        let own = ["priority=5,ip actions=drop", "priority=5,udp actions=load:0x5->NXM_NX_REG0[]"];
+        let other = BTreeSet::from([(0, 5, 9)]);
+        assert_eq!(wanted(&own, &two), (other.clone(), other));
     }
 
     #[test]
