@@ -19,7 +19,7 @@ const TUNNEL_PATIENCE: Duration = Duration::from_millis(500);
 /// Packets wait while addresses are taught: those that were seen last come first, and the rest comes when no packet waits.
 const ADDRESSES_WHILE_PACKETS_WAIT: Duration = Duration::from_millis(500);
 /// What is not taught in this time is told as not restored: the other gates come after it.
-const ADDRESSES_AFTERWARDS: Duration = Duration::from_secs(40);
+const ADDRESSES_AFTERWARDS: Duration = Duration::from_secs(120);
 /// A bridge that the daemon does not have after this time may have been removed from the database.
 const BRIDGE_PATIENCE: Duration = Duration::from_secs(2);
 
