@@ -17,12 +17,14 @@ use crate::host::{Bridge, Daemon, FdbEntry, LearnReport, Port, Result};
 /// IEEE 802 local experimental EtherType 1: nothing looks into such a frame.
 const ETHER_TYPE: &str = "0x88b5";
 
-/// So many commands of a connection are under way at once: a daemon takes ten of each in a turn of its main loop, which may
-/// take it long (`run_connection`, lib/unixctl.c).
+/// So many commands of a connection are under way at once: a daemon takes ten of each in a turn of its main loop.
 pub(super) const BATCH: usize = 40;
+/// So many commands of a connection does a turn take (`run_connection`, lib/unixctl.c). A turn in which an address was
+/// learned ends with a wait for all threads (`xlate_txn_commit`, ofproto/ofproto-dpif-xlate.c): few turns are better than
+/// few connections.
+const IN_A_TURN: usize = 10;
 /// So many connections teach addresses.
-const CONNECTIONS: usize = 16;
-
+const CONNECTIONS: usize = 100;
 /// A table of 50,000 addresses is shown in 0.2 s by a daemon that has nothing else to do.
 const SHOWN_WITHIN: Duration = Duration::from_secs(5);
 
@@ -49,13 +51,13 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
     }
     let mut skip = |reason: &str| *report.skipped.entry(reason.to_owned()).or_default() += 1;
     let mut connections = Vec::new();
-    for _ in 0..entries.len().div_ceil(BATCH).min(CONNECTIONS) {
+    for _ in 0..entries.len().div_ceil(IN_A_TURN).min(CONNECTIONS) {
         connections.push(unixctl::connect(daemon)?);
     }
     // Static ones first: nothing that is learned takes their place.
     let (learned, fixed): (Vec<&FdbEntry>, Vec<&FdbEntry>) = entries.iter().partition(|entry| entry.age_s.is_some());
     let all: Vec<&FdbEntry> = fixed.into_iter().chain(learned).collect();
-    for some in all.chunks(BATCH * CONNECTIONS) {
+    for some in all.chunks(IN_A_TURN * CONNECTIONS) {
         if remaining(until).is_none() {
             report.unasked += some.len() as u64;
             continue;
@@ -63,7 +65,7 @@ pub fn learn(daemon: &Daemon, bridge: &Bridge, entries: &[FdbEntry], until: Inst
         // What was sent is waited for: it may be taken, and the connection goes on.
         let answered_within = Instant::now() + SHOWN_WITHIN;
         let mut asked = Vec::new();
-        for (connection, batch) in connections.iter_mut().zip(some.chunks(BATCH)) {
+        for (connection, batch) in connections.iter_mut().zip(some.chunks(IN_A_TURN)) {
             let calls: Vec<_> = batch.iter().map(|entry| call(bridge, entry)).collect();
             let first = connection.ask_many(&calls, answered_within)?;
             asked.push((connection, calls, first));
