@@ -360,7 +360,10 @@ pub fn act(job: &Job, out: &Path, outcome: &mut Outcome) -> Result<()> {
         Action::Ours | Action::Container => {
             let mut command = words("ovs-graceful", &["restart", "--report"]);
             command.arg(&report).arg("--gate-command");
-            command.arg(format!("ovs-dpctl dump-flows -m > {}", out.join(FLOWS_AT_GATES).display()));
+            command.arg(format!(
+                "ovs-dpctl dump-flows -m > {} && [ $(sysctl -n net.ipv4.ipfrag_max_dist) = 0 ]",
+                out.join(FLOWS_AT_GATES).display()
+            ));
             if job.action == Action::Container {
                 command.args(["--restart-command", "container restart switch new"]);
             }
